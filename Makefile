@@ -1,0 +1,56 @@
+# Everything runs in a virtual environment of the checkout; the first command makes it, later ones reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# A CPU build of torch, pinned here only: a bare `torch` drags in gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test lint types layers doctest unit format clean
+.DELETE_ON_ERROR:
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml Makefile
+	@echo "== setting up $(VENV) with $(TORCH) (about two minutes on a fresh machine)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
+	@touch $@
+
+demo: $(READY)  ## train a small language model, save it with and without the callback, compare
+	@echo "== demo: examples/train_char_lm.py"
+	@$(BIN)/python examples/train_char_lm.py
+
+test: lint types layers doctest unit  ## the whole check, as CI runs it
+	@echo "== all checks passed"
+
+lint: $(READY)  ## ruff
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy --strict on the package
+	@echo "== mypy --strict"
+	@$(BIN)/mypy
+
+layers: $(READY)  ## the import-layer contract
+	@echo "== import layers"
+	@$(BIN)/lint-imports --no-cache
+
+doctest: $(READY)  ## the examples in docstrings
+	@echo "== doctests"
+	@$(BIN)/python -m pytest --doctest-modules q8lightning
+
+unit: $(READY)  ## the tests, with the kernels interpreted on the CPU
+	@echo "== tests (kernels interpreted)"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=10
+
+format: $(READY)  ## rewrite the code in the house style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environment and everything made by running
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,0 +1,87 @@
+"""Codecs: how a tensor becomes codes and back, chosen by name, block size and residual stage."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import ops
+from q8lightning.quantization.codebook import get_codebook
+
+LOG = "log"
+"""The name of the codec for values that are never negative; every other codec is named after its codebook."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec for checkpoints: encoding what it decoded gives the same codes and scales again.
+
+    Args:
+        name: ``"log"``, or a codebook's name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`.
+        block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
+        residual: Also encode what the first stage lost; ``linear`` only.
+
+    Raises:
+        ValueError: If the name or the block size is unknown, a residual is asked for elsewhere, or the codebook reaches
+            neither -1 nor 1, so that its scales would shrink at every save.
+    """
+
+    name: str
+    block_size: int = 256
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        ops.check_block_size(self.block_size)
+        if self.residual and self.name != "linear":
+            raise ValueError(f"a residual stage needs the codec linear, got {self.name!r}; drop residual or use linear")
+        if self.name == LOG:
+            return
+        try:
+            codebook = get_codebook(self.name)
+        except ValueError as error:
+            raise ValueError(f"unknown codec: {error}; for second moments there is also {LOG!r}") from None
+        if codebook.end == 0:
+            raise ValueError(
+                f"a codebook for checkpoints holds 1 or -1, got levels from {codebook.levels[0]:g} to"
+                f" {codebook.levels[-1]:g}; divide them by the largest magnitude"
+            )
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether only values that are not negative can be encoded."""
+        return self.name == LOG or not get_codebook(self.name).signed
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Encode a float tensor of any shape.
+
+        Returns:
+            ``(codes, scales)`` or, with a residual, ``(codes, scales, residual)``: codes and residual ``[*x.shape]``
+            uint8; scales float32 in the units of ``x``, ``[blocks]``, or ``[blocks, 2]`` for ``log``. The scales of a
+            block that cannot be encoded (NaN, infinity; a negative value under ``log``) are not finite.
+        """
+        if self.name == LOG:
+            codes, scales = ops.quantize_log(x, self.block_size)
+        elif self.residual:
+            codes, residual, scales = ops.quantize_residual(x, self.block_size)
+            return codes, scales, residual
+        else:
+            codebook = get_codebook(self.name)
+            codes, scales = ops.quantize(x, codebook.spec, self.block_size, codebook.one_sided)
+        return codes, scales
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return the values of what :meth:`encode` returned, ``[*codes.shape]`` of ``dtype``."""
+        codes, scales, *residual = parts
+        values: Tensor
+        if self.name == LOG:
+            values = ops.dequantize_log(codes, scales, self.block_size, dtype)
+        elif residual:
+            values = ops.dequantize_residual(codes, residual[0], scales, self.block_size, dtype)
+        else:
+            values = ops.dequantize(codes, scales, get_codebook(self.name).spec, self.block_size, dtype)
+        return values
+
+    def encoded_bytes(self, numel: int) -> int:
+        """Return how many bytes the codes and scales of ``numel`` elements take."""
+        blocks = -(-numel // self.block_size)
+        return numel * (2 if self.residual else 1) + blocks * (8 if self.name == LOG else 4)

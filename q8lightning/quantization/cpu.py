@@ -1,0 +1,223 @@
+"""The codecs of ``reference.py`` for CPU tensors, in cache-sized chunks: the same results, many times faster.
+
+Each function has the signature and the meaning of its namesake in the reference. Chunks hold whole blocks, so a chunk
+with a block that is not finite is simply handed to the reference. Passes write into a scratch that is allocated once a
+call: fresh memory for every intermediate would cost more than the arithmetic.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import reference
+from q8lightning.quantization.codebook import BUILTIN, Codebook
+
+CHUNK = 2**18
+"""Elements per chunk: a megabyte of float32, so that the passes over a chunk stay in the caches
+(``benchmarks/cpu.py --chunk`` compares sizes)."""
+
+
+def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
+    """Yield the elements, the blocks and the block width of each chunk; a short last block comes alone."""
+    whole = numel - numel % block_size
+    step = max(CHUNK // block_size, 1) * block_size
+    for start in range(0, whole, step):
+        stop = min(start + step, whole)
+        yield slice(start, stop), slice(start // block_size, stop // block_size), block_size
+    if whole < numel:
+        yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1), numel - whole
+
+
+def _scratch(numel: int, rows: int) -> Tensor:
+    return torch.empty(rows, min(numel, CHUNK))
+
+
+def _blocks(numel: int, block_size: int) -> int:
+    return -(-numel // block_size)
+
+
+def _scale(blocks: Tensor, end: int, spare: Tensor) -> Tensor:
+    """As ``reference.block_scale``, with the magnitudes in ``spare``."""
+    absmax = torch.abs(blocks, out=spare).amax(dim=1)
+    scale = absmax.masked_fill_(absmax < reference.SMALLEST_NORMAL, 0.0)
+    return torch.where(blocks.amax(dim=1) == scale, end * scale, -end * scale) if end else scale
+
+
+def _search(y: Tensor, codebook: Codebook) -> Tensor:
+    """Return the number of thresholds below each element of ``y``, as integral float32 or int32; overwrites ``y``."""
+    if codebook.closed_form is not None:
+        return codebook.closed_form(y)
+    cells, flat = codebook.cells, y.view(-1)
+    code = cells.first.index_select(0, (flat.view(torch.int32) >> cells.shift).bitwise_and_(cells.first.numel() - 1))
+    thresholds = torch.cat([codebook.thresholds, torch.full((2**cells.rounds,), torch.inf)])
+    for step in (2**i for i in reversed(range(cells.rounds))):
+        code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
+    return code.view(y.shape)
+
+
+def _padded_levels(codebook: Codebook) -> Tensor:
+    """Return 256 levels: codes that the codebook lacks decode to 0, as in the reference."""
+    return torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
+
+
+def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+    flat = x.detach().reshape(-1)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    scale = torch.empty(_blocks(flat.numel(), block_size))
+    scratch = _scratch(flat.numel(), 1)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        blocks = flat[elements].view(-1, width).float()
+        spare = scratch[0, : blocks.numel()].view(-1, width)
+        scale[rows] = part = _scale(blocks, codebook.end if signed_scale else 0, spare)
+        if not bool(part.isfinite().all()):
+            codes[elements] = reference.quantize(blocks, codebook, width, signed_scale)[0].view(-1)
+            continue
+        y = torch.mul(blocks, reference.reciprocal(part)[:, None], out=spare)
+        codes[elements] = _search(y, codebook).view(-1)
+    return codes.view(x.shape), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
+    flat, levels = codes.reshape(-1), _padded_levels(codebook)
+    values = torch.empty(flat.numel(), dtype=dtype)
+    scratch = _scratch(flat.numel(), 2)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        if not bool(scale[rows].isfinite().all()):
+            values[elements] = reference.dequantize(flat[elements], scale[rows], codebook, width, dtype)
+            continue
+        spare = scratch[:, : flat[elements].numel()]
+        _decode(flat[elements], levels, scale[rows], spare[0], spare[1], values[elements])
+    return values.view(codes.shape)
+
+
+def _decode(codes: Tensor, levels: Tensor, scale: Tensor, spare: Tensor, part: Tensor, out: Tensor) -> None:
+    """Write ``levels[codes] * scale`` into ``out``; all but ``levels`` and ``scale`` are flat and of one length."""
+    part = out if out.dtype == torch.float32 else part
+    torch.index_select(levels, 0, spare.view(torch.int32).copy_(codes), out=part)
+    blocks = part.view(scale.numel(), -1)
+    torch.mul(blocks, scale[:, None], out=blocks)
+    if part is not out:
+        out.copy_(part)
+
+
+def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
+    return dequantize(*quantize(x, codebook, block_size), codebook, block_size, x.dtype)
+
+
+def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
+    codes, residual = torch.empty(2, flat.numel(), dtype=torch.uint8)
+    scale = torch.empty(_blocks(flat.numel(), block_size))
+    levels, scratch = _padded_levels(linear), _scratch(flat.numel(), 2)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        blocks = flat[elements].view(-1, width).float()
+        spare, left = scratch[:, : blocks.numel()].view(2, -1, width)
+        scale[rows] = part = _scale(blocks, 0, spare)
+        if not bool(part.isfinite().all()):
+            first, second, _ = reference.quantize_residual(blocks, width)
+            codes[elements], residual[elements] = first.view(-1), second.view(-1)
+            continue
+        per_unit = reference.reciprocal(part)[:, None]
+        codes[elements] = _search(torch.mul(blocks, per_unit, out=spare), linear).view(-1)
+        _decode(codes[elements], levels, part, spare.view(-1), spare.view(-1), left.view(-1))
+        torch.sub(blocks, left, out=left).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR)
+        residual[elements] = _search(left, linear).clamp_(1, 253).view(-1)
+    return codes.view(x.shape), residual.view(x.shape), scale
+
+
+def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    flat, flat_residual, levels = codes.reshape(-1), residual.reshape(-1), _padded_levels(BUILTIN["linear"])
+    values = torch.empty(flat.numel(), dtype=dtype)
+    scratch = _scratch(flat.numel(), 3)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        first, second, part = flat[elements], flat_residual[elements], scale[rows]
+        if not bool(part.isfinite().all()):
+            values[elements] = reference.dequantize_residual(first, second, part, width, dtype)
+            continue
+        spare, one, two = scratch[:, : first.numel()]
+        _decode(first, levels, part, spare, one, one)
+        _decode(second, levels, part / reference.RESIDUAL_DIVISOR, spare, two, two)
+        values[elements] = one.add_(two)
+    return values.view(codes.shape)
+
+
+def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    flat = x.detach().reshape(-1)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    bounds = torch.empty(_blocks(flat.numel(), block_size), 2)
+    scratch = _scratch(flat.numel(), 2)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        blocks = flat[elements].view(-1, width).float()
+        log, spare = scratch[:, : blocks.numel()].view(2, -1, width)
+        low, high = blocks.amin(dim=1), blocks.amax(dim=1)
+        if not bool(((low >= 0) & high.isfinite()).all()):  # a NaN is not >= 0
+            part, bounds[rows] = reference.quantize_log(blocks, width)
+            codes[elements] = part.view(-1)
+            continue
+        has_zeros = not bool((low > 0).all())
+        if has_zeros:
+            low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
+            low.masked_fill_(low.isinf(), 0.0)
+        bounds[rows] = torch.stack([low, high], dim=1)
+        start, step = reference.log_grid(bounds[rows])
+        _pseudo_log2(blocks.view(torch.int32), log, spare)
+        log.sub_(start[:, None]).mul_((1.0 / step)[:, None]).add_(1.5)
+        if has_zeros:
+            log.mul_(torch.sign(blocks, out=spare))
+        codes[elements] = log.view(-1)  # the conversion truncates
+    return codes.view(x.shape), bounds
+
+
+def _pseudo_log2(bits: Tensor, out: Tensor, spare: Tensor) -> None:
+    """As ``reference.pseudo_log2``, from bit patterns (int32) into ``out``, all of one shape."""
+    integer = spare.view(torch.int32)
+    out.copy_(torch.bitwise_and(bits, 0x7FFFFF, out=integer)).mul_(2.0**-23)
+    out.mul_(torch.sub(4.0, out, out=spare)).mul_(1.0 / 3.0)
+    out.add_(spare.copy_(torch.bitwise_right_shift(bits, 23, out=integer)))
+
+
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    flat = codes.reshape(-1)
+    values = torch.empty(flat.numel(), dtype=dtype)
+    start, step = reference.log_grid(bounds)
+    low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
+    scratch = _scratch(flat.numel(), 3)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        code, t, spare = scratch[:, : flat[elements].numel()].view(3, -1, width)
+        code.copy_(flat[elements].view(-1, width))
+        torch.sub(code, 1.0, out=t).mul_(step[rows, None]).add_(start[rows, None])
+        pattern = _pseudo_exp2(t, spare)
+        torch.maximum(pattern, low[rows, None], out=pattern)
+        torch.minimum(pattern, high[rows, None], out=pattern)
+        values[elements] = pattern.view(torch.float32).mul_(code.clamp_(max=1.0)).view(-1)
+    return values.view(codes.shape)
+
+
+def _pseudo_exp2(t: Tensor, spare: Tensor) -> Tensor:
+    """As ``reference.pseudo_exp2``; the pattern takes the place of ``t``."""
+    exponent = torch.floor(t, out=spare)
+    mantissa = t.sub_(exponent).mul_(3.0)
+    torch.sub(4.0, mantissa, out=mantissa).sqrt_()
+    torch.sub(2.0, mantissa, out=mantissa).mul_(2.0**23).round_()
+    pattern = exponent.view(torch.int32).copy_(exponent).mul_(2**23)
+    return pattern.add_(mantissa.view(torch.int32).copy_(mantissa))
+
+
+def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x.detach().reshape(-1)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    scale = torch.empty(_blocks(flat.numel(), block_size))
+    zero_point = torch.empty(scale.numel(), dtype=torch.uint8)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        part, scale[rows], zero_point[rows] = reference.quantize_affine(flat[elements].view(-1, width), width)
+        codes[elements] = part.view(-1)
+    return codes.view(x.shape), scale, zero_point
+
+
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    flat = codes.reshape(-1)
+    values = torch.empty(flat.numel(), dtype=dtype)
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        values[elements] = reference.dequantize_affine(flat[elements], scale[rows], zero_point[rows], width, dtype)
+    return values.view(codes.shape)
