@@ -1,0 +1,23 @@
+"""PyTorch Lightning checkpoints, several times smaller, that load as before."""
+
+from q8lightning.callback import QuantizationCallback
+from q8lightning.checkpoint.io import QuantizedCheckpointIO
+from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.quantization.codebook import Codebook
+from q8lightning.quantization.ops import dequantize_blockwise, fake_quantize, quantize_blockwise
+
+__all__ = [
+    "CheckpointPolicy",
+    "Codebook",
+    "NewerFormatError",
+    "QuantizationCallback",
+    "QuantizedCheckpointIO",
+    "QuantizedTensor",
+    "Rule",
+    "dequantize_blockwise",
+    "fake_quantize",
+    "keep_encoded",
+    "quantize_blockwise",
+]
+__version__ = "0.1.0"

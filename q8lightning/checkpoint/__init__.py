@@ -1,0 +1,1 @@
+"""Quantized checkpoints: the policy, the payload, and the door they are saved through."""

@@ -1,0 +1,1 @@
+"""Codebooks, codecs and operators: how a tensor becomes codes and back."""

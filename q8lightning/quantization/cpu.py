@@ -107,7 +107,7 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
 
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
-    codes, residual = torch.empty(2, flat.numel(), dtype=torch.uint8)
+    codes, residual = (torch.empty(flat.numel(), dtype=torch.uint8) for _ in range(2))
     scale = torch.empty(_blocks(flat.numel(), block_size))
     levels, scratch = _padded_levels(linear), _scratch(flat.numel(), 2)
     for elements, rows, width in _chunks(flat.numel(), block_size):

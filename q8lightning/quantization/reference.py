@@ -28,7 +28,7 @@ LOG_STEPS_PER_OCTAVE = 64
 was decoded finds the same codes in every dtype."""
 
 LOG_MARGIN = 2.0**-13
-"""How far the grid of the log codec reaches beyond the bounds, in octaves: four times what rounding can move a value."""
+"""How far the grid of the log codec reaches beyond the bounds, in octaves: four times what rounding moves a value."""
 
 
 class ErrorStatistics(NamedTuple):

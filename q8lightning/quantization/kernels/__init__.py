@@ -1,0 +1,1 @@
+"""Triton kernels; imported when the first CUDA tensor arrives."""

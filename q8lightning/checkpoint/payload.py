@@ -1,0 +1,161 @@
+"""The payload: an encoded tensor inside a checkpoint, which unpickles as an ordinary tensor.
+
+A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
+therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
+importing this module registers the function as safe. The import path of ``rebuild_v1`` and its arguments are a promise
+to every file ever written.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.codec import Codec
+
+FORMAT_VERSION = 1
+"""Raised whenever an older reader could misread what a newer writer wrote."""
+
+_KEEP_ENCODED: ContextVar[bool] = ContextVar("keep_encoded", default=False)
+
+
+class NewerFormatError(RuntimeError):
+    """The file was written by a version of q8lightning that this one does not understand."""
+
+    def __init__(self, found: object) -> None:
+        super().__init__(
+            f"this checkpoint has q8lightning format version {found}, but this installation reads up to"
+            f" {FORMAT_VERSION}; upgrade q8lightning to load it"
+        )
+
+
+class QuantizedTensor:
+    """A tensor as codes and scales; unpickles as the decoded tensor.
+
+    It is a plain object, neither a tensor nor a dataclass, so that code which maps functions over the tensors of a
+    checkpoint passes it by.
+
+    Attributes:
+        codec: How it was encoded.
+        parts: What :meth:`Codec.encode` returned for the elements in the order of memory: flat codes ``[numel]`` uint8,
+            scales float32, and the residual's codes if the codec has that stage.
+        shape: Shape of the decoded tensor.
+        stride: Its strides, in elements; dense, in any order of dimensions.
+        dtype: Its dtype.
+        name: Its path in the checkpoint, for messages.
+    """
+
+    __slots__ = ("codec", "dtype", "name", "parts", "shape", "stride")
+
+    def __init__(
+        self,
+        codec: Codec,
+        parts: tuple[Tensor, ...],
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        self.codec = codec
+        self.parts = parts
+        self.shape = shape
+        self.stride = stride
+        self.dtype = dtype
+        self.name = name
+
+    @classmethod
+    def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
+        """Encode a dense float tensor, which is left as it is.
+
+        Raises:
+            ValueError: If the elements of ``tensor`` overlap or leave gaps in memory.
+        """
+        if not is_dense(tensor):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
+                " encode tensor.contiguous()"
+            )
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        return cls(codec, codec.encode(flat), tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
+
+    def decode(self) -> Tensor:
+        """Return the decoded tensor, with shape, strides, dtype and device of the original."""
+        return self.codec.decode(self.parts, self.dtype).as_strided(self.shape, self.stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        header = {
+            "format_version": FORMAT_VERSION,
+            "codec": self.codec.name,
+            "block_size": self.codec.block_size,
+            "residual": self.codec.residual,
+            "shape": self.shape,
+            "stride": self.stride,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "name": self.name,
+        }
+        return rebuild_v1, (header, *self.parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
+        """Copy it encoded; the default would go through ``__reduce__`` and decode."""
+        parts = tuple(part.clone() for part in self.parts)
+        return QuantizedTensor(self.codec, parts, self.shape, self.stride, self.dtype, self.name)
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
+
+
+def rebuild_v1(header: dict[str, Any], *parts: Tensor) -> Tensor | QuantizedTensor:
+    """Return the tensor that a payload stands for; what every file of this format calls when it is loaded.
+
+    Args:
+        header: Primitives only: ``format_version``, ``codec``, ``block_size``, ``residual``, ``shape``, ``stride``,
+            ``dtype`` (without ``torch.``) and ``name``. Further keys are ignored.
+        parts: Codes, scales and, with a residual, its codes.
+
+    Raises:
+        NewerFormatError: If the payload's format version is newer than this reader.
+    """
+    if header["format_version"] > FORMAT_VERSION:
+        raise NewerFormatError(header["format_version"])
+    payload = QuantizedTensor(
+        Codec(header["codec"], header["block_size"], header["residual"]),
+        parts,
+        tuple(header["shape"]),
+        tuple(header["stride"]),
+        getattr(torch, header["dtype"]),
+        header["name"],
+    )
+    return payload if _KEEP_ENCODED.get() else payload.decode()
+
+
+torch.serialization.add_safe_globals([rebuild_v1])
+
+
+def __getattr__(name: str) -> Any:
+    """Say what is wrong when a file names a later rebuild function than this version has."""
+    if name.startswith("rebuild_v"):
+        raise NewerFormatError(name.removeprefix("rebuild_v"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@contextmanager
+def keep_encoded() -> Iterator[None]:
+    """Within this context, loading a checkpoint returns :class:`QuantizedTensor` objects instead of decoding them."""
+    token = _KEEP_ENCODED.set(True)
+    try:
+        yield
+    finally:
+        _KEEP_ENCODED.reset(token)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory once each, in whatever order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

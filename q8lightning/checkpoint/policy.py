@@ -1,0 +1,160 @@
+"""The policy: which tensor of a checkpoint gets which codec, as ordered rules over paths."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.codec import LOG, Codec
+
+NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
+"""Sections of a checkpoint that no rule reaches: what they hold is small and must come back exactly."""
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose path matches ``pattern`` get this codec.
+
+    Args:
+        pattern: Shell-style pattern over the whole path, such as ``state_dict.*`` or ``optimizer_states.*.exp_avg``;
+            ``*`` also matches dots.
+        codec: ``"log"``, a codebook's name, the levels of one, or None to store the tensor as it is.
+        block_size: Elements that share a scale; a power of two between 32 and 4096.
+        residual: Also store what the first stage lost, in a second byte; ``linear`` only.
+        parameter: Shell-style pattern over the name of the parameter that the tensor is or belongs to. Tensors whose
+            parameter is unknown match only ``*``.
+
+    Raises:
+        ValueError: If the codec is unknown or its options do not fit.
+    """
+
+    pattern: str
+    codec: str | Sequence[float] | None = None
+    block_size: int = 256
+    residual: bool = False
+    parameter: str = "*"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.codec, str | None):
+            object.__setattr__(self, "codec", get_codebook(self.codec).spec)
+        try:
+            self.resolve()
+        except ValueError as error:
+            raise ValueError(f"rule for {self.pattern!r}: {error}") from None
+
+    def resolve(self) -> Codec | None:
+        """Return the codec that this rule asks for, None for raw storage."""
+        if self.codec is None:
+            return None
+        assert isinstance(self.codec, str)
+        return Codec(self.codec, self.block_size, self.residual)
+
+    def matches(self, path: str, parameter: str | None) -> bool:
+        """Whether the rule applies to the tensor at ``path`` that is or belongs to ``parameter``."""
+        if not fnmatchcase(path, self.pattern):
+            return False
+        return self.parameter == "*" or (parameter is not None and fnmatchcase(parameter, self.parameter))
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """Ordered rules; the first that matches a tensor's path decides, and what none matches is stored as it is.
+
+    Whatever the rules say, these are never quantized: integers, bools and complex numbers, sparse tensors and tensor
+    subclasses, scalars, tensors under ``min_numel`` elements, the model's buffers (BatchNorm statistics), anything that
+    would not become smaller, learning-rate schedulers, loops, hyperparameters and the gradient scaler.
+
+    Args:
+        rules: Rules, or mappings of their arguments (as YAML gives them).
+        min_numel: Tensors with fewer elements are stored as they are.
+
+    Raises:
+        ValueError: If there is no rule with a codec, or a rule is wrong.
+
+    Example:
+        >>> policy = CheckpointPolicy([Rule("state_dict.head.*"), Rule("state_dict.*", "softsign")])
+        >>> policy.codec_for("state_dict.head.weight"), policy.codec_for("state_dict.body.weight").name
+        (None, 'softsign')
+    """
+
+    rules: Sequence[Rule | Mapping[str, Any]]
+    min_numel: int = 4096
+    _rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rules = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in self.rules)
+        if all(rule.codec is None for rule in rules):
+            raise ValueError(
+                f"a checkpoint policy has at least one rule with a codec, got {len(rules)} without;"
+                ' add Rule("state_dict.*", "softsign"), or pass checkpoint=None to quantize nothing'
+            )
+        if self.min_numel < 1:
+            raise ValueError(f"min_numel must be at least 1, got {self.min_numel}; the default is 4096")
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "_rules", rules)
+
+    @staticmethod
+    def of(policy: "str | CheckpointPolicy") -> "CheckpointPolicy":
+        """Return the preset of that name, or the policy itself.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if isinstance(policy, CheckpointPolicy):
+            return policy
+        if policy not in PRESETS:
+            raise ValueError(
+                f"checkpoint is a preset ({', '.join(PRESETS)}), a CheckpointPolicy or None, got {policy!r}"
+            )
+        return PRESETS[policy]
+
+    def codec_for(self, path: str, parameter: str | None = None) -> Codec | None:
+        """Return the codec of the first rule that matches, None for raw storage."""
+        if path.split(".", 1)[0] in NEVER:
+            return None
+        return next((rule.resolve() for rule in self._rules if rule.matches(path, parameter)), None)
+
+    def check_matches(self, parameters: Iterable[str]) -> None:
+        """Raise ValueError if no rule can ever quantize anything of a model with these parameters."""
+        names = list(parameters)
+        keys = {rule.pattern.rsplit(".", 1)[-1] for rule in self._rules}
+        keys = {*FIRST_MOMENTS, *SECOND_MOMENTS, *(key for key in keys if not set("*?[") & set(key))}
+        for name in names:
+            paths = [f"{section}.{name}" for section in ("state_dict", "current_model_state")]
+            paths += [f"optimizer_states.0.state.{index}.{key}" for index in (0, name) for key in keys]
+            if any(self.codec_for(path, name) for path in paths):
+                return
+        known = ("state_dict.", "current_model_state.", "optimizer_states.")
+        if any(rule.codec and not rule.pattern.startswith(known) for rule in self._rules):
+            return  # such sections are not known before the first save
+        patterns = ", ".join(repr(rule.pattern) for rule in self._rules if rule.codec)
+        raise ValueError(
+            f"the checkpoint policy matches no tensor of this model: patterns {patterns}; parameters"
+            f" {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; patterns match whole paths, such as"
+            " 'state_dict.encoder.*' or 'optimizer_states.*.exp_avg'"
+        )
+
+
+def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
+    return CheckpointPolicy(
+        [
+            # Without a module at hand (a bare QuantizedCheckpointIO) these names are all that tells a buffer.
+            Rule("*.running_mean"),
+            Rule("*.running_var"),
+            Rule("state_dict.*", **weights),
+            Rule("current_model_state.*", **weights),  # where WeightAveraging keeps the weights being trained
+            *(Rule(f"optimizer_states.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
+            *(Rule(f"optimizer_states.*.{key}", LOG, 128) for key in SECOND_MOMENTS),
+        ]
+    )
+
+
+PRESETS: dict[str, CheckpointPolicy] = {
+    "resume": _preset({"codec": "linear", "block_size": 256, "residual": True}),
+    "compact": _preset({"codec": "softsign", "block_size": 256}),
+}
+"""``resume``: weights to 16 bits of their block's range, the default. ``compact``: everything in about one byte."""

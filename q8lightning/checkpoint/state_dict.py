@@ -1,0 +1,220 @@
+"""Walk a checkpoint, apply the policy, return a new one; the one that came in is never changed."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, is_dense
+from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.quantization.codec import LOG, Codec
+
+SUMMARY_KEY = "q8lightning"
+"""Where a checkpoint says by what format it was written."""
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What a checkpoint does not say about the model it is of.
+
+    Attributes:
+        buffers: Names of the state dict's entries that are buffers, not parameters.
+        optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
+    """
+
+    buffers: frozenset[str] = frozenset()
+    optimizer_parameters: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    path: str
+    tensor: Tensor
+    codec: Codec | None
+
+
+def encode_checkpoint(
+    checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
+) -> dict[str, Any]:
+    """Return a copy of ``checkpoint`` in which the tensors that the policy selects are payloads.
+
+    Containers are copied only where something in them changes; keys, their order, ``_metadata`` and everything that is
+    not selected stay the same objects. A tensor that occurs twice becomes one payload that occurs twice. Tensors that
+    overlap others in memory without being the same, and tied ones whose paths ask for different codecs, are left as
+    they are, so that they stay tied. Tensors that the codec cannot hold are left as they are, with a warning.
+    """
+    leaves = list(_leaves(checkpoint, policy, names or _names_from(checkpoint)))
+    replacements = _replacements(leaves)
+    encoded = dict(_replace(checkpoint, replacements))
+    encoded[SUMMARY_KEY] = {"format_version": FORMAT_VERSION}
+    return encoded
+
+
+def _names_from(checkpoint: Mapping[str, Any]) -> ModelNames:
+    """Take what names the checkpoint has: those of optimizers that were made from named parameters."""
+    optimizers = checkpoint.get("optimizer_states", ())
+    return ModelNames(
+        optimizer_parameters=tuple(
+            tuple(name for group in state.get("param_groups", ()) for name in group.get("param_names", ()))
+            for state in optimizers
+            if isinstance(state, Mapping)
+        )
+    )
+
+
+def _leaves(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Iterator[_Leaf]:
+    for keys, tensor in _tensors(checkpoint, ()):
+        path = ".".join(map(str, keys))
+        parameter = _parameter_of(keys, names)
+        # WeightAveraging keeps a second state dict beside the first, with the same names.
+        is_buffer = keys[0] in ("state_dict", "current_model_state") and parameter in names.buffers
+        wanted = None if is_buffer or not _eligible(tensor, policy.min_numel) else policy.codec_for(path, parameter)
+        if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+            wanted = None
+        yield _Leaf(path, tensor, wanted)
+
+
+def _tensors(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, (*keys, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, (*keys, index))
+
+
+def _parameter_of(keys: tuple[Any, ...], names: ModelNames) -> str | None:
+    """Return the name of the parameter that a tensor is or belongs to, None if nobody knows."""
+    if keys[0] in ("state_dict", "current_model_state"):
+        return ".".join(map(str, keys[1:]))
+    if keys[0] == "optimizer_states" and len(keys) == 5 and keys[2] == "state":
+        _, optimizer, _, parameter, _ = keys
+        if isinstance(parameter, str):  # optimizer states of FSDP go by name
+            return parameter
+        known = names.optimizer_parameters[optimizer] if optimizer < len(names.optimizer_parameters) else ()
+        return known[parameter] if parameter < len(known) else None
+    return None
+
+
+def _eligible(tensor: Tensor, min_numel: int) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.is_floating_point()
+        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_neg()
+        and tensor.ndim > 0
+        and tensor.numel() >= min_numel
+        and is_dense(tensor)
+    )
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    """Identify what a tensor shows of its memory: equal for tied tensors only."""
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
+    """Return what to put in the place of each tensor that changes, by the tensor's id."""
+    strided = [leaf for leaf in leaves if leaf.tensor.layout == torch.strided and leaf.tensor.numel() > 0]
+    ordinary = [leaf for leaf in strided if type(leaf.tensor) in (Tensor, torch.nn.Parameter)]
+    storages: dict[Any, dict[tuple[Any, ...], list[_Leaf]]] = {}
+    for leaf in ordinary:
+        storage = (leaf.tensor.device, leaf.tensor.untyped_storage().data_ptr())
+        storages.setdefault(storage, {}).setdefault(_view(leaf.tensor), []).append(leaf)
+
+    replacements: dict[int, Any] = {}
+    refused: list[str] = []
+    for views in storages.values():
+        payloads = {
+            key: payload for key, leaves in _separate(views) if (payload := _encode(leaves, refused)) is not None
+        }
+        for key, group in views.items():
+            value: Any = payloads.get(key)
+            if value is None and payloads and len(views) > 1:
+                # A small neighbour in the same storage (a fused LSTM's bias): saved as a view, it would take all of the
+                # storage along.
+                value = group[0].tensor.detach().clone()
+            replacements |= {id(leaf.tensor): value for leaf in group if value is not None}
+    if refused:
+        warnings.warn(
+            "stored as they are, not quantized: " + "; ".join(refused) + ". The checkpoint is complete but larger;"
+            " values that are not finite usually mean that training has diverged",
+            stacklevel=2,
+        )
+    return replacements
+
+
+def _separate(views: dict[tuple[Any, ...], list[_Leaf]]) -> list[tuple[tuple[Any, ...], list[_Leaf]]]:
+    """Return the views of one storage if none overlaps another, else nothing."""
+    if len(views) > 1:
+        spans = sorted(_span(group[0].tensor) for group in views.values())
+        if any(start < end for (_, end), (start, _) in pairwise(spans)):
+            return []
+    return list(views.items())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _encode(leaves: list[_Leaf], refused: list[str]) -> QuantizedTensor | None:
+    """Encode the one tensor that all leaves share, or return None if it is to stay as it is."""
+    leaf = leaves[0]
+    if leaf.codec is None or any(other.codec != leaf.codec for other in leaves):
+        return None
+    payload = QuantizedTensor.encode(leaf.tensor, leaf.codec, leaf.path)
+    reason = _reason_to_refuse(leaf.tensor, payload)
+    if reason is not None:
+        refused.append(f"{leaf.path} ({reason})")
+        return None
+    return payload
+
+
+def _reason_to_refuse(tensor: Tensor, payload: QuantizedTensor) -> str | None:
+    """Say why the payload must not take the tensor's place, None if it may."""
+    codec, parts = payload.codec, payload.parts
+    if not bool(parts[1].isfinite().all()):
+        if not bool(tensor.isfinite().all()):
+            return "it holds NaN or infinity"
+        return "it holds a negative value" if codec.name == LOG else "its values exceed the range of float32"
+    if codec.unsigned and codec.name != LOG and bool((tensor < 0).any()):
+        return f"it holds a negative value, which {codec.name} has no code for"
+    if tensor.dtype == torch.float64 and codec.name == LOG and bool(((payload.decode() == 0) & (tensor != 0)).any()):
+        return "it holds a nonzero value that is zero in float32"
+    if tensor.dtype == torch.float16:
+        # The subnormal numbers of half precision lie further apart than some codes: rounding to them would make the
+        # next save find other codes.
+        again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
+        if not all(torch.equal(one, two) for one, two in zip(parts, again.parts, strict=True)):
+            return f"half precision is too coarse for {codec.name} at its magnitude"
+    return None
+
+
+def _replace(value: Any, replacements: Mapping[int, Any]) -> Any:
+    """Return ``value`` with tensors replaced, copying only the containers in which something changes."""
+    if isinstance(value, Tensor):
+        return replacements.get(id(value), value)
+    if isinstance(value, dict):
+        changed = {key: new for key, item in value.items() if (new := _replace(item, replacements)) is not item}
+        if not changed:
+            return value
+        result = copy.copy(value)  # keeps the subclass, and _metadata
+        result.update(changed)
+        return result
+    if type(value) in (list, tuple):
+        items = [_replace(item, replacements) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        make: Callable[[list[Any]], Any] = type(value)
+        return make(items)
+    return value
