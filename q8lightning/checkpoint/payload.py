@@ -6,6 +6,7 @@ importing this module registers the function as safe. The import path of ``rebui
 to every file ever written.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codec import LOG, Codec
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -40,27 +41,28 @@ class QuantizedTensor:
 
     Attributes:
         codec: How it was encoded.
-        parts: What :meth:`Codec.encode` returned for the elements in the order of memory: flat codes ``[numel]`` uint8,
-            scales float32, and the residual's codes if the codec has that stage.
+        data: ``[nbytes]`` uint8, the scales' bytes, then the codes of the elements in the order of memory, then the
+            residual's codes if the codec has that stage. One tensor, because every storage costs a file some hundred
+            bytes.
         shape: Shape of the decoded tensor.
         stride: Its strides, in elements; dense, in any order of dimensions.
         dtype: Its dtype.
         name: Its path in the checkpoint, for messages.
     """
 
-    __slots__ = ("codec", "dtype", "name", "parts", "shape", "stride")
+    __slots__ = ("codec", "data", "dtype", "name", "shape", "stride")
 
     def __init__(
         self,
         codec: Codec,
-        parts: tuple[Tensor, ...],
+        data: Tensor,
         shape: tuple[int, ...],
         stride: tuple[int, ...],
         dtype: torch.dtype,
         name: str,
     ) -> None:
         self.codec = codec
-        self.parts = parts
+        self.data = data
         self.shape = shape
         self.stride = stride
         self.dtype = dtype
@@ -79,7 +81,17 @@ class QuantizedTensor:
                 " encode tensor.contiguous()"
             )
         flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        return cls(codec, codec.encode(flat), tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
+        codes, scales, *residual = codec.encode(flat)
+        data = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
+        return cls(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
+        numel = math.prod(self.shape)
+        scales = self.data[: self.codec.scale_bytes(numel)].view(torch.float32)
+        codes = self.data[scales.nbytes :].split(numel)
+        return codes[0], scales.view(-1, 2) if self.codec.name == LOG else scales, *codes[1:]
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original."""
@@ -88,7 +100,7 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(part.nbytes for part in self.parts)
+        return self.data.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = {
@@ -101,24 +113,23 @@ class QuantizedTensor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "name": self.name,
         }
-        return rebuild_v1, (header, *self.parts)
+        return rebuild_v1, (header, self.data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
         """Copy it encoded; the default would go through ``__reduce__`` and decode."""
-        parts = tuple(part.clone() for part in self.parts)
-        return QuantizedTensor(self.codec, parts, self.shape, self.stride, self.dtype, self.name)
+        return QuantizedTensor(self.codec, self.data.clone(), self.shape, self.stride, self.dtype, self.name)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
 
 
-def rebuild_v1(header: dict[str, Any], *parts: Tensor) -> Tensor | QuantizedTensor:
+def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:
     """Return the tensor that a payload stands for; what every file of this format calls when it is loaded.
 
     Args:
         header: Primitives only: ``format_version``, ``codec``, ``block_size``, ``residual``, ``shape``, ``stride``,
             ``dtype`` (without ``torch.``) and ``name``. Further keys are ignored.
-        parts: Codes, scales and, with a residual, its codes.
+        data: Scales and codes; see :class:`QuantizedTensor`.
 
     Raises:
         NewerFormatError: If the payload's format version is newer than this reader.
@@ -127,7 +138,7 @@ def rebuild_v1(header: dict[str, Any], *parts: Tensor) -> Tensor | QuantizedTens
         raise NewerFormatError(header["format_version"])
     payload = QuantizedTensor(
         Codec(header["codec"], header["block_size"], header["residual"]),
-        parts,
+        data,
         tuple(header["shape"]),
         tuple(header["stride"]),
         getattr(torch, header["dtype"]),

@@ -83,5 +83,8 @@ class Codec:
 
     def encoded_bytes(self, numel: int) -> int:
         """Return how many bytes the codes and scales of ``numel`` elements take."""
-        blocks = -(-numel // self.block_size)
-        return numel * (2 if self.residual else 1) + blocks * (8 if self.name == LOG else 4)
+        return numel * (2 if self.residual else 1) + self.scale_bytes(numel)
+
+    def scale_bytes(self, numel: int) -> int:
+        """Return how many bytes of these are scales."""
+        return -(-numel // self.block_size) * (8 if self.name == LOG else 4)
