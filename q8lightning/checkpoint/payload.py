@@ -90,7 +90,7 @@ class QuantizedTensor:
         """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
         numel = math.prod(self.shape)
         scales = self.data[: self.codec.scale_bytes(numel)].view(torch.float32)
-        codes = self.data[scales.nbytes :].split(numel)
+        codes = torch.split(self.data[scales.nbytes :], numel)
         return codes[0], scales.view(-1, 2) if self.codec.name == LOG else scales, *codes[1:]
 
     def decode(self) -> Tensor:

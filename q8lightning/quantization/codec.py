@@ -59,6 +59,7 @@ class Codec:
             uint8; scales float32 in the units of ``x``, ``[blocks]``, or ``[blocks, 2]`` for ``log``. The scales of a
             block that cannot be encoded (NaN, infinity; a negative value under ``log``) are not finite.
         """
+        x = x.detach()
         if self.name == LOG:
             codes, scales = ops.quantize_log(x, self.block_size)
         elif self.residual:

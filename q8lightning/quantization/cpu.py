@@ -41,11 +41,11 @@ def _scale(blocks: Tensor, end: int, spare: Tensor) -> Tensor:
     """As ``reference.block_scale``, with the magnitudes in ``spare``."""
     absmax = torch.abs(blocks, out=spare).amax(dim=1)
     scale = absmax.masked_fill_(absmax < reference.SMALLEST_NORMAL, 0.0)
-    return torch.where(blocks.amax(dim=1) == scale, end * scale, -end * scale) if end else scale
+    return torch.where(blocks.amax(dim=1) == scale, end * scale, -end * scale).add_(0.0) if end else scale
 
 
 def _search(y: Tensor, codebook: Codebook) -> Tensor:
-    """Return the number of thresholds below each element of ``y``, as integral float32 or int32; overwrites ``y``."""
+    """Return the number of thresholds below each element of ``y``, int32; overwrites ``y``."""
     if codebook.closed_form is not None:
         return codebook.closed_form(y)
     cells, flat = codebook.cells, y.view(-1)
@@ -54,6 +54,11 @@ def _search(y: Tensor, codebook: Codebook) -> Tensor:
     for step in (2**i for i in reversed(range(cells.rounds))):
         code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
     return code.view(y.shape)
+
+
+def _integers(x: Tensor, zero: int) -> Tensor:
+    """As ``reference.round_to_code``, int32; overwrites ``x``."""
+    return x.add_(reference.ROUNDING + zero).view(torch.int32).bitwise_and_(0xFF)
 
 
 def _padded_levels(codebook: Codebook) -> Tensor:
@@ -121,8 +126,8 @@ def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
         per_unit = reference.reciprocal(part)[:, None]
         codes[elements] = _search(torch.mul(blocks, per_unit, out=spare), linear).view(-1)
         _decode(codes[elements], levels, part, spare.view(-1), spare.view(-1), left.view(-1))
-        torch.sub(blocks, left, out=left).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR)
-        residual[elements] = _search(left, linear).clamp_(1, 253).view(-1)
+        torch.sub(blocks, left, out=left).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
+        residual[elements] = _integers(left, zero=127).clamp_(1, 253).view(-1)
     return codes.view(x.shape), residual.view(x.shape), scale
 
 
@@ -137,7 +142,7 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
             continue
         spare, one, two = scratch[:, : first.numel()]
         _decode(first, levels, part, spare, one, one)
-        _decode(second, levels, part / reference.RESIDUAL_DIVISOR, spare, two, two)
+        _decode(second, levels, reference.divide(part, reference.RESIDUAL_DIVISOR), spare, two, two)
         values[elements] = one.add_(two)
     return values.view(codes.shape)
 
@@ -150,7 +155,7 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
         log, spare = scratch[:, : blocks.numel()].view(2, -1, width)
-        low, high = blocks.amin(dim=1), blocks.amax(dim=1)
+        low, high = blocks.amin(dim=1), blocks.amax(dim=1) + 0.0  # no negative zero
         if not bool(((low >= 0) & high.isfinite()).all()):  # a NaN is not >= 0
             part, bounds[rows] = reference.quantize_log(blocks, width)
             codes[elements] = part.view(-1)
@@ -160,48 +165,47 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
             low.masked_fill_(low.isinf(), 0.0)
         bounds[rows] = torch.stack([low, high], dim=1)
-        start, step = reference.log_grid(bounds[rows])
-        _pseudo_log2(blocks.view(torch.int32), log, spare)
-        log.sub_(start[:, None]).mul_((1.0 / step)[:, None]).add_(1.5)
+        grid = reference.log_grid(bounds[rows])
+        pattern, integer = blocks.view(torch.int32), spare.view(torch.int32)
+        mantissa = torch.bitwise_and(pattern, reference.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
+        _polynomial(mantissa.view(torch.float32), 0.0, *reference.LOG2_POLYNOMIAL, out=log)
+        log.add_(spare.copy_(torch.sub(pattern, bounds[rows].view(torch.int32)[:, :1], out=integer)))
+        log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None])
+        code = _integers(log, zero=1)
         if has_zeros:
-            log.mul_(torch.sign(blocks, out=spare))
-        codes[elements] = log.view(-1)  # the conversion truncates
+            code.mul_(integer.copy_(torch.sign(blocks, out=spare)))
+        codes[elements] = code.view(-1)
     return codes.view(x.shape), bounds
 
 
-def _pseudo_log2(bits: Tensor, out: Tensor, spare: Tensor) -> None:
-    """As ``reference.pseudo_log2``, from bit patterns (int32) into ``out``, all of one shape."""
-    integer = spare.view(torch.int32)
-    out.copy_(torch.bitwise_and(bits, 0x7FFFFF, out=integer)).mul_(2.0**-23)
-    out.mul_(torch.sub(4.0, out, out=spare)).mul_(1.0 / 3.0)
-    out.add_(spare.copy_(torch.bitwise_right_shift(bits, 23, out=integer)))
+def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -> None:
+    """Write ``constant + x (c0 + x (c1 + ...))`` into ``out``, one rounding an operation."""
+    *rest, last = coefficients
+    torch.mul(x, last, out=out)
+    for coefficient in reversed(rest):
+        out.add_(coefficient).mul_(x)
+    if constant:
+        out.add_(constant)
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
     values = torch.empty(flat.numel(), dtype=dtype)
-    start, step = reference.log_grid(bounds)
+    grid = reference.log_grid(bounds)
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
-    scratch = _scratch(flat.numel(), 3)
+    scratch = _scratch(flat.numel(), 4)
     for elements, rows, width in _chunks(flat.numel(), block_size):
-        code, t, spare = scratch[:, : flat[elements].numel()].view(3, -1, width)
+        code, position, spare, power = scratch[:, : flat[elements].numel()].view(torch.int32).view(4, -1, width)
         code.copy_(flat[elements].view(-1, width))
-        torch.sub(code, 1.0, out=t).mul_(step[rows, None]).add_(start[rows, None])
-        pattern = _pseudo_exp2(t, spare)
+        torch.mul(code, grid.step[rows, None], out=position).add_(grid.origin[rows, None])
+        fraction = torch.bitwise_and(position, reference.OCTAVE - 1, out=spare).bitwise_or_(0x3F800000)
+        octave = position.bitwise_and_(-reference.OCTAVE)
+        _polynomial(fraction.view(torch.float32), *reference.EXP2_POLYNOMIAL, out=power.view(torch.float32))
+        pattern = octave.add_(power.sub_(0x3F800000))
         torch.maximum(pattern, low[rows, None], out=pattern)
         torch.minimum(pattern, high[rows, None], out=pattern)
-        values[elements] = pattern.view(torch.float32).mul_(code.clamp_(max=1.0)).view(-1)
+        values[elements] = pattern.mul_(code.clamp_(max=1)).view(torch.float32).view(-1)
     return values.view(codes.shape)
-
-
-def _pseudo_exp2(t: Tensor, spare: Tensor) -> Tensor:
-    """As ``reference.pseudo_exp2``; the pattern takes the place of ``t``."""
-    exponent = torch.floor(t, out=spare)
-    mantissa = t.sub_(exponent).mul_(3.0)
-    torch.sub(4.0, mantissa, out=mantissa).sqrt_()
-    torch.sub(2.0, mantissa, out=mantissa).mul_(2.0**23).round_()
-    pattern = exponent.view(torch.int32).copy_(exponent).mul_(2**23)
-    return pattern.add_(mantissa.view(torch.int32).copy_(mantissa))
 
 
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

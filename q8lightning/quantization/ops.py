@@ -191,7 +191,7 @@ def quantize_blockwise(
         _check_buffer(out, "out", A.shape, torch.uint8, A.device)
     if absmax is not None:
         _check_buffer(absmax, "absmax", [blocks], torch.float32, A.device)
-    codes, scale = quantize(A, spec, blocksize)
+    codes, scale = quantize(A.detach(), spec, blocksize)
     return codes if out is None else out.copy_(codes), scale if absmax is None else absmax.copy_(scale)
 
 

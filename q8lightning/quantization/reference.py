@@ -23,12 +23,28 @@ RESIDUAL_DIVISOR = 253.0
 """The residual's scale is the first scale over this odd number, a little above half a step of the linear codebook, so
 that no decoded value lies on a threshold of the first stage."""
 
-LOG_STEPS_PER_OCTAVE = 64
+OCTAVE = 2**23
+"""An octave in steps of float32 patterns (int32): the log codec measures logarithms of ratios in this unit."""
+
+FINEST_LOG_STEP = OCTAVE // 64
 """The log codec never makes finer steps than this: they stay wider than the rounding of bfloat16, so that encoding what
 was decoded finds the same codes in every dtype."""
 
-LOG_MARGIN = 2.0**-13
-"""How far the grid of the log codec reaches beyond the bounds, in octaves: four times what rounding moves a value."""
+LOG_MARGIN = OCTAVE // 2**11
+"""How far the grid of the log codec reaches beyond the bounds: half again what both polynomials are off together."""
+
+LOG2_POLYNOMIAL = tuple(
+    coefficient * OCTAVE
+    for coefficient in (3.086380803547289, -2.1341324490235065, 0.6497106193726988, -0.0821305194723773)
+)
+"""``M (c0 + M (c1 + M (c2 + M c3)))`` is ``log2(M) - M`` for M in [1, 2), plus a constant, in patterns: a minimax fit,
+1.2e-4 octaves off at most and continuous from octave to octave."""
+
+EXP2_POLYNOMIAL = (0.4526153571554752, 0.4776128968344331, -0.008496220273731037, 0.07826796628382286)
+"""``c0 + F (c1 + F (c2 + F c3))`` is ``2**(F - 1)`` for F in [1, 2), 1.5e-4 octaves off at most."""
+
+ROUNDING = 2.0**23
+"""Adding this to a float32 in [0, 2**23] leaves the nearest integer, ties to even, in the low bits of the pattern."""
 
 
 class ErrorStatistics(NamedTuple):
@@ -76,12 +92,17 @@ def block_scale(blocks: Tensor, end: int = 0) -> Tensor:
     scale = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
     if end == 0:
         return scale
-    return torch.where(blocks.amax(dim=1) == absmax, end * scale, -end * scale)
+    return torch.where(blocks.amax(dim=1) == absmax, end * scale, -end * scale) + 0.0  # no negative zero
 
 
 def reciprocal(scale: Tensor) -> Tensor:
     """Return 1 / scale in float32, and 0 where the scale is 0 or not finite."""
     return torch.where((scale == 0) | ~scale.isfinite(), 0.0, 1.0 / scale)
+
+
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """Return ``x / divisor`` correctly rounded; torch multiplies by the reciprocal of a number on CUDA."""
+    return x / torch.full_like(x, divisor)
 
 
 def _search(y: Tensor, codebook: Codebook, scale: Tensor) -> Tensor:
@@ -127,8 +148,8 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Encode with the linear codebook, then encode what is left with it again, at a 253rd of the scale.
 
-    The codes of the residual stay within 126 steps of its zero, so that the sum never reaches a threshold of the first
-    stage and encoding it again gives the same codes.
+    A step of the residual is ``scale / (253 * 127)``. Its codes stay within 126 steps of its zero, so that the sum
+    never reaches a threshold of the first stage and encoding it again gives the same codes.
 
     Returns:
         codes and residual codes, ``[*shape]`` uint8 each, and scale ``[ceil(numel / block_size)]`` float32.
@@ -136,8 +157,8 @@ def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
     linear = BUILTIN["linear"]
     codes, scale = quantize(x, linear, block_size)
     left = to_blocks(x, block_size) - to_blocks(dequantize(codes, scale, linear, block_size, torch.float32), block_size)
-    y = left * reciprocal(scale)[:, None] * RESIDUAL_DIVISOR
-    residual = _search(y, linear, scale).clamp(1, 253)
+    residual = round_to_code(left * reciprocal(scale)[:, None] * (RESIDUAL_DIVISOR * 127), zero=127).clamp(1, 253)
+    residual = torch.where(scale.isfinite()[:, None], residual, 127)
     return codes, from_blocks(residual, x, torch.uint8), scale
 
 
@@ -145,50 +166,73 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
     """Return the sum of both stages, ``[*codes.shape]`` of ``dtype``."""
     linear = BUILTIN["linear"]
     first = dequantize(codes, scale, linear, block_size, torch.float32)
-    second = dequantize(residual, scale / RESIDUAL_DIVISOR, linear, block_size, torch.float32)
+    second = dequantize(residual, divide(scale, RESIDUAL_DIVISOR), linear, block_size, torch.float32)
     return (first + second).to(dtype)
 
 
-def pseudo_log2(x: Tensor) -> Tensor:
-    """Return ``e + m (4 - m) / 3`` for ``x = 2**(e - 127) (1 + m)``, within 0.01 of ``127 + log2(x)``; 0 for 0.
-
-    Its slope stays between 0.924 and 1.040 of the logarithm's. It needs no transcendental function, so that all
-    processors agree on every bit, and it goes on below the smallest normal number (``e = 0``, ``m`` its mantissa).
-    """
-    bits = x.view(torch.int32)
-    exponent = (bits >> 23).float()
-    mantissa = (bits & 0x7FFFFF).float() * 2.0**-23
-    return exponent + mantissa * (4.0 - mantissa) * (1.0 / 3.0)
+def round_to_code(x: Tensor, zero: int) -> Tensor:
+    """Return ``x + zero`` rounded once to an integer, ties to even, as float32; ``x + zero`` in [0, 2**22]."""
+    return (x + (ROUNDING + zero)) - ROUNDING
 
 
-def pseudo_exp2(t: Tensor) -> Tensor:
-    """Return the bit pattern (int32) of the float32 whose :func:`pseudo_log2` is ``t``, up to rounding."""
-    exponent = t.floor()
-    mantissa = 2.0 - torch.sqrt(4.0 - (t - exponent) * 3.0)
-    return exponent.to(torch.int32) * 2**23 + torch.round(mantissa * 2.0**23).to(torch.int32)
-
-
-def log_grid(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the codes of a block lie on the scale of :func:`pseudo_log2`.
+def log2_correction(pattern: Tensor) -> Tensor:
+    """Return what has to be added to a float's pattern to make it a logarithm, in float32 patterns, up to a constant.
 
     Args:
-        bounds: ``[blocks, 2]`` float32, the smallest positive and the largest value of each block.
-
-    Returns:
-        The position of code 1 and the distance between codes, ``[blocks]`` float32. The grid reaches beyond both bounds
-        by more than rounding can move a value, so that clamping to the bounds returns them exactly.
+        pattern: int32 bit patterns of floats that are not negative.
     """
-    low, high = pseudo_log2(bounds.contiguous()).unbind(dim=1)
-    steps = ((high - low) * LOG_STEPS_PER_OCTAVE).floor().clamp(1, 254)
-    return low - LOG_MARGIN, (high - low + 2 * LOG_MARGIN) / steps
+    mantissa = ((pattern & (OCTAVE - 1)) | 0x3F800000).view(torch.float32)
+    c0, c1, c2, c3 = LOG2_POLYNOMIAL
+    return mantissa * (mantissa * (mantissa * (mantissa * c3 + c2) + c1) + c0)
+
+
+def exp2_pattern(position: Tensor) -> Tensor:
+    """Return the pattern (int32) of the float whose pattern plus correction, less the one at 1.0, is ``position``."""
+    fraction = ((position & (OCTAVE - 1)) | 0x3F800000).view(torch.float32)
+    c0, c1, c2, c3 = EXP2_POLYNOMIAL
+    power = fraction * (fraction * (fraction * c3 + c2) + c1) + c0
+    return (position & -OCTAVE) + (power.view(torch.int32) - 0x3F800000)
+
+
+class LogGrid(NamedTuple):
+    """Where the codes of each block lie, ``[blocks]`` each; distances are logarithms in patterns.
+
+    Attributes:
+        offset: float32; minus the correction of the smallest value.
+        codes_per_pattern: float32; the reciprocal of the distance between codes.
+        origin: int32; the position of code 0, were it on the grid.
+        step: int32; from code to code when decoding.
+    """
+
+    offset: Tensor
+    codes_per_pattern: Tensor
+    origin: Tensor
+    step: Tensor
+
+
+def log_grid(bounds: Tensor) -> LogGrid:
+    """Lay the grid from the smallest positive to the largest value of each block (``bounds``: ``[blocks, 2]`` float32).
+
+    When decoding, it reaches beyond both by more than the approximations can move a value, so that clamping to the
+    bounds returns them exactly.
+    """
+    low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
+    correction = log2_correction(low)
+    span = (high - low).float() + (log2_correction(high) - correction)
+    steps = (span * (1.0 / FINEST_LOG_STEP)).floor().clamp(1, 254)
+    step = ((span + 2.0 * LOG_MARGIN) / steps).round().to(torch.int32)
+    first = low + (correction - sum(LOG2_POLYNOMIAL)).round().to(torch.int32) - LOG_MARGIN
+    return LogGrid(-correction, steps / span.clamp(min=1.0), first - step, step)
 
 
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Encode values that are never negative at equal steps of their logarithm; for second moments.
 
-    Code 0 is exactly zero; codes from 1 on are equal steps of :func:`pseudo_log2` from the smallest positive to the
-    largest value of the block, 254 of them or fewer if they would be finer than 1/64 octave. Both ends come back
-    exactly and a nonzero value never decodes to zero (float64 values that are zero in float32 aside).
+    Code 0 is exactly zero; codes from 1 on are equal steps of log2 from the smallest positive to the largest value of
+    the block, 254 of them or fewer if they would be finer than 1/64 octave. Both ends come back exactly and a nonzero
+    value never decodes to zero (float64 values that are zero in float32 aside). The logarithm is a polynomial of the
+    mantissa added to the bit pattern, so that all processors agree on every bit; below the smallest normal number,
+    where patterns are linear, so are the steps.
 
     Returns:
         codes ``[*shape]`` uint8, and bounds ``[ceil(numel / block_size), 2]`` float32, the smallest positive and the
@@ -198,24 +242,26 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = to_blocks(x, block_size)
     positive = blocks > 0
     low = torch.where(positive, blocks, torch.inf).amin(dim=1)
-    bounds = torch.stack([torch.where(positive.any(dim=1), low, 0.0), blocks.amax(dim=1).clamp(min=0.0)], dim=1)
+    bounds = torch.stack([torch.where(positive.any(dim=1), low, 0.0), blocks.amax(dim=1).clamp(min=0.0) + 0.0], dim=1)
     wrong = (~blocks.isfinite() | (blocks < 0)).any(dim=1)
     bounds = torch.where(wrong[:, None], torch.nan, bounds)
 
-    start, step = log_grid(bounds)
-    code = ((pseudo_log2(blocks) - start[:, None]) * (1.0 / step)[:, None] + 1.5).floor()
+    grid = log_grid(bounds)
+    pattern = torch.where(positive, blocks, 0.0).view(torch.int32)
+    distance = (pattern - bounds.view(torch.int32)[:, :1]).float() + log2_correction(pattern)
+    code = round_to_code((distance + grid.offset[:, None]) * grid.codes_per_pattern[:, None], zero=1)
     code = torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0))
     return from_blocks(code, x, torch.uint8), bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the values of :func:`quantize_log`, ``[*codes.shape]`` of ``dtype``; NaN where the bounds are."""
-    code = to_blocks(codes, block_size)
-    start, step = log_grid(bounds)
-    pattern = pseudo_exp2((code - 1.0) * step[:, None] + start[:, None])
+    code = to_blocks(codes, block_size).to(torch.int32)
+    grid = log_grid(bounds)
+    pattern = exp2_pattern(code * grid.step[:, None] + grid.origin[:, None])
     low, high = bounds.contiguous().view(torch.int32)[:, :, None].unbind(dim=1)  # patterns order as their floats do
-    values = torch.minimum(torch.maximum(pattern, low), high).view(torch.float32)
-    return from_blocks(values * code.clamp(max=1.0), codes, dtype)
+    values = torch.minimum(torch.maximum(pattern, low), high) * code.clamp(max=1)
+    return from_blocks(values.view(torch.float32), codes, dtype)
 
 
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +276,7 @@ def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]
     """
     blocks = to_blocks(x, block_size)
     low, high = blocks.amin(dim=1).clamp(max=0.0), blocks.amax(dim=1).clamp(min=0.0)
-    scale = high / 255.0 - low / 255.0
+    scale = divide(high, 255.0) - divide(low, 255.0)
     scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     per_unit = reciprocal(scale)

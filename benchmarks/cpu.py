@@ -1,0 +1,130 @@
+"""How fast the codecs are on CPU tensors, beside bitsandbytes' CPU kernels for its dynamic map.
+
+    python benchmarks/cpu.py [--threads 2] [--numel 2**24] [--repeats 9] [--chunk]
+
+Prints million values a second, medians over rounds in which every row is timed once, so that all rows see the same
+machine. Every codec is compared with the reference before it is timed. ``--chunk`` compares chunk sizes instead.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from q8lightning.quantization import cpu, reference
+from q8lightning.quantization.codebook import get_codebook
+
+console = Console(width=100)
+CUSTOM = [-1.0, -0.7, -0.11, -0.1, 0.0, 0.05, 0.3, 0.31, 0.9, 1.0]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def codecs(x: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Return, for each row, a function that quantizes ``x`` and one that dequantizes what came out."""
+    rows = {}
+    for name in ("linear", "softsign", "dynamic", "normal_float4", "fp8_e4m3", "custom, 10 levels"):
+        book = get_codebook(CUSTOM if name.startswith("custom") else name)
+        codes, scale = cpu.quantize(x, book, 256)
+        sample = x[:100_003]
+        for ours, theirs in zip(cpu.quantize(sample, book, 256), reference.quantize(sample, book, 256), strict=True):
+            assert torch.equal(ours, theirs), name
+        rows[f"{name}, block 256"] = (
+            lambda book=book: cpu.quantize(x, book, 256),
+            lambda book=book, codes=codes, scale=scale: cpu.dequantize(codes, scale, book, 256, torch.float32),
+        )
+    residual = cpu.quantize_residual(x, 256)
+    rows["linear + residual, block 256"] = (
+        lambda: cpu.quantize_residual(x, 256),
+        lambda: cpu.dequantize_residual(*residual, 256, torch.float32),
+    )
+    squares = x.square()
+    log = cpu.quantize_log(squares, 128)
+    assert torch.equal(cpu.quantize_log(squares[:100_003], 128)[0], reference.quantize_log(squares[:100_003], 128)[0])
+    rows["log, block 128"] = (
+        lambda: cpu.quantize_log(squares, 128),
+        lambda: cpu.dequantize_log(*log, 128, torch.float32),
+    )
+    affine = cpu.quantize_affine(x, 256)
+    rows["affine (zero-point), block 256"] = (
+        lambda: cpu.quantize_affine(x, 256),
+        lambda: cpu.dequantize_affine(*affine, 256, torch.float32),
+    )
+    return rows
+
+
+def competitor(x: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    try:
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+    except ImportError:
+        console.print("bitsandbytes is not installed (pip install bitsandbytes): no comparison")
+        return {}
+    codes, state = quantize_blockwise(x, blocksize=256)
+    return {
+        "bitsandbytes dynamic, block 256": (
+            lambda: quantize_blockwise(x, blocksize=256),
+            lambda: dequantize_blockwise(codes, state),
+        )
+    }
+
+
+def measure(x: torch.Tensor, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return million values a second of (quantize, dequantize) for each row."""
+    rows = competitor(x) | codecs(x)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in rows}
+    for _ in range(repeats + 1):
+        for name, functions in rows.items():
+            for record, function in zip(times[name], functions, strict=True):
+                record.append(seconds(function))
+    millions = x.numel() / 1e6
+    return {name: tuple(millions / statistics.median(r[1:]) for r in both) for name, both in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--numel", type=int, default=2**24)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--chunk", action="store_true", help="compare chunk sizes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    x = torch.randn(arguments.numel, generator=torch.Generator().manual_seed(0))
+
+    results = {}
+    for exponent in range(15, 21) if arguments.chunk else [None]:
+        if exponent is not None:
+            cpu.CHUNK = 2**exponent
+        results[exponent] = measure(x, arguments.repeats)
+
+    table = Table(
+        title=f"{arguments.numel:,} float32 values, {arguments.threads} threads, torch {torch.__version__},"
+        f" {platform.processor() or platform.machine()}; million values a second",
+        width=100,
+    )
+    table.add_column("codec")
+    for exponent in results:
+        label = "" if exponent is None else f"2^{exponent} "
+        table.add_column(f"{label}quantize", justify="right")
+        table.add_column(f"{label}dequantize", justify="right")
+    base = results[None].get("bitsandbytes dynamic, block 256") if None in results else None
+    for name in next(iter(results.values())):
+        cells = []
+        for result in results.values():
+            for column, speed in enumerate(result[name]):
+                ratio = f"  ({speed / base[column]:.2f}x)" if base else ""
+                cells.append(f"{speed:.0f}{ratio}")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
