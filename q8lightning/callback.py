@@ -74,7 +74,7 @@ def _names(trainer: pl.Trainer) -> ModelNames:
     module = trainer.lightning_module
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return ModelNames(
-        buffers=frozenset(name for name, _ in module.named_buffers(remove_duplicate=False)),
+        parameters=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
         optimizer_parameters=tuple(
             tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
             for optimizer in trainer.optimizers

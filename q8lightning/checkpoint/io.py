@@ -5,8 +5,9 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
@@ -25,8 +26,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write ``checkpoint`` to ``path``; see :func:`q8lightning.checkpoint.writer.write_checkpoint`."""
-        if storage_options is None and _is_local_file_protocol(str(path)):
-            write_checkpoint(checkpoint, str(path).removeprefix("file://"))
+        filesystem, local_path = url_to_fs(str(path))
+        if storage_options is None and isinstance(filesystem, LocalFileSystem):
+            write_checkpoint(checkpoint, local_path)
         else:
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
 

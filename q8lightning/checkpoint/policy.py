@@ -106,9 +106,10 @@ class CheckpointPolicy:
         """
         if isinstance(policy, CheckpointPolicy):
             return policy
-        if policy not in PRESETS:
+        if not isinstance(policy, str) or policy not in PRESETS:
             raise ValueError(
-                f"checkpoint is a preset ({', '.join(PRESETS)}), a CheckpointPolicy or None, got {policy!r}"
+                f"checkpoint must be a preset ({', '.join(PRESETS)}) or a CheckpointPolicy, got {policy!r};"
+                " rules go into CheckpointPolicy([Rule(...), ...])"
             )
         return PRESETS[policy]
 
@@ -128,9 +129,16 @@ class CheckpointPolicy:
             paths += [f"optimizer_states.0.state.{index}.{key}" for index in (0, name) for key in keys]
             if any(self.codec_for(path, name) for path in paths):
                 return
+        if not names:
+            return
         known = ("state_dict.", "current_model_state.", "optimizer_states.")
-        if any(rule.codec and not rule.pattern.startswith(known) for rule in self._rules):
-            return  # such sections are not known before the first save
+        if any(
+            rule.codec
+            and not rule.pattern.startswith(known)
+            and not any(fnmatchcase(name, rule.pattern) for name in names)  # a path was meant, a name was given
+            for rule in self._rules
+        ):
+            return  # a section that is not known before the first save
         patterns = ", ".join(repr(rule.pattern) for rule in self._rules if rule.codec)
         raise ValueError(
             f"the checkpoint policy matches no tensor of this model: patterns {patterns}; parameters"

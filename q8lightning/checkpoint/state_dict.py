@@ -13,6 +13,10 @@ from torch import Tensor
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, is_dense
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.reference import SMALLEST_NORMAL
+
+WEIGHTS = ("state_dict", "current_model_state")
+"""Sections that hold a model's state dict; the second is where WeightAveraging keeps the weights being trained."""
 
 SUMMARY_KEY = "q8lightning"
 """Where a checkpoint says by what format it was written."""
@@ -23,11 +27,12 @@ class ModelNames:
     """What a checkpoint does not say about the model it is of.
 
     Attributes:
-        buffers: Names of the state dict's entries that are buffers, not parameters.
+        parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
+            state) is left alone, unless it holds none of these names, as when a hook renames them.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
     """
 
-    buffers: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
     optimizer_parameters: tuple[tuple[str, ...], ...] = ()
 
 
@@ -68,12 +73,13 @@ def _names_from(checkpoint: Mapping[str, Any]) -> ModelNames:
 
 
 def _leaves(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Iterator[_Leaf]:
+    known = {section for section in WEIGHTS if not names.parameters.isdisjoint(checkpoint.get(section, ()))}
     for keys, tensor in _tensors(checkpoint, ()):
         path = ".".join(map(str, keys))
         parameter = _parameter_of(keys, names)
-        # WeightAveraging keeps a second state dict beside the first, with the same names.
-        is_buffer = keys[0] in ("state_dict", "current_model_state") and parameter in names.buffers
-        wanted = None if is_buffer or not _eligible(tensor, policy.min_numel) else policy.codec_for(path, parameter)
+        wanted = None
+        if _eligible(tensor, policy.min_numel) and not (keys[0] in known and parameter not in names.parameters):
+            wanted = policy.codec_for(path, parameter)
         if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
             wanted = None
         yield _Leaf(path, tensor, wanted)
@@ -92,24 +98,33 @@ def _tensors(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...
 
 def _parameter_of(keys: tuple[Any, ...], names: ModelNames) -> str | None:
     """Return the name of the parameter that a tensor is or belongs to, None if nobody knows."""
-    if keys[0] in ("state_dict", "current_model_state"):
+    if keys[0] in WEIGHTS:
         return ".".join(map(str, keys[1:]))
     if keys[0] == "optimizer_states" and len(keys) == 5 and keys[2] == "state":
         _, optimizer, _, parameter, _ = keys
         if isinstance(parameter, str):  # optimizer states of FSDP go by name
             return parameter
-        known = names.optimizer_parameters[optimizer] if optimizer < len(names.optimizer_parameters) else ()
-        return known[parameter] if parameter < len(known) else None
+        if isinstance(optimizer, int) and optimizer < len(names.optimizer_parameters):
+            known = names.optimizer_parameters[optimizer]
+            return known[parameter] if isinstance(parameter, int) and parameter < len(known) else None
     return None
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own that can be looked at: no subclass, nothing sparse, nested or on meta."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and tensor.device.type != "meta"
+    )
 
 
 def _eligible(tensor: Tensor, min_numel: int) -> bool:
     return (
-        type(tensor) is Tensor
-        and tensor.is_floating_point()
+        _ordinary(tensor)
         and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
+        and not tensor.requires_grad
         and not tensor.is_neg()
         and tensor.ndim > 0
         and tensor.numel() >= min_numel
@@ -124,10 +139,10 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
     """Return what to put in the place of each tensor that changes, by the tensor's id."""
-    strided = [leaf for leaf in leaves if leaf.tensor.layout == torch.strided and leaf.tensor.numel() > 0]
-    ordinary = [leaf for leaf in strided if type(leaf.tensor) in (Tensor, torch.nn.Parameter)]
     storages: dict[Any, dict[tuple[Any, ...], list[_Leaf]]] = {}
-    for leaf in ordinary:
+    for leaf in leaves:
+        if not _ordinary(leaf.tensor) or leaf.tensor.numel() == 0:
+            continue
         storage = (leaf.tensor.device, leaf.tensor.untyped_storage().data_ptr())
         storages.setdefault(storage, {}).setdefault(_view(leaf.tensor), []).append(leaf)
 
@@ -186,18 +201,28 @@ def _reason_to_refuse(tensor: Tensor, payload: QuantizedTensor) -> str | None:
     if not bool(parts[1].isfinite().all()):
         if not bool(tensor.isfinite().all()):
             return "it holds NaN or infinity"
-        return "it holds a negative value" if codec.name == LOG else "its values exceed the range of float32"
+        negative = codec.name == LOG and bool((tensor < 0).any())
+        return "it holds a negative value" if negative else "its values exceed the range of float32"
     if codec.unsigned and codec.name != LOG and bool((tensor < 0).any()):
-        return f"it holds a negative value, which {codec.name} has no code for"
-    if tensor.dtype == torch.float64 and codec.name == LOG and bool(((payload.decode() == 0) & (tensor != 0)).any()):
-        return "it holds a nonzero value that is zero in float32"
-    if tensor.dtype == torch.float16:
-        # The subnormal numbers of half precision lie further apart than some codes: rounding to them would make the
-        # next save find other codes.
+        return f"it holds a negative value, which {codec.label} has no code for"
+    if tensor.dtype == torch.float64 and bool(_vanished(tensor, payload).any()):
+        return "it holds nonzero values that are zero in float32"
+    # A 16-bit float can be too coarse for a codebook's finest levels: rounding to it would make the next save find
+    # other codes. The codecs of the presets are stable in bfloat16 (tests/checkpoint/test_saving_again.py).
+    if tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and codec.name not in _STABLE_IN_BFLOAT16):
         again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
-        if not all(torch.equal(one, two) for one, two in zip(parts, again.parts, strict=True)):
-            return f"half precision is too coarse for {codec.name} at its magnitude"
+        if not torch.equal(payload.data, again.data):
+            return f"{tensor.dtype} is too coarse for {codec.label} at its magnitude"
     return None
+
+
+_STABLE_IN_BFLOAT16 = ("linear", "softsign", LOG)
+
+
+def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:
+    """Tell which nonzero elements became zero because their magnitude does, not because a level is nearest."""
+    gone = (payload.decode() == 0) & (tensor != 0)
+    return gone if payload.codec.name == LOG else gone & (tensor.abs() < SMALLEST_NORMAL)
 
 
 def _replace(value: Any, replacements: Mapping[int, Any]) -> Any:

@@ -9,6 +9,9 @@ from typing import IO, Any
 
 import torch
 
+TEMPORARY_SUFFIX = ".q8lightning.tmp"
+"""Files with this ending were being written when their writer was killed; they can be deleted."""
+
 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """Write ``checkpoint`` with ``torch.save`` so that ``path`` holds either its old content or all of the new one.
@@ -25,7 +28,13 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"a checkpoint is a file, but {target} is a directory; choose another path")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_beside(target) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # When a write fails (a full disk), torch's zip writer reports its own confusion about it.
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
+            raise
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, target)
@@ -35,7 +44,7 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
     """Open a new file in the target's folder (with the user's usual permissions); remove it if the block fails."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # its length fits where any name does
     try:
         with open(temporary, "xb") as file:
             yield file

@@ -47,6 +47,11 @@ class Codec:
             )
 
     @property
+    def label(self) -> str:
+        """The name for messages: a codebook of the user's own is not spelled out."""
+        return self.name if self.name == LOG else get_codebook(self.name).name
+
+    @property
     def unsigned(self) -> bool:
         """Whether only values that are not negative can be encoded."""
         return self.name == LOG or not get_codebook(self.name).signed

@@ -1,0 +1,277 @@
+"""Rules decide in order, over paths and parameter names; some things no rule reaches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Autoencoder, TwoOptimizers, quiet_trainer
+from promises import load, payloads_of, same_bits, tensors
+from torch import nn
+
+from q8lightning import CheckpointPolicy, Codebook, QuantizationCallback, QuantizedCheckpointIO, Rule
+
+TERNARY = [-1.0, 0.0, 1.0]
+
+
+def codecs_of(path: Path) -> dict[str, tuple[str, int, bool]]:
+    """Return name, block size and residual of the codec of every payload in a file, by path."""
+    return {
+        name: (payload.codec.name, payload.codec.block_size, payload.codec.residual)
+        for name, payload in payloads_of(path).items()
+    }
+
+
+def save(state: dict[str, Any], path: Path, *rules: Any, min_numel: int = 4096) -> dict[str, tuple[str, int, bool]]:
+    QuantizedCheckpointIO(checkpoint=CheckpointPolicy(rules, min_numel)).save_checkpoint(state, path)
+    return codecs_of(path)
+
+
+# Order and patterns
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    policy = CheckpointPolicy(
+        [
+            Rule("state_dict.head.*"),
+            Rule("state_dict.body.0.*", "linear", 64, residual=True),
+            Rule("state_dict.body.*", "dynamic", 128),
+            Rule("state_dict.*", "softsign"),
+            Rule("state_dict.body.1.weight", "int4"),
+        ]
+    )
+
+    def found(path: str) -> Any:
+        codec = policy.codec_for(path)
+        return codec and (codec.name, codec.block_size, codec.residual)
+
+    assert found("state_dict.head.weight") is None
+    assert found("state_dict.body.0.weight") == ("linear", 64, True)
+    assert found("state_dict.body.1.weight") == ("dynamic", 128, False)
+    assert found("state_dict.tail") == ("softsign", 256, False)
+    assert found("optimizer_states.0.state.0.exp_avg") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("state_dict.*", "state_dict.a.b.c", True),
+        ("state_dict.*.weight", "state_dict.a.b.weight", True),
+        ("state_dict.*.weight", "state_dict.weight", False),
+        ("state_dict.layer[12].*", "state_dict.layer2.weight", True),
+        ("state_dict.layer?.*", "state_dict.layer12.weight", False),
+        ("state_dict", "state_dict.weight", False),
+        ("*.weight", "state_dict.a.weight", True),
+        ("state_dict.A", "state_dict.a", False),
+        ("optimizer_states.*.exp_avg", "optimizer_states.0.state.0.exp_avg_sq", False),
+        ("optimizer_states.1.*", "optimizer_states.0.state.1.exp_avg", False),
+        ("callbacks.*", "callbacks.Diary.exp_avg", True),
+    ],
+)
+def test_patterns_are_shell_patterns_over_the_whole_path(pattern: str, path: str, matches: bool) -> None:
+    assert (CheckpointPolicy([Rule(pattern, "linear")]).codec_for(path) is not None) is matches
+
+
+def test_a_parameter_pattern_needs_a_known_parameter() -> None:
+    policy = CheckpointPolicy([Rule("*", "linear", parameter="head.*"), Rule("*", "softsign", parameter="*")])
+    path = "optimizer_states.0.state.3.exp_avg"
+    assert policy.codec_for(path, "head.weight").name == "linear"  # type: ignore[union-attr]
+    assert policy.codec_for(path, "body.weight").name == "softsign"  # type: ignore[union-attr]
+    assert policy.codec_for(path, None).name == "softsign"  # type: ignore[union-attr]
+
+
+def test_rules_decide_for_a_whole_training(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(
+        [
+            Rule("state_dict.decoder.*"),
+            Rule("state_dict.*", "int8", 64),
+            Rule("optimizer_states.*.exp_avg_sq", "dynamic_unsigned", 32),
+            Rule("optimizer_states.*.memory", "softsign"),
+            Rule("callbacks.*", "softsign"),
+            Rule("something_extra.*", TERNARY, 4096),
+        ]
+    )
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
+    trainer.fit(Autoencoder())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert codecs_of(tmp_path / "a.ckpt") == {
+        "state_dict.encoder.0.weight": ("int8", 64, False),
+        "something_extra.floats": (Codebook("custom", tuple(TERNARY)).spec, 4096, False),
+        "optimizer_states.0.state.0.exp_avg_sq": ("dynamic_unsigned", 32, False),
+        "optimizer_states.0.state.4.exp_avg_sq": ("dynamic_unsigned", 32, False),
+    }
+    before = torch.linspace(0, 1, 5000)  # blocks of 4096, of which each keeps its largest value and zero
+    levels = load(tmp_path / "a.ckpt")["something_extra"]["floats"].unique()
+    assert levels.tolist() == [0.0, before[4095].item(), before[4999].item()]
+
+
+# Parameter names reach the optimizers' states
+
+
+class ManyGroups(Autoencoder):
+    """Parameters in several groups, in another order than the model's, one of them frozen."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.encoder[0].bias.requires_grad_(False)
+        return torch.optim.AdamW(
+            [
+                {"params": [self.decoder.bias, self.decoder.weight], "weight_decay": 0.0},
+                {"params": [self.encoder[0].bias, self.encoder[1].weight, self.encoder[0].weight]},
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "encoded"),
+    [
+        (Autoencoder, "optimizer_states.0.state.4.exp_avg"),
+        (TwoOptimizers, "optimizer_states.1.state.0.momentum_buffer"),
+        (ManyGroups, "optimizer_states.0.state.1.exp_avg"),
+    ],
+    ids=["one optimizer", "two optimizers", "groups in another order"],
+)
+def test_rules_know_the_parameter_that_an_optimizer_state_belongs_to(make: Any, encoded: str, tmp_path: Path) -> None:
+    policy = CheckpointPolicy(
+        [
+            Rule("optimizer_states.*.exp_avg", "softsign", 128, parameter="decoder.*"),
+            Rule("optimizer_states.*.momentum_buffer", "softsign", 128, parameter="decoder.*"),
+        ]
+    )
+    module = make()
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    (found,) = payloads_of(tmp_path / "a.ckpt")
+    assert found == encoded
+    payload = payloads_of(tmp_path / "a.ckpt")[found]
+    optimizer = trainer.optimizers[-1]
+    live = optimizer.state[module.decoder.weight][encoded.rsplit(".", 1)[-1]]
+    scale = live.abs().max()
+    assert (payload.decode() - live).abs().max() < scale / 64, "the state is of another parameter"
+
+
+def test_without_a_callback_named_parameters_are_known_from_the_checkpoint(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(64, 64), "head": nn.Linear(64, 64)})
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    model["head"](model["body"](torch.randn(4, 64))).sum().backward()
+    optimizer.step()
+    state = {"optimizer_states": [optimizer.state_dict()]}
+    rule = Rule("optimizer_states.*.exp_avg", "softsign", parameter="head.*")
+    assert list(save(state, tmp_path / "a.ckpt", rule)) == ["optimizer_states.0.state.2.exp_avg"]
+
+
+def test_states_that_go_by_name_are_known_by_it(tmp_path: Path) -> None:
+    """As those of FSDP do."""
+    moments = {name: {"exp_avg": torch.randn(64, 64)} for name in ("body.weight", "head.weight")}
+    state = {"optimizer_states": [{"state": moments, "param_groups": [{"params": list(moments)}]}]}
+    rule = Rule("optimizer_states.*.exp_avg", "softsign", parameter="head.*")
+    assert list(save(state, tmp_path / "a.ckpt", rule)) == ["optimizer_states.0.state.head.weight.exp_avg"]
+
+
+# What no rule reaches
+
+
+@pytest.mark.parametrize(
+    "section", ["loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision"]
+)
+def test_some_sections_no_rule_reaches(section: str, tmp_path: Path) -> None:
+    values = torch.randn(5000)
+    state = {section: {"deep": [values]}, "state_dict": {"weight": torch.randn(64, 64)}}
+    assert list(save(state, tmp_path / "a.ckpt", Rule("*", "softsign"))) == ["state_dict.weight"]
+    assert same_bits(load(tmp_path / "a.ckpt")[section]["deep"][0], values)
+
+
+def test_a_rule_for_everything_leaves_the_rest_of_a_training_alone(tmp_path: Path) -> None:
+    policy = CheckpointPolicy([Rule("*", "softsign")], min_numel=1)
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
+    module = Autoencoder()
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    encoded, after = set(payloads_of(tmp_path / "a.ckpt")), load(tmp_path / "a.ckpt")
+    assert "state_dict.encoder.0.bias" in encoded
+    for path, tensor in tensors(after):
+        name = ".".join(map(str, path))
+        if not tensor.is_floating_point() or tensor.ndim == 0 or path[-1] in ("table", "running_mean", "running_var"):
+            assert name not in encoded
+    buffers = dict(module.named_buffers())
+    assert len(buffers) == 5
+    for name, buffer in buffers.items():
+        assert same_bits(after["state_dict"][name], buffer), name
+
+
+@pytest.mark.parametrize("numel", [1, 99, 100, 4096])
+def test_tensors_below_the_smallest_size_are_left_alone(numel: int, tmp_path: Path) -> None:
+    state = {"state_dict": {"weight": torch.randn(numel)}}
+    assert bool(save(state, tmp_path / "a.ckpt", Rule("*", "softsign"), min_numel=100)) is (numel >= 100)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rule", "smaller"),
+    [
+        (torch.bfloat16, {"codec": "linear", "residual": True}, False),
+        (torch.float16, {"codec": "linear", "residual": True}, False),
+        (torch.float32, {"codec": "linear", "residual": True}, True),
+        (torch.float64, {"codec": "linear", "residual": True}, True),
+        (torch.bfloat16, {"codec": "log", "block_size": 32}, True),
+        (torch.float16, {"codec": "linear"}, True),
+    ],
+    ids=str,
+)
+def test_what_would_not_become_smaller_is_stored_as_it_is(
+    dtype: torch.dtype, rule: dict[str, Any], smaller: bool, tmp_path: Path
+) -> None:
+    weight = torch.rand(64, 64).to(dtype)
+    assert bool(save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt", Rule("*", **rule))) is smaller
+    assert smaller or same_bits(load(tmp_path / "a.ckpt")["state_dict"]["weight"], weight)
+
+
+def test_one_element_does_not_become_larger(tmp_path: Path) -> None:
+    state = {"state_dict": {"one": torch.randn(1), "two": torch.randn(2)}}
+    assert list(save(state, tmp_path / "a.ckpt", Rule("*", "softsign"), min_numel=1)) == ["state_dict.two"]
+
+
+# Ways to write a policy
+
+
+def test_rules_may_be_mappings_as_a_yaml_file_gives_them() -> None:
+    written = CheckpointPolicy(
+        rules=[
+            {"pattern": "state_dict.head.*"},
+            {"pattern": "state_dict.*", "codec": "linear", "block_size": 256, "residual": True},
+            {"pattern": "optimizer_states.*.exp_avg", "codec": "softsign", "parameter": "body.*"},
+            {"pattern": "optimizer_states.*", "codec": [-1, 0, 1]},
+        ]
+    )
+    assert written == CheckpointPolicy(
+        [
+            Rule("state_dict.head.*"),
+            Rule("state_dict.*", "linear", 256, residual=True),
+            Rule("optimizer_states.*.exp_avg", "softsign", parameter="body.*"),
+            Rule("optimizer_states.*", [-1.0, 0.0, 1.0]),
+        ]
+    )
+    assert hash(written) == hash(written)
+
+
+@pytest.mark.parametrize("rule", [{"codec": "linear"}, {"pattern": "*", "codek": "linear"}], ids=["missing", "unknown"])
+def test_a_mapping_that_is_no_rule_is_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"pattern|codek"):
+        CheckpointPolicy([rule])
+
+
+def test_levels_of_ones_own_survive_in_the_file(tmp_path: Path) -> None:
+    levels = torch.tensor([-1.0, -0.25, 0.0, 0.3, 1.0])
+    weight = torch.randn(64, 64)
+    save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt", Rule("state_dict.*", levels, 4096))
+    after = load(tmp_path / "a.ckpt")["state_dict"]["weight"]
+    assert torch.equal(after.unique(), levels * weight.abs().max())
+
+
+def test_a_policy_is_not_changed_by_use(tmp_path: Path) -> None:
+    rules = [Rule("state_dict.*", "softsign")]
+    policy = CheckpointPolicy(rules)
+    rules.append(Rule("callbacks.*", "softsign"))
+    assert len(policy.rules) == 1
+    assert QuantizationCallback(policy).policy is policy
+    with pytest.raises(AttributeError):
+        policy.min_numel = 1  # type: ignore[misc]

@@ -1,0 +1,146 @@
+"""Saving what was loaded from a checkpoint gives the same codes and scales again, however often."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Autoencoder, TwoOptimizers, quiet_trainer
+from promises import load, payloads_of, same_parts
+from torch import Tensor
+
+from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, Rule
+from q8lightning.quantization.codebook import BUILTIN
+
+GENERATIONS = 10
+FINE = [*(-1 + k / 4096 for k in range(120)), 0.0, *(1 - k / 4096 for k in reversed(range(120)))]
+CODECS: dict[str, dict[str, Any]] = {
+    **{name: {"codec": name} for name in BUILTIN},
+    "log": {"codec": "log"},
+    "linear twice": {"codec": "linear", "residual": True},
+    "custom": {"codec": [-1.0, -0.3, -0.01, 0.0, 0.02, 0.7, 0.9]},
+    "custom, positive": {"codec": [0.0, 0.1, 0.5, 1.0]},
+    "custom, fine": {"codec": FINE},
+}
+NEVER_NEGATIVE = ("log", "dynamic_unsigned", "custom, positive")
+
+
+def hard_tensors(dtype: torch.dtype, negative: bool) -> dict[str, Tensor]:
+    """Return weights and moments of many shapes: heavy tails, zeros, blocks of very different scale, short blocks."""
+    normal = torch.randn(96, 64)
+    scales = torch.exp2(torch.randint(-30, 30, (96, 1)).float())
+    biased = torch.randn(5000) - 3 * torch.rand(5000)  # the largest magnitudes are negative
+    zeros = torch.where(torch.rand(64, 129) < 0.5, 0.0, torch.randn(64, 129))
+    both = torch.cat([torch.tensor([2.5, -2.5]), torch.rand(4999) - 0.5])
+    tensors = {
+        "normal": normal,
+        "heavy tails": normal.pow(5),
+        "rows of different scale": normal * scales,
+        "negative": biased,
+        "half zeros": zeros,
+        "some blocks of zeros": torch.cat([torch.zeros(4096), torch.randn(4096)]),
+        "one element in a sea of zeros": torch.zeros(4096).index_fill(0, torch.tensor([7]), -3.0),
+        "both ends": both,
+        "constant": torch.full((4096,), -0.1),
+        "short last block": torch.randn(4097),
+    }
+    return {name: (tensor if negative else tensor.abs()).to(dtype) for name, tensor in tensors.items()}
+
+
+def assert_stable(io: QuantizedCheckpointIO, checkpoint: dict[str, Any], folder: Path) -> dict[str, QuantizedTensor]:
+    """Save, load, save what was loaded and so on; return the payloads, which are the same every time."""
+    path = folder / "generation.ckpt"
+    io.save_checkpoint(checkpoint, path)
+    first = payloads_of(path)
+    for generation in range(1, GENERATIONS + 1):
+        io.save_checkpoint(load(path), path)
+        again = payloads_of(path)
+        assert list(again) == list(first)
+        changed = [name for name in first if not same_parts(first[name], again[name])]
+        assert not changed, f"generation {generation}"
+    return first
+
+
+@pytest.mark.filterwarnings("ignore:stored as they are")  # half precision is too coarse for the fine levels
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [(torch.float32, 256), (torch.float32, 32), (torch.bfloat16, 128), (torch.float16, 128), (torch.float64, 4096)],
+    ids=str,
+)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_finds_the_same_codes_ten_times_over(
+    codec: str, dtype: torch.dtype, block_size: int, tmp_path: Path
+) -> None:
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=block_size, **CODECS[codec])])
+    state = hard_tensors(dtype, negative=codec not in NEVER_NEGATIVE)
+    if dtype == torch.float16:  # keep to its range; its subnormals have a test in test_refusals
+        del state["rows of different scale"], state["heavy tails"]
+    encoded = assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": state}, tmp_path)
+    # Two bytes for two save nothing, and levels finer than a dtype cannot be kept in it.
+    if dtype.itemsize > 2 or codec not in ("linear twice", "custom, fine"):
+        assert len(encoded) == len(state)
+
+
+@pytest.mark.filterwarnings("ignore:stored as they are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", CODECS)
+def test_tensors_that_fade_out_find_the_same_codes_too(codec: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Momentum of a parameter without gradients shrinks to the smallest numbers of its dtype before it is zero."""
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=128, **CODECS[codec])])
+    fading = torch.randn(256, 64) * torch.exp2(-torch.linspace(110, 150, 256))[:, None]
+    state = {"fading": (fading.abs() if codec in NEVER_NEGATIVE else fading).to(dtype)}
+    assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": state}, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:stored as they are")
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_smallest_numbers_of_bfloat16_find_the_same_codes_too(codec: str, tmp_path: Path) -> None:
+    """Each block holds all numbers from zero to a largest one just above the smallest normal float32."""
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=4096, **CODECS[codec])])
+    patterns = [torch.arange(4096).clamp(max=largest) for largest in range(128, 192)]
+    smallest = torch.cat(patterns).to(torch.int16).view(torch.bfloat16)
+    assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": {"smallest": smallest}}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_preset_finds_the_same_codes_ten_times_over(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    weights, squares = hard_tensors(dtype, negative=True), hard_tensors(dtype, negative=False)
+    state = {
+        index: {"exp_avg": weights[name].roll(1), "exp_avg_sq": squares[name], "step": torch.tensor(3.0)}
+        for index, name in enumerate(weights)
+    }
+    checkpoint = {"state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
+    encoded = assert_stable(QuantizedCheckpointIO(checkpoint=preset), checkpoint, tmp_path)
+    kinds = 2 if (dtype == torch.bfloat16 and preset == "resume") else 3
+    assert len(encoded) == kinds * len(weights)
+
+
+@pytest.mark.parametrize("model", [Autoencoder, lambda: Autoencoder("sgd"), TwoOptimizers], ids=["adamw", "sgd", "two"])
+def test_a_chain_of_resumed_trainers_changes_nothing(model: Any, preset: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[QuantizationCallback(preset)])
+    trainer.fit(model())
+    trainer.save_checkpoint(tmp_path / "0.ckpt")
+    first, steps = payloads_of(tmp_path / "0.ckpt"), trainer.global_step
+    assert first
+    for generation in range(1, 4):
+        trainer = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[QuantizationCallback(preset)])
+        trainer.fit(model(), ckpt_path=tmp_path / f"{generation - 1}.ckpt")
+        assert trainer.global_step == steps, "the chain is of resumes without a further step"
+        trainer.save_checkpoint(tmp_path / f"{generation}.ckpt")
+        again = payloads_of(tmp_path / f"{generation}.ckpt")
+        assert list(again) == list(first)
+        assert all(same_parts(first[name], again[name]) for name in first)
+
+
+def test_changing_the_preset_and_back_keeps_the_moments(tmp_path: Path) -> None:
+    """Both presets store moments alike, so that going from one to the other costs only weights."""
+    state = {"exp_avg": torch.randn(64, 64), "exp_avg_sq": torch.rand(64, 64)}
+    checkpoint = {"state_dict": {"w": torch.randn(64, 64)}, "optimizer_states": [{"state": {0: state}}]}
+    path = tmp_path / "a.ckpt"
+    found = []
+    for name in ("resume", "compact", "resume"):
+        QuantizedCheckpointIO(checkpoint=name).save_checkpoint(checkpoint, path)
+        found.append({key: value for key, value in payloads_of(path).items() if key.startswith("optimizer_states")})
+        checkpoint = load(path)
+    assert len(found[0]) == 2
+    assert all(same_parts(found[0][key], other[key]) for other in found[1:] for key in found[0])

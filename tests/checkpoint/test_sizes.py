@@ -1,0 +1,52 @@
+"""The sizes that the README promises, measured on the file that a Trainer wrote."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import Shrink, quiet_trainer
+from promises import payloads_of
+from torch import Tensor, nn
+
+from q8lightning import QuantizationCallback
+
+BYTES_PER_PARAMETER = {"resume": 4.25, "compact": 3.2, None: 12.3}
+"""Bytes of file for each parameter trained with AdamW in float32, at most; plain Lightning for comparison."""
+
+
+class SmallTransformer(nn.Module):
+    """An embedding, two transformer layers and a tied head: 1.9 million parameters."""
+
+    def __init__(self, width: int = 256, words: int = 1024, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.positions = nn.Parameter(torch.randn(64, width) / 50)
+        self.body = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, batch: Tensor) -> Tensor:
+        words = (batch.abs() * 100).long() % self.embedding.num_embeddings
+        x = self.embedding(words) + self.positions[: words.shape[1]]
+        for layer in self.body:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("checkpoint", BYTES_PER_PARAMETER, ids=str)
+def test_a_checkpoint_takes_no_more_than_promised(checkpoint: str | None, tmp_path: Path) -> None:
+    module = Shrink(SmallTransformer(), 16)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    assert parameters >= 1_000_000
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(checkpoint)])
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    size = (tmp_path / "a.ckpt").stat().st_size / parameters
+    assert size <= BYTES_PER_PARAMETER[checkpoint]
+    assert bool(payloads_of(tmp_path / "a.ckpt")) == (checkpoint is not None)
+    if checkpoint is None:
+        assert size >= 12, "the model is not what the promise is about"
