@@ -151,10 +151,10 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = torch.empty(flat.numel(), dtype=torch.uint8)
     bounds = torch.empty(_blocks(flat.numel(), block_size), 2)
-    scratch = _scratch(flat.numel(), 2)
+    scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
-        log, spare = scratch[:, : blocks.numel()].view(2, -1, width)
+        log, spare, other = scratch[:, : blocks.numel()].view(3, -1, width)
         low, high = blocks.amin(dim=1), blocks.amax(dim=1) + 0.0  # no negative zero
         if not bool(((low >= 0) & high.isfinite()).all()):  # a NaN is not >= 0
             part, bounds[rows] = reference.quantize_log(blocks, width)
@@ -167,8 +167,10 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         bounds[rows] = torch.stack([low, high], dim=1)
         grid = reference.log_grid(bounds[rows])
         pattern, integer = blocks.view(torch.int32), spare.view(torch.int32)
-        mantissa = torch.bitwise_and(pattern, reference.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
-        _polynomial(mantissa.view(torch.float32), 0.0, *reference.LOG2_POLYNOMIAL, out=log)
+        torch.bitwise_and(pattern, reference.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
+        mantissa = spare.sub_(1.0)
+        _polynomial(mantissa, *reference.LOG2_POLYNOMIAL, out=log)
+        log.mul_(torch.sub(1.0, mantissa, out=other).mul_(mantissa))
         log.add_(spare.copy_(torch.sub(pattern, bounds[rows].view(torch.int32)[:, :1], out=integer)))
         log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None])
         code = _integers(log, zero=1)
@@ -179,13 +181,12 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -> None:
-    """Write ``constant + x (c0 + x (c1 + ...))`` into ``out``, one rounding an operation."""
+    """Write ``constant + x (c1 + x (c2 + ...))`` into ``out``, one rounding an operation."""
     *rest, last = coefficients
     torch.mul(x, last, out=out)
     for coefficient in reversed(rest):
         out.add_(coefficient).mul_(x)
-    if constant:
-        out.add_(constant)
+    out.add_(constant)
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:

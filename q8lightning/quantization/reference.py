@@ -33,12 +33,9 @@ was decoded finds the same codes in every dtype."""
 LOG_MARGIN = OCTAVE // 2**11
 """How far the grid of the log codec reaches beyond the bounds: half again what both polynomials are off together."""
 
-LOG2_POLYNOMIAL = tuple(
-    coefficient * OCTAVE
-    for coefficient in (3.086380803547289, -2.1341324490235065, 0.6497106193726988, -0.0821305194723773)
-)
-"""``M (c0 + M (c1 + M (c2 + M c3)))`` is ``log2(M) - M`` for M in [1, 2), plus a constant, in patterns: a minimax fit,
-1.2e-4 octaves off at most and continuous from octave to octave."""
+LOG2_POLYNOMIAL = tuple(c * OCTAVE for c in (0.43872568572886206, -0.23905802201081208, 0.08213051947237734))
+"""``m (1 - m) (c0 + m (c1 + m c2))`` is ``log2(1 + m) - m`` for m in [0, 1), in patterns; a minimax fit, 1.2e-4 octaves
+off at most. In this form its rounding errors stay well below one pattern, so neighbouring floats stay in order."""
 
 EXP2_POLYNOMIAL = (0.4526153571554752, 0.4776128968344331, -0.008496220273731037, 0.07826796628382286)
 """``c0 + F (c1 + F (c2 + F c3))`` is ``2**(F - 1)`` for F in [1, 2), 1.5e-4 octaves off at most."""
@@ -176,18 +173,18 @@ def round_to_code(x: Tensor, zero: int) -> Tensor:
 
 
 def log2_correction(pattern: Tensor) -> Tensor:
-    """Return what has to be added to a float's pattern to make it a logarithm, in float32 patterns, up to a constant.
+    """Return what has to be added to a float's pattern to make it a logarithm, in float32 patterns.
 
     Args:
         pattern: int32 bit patterns of floats that are not negative.
     """
-    mantissa = ((pattern & (OCTAVE - 1)) | 0x3F800000).view(torch.float32)
-    c0, c1, c2, c3 = LOG2_POLYNOMIAL
-    return mantissa * (mantissa * (mantissa * (mantissa * c3 + c2) + c1) + c0)
+    mantissa = ((pattern & (OCTAVE - 1)) | 0x3F800000).view(torch.float32) - 1.0
+    c0, c1, c2 = LOG2_POLYNOMIAL
+    return mantissa * (1.0 - mantissa) * (mantissa * (mantissa * c2 + c1) + c0)
 
 
 def exp2_pattern(position: Tensor) -> Tensor:
-    """Return the pattern (int32) of the float whose pattern plus correction, less the one at 1.0, is ``position``."""
+    """Return the pattern (int32) of the float whose pattern plus correction is ``position`` (int32), nearly."""
     fraction = ((position & (OCTAVE - 1)) | 0x3F800000).view(torch.float32)
     c0, c1, c2, c3 = EXP2_POLYNOMIAL
     power = fraction * (fraction * (fraction * c3 + c2) + c1) + c0
@@ -221,8 +218,9 @@ def log_grid(bounds: Tensor) -> LogGrid:
     span = (high - low).float() + (log2_correction(high) - correction)
     steps = (span * (1.0 / FINEST_LOG_STEP)).floor().clamp(1, 254)
     step = ((span + 2.0 * LOG_MARGIN) / steps).round().to(torch.int32)
-    first = low + (correction - sum(LOG2_POLYNOMIAL)).round().to(torch.int32) - LOG_MARGIN
-    return LogGrid(-correction, steps / span.clamp(min=1.0), first - step, step)
+    first = low + correction.round().to(torch.int32) - LOG_MARGIN
+    # Neighbouring floats are at least a quarter of a pattern apart, so only a block of one value is changed here.
+    return LogGrid(-correction, steps / span.clamp(min=0.25), first - step, step)
 
 
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -8,24 +8,44 @@ A program handles a tile of ROWS blocks of BLOCK elements. Its offsets are 64-bi
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
-from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.kernels import codec
+from q8lightning.quantization.kernels.tables import Tables, tables_of
 
-TILE = 2048
-"""Elements of a program, or one block if that is larger: a few rows even of large blocks, and 16 values a thread."""
 
-NUM_WARPS = 4
-"""With 4 warps even a tile of one block of 4096 leaves a thread 32 values, which fit its registers."""
+class Settings(NamedTuple):
+    """How a kernel is launched: elements of a program, or one row if that is larger, and its warps."""
+
+    tile: int
+    warps: int
+
+
+SETTINGS: dict[str, tuple[Settings, Settings]] = {
+    # Each for 4-byte and for 2-byte values: the fastest, over blocks of 64, 256 and 2048, that benchmarks/tune.py found
+    # on an H200. One or two warps with 16 to 64 values a thread keep enough loads in flight without waiting for others.
+    "quantize": (Settings(2048, 2), Settings(2048, 1)),
+    "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "fake_quantize": (Settings(2048, 2), Settings(2048, 1)),
+    "fake_quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "dequantize": (Settings(1024, 2), Settings(2048, 1)),
+    "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
+    "quantize_residual": (Settings(2048, 2), Settings(2048, 1)),
+    "dequantize_residual": (Settings(512, 1), Settings(1024, 2)),
+    "quantize_log": (Settings(4096, 4), Settings(4096, 4)),
+    "dequantize_log": (Settings(1024, 1), Settings(2048, 1)),
+    "quantize_affine": (Settings(2048, 2), Settings(2048, 1)),
+    "dequantize_affine": (Settings(512, 1), Settings(1024, 1)),
+}
+
+DECODED_ROW = 256
+"""Blocks longer than this are decoded in several rows: nothing there needs a whole block at once."""
 
 # Kernels
 
@@ -55,47 +75,53 @@ def _store(pointer, offsets, value, mask):
 
 @triton.jit
 def _quantize_kernel(
-    x, codes, scale, thresholds, numel,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    x, codes, scale, table, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, block_scale = codec.encode(_load_float(x, elements, mask), thresholds, CODEBOOK, BITS, END)
+    values = _load_float(x, elements, mask)
+    code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
     _store(codes, elements, code, mask)
     _store(scale, rows, block_scale, row_mask)
 
 
 @triton.jit
-def _dequantize_kernel(codes, scale, values, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_kernel(
+    codes, scale, values, levels, numel,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    value = codec.decode(_load_code(codes, elements, mask), levels, _load_float(scale, rows, row_mask))
+    block_scale = _load_float(scale, rows // PARTS, row_mask)
+    value = codec.decode(_load_code(codes, elements, mask), levels, block_scale, SEARCH)
     _store(values, elements, value, mask)
 
 
 @triton.jit
 def _fake_quantize_kernel(
-    x, values, thresholds, levels, numel,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr,
+    x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     _, _, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, scale = codec.encode(_load_float(x, elements, mask), thresholds, CODEBOOK, BITS, 0)
-    _store(values, elements, codec.decode(code, levels, scale), mask)
+    code, scale = codec.encode(_load_float(x, elements, mask), table, SEARCH, SHIFT, LOWEST, HALF, BITS, 0)
+    _store(values, elements, codec.decode(code, levels, scale, SEARCH), mask)
 
 
 @triton.jit
-def _quantize_residual_kernel(x, codes, residual, scale, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_residual_kernel(x, codes, residual, scale, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, left, block_scale = codec.encode_residual(_load_float(x, elements, mask), levels)
+    code, left, block_scale = codec.encode_residual(_load_float(x, elements, mask))
     _store(codes, elements, code, mask)
     _store(residual, elements, left, mask)
     _store(scale, rows, block_scale, row_mask)
 
 
 @triton.jit
-def _dequantize_residual_kernel(codes, residual, scale, values, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_residual_kernel(
+    codes, residual, scale, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
     code, left = _load_code(codes, elements, mask), _load_code(residual, elements, mask)
-    value = codec.decode_residual(code, left, levels, _load_float(scale, rows, row_mask))
-    _store(values, elements, value, mask)
+    _store(values, elements, codec.decode_residual(code, left, _load_float(scale, rows // PARTS, row_mask)), mask)
 
 
 @triton.jit
@@ -108,9 +134,10 @@ def _quantize_log_kernel(x, codes, bounds, numel, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    low, high = _load_float(bounds, rows * 2, row_mask), _load_float(bounds, rows * 2 + 1, row_mask)
+    blocks = rows // PARTS
+    low, high = _load_float(bounds, blocks * 2, row_mask), _load_float(bounds, blocks * 2 + 1, row_mask)
     _store(values, elements, codec.decode_log(_load_code(codes, elements, mask), low, high), mask)
 
 
@@ -124,11 +151,14 @@ def _quantize_affine_kernel(x, codes, scale, zero_point, numel, ROWS: tl.constex
 
 
 @triton.jit
-def _dequantize_affine_kernel(codes, scale, zero_point, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_affine_kernel(
+    codes, scale, zero_point, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    block_zero = _load_code(zero_point, rows, row_mask)
-    value = codec.decode_affine(_load_code(codes, elements, mask), _load_float(scale, rows, row_mask), block_zero)
-    _store(values, elements, value, mask)
+    blocks = rows // PARTS
+    block_zero = _load_code(zero_point, blocks, row_mask)
+    code = _load_code(codes, elements, mask)
+    _store(values, elements, codec.decode_affine(code, _load_float(scale, blocks, row_mask), block_zero), mask)
 
 
 # Launchers
@@ -137,14 +167,32 @@ INTERPRETED = not isinstance(_quantize_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter instead of on a GPU."""
 
 
-def _launch(kernel: Any, block_size: int, x: Tensor, *others: Tensor, **constants: int | str) -> None:
-    """Run ``kernel`` on ``x, *others`` with one program for each tile of ``x``, on the device of ``x``."""
-    rows = max(TILE // block_size, 1)
-    tiles = triton.cdiv(x.numel(), rows * block_size)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # codec.py needs every operation rounded
-    if tiles:
-        with torch.cuda.device_of(x):
-            kernel[(tiles,)](x, *others, x.numel(), ROWS=rows, BLOCK=block_size, **constants, **options)
+def _launch(
+    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: int | str
+) -> None:
+    """Run ``kernel`` on ``tensors`` with one program for each tile of the first, on its device.
+
+    ``itemsize`` is that of the float values, read or written, by which settings are chosen.
+    """
+    x = tensors[0]
+    if x.numel() == 0:
+        return
+    tile, warps = SETTINGS[settings][itemsize < 4]
+    rows = max(tile // block_size, 1)
+    grid = (triton.cdiv(x.numel(), rows * block_size),)
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            *tensors, x.numel(), ROWS=rows, BLOCK=block_size, **constants,
+            num_warps=warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+        )  # fmt: skip
+
+
+def _launch_decoder(
+    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: str
+) -> None:
+    """As :func:`_launch`, for kernels that may cut a block into rows."""
+    row = min(block_size, DECODED_ROW)
+    _launch(kernel, settings, row, tensors, itemsize, PARTS=block_size // row, **constants)
 
 
 def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,83 +215,65 @@ def _blocks(x: Tensor, block_size: int) -> int:
     return -(-x.numel() // block_size)
 
 
-class _Tables(NamedTuple):
-    """A codebook as kernels need it.
-
-    Attributes:
-        search: Which search: the name of a closed form, or "thresholds".
-        bits: Steps of the search in ``thresholds``.
-        thresholds: ``[2**bits - 1]`` float32, filled up with infinity.
-        levels: ``[256]`` float32, 0 for codes that the codebook lacks.
-    """
-
-    search: str
-    bits: int
-    thresholds: Tensor
-    levels: Tensor
-
-
-_CLOSED_FORMS = {BUILTIN[name].closed_form: name for name in ("linear", "softsign")}
-"""The closed forms that ``codec.nearest_code`` knows; all others are searched in their thresholds."""
-
-
-def _tables(codebook: Codebook, device: torch.device) -> _Tables:
-    return _make_tables(codebook, codebook.closed_form, device)
-
-
-@lru_cache(maxsize=256)
-def _make_tables(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, device: torch.device) -> _Tables:
-    # Codebooks compare equal whatever their closed form, so the cache needs it as a key of its own.
-    thresholds, levels = codebook.thresholds, codebook.tensor()
-    bits = thresholds.numel().bit_length()
-    return _Tables(
-        search=_CLOSED_FORMS.get(closed_form, "thresholds"),
-        bits=bits,
-        thresholds=pad(thresholds, (0, 2**bits - 1 - thresholds.numel()), value=torch.inf).to(device),
-        levels=pad(levels, (0, 256 - levels.numel())).to(device),
-    )
+def _search(tables: Tables) -> dict[str, int | str]:
+    """The constants that tell ``codec.nearest_code`` how to search."""
+    return {
+        "SEARCH": tables.search,
+        "SHIFT": tables.shift,
+        "LOWEST": tables.lowest,
+        "HALF": tables.half,
+        "BITS": tables.bits,
+    }
 
 
 def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
     """Codes ``[*x.shape]`` uint8 and scale ``[ceil(numel / block_size)]`` float32."""
-    flat, (search, bits, thresholds, _) = _flat(x), _tables(codebook, x.device)
+    flat, tables = _flat(x), tables_of(codebook, x.device)
     codes, scale = _new(x, *x.shape, dtype=torch.uint8), _new(x, _blocks(x, block_size))
-    end = codebook.end if signed_scale else 0
-    _launch(_quantize_kernel, block_size, flat, codes, scale, thresholds, CODEBOOK=search, BITS=bits, END=end)
+    constants = {**_search(tables), "END": codebook.end if signed_scale else 0}
+    settings = "quantize" if tables.search in ("linear", "softsign") else "quantize in cells"
+    parts = flat, codes, scale, tables.table
+    _launch(_quantize_kernel, settings, block_size, parts, flat.element_size(), **constants)
     return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    flat, levels = codes.reshape(-1), _tables(codebook, codes.device).levels
+    flat, tables = codes.reshape(-1), tables_of(codebook, codes.device)
     values = _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
-    _launch(_dequantize_kernel, block_size, flat, scale.contiguous(), values, levels)
+    linear = tables.search == "linear"
+    parts = flat, scale.contiguous(), values, tables.levels
+    settings, search = ("dequantize linear", "linear") if linear else ("dequantize", "table")
+    _launch_decoder(_dequantize_kernel, settings, block_size, parts, values.element_size(), SEARCH=search)
     return values.to(dtype)
 
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
     """Quantized values in the shape and dtype of ``x``; codes are never written."""
-    flat, (search, bits, thresholds, levels) = _flat(x), _tables(codebook, x.device)
+    flat, tables = _flat(x), tables_of(codebook, x.device)
     values = _new(x, *x.shape, dtype=flat.dtype)
-    _launch(_fake_quantize_kernel, block_size, flat, values, thresholds, levels, CODEBOOK=search, BITS=bits)
+    settings = "fake_quantize" if tables.search in ("linear", "softsign") else "fake_quantize in cells"
+    parts = flat, values, tables.table, tables.levels
+    _launch(_fake_quantize_kernel, settings, block_size, parts, flat.element_size(), **_search(tables))
     return values.to(x.dtype)
 
 
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and residual codes ``[*x.shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32."""
-    flat, levels = _flat(x), _tables(BUILTIN["linear"], x.device).levels
+    flat = _flat(x)
     codes, residual = _new(x, *x.shape, dtype=torch.uint8), _new(x, *x.shape, dtype=torch.uint8)
     scale = _new(x, _blocks(x, block_size))
-    _launch(_quantize_residual_kernel, block_size, flat, codes, residual, scale, levels)
+    parts = flat, codes, residual, scale
+    _launch(_quantize_residual_kernel, "quantize_residual", block_size, parts, flat.element_size())
     return codes, residual, scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    levels = _tables(BUILTIN["linear"], codes.device).levels
     values = _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
-    stages = codes.reshape(-1), residual.reshape(-1)
-    _launch(_dequantize_residual_kernel, block_size, *stages, scale.contiguous(), values, levels)
+    parts = codes.reshape(-1), residual.reshape(-1), scale.contiguous(), values
+    size = values.element_size()
+    _launch_decoder(_dequantize_residual_kernel, "dequantize_residual", block_size, parts, size)
     return values.to(dtype)
 
 
@@ -251,14 +281,16 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes ``[*x.shape]`` uint8 and bounds ``[ceil(numel / block_size), 2]`` float32."""
     flat = _flat(x)
     codes, bounds = _new(x, *x.shape, dtype=torch.uint8), _new(x, _blocks(x, block_size), 2)
-    _launch(_quantize_log_kernel, block_size, flat, codes, bounds)
+    parts = flat, codes, bounds
+    _launch(_quantize_log_kernel, "quantize_log", block_size, parts, flat.element_size())
     return codes, bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    flat, values = codes.reshape(-1), _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
-    _launch(_dequantize_log_kernel, block_size, flat, bounds.contiguous(), values)
+    values = _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
+    parts = codes.reshape(-1), bounds.contiguous(), values
+    _launch_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size())
     return values.to(dtype)
 
 
@@ -266,13 +298,15 @@ def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]
     """Codes ``[*x.shape]`` uint8, scale float32 and zero point uint8, ``[ceil(numel / block_size)]`` each."""
     flat, blocks = _flat(x), _blocks(x, block_size)
     codes, scale, zero_point = _new(x, *x.shape, dtype=torch.uint8), _new(x, blocks), _new(x, blocks, dtype=torch.uint8)
-    _launch(_quantize_affine_kernel, block_size, flat, codes, scale, zero_point)
+    parts = flat, codes, scale, zero_point
+    _launch(_quantize_affine_kernel, "quantize_affine", block_size, parts, flat.element_size())
     return codes, scale, zero_point
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    flat, values = codes.reshape(-1), _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
-    blocks = scale.contiguous(), zero_point.contiguous()
-    _launch(_dequantize_affine_kernel, block_size, flat, *blocks, values)
+    values = _new(codes, *codes.shape, dtype=_kernel_dtype(dtype))
+    parts = codes.reshape(-1), scale.contiguous(), zero_point.contiguous(), values
+    size = values.element_size()
+    _launch_decoder(_dequantize_affine_kernel, "dequantize_affine", block_size, parts, size)
     return values.to(dtype)

@@ -24,11 +24,14 @@ RESIDUAL_DIVISOR = tl.constexpr(reference.RESIDUAL_DIVISOR)
 OCTAVE = tl.constexpr(reference.OCTAVE)
 FINEST_LOG_STEP = tl.constexpr(float(reference.FINEST_LOG_STEP))
 LOG_MARGIN = tl.constexpr(reference.LOG_MARGIN)  # an integer, exact as float32
-LOG2_C0, LOG2_C1, LOG2_C2, LOG2_C3 = (tl.constexpr(c) for c in reference.LOG2_POLYNOMIAL)
-LOG2_AT_ONE = tl.constexpr(sum(reference.LOG2_POLYNOMIAL))
+LOG2_C0, LOG2_C1, LOG2_C2 = (tl.constexpr(c) for c in reference.LOG2_POLYNOMIAL)
 EXP2_C0, EXP2_C1, EXP2_C2, EXP2_C3 = (tl.constexpr(c) for c in reference.EXP2_POLYNOMIAL)
 
+HIGH_127TH = tl.constexpr(float(2064 * 2.0**-18))  # 1 / 127 to 12 bits
+LOW_127TH = tl.constexpr(1 / 127 - 2064 * 2.0**-18)
+
 # Bit patterns
+ROUNDING_PATTERN = tl.constexpr(0x4B000000)  # of ROUNDING
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all but the sign
 SIGN = tl.constexpr(-0x80000000)
 INFINITY = tl.constexpr(0x7F800000)  # NaN above it
@@ -39,6 +42,9 @@ ONE = tl.constexpr(0x3F800000)  # or-ed with a mantissa, it gives a float in [1,
 @triton.jit
 def bits_of(x):
     return x.to(tl.int32, bitcast=True)
+
+
+INTERPRETED = tl.constexpr(not isinstance(bits_of, triton.JITFunction))  # by Triton's interpreter, not compiled
 
 
 @triton.jit
@@ -100,54 +106,85 @@ def normalise(x, scale):
 
 
 @triton.jit
-def nearest_code(y, thresholds, CODEBOOK: tl.constexpr, BITS: tl.constexpr):
-    """How many thresholds lie below each normalised value.
-
-    CODEBOOK names a closed form; any other codebook is searched in ``thresholds``: ``[2**BITS - 1]`` float32,
-    increasing, filled up with infinity.
-    """
-    if CODEBOOK == "linear":
+def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr,
+                 BITS: tl.constexpr):  # fmt: skip
+    """How many thresholds lie below each normalised value; see ``tables.Tables`` for what tells the search."""
+    if SEARCH == "linear":
         code = round_to_code(y * 127.0, 127)
-    elif CODEBOOK == "softsign":
-        share = bits_of(1.0 - tl.div_rn(1.0, tl.abs(y) + 1.0)) | (bits_of(y) & SIGN)
+    elif SEARCH == "softsign":
+        share = bits_of(1.0 - reciprocal_to_two(tl.abs(y) + 1.0)) | (bits_of(y) & SIGN)
         code = round_to_code(float_of(share) * 254.0, 127)
+    elif SEARCH == "cells":
+        bits = bits_of(y)
+        cell = tl.maximum((bits & MAGNITUDE) >> SHIFT, LOWEST) - LOWEST
+        word = tl.load(table + tl.where(bits < 0, cell + HALF, cell))
+        code = (word & 0xFF) + (y > float_of(word & -0x100)).to(tl.int32)
     else:
         code = tl.zeros(y.shape, tl.int32)
         for bit in tl.static_range(BITS):
             half = 1 << (BITS - 1 - bit)
-            code += tl.where(y > tl.load(thresholds + code + (half - 1)), half, 0)
+            code += tl.where(y > float_of(tl.load(table + code + (half - 1))), half, 0)
     return code
 
 
 @triton.jit
-def encode(x, thresholds, CODEBOOK: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr,
+           BITS: tl.constexpr, END: tl.constexpr):  # fmt: skip
     """As ``reference.quantize``: codes and scale."""
     scale = block_scale(x, END)
-    return nearest_code(normalise(x, scale), thresholds, CODEBOOK, BITS), scale
+    return nearest_code(normalise(x, scale), table, SEARCH, SHIFT, LOWEST, HALF, BITS), scale
 
 
 @triton.jit
-def decode(code, levels, scale):
-    """As ``reference.dequantize``; ``levels``: ``[256]`` float32, 0 for codes that the codebook lacks."""
-    return tl.load(levels + code) * nan_unless_finite(scale)[:, None]
+def reciprocal_to_two(a):
+    """1 / a, correctly rounded, for a in [1, 2]."""
+    if INTERPRETED:
+        return tl.div_rn(1.0, a)
+    # One Newton step is enough in this range, for each of its 2**23 floats (tests enumerate them), at a third of the
+    # instructions of a general division.
+    estimate = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return tl.fma(tl.fma(-a, estimate, 1.0), estimate, estimate)
+
+
+@triton.jit
+def level(code, levels, SEARCH: tl.constexpr):
+    """``levels[code]``; ``levels``: ``[256]`` float32, 0 for codes that the codebook lacks."""
+    if SEARCH == "linear":
+        # k / 127 in two parts: the first product is exact and their sum is the correctly rounded quotient, for every k.
+        k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
+        value = k * HIGH_127TH + k * LOW_127TH
+        return tl.where(code == 255, 0.0, value)
+    else:
+        return tl.load(levels + code)
+
+
+@triton.jit
+def decode(code, levels, scale, SEARCH: tl.constexpr):
+    """As ``reference.dequantize``."""
+    return level(code, levels, SEARCH) * nan_unless_finite(scale)[:, None]
 
 
 # Residual
 
 
 @triton.jit
-def encode_residual(x, levels):
-    """As ``reference.quantize_residual``: codes, residual codes and scale; ``levels`` of the linear codebook."""
-    code, scale = encode(x, levels, "linear", 8, 0)
-    left = x - decode(code, levels, scale)
-    residual = round_to_code(normalise(left, scale) * (RESIDUAL_DIVISOR * 127), 127)
+def encode_residual(x):
+    """As ``reference.quantize_residual``: codes, residual codes and scale."""
+    scale = block_scale(x, 0)
+    per_unit = reciprocal(scale)[:, None]
+    x = tl.where(is_finite(scale)[:, None], x, 0.0)
+    code = round_to_code(x * per_unit * 127.0, 127)
+    left = x - level(code, 0, "linear") * tl.where(is_finite(scale), scale, 0.0)[:, None]
+    residual = round_to_code(left * per_unit * (RESIDUAL_DIVISOR * 127), 127)
     return code, tl.minimum(tl.maximum(residual, 1), 253), scale
 
 
 @triton.jit
-def decode_residual(code, residual, levels, scale):
-    """As ``reference.dequantize_residual``; ``levels`` of the linear codebook."""
-    return decode(code, levels, scale) + decode(residual, levels, tl.div_rn(scale, RESIDUAL_DIVISOR))
+def decode_residual(code, residual, scale):
+    """As ``reference.dequantize_residual``."""
+    return decode(code, 0, scale, "linear") + decode(residual, 0, tl.div_rn(scale, RESIDUAL_DIVISOR), "linear")
 
 
 # Log
@@ -156,8 +193,8 @@ def decode_residual(code, residual, levels, scale):
 @triton.jit
 def log2_correction(pattern):
     """As ``reference.log2_correction``, for any shape."""
-    mantissa = float_of((pattern & (OCTAVE - 1)) | ONE)
-    return mantissa * (mantissa * (mantissa * (mantissa * LOG2_C3 + LOG2_C2) + LOG2_C1) + LOG2_C0)
+    mantissa = float_of((pattern & (OCTAVE - 1)) | ONE) - 1.0
+    return mantissa * (1.0 - mantissa) * (mantissa * (mantissa * LOG2_C2 + LOG2_C1) + LOG2_C0)
 
 
 @triton.jit
@@ -175,24 +212,25 @@ def log_grid(low, high):
     span = (high - low).to(tl.float32) + (log2_correction(high) - correction)
     steps = tl.minimum(tl.maximum(tl.floor(span * (1.0 / FINEST_LOG_STEP)), 1.0), 254.0)
     step = round_to_integer(tl.div_rn(span + 2.0 * LOG_MARGIN, steps))
-    first = low + round_to_integer(correction - LOG2_AT_ONE) - LOG_MARGIN
-    return -correction, tl.div_rn(steps, tl.maximum(span, 1.0)), first - step, step
+    first = low + round_to_integer(correction) - LOG_MARGIN
+    return -correction, tl.div_rn(steps, tl.maximum(span, 0.25)), first - step, step
 
 
 @triton.jit
 def encode_log(x):
     """As ``reference.quantize_log``: codes, and the smallest positive and the largest value."""
-    magnitude = tl.where(x < 0.0, NAN, bits_of(x) & MAGNITUDE)
-    high = tl.max(magnitude, axis=1)
-    low = tl.min(tl.where(magnitude > 0, magnitude, INFINITY), axis=1)
+    pattern = bits_of(x + 0.0)  # no negative zero
+    # Unsigned, a negative value's pattern lies above that of NaN, and one less than zero's above all.
+    high = tl.max(pattern.to(tl.uint32, bitcast=True), axis=1)
+    low = tl.min((pattern - 1).to(tl.uint32, bitcast=True), axis=1).to(tl.int32, bitcast=True) + 1
     wrong = high >= INFINITY
-    low = tl.where(wrong, NAN, tl.where(high > 0, low, 0))
-    high = tl.where(wrong, NAN, high)
+    low = tl.where(wrong, NAN, low)
+    high = tl.where(wrong, NAN, high.to(tl.int32, bitcast=True))
 
     offset, codes_per_pattern, _, _ = log_grid(low, high)
-    distance = (magnitude - low[:, None]).to(tl.float32) + log2_correction(magnitude)
+    distance = (pattern - low[:, None]).to(tl.float32) + log2_correction(pattern)
     code = round_to_code((distance + offset[:, None]) * codes_per_pattern[:, None], 1)
-    code = tl.where(wrong[:, None], 1, tl.where(magnitude > 0, code, 0))
+    code = tl.where(wrong[:, None], 1, tl.where(pattern == 0, 0, code))
     return code, float_of(low), float_of(high)
 
 
@@ -203,7 +241,7 @@ def decode_log(code, low, high):
     _, _, origin, step = log_grid(low, high)
     pattern = exp2_pattern(code * step[:, None] + origin[:, None])
     pattern = tl.minimum(tl.maximum(pattern, low[:, None]), high[:, None])
-    return float_of(pattern * tl.minimum(code, 1))
+    return float_of(tl.where(code == 0, 0, pattern))
 
 
 # Affine

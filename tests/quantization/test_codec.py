@@ -1,0 +1,231 @@
+"""A codec keeps its promises under every name, and is imported without Triton or Lightning."""
+
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import reference
+from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.codec import LOG, Codec
+
+CUSTOM = Codebook("mine", (-0.5, -0.1, 0.0, 0.3, 1.0))
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+CODECS = [*map(Codec, BUILTIN), Codec(CUSTOM.spec, 64), Codec(LOG), Codec("linear", 64, residual=True), Codec(LOG, 128)]
+
+
+def codec_id(codec: Codec) -> str:
+    return f"{codec.name[:12]}-{codec.block_size}" + ("-residual" if codec.residual else "")
+
+
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def admissible(codec: Codec, *shape: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x.abs() if codec.unsigned else x
+
+
+def worst_error(codec: Codec, x: Tensor) -> oracle.Array:
+    """How far each element may be off: half a gap times the largest of its block, half a step, or its share of itself.
+
+    Rounding to the dtype of ``x`` comes on top, and 2**-21 for the float32 arithmetic.
+    """
+    value = abs(oracle.float64(x))
+    largest = oracle.spread(oracle.block_scale(x, codec.block_size), codec.block_size, x)
+    rounding = value * torch.finfo(x.dtype).eps + largest * 2.0**-21
+    if codec.name == LOG:
+        with np.errstate(divide="ignore"):
+            octaves = np.log2(largest / np.min(value[value > 0], initial=np.inf))
+        # Half a step, at least one in 128 octaves, and a thousandth for the grid's margin and its approximations.
+        return value * (np.exp2(np.maximum(octaves / 254, 1 / 32) / 2 + 1e-3) - 1) + rounding
+    if codec.residual:
+        return largest / 127 / 253 / 2 + rounding
+    levels = CUSTOM.levels if codec.name == CUSTOM.spec else BUILTIN[codec.name].levels
+    gaps = np.diff(levels)  # the largest element is exact; the one of the other sign is as far off as levels are short
+    short_end = 2 - (levels[-1] - levels[0]) if levels[0] < 0 else 0.0
+    return largest * max(0.502 * gaps.max(), short_end) + rounding
+
+
+@every_codec
+@every_dtype
+def test_what_is_decoded_is_close_and_encodes_to_the_same_again(codec: Codec, dtype: torch.dtype) -> None:
+    for shape in ((1000,), (3, 5, 70), (1,), (), (0, 3)):
+        x = admissible(codec, *shape).to(dtype)
+        parts = codec.encode(x)
+        decoded = codec.decode(parts, dtype)
+        assert (decoded.shape, decoded.dtype) == (x.shape, dtype)
+        assert parts[0].shape == x.shape
+        for _ in range(3):
+            assert all(map(oracle.same_bits, codec.encode(decoded), parts))
+            decoded = codec.decode(parts, dtype)
+        if x.numel():
+            assert np.all(abs(oracle.float64(decoded) - oracle.float64(x)) <= worst_error(codec, x))
+
+
+@every_codec
+def test_the_parts_are_codes_scales_and_residual(codec: Codec) -> None:
+    codes, scales, *residual = codec.encode(admissible(codec, 7, 100))
+    blocks = -(-700 // codec.block_size)
+    assert (codes.dtype, codes.shape) == (torch.uint8, (7, 100))
+    assert (scales.dtype, scales.shape) == (torch.float32, (blocks, 2) if codec.name == LOG else (blocks,))
+    assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * codec.residual
+
+
+@every_codec
+def test_encoded_bytes_are_the_bytes_of_the_parts(codec: Codec) -> None:
+    for numel in (0, 1, 31, 64, 65, 256, 257, 1000):
+        parts = codec.encode(admissible(codec, numel))
+        assert codec.encoded_bytes(numel) == sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_the_presets_cost_what_the_design_says() -> None:
+    numel = 2**20
+    weight, moment = Codec("linear", 256, residual=True), Codec("softsign", 128)
+    second = Codec(LOG, 128)
+    resume = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
+    compact = sum(codec.encoded_bytes(numel) for codec in (Codec("softsign", 256), moment, second)) / numel
+    assert (round(resume, 2), round(compact, 2)) == (4.11, 3.11)
+
+
+@pytest.mark.parametrize(
+    "name", ["dynamic", *(f"int{bits}" for bits in range(2, 9)), CUSTOM.spec], ids=lambda name: name[:9]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_codebook_with_one_end_gets_a_signed_scale(name: str, sign: int) -> None:
+    x = sign * torch.tensor([2.0, -1.0, 0.5])
+    codec = Codec(name)
+    parts = codec.encode(x)
+    assert abs(parts[1].item()) == 2.0
+    assert codec.decode(parts, torch.float32)[0] == x[0]
+
+
+def test_a_codebook_with_both_ends_or_one_sign_keeps_a_plain_scale() -> None:
+    for name in ("linear", "softsign", "normal_float4", "fp8_e4m3", "fp8_e5m2", "dynamic_unsigned"):
+        assert Codec(name).encode(torch.tensor([-2.0, 1.0]))[1].item() == 2.0
+
+
+def test_unsigned_says_which_codecs_take_no_negative_values() -> None:
+    assert {codec.name for codec in CODECS if codec.unsigned} == {LOG, "dynamic_unsigned"}
+    assert Codec(Codebook("mine", (0.0, 1.0)).spec).unsigned
+
+
+@every_codec
+def test_scales_that_are_not_finite_say_which_block_cannot_be_encoded(codec: Codec) -> None:
+    # A negative value too, under log; any other codec takes them, or says that it is unsigned.
+    for poison in (torch.nan, torch.inf, -torch.inf, *[-1.0] * (codec.name == LOG)):
+        x = admissible(codec, 3 * codec.block_size).float()
+        x[codec.block_size + 5] = poison
+        parts = codec.encode(x)
+        finite = parts[1].isfinite().view(3, -1)
+        assert finite.any(dim=1).tolist() == finite.all(dim=1).tolist() == [True, False, True]
+        decoded = codec.decode(parts, torch.float32).view(3, -1).isfinite()
+        assert decoded.any(dim=1).tolist() == decoded.all(dim=1).tolist() == [True, False, True]
+
+
+def test_the_parts_of_a_parameter_hold_no_graph() -> None:
+    for codec in CODECS:
+        parameter = torch.nn.Parameter(admissible(codec, 300))
+        assert not any(part.requires_grad for part in codec.encode(parameter)), codec
+
+
+def test_the_first_stage_of_a_residual_is_the_linear_codec() -> None:
+    x = admissible(Codec("linear"), 1000).float()
+    codes, scales, _ = Codec("linear", 256, residual=True).encode(x)
+    assert all(map(oracle.same_bits, (codes, scales), Codec("linear", 256).encode(x)))
+
+
+@pytest.mark.parametrize("name", ["", "int1", "linear ", "LOG", "float8"])
+def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown codec: codebook is one of linear, .*; for second moments .* 'log'"
+    ) as error:
+        Codec(name)
+    assert f"got {name!r}; for second moments there is also 'log'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", LOG, "int1"])
+def test_a_residual_anywhere_but_on_linear_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"residual stage needs the codec linear, got '{name}'"):
+        Codec(name, residual=True)
+
+
+@pytest.mark.parametrize("levels", [(-0.5, 0.0, 0.5), (0.0, 0.999), (-0.999, 0.0)], ids=str)
+def test_a_codebook_that_reaches_neither_end_is_refused(levels: tuple[float, ...]) -> None:
+    received = f"got levels from {levels[0]:g} to {levels[-1]:g}"
+    with pytest.raises(ValueError, match=f"holds 1 or -1, {received}; divide them by the largest magnitude"):
+        Codec(Codebook("mine", levels).spec)
+
+
+@pytest.mark.parametrize("block_size", [100, 16, 8192, 0, -256, 2.0, True])
+def test_a_block_size_that_is_none_is_refused(block_size: object) -> None:
+    with pytest.raises(ValueError, match=f"block_size must be .*, got {block_size}"):
+        Codec("linear", block_size)  # type: ignore[arg-type]
+
+
+def test_a_codec_is_a_value() -> None:
+    assert Codec("linear") == Codec("linear", 256, False)
+    assert len({Codec("linear"), Codec("linear", 256), Codec("linear", 128), Codec("linear", residual=True)}) == 3
+
+
+def test_a_codec_decodes_as_the_reference() -> None:
+    x = admissible(Codec(LOG), 300).float()
+    assert oracle.same_bits(
+        Codec(LOG, 128).decode(Codec(LOG, 128).encode(x), torch.float32),
+        reference.dequantize_log(*reference.quantize_log(x, 128), 128, torch.float32),
+    )
+
+
+# What the import needs
+
+ROUND_TRIP = """
+import torch
+from q8lightning.quantization.codec import Codec
+x = torch.linspace(0, 1, 100)
+for codec in (Codec("linear"), Codec("dynamic"), Codec("linear", residual=True), Codec("log")):
+    assert (codec.decode(codec.encode(x), x.dtype) - x).abs().max() < 0.05
+"""
+
+ABSENT = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"triton", "lightning", "pytorch_lightning", "torchmetrics"} - {EXCEPT}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+ALONE = """  # without q8lightning/__init__.py, the door, which imports the callback and with it Lightning
+import importlib.util, sys, types
+door = types.ModuleType("q8lightning")
+door.__path__ = importlib.util.find_spec("q8lightning").submodule_search_locations
+sys.modules["q8lightning"] = door
+"""
+
+NOT_IMPORTED = """
+import torch
+before = set(sys.modules)
+import q8lightning.quantization.codec
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not {"triton", "lightning", "pytorch_lightning", "torchmetrics"} & new, new
+"""  # only that: torch itself imports Triton, where it is installed, when an operator is called
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ABSENT.replace("{EXCEPT}", "{'lightning', 'torchmetrics'}") + ROUND_TRIP,
+        ALONE + NOT_IMPORTED + ABSENT.replace("{EXCEPT}", "set()") + ROUND_TRIP,
+    ],
+    ids=["the package without Triton", "the quantization wing without Triton and Lightning"],
+)
+def test_what_can_be_imported_and_used(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
