@@ -5,7 +5,9 @@ with a block that is not finite is simply handed to the reference. Passes write 
 call: fresh memory for every intermediate would cost more than the arithmetic.
 """
 
+import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -13,9 +15,13 @@ from torch import Tensor
 from q8lightning.quantization import reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 
-CHUNK = 2**18
-"""Elements per chunk: a megabyte of float32, so that the passes over a chunk stay in the caches
+CHUNK = 2**20
+"""Elements per chunk: four megabytes of float32, so that the passes over a chunk stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
+
+
+HUGE = 2**23
+"""Bytes from which on a decoded tensor's memory is asked for in huge pages."""
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -31,6 +37,17 @@ def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
 
 def _scratch(numel: int, rows: int) -> Tensor:
     return torch.empty(rows, min(numel, CHUNK))
+
+
+def _empty(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return new memory, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
+    size = numel * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(numel, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _blocks(numel: int, block_size: int) -> int:
@@ -61,14 +78,9 @@ def _integers(x: Tensor, zero: int) -> Tensor:
     return x.add_(reference.ROUNDING + zero).view(torch.int32).bitwise_and_(0xFF)
 
 
-def _padded_levels(codebook: Codebook) -> Tensor:
-    """Return 256 levels: codes that the codebook lacks decode to 0, as in the reference."""
-    return torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
-
-
 def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    codes = _empty(flat.numel(), torch.uint8)
     scale = torch.empty(_blocks(flat.numel(), block_size))
     scratch = _scratch(flat.numel(), 1)
     for elements, rows, width in _chunks(flat.numel(), block_size):
@@ -84,26 +96,40 @@ def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool 
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat, levels = codes.reshape(-1), _padded_levels(codebook)
-    values = torch.empty(flat.numel(), dtype=dtype)
+    flat, levels = codes.reshape(-1), _Levels(codebook)
+    values = _empty(flat.numel(), dtype)
     scratch = _scratch(flat.numel(), 2)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         if not bool(scale[rows].isfinite().all()):
             values[elements] = reference.dequantize(flat[elements], scale[rows], codebook, width, dtype)
             continue
-        spare = scratch[:, : flat[elements].numel()]
-        _decode(flat[elements], levels, scale[rows], spare[0], spare[1], values[elements])
+        spare, part = scratch[:, : flat[elements].numel()]
+        if dtype == torch.float32:
+            part = values[elements]
+        levels.look_up(flat[elements], spare, out=part)
+        part.view(-1, width).mul_(scale[rows, None])
+        if dtype != torch.float32:
+            values[elements] = part
     return values.view(codes.shape)
 
 
-def _decode(codes: Tensor, levels: Tensor, scale: Tensor, spare: Tensor, part: Tensor, out: Tensor) -> None:
-    """Write ``levels[codes] * scale`` into ``out``; all but ``levels`` and ``scale`` are flat and of one length."""
-    part = out if out.dtype == torch.float32 else part
-    torch.index_select(levels, 0, spare.view(torch.int32).copy_(codes), out=part)
-    blocks = part.view(scale.numel(), -1)
-    torch.mul(blocks, scale[:, None], out=blocks)
-    if part is not out:
-        out.copy_(part)
+class _Levels:
+    """The levels of a codebook by code: computed where they are quotients of integers, else looked up."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.name = codebook.name if codebook.spec in ("linear", "softsign") else None
+        # Codes that the codebook lacks decode to 0, as in the reference.
+        self.table = torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
+
+    def look_up(self, codes: Tensor, spare: Tensor, out: Tensor) -> None:
+        """Write the level of each of ``codes`` (flat, uint8) into ``out`` (float32); ``spare`` is like ``out``."""
+        if self.name is None or bool(codes.amax() == 255):
+            torch.index_select(self.table, 0, spare.view(torch.int32).copy_(codes), out=out)
+        elif self.name == "linear":
+            out.copy_(codes).sub_(127.0).div_(127.0)
+        else:
+            out.copy_(codes).sub_(127.0)
+            out.div_(torch.abs(out, out=spare).neg_().add_(254.0))
 
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
@@ -112,9 +138,9 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
 
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
-    codes, residual = (torch.empty(flat.numel(), dtype=torch.uint8) for _ in range(2))
+    codes, residual = (_empty(flat.numel(), torch.uint8) for _ in range(2))
     scale = torch.empty(_blocks(flat.numel(), block_size))
-    levels, scratch = _padded_levels(linear), _scratch(flat.numel(), 2)
+    levels, scratch = _Levels(linear), _scratch(flat.numel(), 2)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
         spare, left = scratch[:, : blocks.numel()].view(2, -1, width)
@@ -125,15 +151,16 @@ def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
             continue
         per_unit = reference.reciprocal(part)[:, None]
         codes[elements] = _search(torch.mul(blocks, per_unit, out=spare), linear).view(-1)
-        _decode(codes[elements], levels, part, spare.view(-1), spare.view(-1), left.view(-1))
+        levels.look_up(codes[elements], spare.view(-1), out=left.view(-1))
+        left.mul_(part[:, None])
         torch.sub(blocks, left, out=left).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
         residual[elements] = _integers(left, zero=127).clamp_(1, 253).view(-1)
     return codes.view(x.shape), residual.view(x.shape), scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat, flat_residual, levels = codes.reshape(-1), residual.reshape(-1), _padded_levels(BUILTIN["linear"])
-    values = torch.empty(flat.numel(), dtype=dtype)
+    flat, flat_residual, levels = codes.reshape(-1), residual.reshape(-1), _Levels(BUILTIN["linear"])
+    values = _empty(flat.numel(), dtype)
     scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         first, second, part = flat[elements], flat_residual[elements], scale[rows]
@@ -141,15 +168,19 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
             values[elements] = reference.dequantize_residual(first, second, part, width, dtype)
             continue
         spare, one, two = scratch[:, : first.numel()]
-        _decode(first, levels, part, spare, one, one)
-        _decode(second, levels, reference.divide(part, reference.RESIDUAL_DIVISOR), spare, two, two)
+        for stage, stage_scale, decoded in (
+            (first, part, one),
+            (second, reference.divide(part, reference.RESIDUAL_DIVISOR), two),
+        ):
+            levels.look_up(stage, spare, out=decoded)
+            decoded.view(-1, width).mul_(stage_scale[:, None])
         values[elements] = one.add_(two)
     return values.view(codes.shape)
 
 
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    codes = _empty(flat.numel(), torch.uint8)
     bounds = torch.empty(_blocks(flat.numel(), block_size), 2)
     scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
@@ -191,7 +222,7 @@ def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
-    values = torch.empty(flat.numel(), dtype=dtype)
+    values = _empty(flat.numel(), dtype)
     grid = reference.log_grid(bounds)
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
     scratch = _scratch(flat.numel(), 4)
@@ -211,7 +242,7 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
 
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    codes = _empty(flat.numel(), torch.uint8)
     scale = torch.empty(_blocks(flat.numel(), block_size))
     zero_point = torch.empty(scale.numel(), dtype=torch.uint8)
     for elements, rows, width in _chunks(flat.numel(), block_size):
@@ -222,7 +253,7 @@ def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
-    values = torch.empty(flat.numel(), dtype=dtype)
+    values = _empty(flat.numel(), dtype)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         values[elements] = reference.dequantize_affine(flat[elements], scale[rows], zero_point[rows], width, dtype)
     return values.view(codes.shape)

@@ -537,9 +537,8 @@ def test_log_returns_both_ends_of_a_block_exactly_however_close(ulps: int) -> No
 
 
 def test_log_tells_every_float_of_an_octave_from_its_successor() -> None:
-    for first in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(
-        2**19
-    ):  # other octaves: the same mantissas
+    octave = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32)  # the others have the same mantissas
+    for first in octave.split(2**19):
         x = torch.stack([first, first + 1], dim=1).view(torch.float32)
         codes, bounds = reference.quantize_log(x, 2)
         assert bool((codes == torch.tensor([1, 2])).all())

@@ -1,0 +1,43 @@
+"""The configurations run through a real LightningCLI, and the demo runs from end to end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from q8lightning import QuantizedTensor, keep_encoded
+
+ROOT = Path(__file__).parent.parent
+CODECS = {"resume": ("linear", True), "compact": ("softsign", False), "custom_policy": ("linear", True)}
+
+
+def run(folder: Path, script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path) -> None:
+    config = ROOT / "configs" / f"{name}.yaml"
+    small = ("--trainer.max_steps=100", "--trainer.limit_val_batches=1", "--model.width=64", "--model.heads=2")
+    smaller = ("--model.depth=1", "--data.batch_size=2", "--model.context=16", "--data.context=16")
+    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    run(tmp_path, "cli.py", "fit", f"--config={config}", *small, *smaller, *quiet)
+    (path,) = (tmp_path / "runs" / name).glob("*.ckpt")
+    with keep_encoded():
+        state = torch.load(path, weights_only=True)["state_dict"]
+    feed_forward = state["model.blocks.0.feed_forward.0.weight"]
+    embedding = state["model.embed.weight"]
+    assert (feed_forward.codec.name, feed_forward.codec.residual) == CODECS[name]
+    assert isinstance(embedding, QuantizedTensor) == (name != "custom_policy")  # it leaves the embedding as it is
+
+
+def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
+    output = run(tmp_path, "train_char_lm.py", "--steps=3", "--resume-steps=2", "--folder=demo")
+    for words in ("bytes a parameter", "update direction", "Resumed for 2 steps on the same batches", "val_loss"):
+        assert words in output
+    assert {path.name for path in (tmp_path / "demo").glob("*.ckpt")} == {"plain.ckpt", "resume.ckpt", "compact.ckpt"}
