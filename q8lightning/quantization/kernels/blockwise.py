@@ -28,20 +28,20 @@ class Settings(NamedTuple):
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
-    # Each for 4-byte and for 2-byte values: the fastest, over blocks of 64, 256 and 2048, that benchmarks/tune.py found
-    # on an H200. One or two warps with 16 to 64 values a thread keep enough loads in flight without waiting for others.
+    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 that benchmarks/tune.py found
+    # on an H200. Few warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
-    "fake_quantize": (Settings(2048, 2), Settings(2048, 1)),
-    "fake_quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
+    "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
     "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
-    "quantize_residual": (Settings(2048, 2), Settings(2048, 1)),
-    "dequantize_residual": (Settings(512, 1), Settings(1024, 2)),
-    "quantize_log": (Settings(4096, 4), Settings(4096, 4)),
-    "dequantize_log": (Settings(1024, 1), Settings(2048, 1)),
-    "quantize_affine": (Settings(2048, 2), Settings(2048, 1)),
-    "dequantize_affine": (Settings(512, 1), Settings(1024, 1)),
+    "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
+    "dequantize_residual": (Settings(1024, 2), Settings(4096, 2)),
+    "quantize_log": (Settings(2048, 2), Settings(2048, 2)),
+    "dequantize_log": (Settings(2048, 1), Settings(2048, 1)),
+    "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
+    "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
 }
 
 DECODED_ROW = 256
@@ -52,10 +52,15 @@ DECODED_ROW = 256
 
 @triton.jit
 def _tile(numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The blocks of this program and its elements, ``[ROWS]`` and ``[ROWS, BLOCK]`` int64, each with its mask."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """This program's first row (int64), its rows and elements from there (int32), each with its mask.
+
+    Only the start is 64-bit: 64-bit offsets and comparisons for every element would cost more than the arithmetic.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    left = tl.minimum(numel - first * BLOCK, ROWS * BLOCK).to(tl.int32)
+    rows = tl.arange(0, ROWS)
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return rows, rows * BLOCK < numel, elements, elements < numel
+    return first, rows, rows * BLOCK < left, elements, elements < left
 
 
 @triton.jit
@@ -78,11 +83,11 @@ def _quantize_kernel(
     x, codes, scale, table, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    values = _load_float(x, elements, mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    values = _load_float(x + first * BLOCK, elements, mask)
     code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
-    _store(codes, elements, code, mask)
-    _store(scale, rows, block_scale, row_mask)
+    _store(codes + first * BLOCK, elements, code, mask)
+    _store(scale + first, rows, block_scale, row_mask)
 
 
 @triton.jit
@@ -90,10 +95,10 @@ def _dequantize_kernel(
     codes, scale, values, levels, numel,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    block_scale = _load_float(scale, rows // PARTS, row_mask)
-    value = codec.decode(_load_code(codes, elements, mask), levels, block_scale, SEARCH)
-    _store(values, elements, value, mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    block_scale = _load_float(scale, (first + rows) // PARTS, row_mask)
+    value = codec.decode(_load_code(codes + first * BLOCK, elements, mask), levels, block_scale, SEARCH)
+    _store(values + first * BLOCK, elements, value, mask)
 
 
 @triton.jit
@@ -101,64 +106,68 @@ def _fake_quantize_kernel(
     x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    _, _, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, scale = codec.encode(_load_float(x, elements, mask), table, SEARCH, SHIFT, LOWEST, HALF, BITS, 0)
-    _store(values, elements, codec.decode(code, levels, scale, SEARCH), mask)
+    first, _, _, elements, mask = _tile(numel, ROWS, BLOCK)
+    x_tile = _load_float(x + first * BLOCK, elements, mask)
+    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS)
+    _store(values + first * BLOCK, elements, value, mask)
 
 
 @triton.jit
 def _quantize_residual_kernel(x, codes, residual, scale, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, left, block_scale = codec.encode_residual(_load_float(x, elements, mask))
-    _store(codes, elements, code, mask)
-    _store(residual, elements, left, mask)
-    _store(scale, rows, block_scale, row_mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    code, left, block_scale = codec.encode_residual(_load_float(x + first * BLOCK, elements, mask))
+    _store(codes + first * BLOCK, elements, code, mask)
+    _store(residual + first * BLOCK, elements, left, mask)
+    _store(scale + first, rows, block_scale, row_mask)
 
 
 @triton.jit
 def _dequantize_residual_kernel(
     codes, residual, scale, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, left = _load_code(codes, elements, mask), _load_code(residual, elements, mask)
-    _store(values, elements, codec.decode_residual(code, left, _load_float(scale, rows // PARTS, row_mask)), mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    block_scale = _load_float(scale, (first + rows) // PARTS, row_mask)
+    code = _load_code(codes + first * BLOCK, elements, mask)
+    left = _load_code(residual + first * BLOCK, elements, mask)
+    _store(values + first * BLOCK, elements, codec.decode_residual(code, left, block_scale), mask)
 
 
 @triton.jit
 def _quantize_log_kernel(x, codes, bounds, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, low, high = codec.encode_log(_load_float(x, elements, mask))
-    _store(codes, elements, code, mask)
-    _store(bounds, rows * 2, low, row_mask)
-    _store(bounds, rows * 2 + 1, high, row_mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    code, low, high = codec.encode_log(_load_float(x + first * BLOCK, elements, mask))
+    _store(codes + first * BLOCK, elements, code, mask)
+    _store(bounds + first * 2, rows * 2, low, row_mask)
+    _store(bounds + first * 2, rows * 2 + 1, high, row_mask)
 
 
 @triton.jit
 def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    blocks = rows // PARTS
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    blocks = (first + rows) // PARTS
     low, high = _load_float(bounds, blocks * 2, row_mask), _load_float(bounds, blocks * 2 + 1, row_mask)
-    _store(values, elements, codec.decode_log(_load_code(codes, elements, mask), low, high), mask)
+    code = _load_code(codes + first * BLOCK, elements, mask)
+    _store(values + first * BLOCK, elements, codec.decode_log(code, low, high), mask)
 
 
 @triton.jit
 def _quantize_affine_kernel(x, codes, scale, zero_point, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    code, block_scale, block_zero = codec.encode_affine(_load_float(x, elements, mask))
-    _store(codes, elements, code, mask)
-    _store(scale, rows, block_scale, row_mask)
-    _store(zero_point, rows, block_zero, row_mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    code, block_scale, block_zero = codec.encode_affine(_load_float(x + first * BLOCK, elements, mask))
+    _store(codes + first * BLOCK, elements, code, mask)
+    _store(scale + first, rows, block_scale, row_mask)
+    _store(zero_point + first, rows, block_zero, row_mask)
 
 
 @triton.jit
 def _dequantize_affine_kernel(
     codes, scale, zero_point, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):
-    rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
-    blocks = rows // PARTS
-    block_zero = _load_code(zero_point, blocks, row_mask)
-    code = _load_code(codes, elements, mask)
-    _store(values, elements, codec.decode_affine(code, _load_float(scale, blocks, row_mask), block_zero), mask)
+    first, rows, row_mask, elements, mask = _tile(numel, ROWS, BLOCK)
+    blocks = (first + rows) // PARTS
+    block_scale, block_zero = _load_float(scale, blocks, row_mask), _load_code(zero_point, blocks, row_mask)
+    code = _load_code(codes + first * BLOCK, elements, mask)
+    _store(values + first * BLOCK, elements, codec.decode_affine(code, block_scale, block_zero), mask)
 
 
 # Launchers

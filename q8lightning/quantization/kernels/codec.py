@@ -149,13 +149,24 @@ def reciprocal_to_two(a):
 
 
 @triton.jit
+def linear_level(k):
+    """k / 127 for an integer k in [-127, 127] as float32, correctly rounded."""
+    # In two parts: the first product is exact, and their sum is the correctly rounded quotient for each of these k.
+    return k * HIGH_127TH + k * LOW_127TH
+
+
+@triton.jit
+def linear_steps(y):
+    """The nearest integer number of steps of the linear codebook, as float32."""
+    return (y * 127.0 + (ROUNDING + 127.0)) - (ROUNDING + 127.0)
+
+
+@triton.jit
 def level(code, levels, SEARCH: tl.constexpr):
     """``levels[code]``; ``levels``: ``[256]`` float32, 0 for codes that the codebook lacks."""
     if SEARCH == "linear":
-        # k / 127 in two parts: the first product is exact and their sum is the correctly rounded quotient, for every k.
         k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
-        value = k * HIGH_127TH + k * LOW_127TH
-        return tl.where(code == 255, 0.0, value)
+        return tl.where(code == 255, 0.0, linear_level(k))
     else:
         return tl.load(levels + code)
 
@@ -170,14 +181,29 @@ def decode(code, levels, scale, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
+                  HALF: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+    """As ``reference.fake_quantize``, float32."""
+    scale = block_scale(x, 0)
+    y = normalise(x, scale)
+    if SEARCH == "linear":
+        value = linear_level(linear_steps(y))
+    else:
+        value = level(nearest_code(y, table, SEARCH, SHIFT, LOWEST, HALF, BITS), levels, SEARCH)
+    return value * nan_unless_finite(scale)[:, None]
+
+
+@triton.jit
 def encode_residual(x):
     """As ``reference.quantize_residual``: codes, residual codes and scale."""
     scale = block_scale(x, 0)
     per_unit = reciprocal(scale)[:, None]
-    x = tl.where(is_finite(scale)[:, None], x, 0.0)
-    code = round_to_code(x * per_unit * 127.0, 127)
-    left = x - level(code, 0, "linear") * tl.where(is_finite(scale), scale, 0.0)[:, None]
+    finite = is_finite(scale)
+    x = tl.where(finite[:, None], x, 0.0)
+    k = linear_steps(x * per_unit)
+    left = x - linear_level(k) * tl.where(finite, scale, 0.0)[:, None]
     residual = round_to_code(left * per_unit * (RESIDUAL_DIVISOR * 127), 127)
+    code = bits_of(k + (ROUNDING + 127.0)) & 0xFF
     return code, tl.minimum(tl.maximum(residual, 1), 253), scale
 
 
