@@ -7,7 +7,7 @@ tensors and primitives.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,29 @@ Code = str | Codebook | Tensor | Sequence[float]
 """What names or lists a codebook; see :func:`q8lightning.quantization.codebook.get_codebook`."""
 
 
-def _backend(x: Tensor) -> ModuleType:
+class Backend(Protocol):
+    """The functions that ``reference.py``, ``cpu.py`` and ``kernels/blockwise.py`` have, as ``reference.py`` says."""
+
+    def quantize(
+        self, x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
+    def dequantize(
+        self, codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+    def fake_quantize(self, x: Tensor, codebook: Codebook, block_size: int) -> Tensor: ...
+    def quantize_residual(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_residual(
+        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+    def quantize_log(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
+    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
+    def quantize_affine(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_affine(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+def _backend(x: Tensor) -> Backend:
     if x.is_cuda:
         from q8lightning.quantization.kernels import blockwise
 
@@ -38,7 +60,7 @@ def _empty_scale(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype 
 
 @custom_op("q8lightning::quantize", mutates_args=())
 def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    return _backend(x).quantize(x, get_codebook(codebook), block_size, signed_scale)  # type: ignore[no-any-return]
+    return _backend(x).quantize(x, get_codebook(codebook), block_size, signed_scale)
 
 
 @quantize.register_fake
@@ -48,7 +70,7 @@ def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> 
 
 @custom_op("q8lightning::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)  # type: ignore[no-any-return]
+    return _backend(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
 
 
 @dequantize.register_fake
@@ -58,7 +80,7 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 
 @custom_op("q8lightning::fake_quantize", mutates_args=())
 def _fake_quantize(x: Tensor, codebook: str, block_size: int) -> Tensor:
-    return _backend(x).fake_quantize(x, get_codebook(codebook), block_size)  # type: ignore[no-any-return]
+    return _backend(x).fake_quantize(x, get_codebook(codebook), block_size)
 
 
 @_fake_quantize.register_fake
@@ -75,7 +97,7 @@ _fake_quantize.register_autograd(_straight_through)
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(x).quantize_residual(x, block_size)  # type: ignore[no-any-return]
+    return _backend(x).quantize_residual(x, block_size)
 
 
 @quantize_residual.register_fake
@@ -85,7 +107,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_residual(codes, residual, scale, block_size, dtype)  # type: ignore[no-any-return]
+    return _backend(codes).dequantize_residual(codes, residual, scale, block_size, dtype)
 
 
 @dequantize_residual.register_fake
@@ -95,7 +117,7 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 
 @custom_op("q8lightning::quantize_log", mutates_args=())
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _backend(x).quantize_log(x, block_size)  # type: ignore[no-any-return]
+    return _backend(x).quantize_log(x, block_size)
 
 
 @quantize_log.register_fake
@@ -105,7 +127,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_log(codes, bounds, block_size, dtype)  # type: ignore[no-any-return]
+    return _backend(codes).dequantize_log(codes, bounds, block_size, dtype)
 
 
 @dequantize_log.register_fake
@@ -115,7 +137,7 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
 
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(x).quantize_affine(x, block_size)  # type: ignore[no-any-return]
+    return _backend(x).quantize_affine(x, block_size)
 
 
 @quantize_affine.register_fake
@@ -125,7 +147,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @custom_op("q8lightning::dequantize_affine", mutates_args=())
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_affine(codes, scale, zero_point, block_size, dtype)  # type: ignore[no-any-return]
+    return _backend(codes).dequantize_affine(codes, scale, zero_point, block_size, dtype)
 
 
 @dequantize_affine.register_fake
