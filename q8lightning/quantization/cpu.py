@@ -5,9 +5,12 @@ with a block that is not finite is simply handed to the reference. Passes write 
 call: fresh memory for every intermediate would cost more than the arithmetic.
 """
 
+import ctypes
 import mmap
-from collections.abc import Iterator
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,8 +23,9 @@ CHUNK = 2**20
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
 
-HUGE = 2**23
-"""Bytes from which on a decoded tensor's memory is asked for in huge pages."""
+HUGE = 2**25
+"""Bytes from which on a new tensor's memory is asked for in huge pages: pieces this large come fresh from the system,
+where smaller ones may be memory that was used before."""
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -40,14 +44,24 @@ def _scratch(numel: int, rows: int) -> Tensor:
 
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return new memory, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
-    size = numel * dtype.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(numel, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    """Return a new tensor, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
+    values = torch.empty(numel, dtype=dtype)
+    madvise = _madvise()
+    if madvise is not None and values.nbytes >= HUGE:
+        start = -(-values.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (values.data_ptr() + values.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it returns makes no difference
+    return values
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Return the C library's madvise, None where there are no huge pages to ask for."""
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast("Callable[[int, int, int], int]", madvise)
 
 
 def _blocks(numel: int, block_size: int) -> int:
