@@ -23,9 +23,8 @@ CHUNK = 2**20
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
 
-HUGE = 2**25
-"""Bytes from which on a new tensor's memory is asked for in huge pages: pieces this large come fresh from the system,
-where smaller ones may be memory that was used before."""
+HUGE = 2**22
+"""Bytes from which on memory is asked for in huge pages: two of the usual size of 2 MiB."""
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -40,7 +39,7 @@ def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _scratch(numel: int, rows: int) -> Tensor:
-    return torch.empty(rows, min(numel, CHUNK))
+    return _empty(rows * min(numel, CHUNK), torch.float32).view(rows, -1)
 
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:
@@ -239,18 +238,24 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     values = _empty(flat.numel(), dtype)
     grid = reference.log_grid(bounds)
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
-    scratch = _scratch(flat.numel(), 4)
+    scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
-        code, position, spare, power = scratch[:, : flat[elements].numel()].view(torch.int32).view(4, -1, width)
+        part = values[elements] if dtype == torch.float32 else scratch[2, : flat[elements].numel()]
+        position = part.view(torch.int32).view(-1, width)
+        spare, power = scratch[:2, : position.numel()].view(2, -1, width)
+        code = fraction = spare.view(torch.int32)
         code.copy_(flat[elements].view(-1, width))
         torch.mul(code, grid.step[rows, None], out=position).add_(grid.origin[rows, None])
-        fraction = torch.bitwise_and(position, reference.OCTAVE - 1, out=spare).bitwise_or_(0x3F800000)
-        octave = position.bitwise_and_(-reference.OCTAVE)
-        _polynomial(fraction.view(torch.float32), *reference.EXP2_POLYNOMIAL, out=power.view(torch.float32))
-        pattern = octave.add_(power.sub_(0x3F800000))
+        torch.bitwise_and(position, reference.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
+        _polynomial(spare, *reference.EXP2_POLYNOMIAL, out=power)
+        # The octave of the position, with the power's mantissa in the place of the fraction's.
+        pattern = position.add_(power.view(torch.int32)).sub_(fraction)
         torch.maximum(pattern, low[rows, None], out=pattern)
         torch.minimum(pattern, high[rows, None], out=pattern)
-        values[elements] = pattern.mul_(code.clamp_(max=1)).view(torch.float32).view(-1)
+        if bool(flat[elements].amin() == 0):
+            pattern.mul_(flat[elements].view(-1, width) != 0)
+        if part.data_ptr() != values[elements].data_ptr():
+            values[elements] = part
     return values.view(codes.shape)
 
 
