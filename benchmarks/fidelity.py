@@ -5,7 +5,7 @@
 
 The direction is exp_avg / (sqrt(exp_avg_sq) + eps); the error is that of one moment encoded while the other is exact,
 relative in the root mean square over all parameters. ``log2`` is the log codec with the true logarithm in float64 in
-the place of the piecewise quadratic one.
+the place of bit pattern and polynomial, and with no finest step.
 """
 
 import argparse

@@ -22,7 +22,6 @@ CHUNK = 2**20
 """Elements per chunk: four megabytes of float32, so that the passes over a chunk stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
-
 HUGE = 2**22
 """Bytes from which on memory is asked for in huge pages: two of the usual size of 2 MiB."""
 

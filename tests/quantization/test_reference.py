@@ -507,7 +507,7 @@ def test_codes_lie_at_equal_steps_of_the_logarithm() -> None:
         *((1.0, 2.0**k, 254) for k in (4, 5, 10, 60, 127)),
         *((1e-30, 1e-12, 254), (3.3e-9, 0.77, 254), (2.0**-126, LARGEST, 254), (1e-45, LARGEST, 254)),
         *((1.0, 2.0, 64), (1.0, 1.5, 37), (1.0, 1.1, 8), (1.0, 1.01, 1)),  # never finer than 1/64 octave
-        (2.0**-149, 2.0**-127, 37),  # below the smallest normal, the pseudo-logarithm is that of the mantissa
+        (2.0**-149, 2.0**-127, 37),  # below the smallest normal, the logarithm is linear in the pattern
     ],
     ids=str,
 )

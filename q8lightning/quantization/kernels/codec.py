@@ -70,7 +70,7 @@ def round_to_code(x, ZERO: tl.constexpr):
 
 @triton.jit
 def round_to_integer(x):
-    """The nearest integer, ties to even, for x of at most 2**24 in magnitude: above 2**23 float32 are integers."""
+    """The nearest integer, ties to even, for x within int32; float32 above 2**23 are integers already."""
     magnitude = tl.abs(x)
     rounded = tl.where(magnitude < ROUNDING, (magnitude + ROUNDING) - ROUNDING, magnitude).to(tl.int32)
     return tl.where(x < 0.0, -rounded, rounded)
