@@ -7,7 +7,7 @@ to every file ever written.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.packing import pack
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -42,8 +43,8 @@ class QuantizedTensor:
     Attributes:
         codec: How it was encoded.
         data: ``[nbytes]`` uint8, the scales' bytes, then the codes of the elements in the order of memory, then the
-            residual's codes if the codec has that stage. One tensor, because every storage costs a file some hundred
-            bytes.
+            residual's codes if the codec has that stage. One tensor, and that a view of the memory of all tensors that
+            were encoded with it, because every storage costs a file some hundred bytes.
         shape: Shape of the decoded tensor.
         stride: Its strides, in elements; dense, in any order of dimensions.
         dtype: Its dtype.
@@ -70,20 +71,8 @@ class QuantizedTensor:
 
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
-        """Encode a dense float tensor, which is left as it is.
-
-        Raises:
-            ValueError: If the elements of ``tensor`` overlap or leave gaps in memory.
-        """
-        if not is_dense(tensor):
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
-                " encode tensor.contiguous()"
-            )
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        codes, scales, *residual = codec.encode(flat)
-        data = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
-        return cls(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
+        """Encode a dense float tensor, which is left as it is; see :func:`encode_tensors`."""
+        return encode_tensors([(tensor, codec, name)])[0][0]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -121,6 +110,34 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
+
+
+def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]]) -> tuple[list[QuantizedTensor], list[bool]]:
+    """Encode dense float tensors of one device, which are left as they are, into one stretch of memory.
+
+    Args:
+        items: Tensors, how each is to be encoded, and its path.
+
+    Returns:
+        Their payloads, and for each whether the codec could hold the tensor. Where it could not (NaN, infinity; a
+        negative value under ``log``), the payload decodes to values that are not finite.
+
+    Raises:
+        ValueError: If the elements of a tensor overlap or leave gaps in memory.
+    """
+    for tensor, _, name in items:
+        if not is_dense(tensor):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
+                " encode tensor.contiguous()"
+            )
+    flat = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor, _, _ in items]
+    packed = pack(flat, [codec for _, codec, _ in items])
+    payloads = [
+        QuantizedTensor(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
+        for (tensor, codec, name), data in zip(items, packed.data, strict=True)
+    ]
+    return payloads, [not failed for failed in packed.failed.tolist()]
 
 
 def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, is_dense
+from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, encode_tensors, is_dense
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.reference import SMALLEST_NORMAL
@@ -146,15 +146,15 @@ def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
         storage = (leaf.tensor.device, leaf.tensor.untyped_storage().data_ptr())
         storages.setdefault(storage, {}).setdefault(_view(leaf.tensor), []).append(leaf)
 
-    replacements: dict[int, Any] = {}
+    groups = [_separate(views) for views in storages.values()]
     refused: list[str] = []
-    for views in storages.values():
-        payloads = {
-            key: payload for key, leaves in _separate(views) if (payload := _encode(leaves, refused)) is not None
-        }
-        for key, group in views.items():
-            value: Any = payloads.get(key)
-            if value is None and payloads and len(views) > 1:
+    payloads = _encode([leaves for views in groups for leaves in views.values()], refused)
+    replacements: dict[int, Any] = {}
+    for all_views, separate in zip(storages.values(), groups, strict=True):
+        encoded = {key for key, group in separate.items() if id(group[0].tensor) in payloads}
+        for key, group in all_views.items():
+            value: Any = payloads[id(group[0].tensor)] if key in encoded else None
+            if value is None and encoded and len(all_views) > 1:
                 # A small neighbour in the same storage (a fused LSTM's bias): saved as a view, it would take all of the
                 # storage along.
                 value = group[0].tensor.detach().clone()
@@ -168,13 +168,13 @@ def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
     return replacements
 
 
-def _separate(views: dict[tuple[Any, ...], list[_Leaf]]) -> list[tuple[tuple[Any, ...], list[_Leaf]]]:
+def _separate(views: dict[tuple[Any, ...], list[_Leaf]]) -> dict[tuple[Any, ...], list[_Leaf]]:
     """Return the views of one storage if none overlaps another, else nothing."""
     if len(views) > 1:
         spans = sorted(_span(group[0].tensor) for group in views.values())
         if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            return []
-    return list(views.items())
+            return {}
+    return views
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -182,23 +182,36 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _encode(leaves: list[_Leaf], refused: list[str]) -> QuantizedTensor | None:
-    """Encode the one tensor that all leaves share, or return None if it is to stay as it is."""
-    leaf = leaves[0]
-    if leaf.codec is None or any(other.codec != leaf.codec for other in leaves):
-        return None
-    payload = QuantizedTensor.encode(leaf.tensor, leaf.codec, leaf.path)
-    reason = _reason_to_refuse(leaf.tensor, payload)
-    if reason is not None:
-        refused.append(f"{leaf.path} ({reason})")
-        return None
-    return payload
+def _encode(groups: list[list[_Leaf]], refused: list[str]) -> dict[int, QuantizedTensor]:
+    """Encode the tensor that all leaves of a group share, for each group whose leaves agree on a codec.
+
+    Returns:
+        Payloads by the id of the group's first tensor; none for those that are to stay as they are.
+    """
+    devices: dict[torch.device, list[tuple[Tensor, Codec, str]]] = {}
+    for leaf, *others in groups:
+        if leaf.codec is not None and all(other.codec == leaf.codec for other in others):
+            devices.setdefault(leaf.tensor.device, []).append((leaf.tensor, leaf.codec, leaf.path))
+    payloads: dict[int, QuantizedTensor] = {}
+    for items in devices.values():
+        kept: dict[int, QuantizedTensor] = {}
+        for (tensor, _, path), payload, held in zip(items, *encode_tensors(items), strict=True):
+            reason = _reason_to_refuse(tensor, payload, held)
+            if reason is None:
+                kept[id(tensor)] = payload
+            else:
+                refused.append(f"{path} ({reason})")
+        if len(kept) < len(items):
+            # What was refused would be saved along with the memory that it shares with the others.
+            kept = {key: copy.deepcopy(payload) for key, payload in kept.items()}
+        payloads |= kept
+    return payloads
 
 
-def _reason_to_refuse(tensor: Tensor, payload: QuantizedTensor) -> str | None:
-    """Say why the payload must not take the tensor's place, None if it may."""
-    codec, parts = payload.codec, payload.parts
-    if not bool(parts[1].isfinite().all()):
+def _reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, held: bool) -> str | None:
+    """Say why the payload must not take the tensor's place, None if it may; ``held``: whether its scales are finite."""
+    codec = payload.codec
+    if not held:
         if not bool(tensor.isfinite().all()):
             return "it holds NaN or infinity"
         negative = codec.name == LOG and bool((tensor < 0).any())

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import ops
+from q8lightning.quantization import measured_ops, ops
 from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.coding import Coding
 
 LOG = "log"
 """The name of the codec for values that are never negative; every other codec is named after its codebook."""
@@ -56,6 +57,14 @@ class Codec:
         """Whether only values that are not negative can be encoded."""
         return self.name == LOG or not get_codebook(self.name).signed
 
+    @property
+    def coding(self) -> Coding:
+        """The codec in the terms of the backends."""
+        if self.name == LOG:
+            return Coding(None, self.block_size)
+        codebook = get_codebook(self.name)
+        return Coding(codebook, self.block_size, self.residual, codebook.one_sided)
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Encode a float tensor of any shape.
 
@@ -75,6 +84,22 @@ class Codec:
             codes, scales = ops.quantize(x, codebook.spec, self.block_size, codebook.one_sided)
         return codes, scales
 
+    def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """As :meth:`encode`, and return what is lost: ``[5]`` float64 on the device of ``x``.
+
+        Its items are the fields of :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
+        """
+        x = x.detach()
+        if self.name == LOG:
+            codes, scales, lost = measured_ops.quantize_log(x, self.block_size)
+            return (codes, scales), lost
+        if self.residual:
+            codes, residual, scales, lost = measured_ops.quantize_residual(x, self.block_size)
+            return (codes, scales, residual), lost
+        codebook = get_codebook(self.name)
+        codes, scales, lost = measured_ops.quantize(x, codebook.spec, self.block_size, codebook.one_sided)
+        return (codes, scales), lost
+
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Return the values of what :meth:`encode` returned, ``[*codes.shape]`` of ``dtype``."""
         codes, scales, *residual = parts
@@ -89,8 +114,8 @@ class Codec:
 
     def encoded_bytes(self, numel: int) -> int:
         """Return how many bytes the codes and scales of ``numel`` elements take."""
-        return numel * (2 if self.residual else 1) + self.scale_bytes(numel)
+        return self.coding.encoded_bytes(numel)
 
     def scale_bytes(self, numel: int) -> int:
         """Return how many bytes of these are scales."""
-        return -(-numel // self.block_size) * (8 if self.name == LOG else 4)
+        return self.coding.scale_bytes(numel)

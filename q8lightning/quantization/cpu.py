@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import reference
+from q8lightning.quantization import logarithm, reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 
 CHUNK = 2**20
@@ -208,11 +208,11 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
             low.masked_fill_(low.isinf(), 0.0)
         bounds[rows] = torch.stack([low, high], dim=1)
-        grid = reference.log_grid(bounds[rows])
+        grid = logarithm.log_grid(bounds[rows])
         pattern, integer = blocks.view(torch.int32), spare.view(torch.int32)
-        torch.bitwise_and(pattern, reference.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
+        torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
         mantissa = spare.sub_(1.0)
-        _polynomial(mantissa, *reference.LOG2_POLYNOMIAL, out=log)
+        _polynomial(mantissa, *logarithm.LOG2_POLYNOMIAL, out=log)
         log.mul_(torch.sub(1.0, mantissa, out=other).mul_(mantissa))
         log.add_(spare.copy_(torch.sub(pattern, bounds[rows].view(torch.int32)[:, :1], out=integer)))
         log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None])
@@ -235,7 +235,7 @@ def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
     values = _empty(flat.numel(), dtype)
-    grid = reference.log_grid(bounds)
+    grid = logarithm.log_grid(bounds)
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
     scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
@@ -245,8 +245,8 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
         code = fraction = spare.view(torch.int32)
         code.copy_(flat[elements].view(-1, width))
         torch.mul(code, grid.step[rows, None], out=position).add_(grid.origin[rows, None])
-        torch.bitwise_and(position, reference.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
-        _polynomial(spare, *reference.EXP2_POLYNOMIAL, out=power)
+        torch.bitwise_and(position, logarithm.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
+        _polynomial(spare, *logarithm.EXP2_POLYNOMIAL, out=power)
         # The octave of the position, with the power's mantissa in the place of the fraction's.
         pattern = position.add_(power.view(torch.int32)).sub_(fraction)
         torch.maximum(pattern, low[rows, None], out=pattern)

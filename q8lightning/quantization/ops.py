@@ -1,76 +1,39 @@
 """The operators: each codec as a ``torch.library`` op with a fake implementation, and the public functions over them.
 
-An op picks the backend by the device of its input and does nothing else: ``cpu.py`` for CPU tensors, ``kernels/`` for
-CUDA tensors (imported, and with it Triton, when the first one arrives), ``reference.py`` for any other device. All
-three are modules with the same functions. Codebooks travel as their :attr:`Codebook.spec`, so that ops take only
-tensors and primitives.
+An op picks the backend by the device of its input (``backend.py``) and does nothing else. Codebooks travel as their
+:attr:`Codebook.spec`, so that ops take only tensors and primitives. Those that also measure what is lost are in
+``measured_ops.py``.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.quantization import cpu, reference
+from q8lightning.quantization import measured_ops
+from q8lightning.quantization.backend import backend_of
 from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
+from q8lightning.quantization.measured_ops import empty_codes, empty_scale
 
 Code = str | Codebook | Tensor | Sequence[float]
 """What names or lists a codebook; see :func:`q8lightning.quantization.codebook.get_codebook`."""
 
 
-class Backend(Protocol):
-    """The functions that ``reference.py``, ``cpu.py`` and ``kernels/blockwise.py`` have, as ``reference.py`` says."""
-
-    def quantize(
-        self, x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
-    def dequantize(
-        self, codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-    def fake_quantize(self, x: Tensor, codebook: Codebook, block_size: int) -> Tensor: ...
-    def quantize_residual(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
-    def dequantize_residual(
-        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-    def quantize_log(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
-    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
-    def quantize_affine(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
-    def dequantize_affine(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-
-
-def _backend(x: Tensor) -> Backend:
-    if x.is_cuda:
-        from q8lightning.quantization.kernels import blockwise
-
-        return blockwise
-    return cpu if x.device.type == "cpu" else reference
-
-
-def _empty_codes(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.uint8)
-
-
-def _empty_scale(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return x.new_empty(((x.numel() + block_size - 1) // block_size, *trailing), dtype=dtype)
-
-
 @custom_op("q8lightning::quantize", mutates_args=())
 def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    return _backend(x).quantize(x, get_codebook(codebook), block_size, signed_scale)
+    return backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale)
 
 
 @quantize.register_fake
 def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    return _empty_codes(x), _empty_scale(x, block_size)
+    return empty_codes(x), empty_scale(x, block_size)
 
 
 @custom_op("q8lightning::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
+    return backend_of(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
 
 
 @dequantize.register_fake
@@ -80,7 +43,7 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 
 @custom_op("q8lightning::fake_quantize", mutates_args=())
 def _fake_quantize(x: Tensor, codebook: str, block_size: int) -> Tensor:
-    return _backend(x).fake_quantize(x, get_codebook(codebook), block_size)
+    return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size)
 
 
 @_fake_quantize.register_fake
@@ -97,17 +60,17 @@ _fake_quantize.register_autograd(_straight_through)
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(x).quantize_residual(x, block_size)
+    return backend_of(x).quantize_residual(x, block_size)
 
 
 @quantize_residual.register_fake
 def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_codes(x), _empty_codes(x), _empty_scale(x, block_size)
+    return empty_codes(x), empty_codes(x), empty_scale(x, block_size)
 
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_residual(codes, residual, scale, block_size, dtype)
+    return backend_of(codes).dequantize_residual(codes, residual, scale, block_size, dtype)
 
 
 @dequantize_residual.register_fake
@@ -117,17 +80,17 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 
 @custom_op("q8lightning::quantize_log", mutates_args=())
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _backend(x).quantize_log(x, block_size)
+    return backend_of(x).quantize_log(x, block_size)
 
 
 @quantize_log.register_fake
 def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _empty_codes(x), _empty_scale(x, block_size, 2)
+    return empty_codes(x), empty_scale(x, block_size, 2)
 
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_log(codes, bounds, block_size, dtype)
+    return backend_of(codes).dequantize_log(codes, bounds, block_size, dtype)
 
 
 @dequantize_log.register_fake
@@ -137,17 +100,17 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
 
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(x).quantize_affine(x, block_size)
+    return backend_of(x).quantize_affine(x, block_size)
 
 
 @quantize_affine.register_fake
 def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_codes(x), _empty_scale(x, block_size), _empty_scale(x, block_size, dtype=torch.uint8)
+    return empty_codes(x), empty_scale(x, block_size), empty_scale(x, block_size, dtype=torch.uint8)
 
 
 @custom_op("q8lightning::dequantize_affine", mutates_args=())
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _backend(codes).dequantize_affine(codes, scale, zero_point, block_size, dtype)
+    return backend_of(codes).dequantize_affine(codes, scale, zero_point, block_size, dtype)
 
 
 @dequantize_affine.register_fake
@@ -183,7 +146,12 @@ def _check_buffer(buffer: Tensor, name: str, shape: Sequence[int], dtype: torch.
 
 
 def quantize_blockwise(
-    A: Tensor, code: Code, blocksize: int, absmax: Tensor | None = None, out: Tensor | None = None
+    A: Tensor,
+    code: Code,
+    blocksize: int,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode each element as the nearest level of a codebook, relative to the largest magnitude of its block.
 
@@ -193,6 +161,8 @@ def quantize_blockwise(
         blocksize: Elements that share a scale; a power of two between 32 and 4096.
         absmax: Written to and returned if given: ``[ceil(numel / blocksize)]`` float32.
         out: Written to and returned if given: ``[*shape]`` uint8.
+        statistics: Written to if given: ``[5]`` float64, what the quantization loses; the fields of
+            :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
 
     Returns:
         ``(out, absmax)``: the codes, and the largest magnitudes in the units of ``A``, 0 for an all-zero block. A block
@@ -213,7 +183,13 @@ def quantize_blockwise(
         _check_buffer(out, "out", A.shape, torch.uint8, A.device)
     if absmax is not None:
         _check_buffer(absmax, "absmax", [blocks], torch.float32, A.device)
-    codes, scale = quantize(A.detach(), spec, blocksize)
+    if statistics is not None:
+        _check_buffer(statistics, "statistics", [5], torch.float64, A.device)
+    if statistics is None:
+        codes, scale = quantize(A.detach(), spec, blocksize)
+    else:
+        codes, scale, lost = measured_ops.quantize(A.detach(), spec, blocksize)
+        statistics.copy_(lost)
     return codes if out is None else out.copy_(codes), scale if absmax is None else absmax.copy_(scale)
 
 
@@ -262,7 +238,15 @@ def dequantize_blockwise(
     return values if out is None else out.copy_(values)
 
 
-def fake_quantize(x: Tensor, code: Code, block_size: int) -> Tensor:
+@overload
+def fake_quantize(x: Tensor, code: Code, block_size: int, return_statistics: Literal[False] = ...) -> Tensor: ...
+@overload
+def fake_quantize(
+    x: Tensor, code: Code, block_size: int, return_statistics: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def fake_quantize(
+    x: Tensor, code: Code, block_size: int, return_statistics: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return ``x`` as the codebook would store it, in the dtype of ``x``, with a straight-through gradient.
 
     The gradient is the identity (Bengio et al., arXiv:1308.3432): with a scale that is the block's largest magnitude,
@@ -272,6 +256,8 @@ def fake_quantize(x: Tensor, code: Code, block_size: int) -> Tensor:
         x: ``[*shape]`` float32, float16, bfloat16 or float64.
         code: A built-in codebook's name, a codebook, or its levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
+        return_statistics: Also return ``[5]`` float64 on the device of ``x``, what the quantization loses: the fields
+            of :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
 
     Raises:
         ValueError: If the dtype, the block size or the codebook does not fit.
@@ -281,5 +267,10 @@ def fake_quantize(x: Tensor, code: Code, block_size: int) -> Tensor:
         tensor([-2.,  0.,  1.])
     """
     _check_float(x, "x")
-    result: Tensor = _fake_quantize(x, _spec(code), check_block_size(block_size))
+    spec = _spec(code)
+    check_block_size(block_size)
+    if return_statistics:
+        values, statistics = measured_ops.fake_quantize(x, spec, block_size)
+        return values, statistics.detach()
+    result: Tensor = _fake_quantize(x, spec, block_size)
     return result

@@ -16,7 +16,7 @@ from q8lightning.quantization import reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from q8lightning.quantization.kernels import blockwise
+from q8lightning.quantization.kernels import blockwise, launch
 
 NOT_INTERPRETED = pytest.mark.skipif(
     not blockwise.INTERPRETED, reason="CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start"
@@ -384,7 +384,7 @@ def test_nothing_is_written_outside_the_results_or_to_the_input(device: str, mon
     x = torch.randn(3, 11, device=device)
     original = x.clone()
     expected = blockwise.quantize(x, BUILTIN["dynamic"], 32), blockwise.quantize_log(x.abs(), 32)
-    monkeypatch.setattr(blockwise, "_new", guarded)
+    monkeypatch.setattr(blockwise, "empty", guarded)
     codes, scale = blockwise.quantize(x, BUILTIN["dynamic"], 32)
     assert torch.equal(codes, expected[0][0])  # the guarded buffers are indeed what is written
     blockwise.dequantize(codes, scale, BUILTIN["dynamic"], 32, torch.float32)
@@ -405,10 +405,8 @@ def test_nothing_is_written_outside_the_results_or_to_the_input(device: str, mon
 def test_the_input_is_read_by_a_single_kernel(
     device: str, monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[object, ...]
 ) -> None:
-    launched, launch = [], blockwise._launch
-    monkeypatch.setattr(
-        blockwise, "_launch", lambda kernel, *rest, **kw: launched.append(kernel) or launch(kernel, *rest, **kw)
-    )
+    launched, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest, **kw: launched.append(kernel) or run(kernel, *rest, **kw))
     getattr(blockwise, name)(torch.randn(100, device=device), *arguments)
     assert len(launched) == 1
 

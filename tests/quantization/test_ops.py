@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from q8lightning.quantization import ops, reference
+from q8lightning.quantization import measured_ops, ops, reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -52,7 +52,8 @@ def parts_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_every_operator_of_the_package_is_tested_here() -> None:
     registered = {name for name in dir(torch.ops.q8lightning) if not name.startswith("_")}
     defined = {getattr(ops, name)._qualname.split("::")[1] for name in OPERATORS}
-    assert {name for name in registered if "quantize" in name} <= defined
+    measured = {f"measured_{name}" for name in defined if not name.startswith("dequantize")}
+    assert {name for name in registered if "quantize" in name} <= defined | measured
     assert {value._qualname.split("::")[1] for value in vars(ops).values() if hasattr(value, "_qualname")} == defined
 
 
@@ -70,8 +71,25 @@ def test_torch_accepts_the_operator(name: str, shape: tuple[int, ...]) -> None:
     torch.library.opcheck(getattr(ops, name), arguments(random(*shape))[name])
 
 
+MEASURED = [name for name in OPERATORS if not name.startswith("dequantize")]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("shape", [(3, 50), (0, 4)], ids=str)
+def test_torch_accepts_the_operator_that_measures(name: str, shape: tuple[int, ...]) -> None:
+    torch.library.opcheck(getattr(measured_ops, name.removeprefix("_")), arguments(random(*shape))[name])
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measuring_changes_no_bit_of_the_result(name: str) -> None:
+    given = arguments(random(5, 40))[name]
+    *measured, _ = getattr(measured_ops, name.removeprefix("_"))(*given)
+    assert all(map(oracle.same_bits, measured, parts_of(getattr(ops, name)(*given))))
+
+
 def test_torch_accepts_the_operator_with_a_gradient() -> None:
     x = random(3, 50).requires_grad_()
+    torch.library.opcheck(measured_ops.fake_quantize, (x, "int4", 32))
     torch.library.opcheck(ops._fake_quantize, (x, "int4", 32))
     torch.library.opcheck(ops._fake_quantize, (x, Codebook("mine", (-1.0, 0.0, 1.0)).spec, 32))
 

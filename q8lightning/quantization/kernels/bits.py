@@ -1,0 +1,69 @@
+"""Floats as bit patterns, for tiles in registers.
+
+Magnitudes of float32 order as their bit patterns do as int32, with NaN above infinity. Reductions of patterns therefore
+propagate NaN, which reductions of floats do not.
+"""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from q8lightning.quantization import reference
+
+ROUNDING = tl.constexpr(reference.ROUNDING)
+
+ROUNDING_PATTERN = tl.constexpr(0x4B000000)  # of ROUNDING
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all but the sign
+SIGN = tl.constexpr(-0x80000000)
+INFINITY = tl.constexpr(0x7F800000)  # NaN above it
+NAN = tl.constexpr(0x7FC00000)
+ONE = tl.constexpr(0x3F800000)  # or-ed with a mantissa, it gives a float in [1, 2)
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+INTERPRETED = tl.constexpr(not isinstance(bits_of, triton.JITFunction))  # by Triton's interpreter, not compiled
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, like):
+    """``x``, float32, in the dtype that the pointer ``like`` points to."""
+    if like.dtype.element_ty == tl.bfloat16 and not INTERPRETED:
+        # Two at a time. The compiler does so by itself only if nobody reads the result but a store.
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(like.dtype.element_ty)
+
+
+@triton.jit
+def is_finite(x):
+    return (bits_of(x) & MAGNITUDE) < INFINITY
+
+
+@triton.jit
+def nan_unless_finite(scale):
+    return tl.where(is_finite(scale), scale, float("nan"))
+
+
+@triton.jit
+def round_to_code(x, ZERO: tl.constexpr):
+    """x + ZERO, which is a byte, rounded once to an integer: see ``reference.ROUNDING``."""
+    return bits_of(x + (ROUNDING + ZERO)) & 0xFF
+
+
+@triton.jit
+def round_to_integer(x):
+    """The nearest integer, ties to even, for x within int32; float32 above 2**23 are integers already."""
+    magnitude = tl.abs(x)
+    rounded = tl.where(magnitude < ROUNDING, (magnitude + ROUNDING) - ROUNDING, magnitude).to(tl.int32)
+    return tl.where(x < 0.0, -rounded, rounded)

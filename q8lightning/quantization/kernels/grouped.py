@@ -1,0 +1,290 @@
+"""One launch for many tensors: encode, decode, and for QAT put quantized values into tensors and take them out again.
+
+A work list on the device tells each program where its part of which tensor lies, as offsets from the first tensor of
+the group. Its rows stand for segments of several tiles, so that it stays small enough for the caches and a program
+waits for one short load before its own. A list depends on nothing but addresses and sizes and is kept for the next
+call, so groups whose tensors stay where they are cost one launch each.
+
+There is one launch for each dtype, and another for those tensors of it that are not aligned to 16 bytes, because the
+compiler must know the alignment of all of them. Empty tensors are welcome.
+
+A tensor's counterpart, its encoded form or its master copy, lies in a buffer that all tensors of the group share.
+"""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.coding import Coding
+from q8lightning.quantization.kernels import codec, log
+from q8lightning.quantization.kernels.bits import is_finite, rounded
+from q8lightning.quantization.kernels.fake_quantize import fake_quantize_tiles
+from q8lightning.quantization.kernels.launch import LOG_ROW, empty, search_constants
+from q8lightning.quantization.kernels.statistics import measure
+from q8lightning.quantization.kernels.tables import tables_of
+from q8lightning.quantization.kernels.tiles import load_code, load_float, store
+from q8lightning.quantization.kernels.totals import empty_partials, totals
+from q8lightning.quantization.kernels.work_list import SEGMENT, Launch, describe, launches
+
+_SEGMENT = tl.constexpr(SEGMENT)
+
+# Kernels
+
+
+@triton.jit
+def _own(work, COLUMNS: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row of the work list, the elements to skip there, and how many are left."""
+    program = tl.program_id(0)
+    row = work + (program // _SEGMENT).to(tl.int64) * COLUMNS
+    skip = (program % _SEGMENT) * TILE
+    left = tl.minimum(tl.load(row) - skip, TILE).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return row, skip, left
+
+
+@triton.jit
+def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
+    """Where the elements of a column of the work list begin; a multiple of MULTIPLE."""
+    return tl.multiple_of(tl.load(row + COLUMN) + skip, MULTIPLE)
+
+
+@triton.jit
+def _encode_kernel(
+    x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, row_mask = elements < left, rows * BLOCK < left
+    values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
+    here = codes + _start(row, 2, skip, 16 if ALIGNED else 1)
+    blocks = skip // BLOCK
+    if CODEC == "log":
+        code, block_scale, high = log.encode(values)
+        scale = scales + tl.load(row + 3) + blocks * 2
+        store(scale, rows * 2, block_scale, row_mask)
+        store(scale, rows * 2 + 1, high, row_mask)
+        if MEASURE:
+            decoded = rounded(log.decode(code, block_scale, high), x)
+    elif CODEC == "residual":
+        code, rest, block_scale = codec.encode_residual(values)
+        store(codes + _start(row, 4, skip, 16 if ALIGNED else 1), elements, rest, mask)
+        store(scales + tl.load(row + 3) + blocks, rows, block_scale, row_mask)
+        if MEASURE:
+            decoded = rounded(codec.decode_residual(code, rest, block_scale), x)
+    else:
+        code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
+        store(scales + tl.load(row + 3) + blocks, rows, block_scale, row_mask)
+        if MEASURE:
+            decoded = rounded(codec.decode(code, levels, block_scale, SEARCH), x)
+    store(here, elements, code, mask)
+    wrong = tl.max((~is_finite(block_scale)).to(tl.int32), axis=0)
+    if wrong != 0:
+        tl.atomic_or(failed + tl.load(row + 5), 1)
+    if MEASURE:
+        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def _decode_kernel(
+    x, codes, scales, work, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, row_mask = elements < left, rows * BLOCK < left
+    code = load_code(codes + _start(row, 2, skip, 16 if ALIGNED else 1), elements, mask)
+    blocks = (skip // BLOCK + rows) // PARTS
+    if CODEC == "log":
+        scale = scales + tl.load(row + 3)
+        value = log.decode(code, load_float(scale, blocks * 2, row_mask), load_float(scale, blocks * 2 + 1, row_mask))
+    else:
+        block_scale = load_float(scales + tl.load(row + 3), blocks, row_mask)
+        if CODEC == "residual":
+            rest = load_code(codes + _start(row, 4, skip, 16 if ALIGNED else 1), elements, mask)
+            value = codec.decode_residual(code, rest, block_scale)
+        else:
+            value = codec.decode(code, levels, block_scale, SEARCH)
+    store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
+
+
+@triton.jit
+def _engage_kernel(
+    x, masters, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 3, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = elements < left
+    here = x + _start(row, 1, skip, MULTIPLE)
+    original = tl.load(here + elements, mask=mask, other=0.0)
+    tl.store(masters + _start(row, 2, skip, MULTIPLE) + elements, original, mask=mask)
+    quantized = codec.fake_quantize(original.to(tl.float32), table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS)
+    store(here, elements, quantized, mask)
+
+
+@triton.jit
+def _measured_engage_kernel(
+    x, masters, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    row = work + segment.to(tl.int64) * 3
+    left = tl.minimum(tl.load(row), _SEGMENT * ROWS * BLOCK).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    here, there = x + _start(row, 1, 0, MULTIPLE), masters + _start(row, 2, 0, MULTIPLE)
+    fake_quantize_tiles(
+        here, here, there, left, table, levels, partials, segment, tl.num_programs(0),
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, LOWEST, HALF, BITS, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _copy_kernel(x, masters, work, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    row, skip, left = _own(work, 3, TILE, ALIGNED)
+    if left <= 0:
+        return
+    elements = tl.arange(0, TILE)
+    mask = elements < left
+    master = tl.load(masters + _start(row, 2, skip, MULTIPLE) + elements, mask=mask)
+    tl.store(x + _start(row, 1, skip, MULTIPLE) + elements, master, mask=mask)
+
+
+# Launchers
+
+
+def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor, **constants: Any) -> None:
+    with torch.cuda.device_of(launch.work):
+        kernel[(programs,)](
+            *arguments, **constants, ALIGNED=launch.aligned, MULTIPLE=launch.multiple,
+            num_warps=launch.warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+        )  # fmt: skip
+
+
+def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
+    """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
+    first, used = launch.first // tiles, (launch.used + tiles - 1) // tiles
+    if len(launch.members) == len(statistics):
+        totals(partials, first, used, statistics)
+        return
+    part = empty(statistics, len(launch.members), 5, dtype=torch.float64)
+    totals(partials, first, used, part)
+    for index, row in zip(launch.members, part, strict=True):
+        statistics[index] = row
+
+
+def encode(
+    tensors: Sequence[Tensor],
+    buffer: Tensor,
+    starts: tuple[int, ...],
+    coding: Coding,
+    failed: Tensor,
+    statistics: Tensor | None = None,
+) -> None:
+    """Encode each tensor into its stretch of a buffer: scales, codes and, if there is one, the residual's codes.
+
+    Args:
+        tensors: ``[numel]`` float32, float16 or bfloat16 each, on one device.
+        buffer: uint8, aligned to 16 bytes, on the same device.
+        starts: Where in the buffer each tensor's scales begin, a multiple of 4. It is fastest if the codes behind them
+            begin at a multiple of 16.
+        coding: How to encode.
+        failed: ``[tensors]`` int32 zeros, to be set to 1 where a block could not be encoded and has a scale that is not
+            finite.
+        statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
+    """
+    book = coding.codebook or BUILTIN["linear"]
+    tables = tables_of(book, buffer.device)
+    in_cells = coding.kind == "codebook" and tables.search not in ("linear", "softsign")
+    settings = "group in cells" if in_cells else f"group {coding.kind}"
+    group = describe(list(tensors), starts)
+    for launch in launches(group, coding, coding.block_size, settings, buffer.device):
+        partials = empty_partials(launch.work, launch.programs if statistics is not None else 0)
+        _run(
+            _encode_kernel, launch, launch.programs,
+            tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work,
+            tables.table, tables.levels, partials, ROWS=launch.rows, BLOCK=coding.block_size,
+            MEASURE=statistics is not None, CODEC=coding.kind, **search_constants(tables),
+            END=book.end if coding.signed_scale else 0,
+        )  # fmt: skip
+        if statistics is not None:
+            _collect(partials, launch, 1, statistics)
+
+
+def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None:
+    """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
+    tables = tables_of(coding.codebook or BUILTIN["linear"], buffer.device)
+    row = min(coding.block_size, LOG_ROW) if coding.kind == "log" else coding.block_size
+    settings = "group decode log" if coding.kind == "log" else "group decode"
+    search = "linear" if tables.search == "linear" else "table"
+    for launch in launches(describe(list(values), starts), coding, row, settings, buffer.device):
+        _run(
+            _decode_kernel, launch, launch.programs,
+            values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
+            ROWS=launch.rows, BLOCK=row, PARTS=coding.block_size // row, CODEC=coding.kind, SEARCH=search,
+        )  # fmt: skip
+
+
+def engage(
+    tensors: Sequence[Tensor],
+    masters: Tensor,
+    starts: tuple[int, ...],
+    codebook: Codebook,
+    block_size: int,
+    statistics: Tensor | None = None,
+) -> None:
+    """Keep each tensor's values aside and write their quantized values in its place.
+
+    Args:
+        tensors: ``[numel]`` float32, float16 or bfloat16 each, contiguous, on one device.
+        masters: uint8, aligned to 16 bytes, on the same device, to be written.
+        starts: Where in ``masters`` the values of each tensor go; multiples of 16 are fastest.
+        codebook: The levels.
+        block_size: Elements that share a scale.
+        statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
+    """
+    tables = tables_of(codebook, masters.device)
+    settings = "group engage" if tables.search in ("linear", "softsign") else "group engage in cells"
+    if statistics is not None:
+        settings = settings.replace("group", "measured group")
+    for launch in launches(describe(list(tensors), starts), None, block_size, settings, masters.device):
+        x, kept = tensors[launch.members[0]], _as(masters, launch.dtype)
+        parts = x, kept, launch.work, tables.table, tables.levels
+        constants = {"ROWS": launch.rows, "BLOCK": block_size, **search_constants(tables)}
+        if statistics is None:
+            _run(_engage_kernel, launch, launch.programs, *parts, **constants)
+        else:
+            partials = empty_partials(launch.work, len(launch.work))
+            _run(_measured_engage_kernel, launch, len(launch.work), *parts, partials, **constants)
+            _collect(partials, launch, SEGMENT, statistics)
+
+
+def release(tensors: Sequence[Tensor], masters: Tensor, starts: tuple[int, ...]) -> None:
+    """Put back what :func:`engage` kept aside."""
+    for launch in launches(describe(list(tensors), starts), None, 1, "group release", masters.device):
+        x = tensors[launch.members[0]]
+        _run(_copy_kernel, launch, launch.programs, x, _as(masters, launch.dtype), launch.work, TILE=launch.rows)
+
+
+def _as(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)

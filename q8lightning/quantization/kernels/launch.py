@@ -1,0 +1,160 @@
+"""How kernels are launched: their settings, and the dtypes they read and write."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from q8lightning.quantization.kernels import bits
+from q8lightning.quantization.kernels.tables import Tables
+from q8lightning.quantization.kernels.totals import empty_partials, total
+
+
+class Settings(NamedTuple):
+    """How a kernel is launched: elements of a program, or one row if that is larger, and its warps."""
+
+    tile: int
+    warps: int
+
+
+SETTINGS: dict[str, tuple[Settings, Settings]] = {
+    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 that benchmarks/tune.py found
+    # on an H200. Few warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another.
+    "quantize": (Settings(2048, 2), Settings(2048, 1)),
+    "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
+    "fake_quantize measured": (Settings(512, 1), Settings(512, 1)),
+    "fake_quantize in cells measured": (Settings(512, 1), Settings(256, 1)),
+    "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
+    "dequantize": (Settings(1024, 2), Settings(2048, 1)),
+    "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
+    "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
+    "dequantize_residual": (Settings(1024, 2), Settings(4096, 2)),
+    "quantize_log": (Settings(2048, 2), Settings(2048, 2)),
+    "dequantize_log": (Settings(2048, 1), Settings(2048, 1)),
+    "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
+    "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
+    "group codebook": (Settings(2048, 1), Settings(2048, 1)),
+    "group in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "group residual": (Settings(1024, 2), Settings(1024, 1)),
+    "group log": (Settings(2048, 1), Settings(2048, 1)),
+    "group decode": (Settings(1024, 1), Settings(2048, 1)),
+    "group decode log": (Settings(2048, 1), Settings(2048, 1)),
+    "group engage": (Settings(1024, 2), Settings(1024, 2)),
+    "group engage in cells": (Settings(1024, 2), Settings(1024, 1)),
+    "measured group engage": (Settings(512, 1), Settings(512, 1)),
+    "measured group engage in cells": (Settings(512, 1), Settings(256, 1)),
+    "group release": (Settings(2048, 2), Settings(4096, 2)),
+}
+
+DECODED_ROW = 256
+"""Blocks longer than this are decoded in several rows: nothing there needs a whole block at once."""
+
+MEASURED_TILES = 16
+"""Tiles of a program that fake-quantizes and measures: enough to add up between lanes only once in a while."""
+
+LOG_ROW = 64
+"""Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
+
+INTERPRETED = bool(bits.INTERPRETED)
+"""Whether the kernels run in Triton's interpreter instead of on a GPU."""
+
+
+def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
+    """Return how many rows of a tile a program handles and its warps, for float values of ``itemsize`` bytes."""
+    tile, warps = SETTINGS[settings][itemsize < 4]
+    rows = max(tile // row, 1)
+    return rows, min(max(rows * row // tile * warps, warps), 8)  # longer rows get more warps, not more registers
+
+
+def run(
+    kernel: Any,
+    rows: int,
+    warps: int,
+    block_size: int,
+    tensors: tuple[Tensor, ...],
+    *,
+    tiles: int = 1,
+    **constants: Any,
+) -> None:
+    """Run ``kernel`` on ``tensors`` with one program for so many tiles of the first, on its device."""
+    x = tensors[0]
+    if x.numel() == 0:
+        return
+    grid = (triton.cdiv(x.numel(), rows * block_size * tiles),)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        kernel[grid](
+            *tensors, x.numel(), ROWS=rows, BLOCK=block_size, **constants,
+            num_warps=warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+        )  # fmt: skip
+
+
+def run_encoder(
+    kernel: Any,
+    settings: str,
+    block_size: int,
+    tensors: tuple[Tensor, ...],
+    x: Tensor,
+    statistics: Tensor | None,
+    **constants: Any,
+) -> Tensor | None:
+    """As :func:`run`, for kernels that can measure on the way.
+
+    Args:
+        tensors: What the kernel takes; the first is ``x``, flat and in the kernels' dtype.
+        x: The tensor to encode, as it came in.
+        statistics: ``[5]`` float64 to be written, or None.
+
+    Returns:
+        ``statistics`` if they were wanted and the kernel saw ``x`` in its own dtype, else None.
+    """
+    flat = tensors[0]
+    own = statistics if flat.dtype == x.dtype else None
+    rows, warps = rows_of(settings, block_size, flat.element_size())
+    programs = triton.cdiv(flat.numel(), rows * block_size) if own is not None else 0
+    partials = empty_partials(flat, programs)
+    run(kernel, rows, warps, block_size, (*tensors, partials), MEASURE=own is not None, **constants)
+    if own is not None:
+        total(partials, own)
+    return own
+
+
+def run_decoder(
+    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
+) -> None:
+    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
+    row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
+    rows, warps = rows_of(settings, row, itemsize)
+    run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels read or write tensors of ``dtype``; PyTorch converts where they differ."""
+    # The interpreter truncates where bfloat16 is to be rounded (seen in Triton 3.9).
+    foreign = dtype == torch.float64 or (INTERPRETED and dtype == torch.bfloat16)
+    return torch.float32 if foreign else dtype
+
+
+def flattened(x: Tensor) -> Tensor:
+    """``[numel]`` in row-major order, of the kernels' dtype."""
+    return x.detach().reshape(-1).to(kernel_dtype(x.dtype))
+
+
+def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def block_count(x: Tensor, block_size: int) -> int:
+    return -(-x.numel() // block_size)
+
+
+def search_constants(tables: Tables) -> dict[str, int | str]:
+    """The constants that tell ``codec.nearest_code`` how to search."""
+    return {
+        "SEARCH": tables.search,
+        "SHIFT": tables.shift,
+        "LOWEST": tables.lowest,
+        "HALF": tables.half,
+        "BITS": tables.bits,
+    }

@@ -1,0 +1,181 @@
+"""Many tensors in one launch: the same bits as one by one, whatever their sizes, dtypes and addresses.
+
+Interpreted on the CPU (``TRITON_INTERPRET=1``) and compiled on a GPU, as in ``test_kernels.py``.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import reference
+from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.codec import Codec
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from test_kernels import device as device  # the fixture: interpreted here, compiled there
+
+from q8lightning.quantization.kernels import grouped, launch, work_list
+
+CODECS = [
+    Codec("softsign", 128),
+    Codec("linear", 256, residual=True),
+    Codec("log", 128),
+    Codec("dynamic", 64),
+    Codec("fp8_e4m3", 2048),
+]
+each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
+SIZES = (5000, 1, 0, 4096, 16, 12_304, 0, 33, 8192)
+
+
+def _tensors(device: str, codec: Codec, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """Tensors of all sizes in turn of all dtypes, and some that do not begin at multiples of 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for i, size in enumerate(SIZES):
+        x = torch.randn(size, generator=generator) * 10.0 ** (i % 5 - 2)
+        tensors.append((x.abs() if codec.unsigned else x).to(dtypes[i % len(dtypes)]).to(device))
+    shifted = torch.randn(4096 + 3, generator=generator).abs().to(device)
+    return [*tensors, shifted[3:], shifted[1:4001]]
+
+
+def _buffer(device: str, tensors: list[Tensor], sizes: list[tuple[int, int]]) -> tuple[Tensor, tuple[int, ...]]:
+    """A buffer full of 77 and, for each tensor's head and whole, where it begins: some codes aligned, some not."""
+    starts, end = [], 16
+    for i, (head, whole) in enumerate(sizes):
+        start = end + (-(end + head) % 16 if i % 3 else -end % 4)
+        starts.append(start)
+        end = start + whole + 8
+    return torch.full((end + 16,), 77, dtype=torch.uint8, device=device), tuple(starts)
+
+
+def _assert_untouched(buffer: Tensor, starts: tuple[int, ...], sizes: list[int]) -> None:
+    outside = torch.ones(buffer.numel(), dtype=torch.bool)
+    for start, size in zip(starts, sizes, strict=True):
+        outside[start : start + size] = False
+    assert (buffer.cpu()[outside] == 77).all(), "something was written beside the results"
+
+
+@each_codec
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_group_is_encoded_and_decoded_as_its_tensors_one_by_one(device: str, codec: Codec, measure: bool) -> None:
+    # The interpreter truncates to bfloat16 where it should round, so it may not write that.
+    tensors = _tensors(device, codec, (torch.float32, torch.float16) if device == "cpu" else _dtypes())
+    sizes = [(codec.scale_bytes(x.numel()), codec.encoded_bytes(x.numel())) for x in tensors]
+    buffer, starts = _buffer(device, tensors, sizes)
+    failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
+    statistics = torch.zeros(len(tensors), 5, dtype=torch.float64, device=device) if measure else None
+    grouped.encode(tensors, buffer, starts, codec.coding, failed, statistics)
+
+    assert not failed.any()
+    _assert_untouched(buffer, starts, [whole for _, whole in sizes])
+    values = [torch.full_like(x, 7.0) for x in tensors]
+    grouped.decode(buffer, starts, values, codec.coding)
+    for i, (x, start, (head, _)) in enumerate(zip(tensors, starts, sizes, strict=True)):
+        codes, scales, *residual = codec.encode(x.cpu())
+        data = buffer[start:].cpu()
+        assert torch.equal(data[:head].view(torch.float32), scales.reshape(-1))
+        assert torch.equal(data[head : head + x.numel()], codes)
+        if residual:
+            assert torch.equal(data[head + x.numel() :][: x.numel()], residual[0])
+        decoded = codec.decode((codes, scales, *residual), x.dtype)
+        assert torch.equal(values[i].cpu(), decoded)
+        if statistics is not None:
+            expected = reference.measure(x.cpu(), decoded)
+            torch.testing.assert_close(statistics[i].cpu(), expected, rtol=2e-6, atol=0.0)
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    return torch.float32, torch.bfloat16, torch.float16
+
+
+@each_codec
+def test_tensors_that_cannot_be_encoded_are_told_from_the_others(device: str, codec: Codec) -> None:
+    tensors = [torch.ones(9000, device=device) for _ in range(4)]
+    tensors[1][8999] = torch.nan
+    tensors[3][0] = torch.inf
+    sizes = [(codec.scale_bytes(9000), codec.encoded_bytes(9000))] * 4
+    buffer, starts = _buffer(device, tensors, sizes)
+    failed = torch.zeros(4, dtype=torch.int32, device=device)
+    grouped.encode(tensors, buffer, starts, codec.coding, failed)
+    assert failed.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("codebook", ["linear", "softsign", "dynamic", "normal_float4"])
+@pytest.mark.parametrize("block_size", [32, 256, 2048])
+@pytest.mark.parametrize("measure", [False, True])
+def test_engage_quantizes_in_place_and_release_brings_every_bit_back(
+    device: str, codebook: str, block_size: int, measure: bool
+) -> None:
+    book = BUILTIN[codebook]
+    tensors = _tensors(device, Codec("linear"), (torch.float32, torch.float16) if device == "cpu" else _dtypes())[:-1]
+    originals = [x.cpu().clone() for x in tensors]
+    buffer, starts = _buffer(device, tensors, [(0, x.nbytes) for x in tensors])
+    statistics = torch.zeros(len(tensors), 5, dtype=torch.float64, device=device) if measure else None
+    grouped.engage(tensors, buffer, starts, book, block_size, statistics)
+
+    _assert_untouched(buffer, starts, [x.nbytes for x in tensors])
+    for i, (x, original) in enumerate(zip(tensors, originals, strict=True)):
+        expected = reference.fake_quantize(original, book, block_size)
+        assert torch.equal(x.cpu(), expected)
+        if statistics is not None:
+            measured = reference.measure(original, expected)
+            torch.testing.assert_close(statistics[i].cpu(), measured, rtol=2e-6, atol=0.0)
+    grouped.release(tensors, buffer, starts)
+    for x, original in zip(tensors, originals, strict=True):
+        assert torch.equal(x.cpu(), original)
+
+
+def test_statistics_in_place_survive_squares_outside_float32(device: str) -> None:
+    tensors = [torch.randn(9000, device=device) * scale for scale in (1e-30, 1.0, 1e30)]
+    originals = [x.cpu().clone() for x in tensors]
+    buffer, starts = _buffer(device, tensors, [(0, x.nbytes) for x in tensors])
+    statistics = torch.zeros(3, 5, dtype=torch.float64, device=device)
+    grouped.engage(tensors, buffer, starts, BUILTIN["linear"], 64, statistics)
+    for row, x, original in zip(statistics.cpu(), tensors, originals, strict=True):
+        torch.testing.assert_close(row, reference.measure(original, x.cpu()), rtol=2e-6, atol=0.0)
+
+
+def test_empty_and_single_elements_may_fill_a_group(device: str) -> None:
+    tensors = [torch.full((i % 2,), float(i), device=device) for i in range(64)]
+    codec = Codec("linear", 64)
+    sizes = [(codec.scale_bytes(x.numel()), codec.encoded_bytes(x.numel())) for x in tensors]
+    buffer, starts = _buffer(device, tensors, sizes)
+    failed = torch.zeros(64, dtype=torch.int32, device=device)
+    grouped.encode(tensors, buffer, starts, codec.coding, failed)
+    values = [torch.full_like(x, 77.0) for x in tensors]
+    grouped.decode(buffer, starts, values, codec.coding)
+    assert all(torch.equal(one, other) for one, other in zip(values, tensors, strict=True))
+    empty = [x for x in tensors if not x.numel()]
+    grouped.encode(empty, buffer, starts[: len(empty)], codec.coding, failed[: len(empty)])  # nothing to launch
+
+
+def test_a_group_takes_one_launch_for_each_dtype_and_its_work_list_is_kept(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    original = grouped._run
+    monkeypatch.setattr(grouped, "_run", lambda *a, **kw: launches.append(a[0]) or original(*a, **kw))
+    codec = Codec("softsign", 128)
+    tensors = [torch.randn(4096 * n, device=device).to(d) for n in (1, 2, 3) for d in (torch.float32, torch.float16)]
+    sizes = [(codec.scale_bytes(x.numel()), codec.encoded_bytes(x.numel())) for x in tensors]
+    starts, end = [], 0
+    for _, whole in sizes:
+        starts.append(end)
+        end += whole
+    buffer = torch.empty(end, dtype=torch.uint8, device=device)
+    failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
+    work_list.launches.cache_clear()
+    for _ in range(3):
+        grouped.encode(tensors, buffer, tuple(starts), codec.coding, failed)
+    assert len(launches) == 3 * 2
+    assert work_list.launches.cache_info().misses == 1
+
+
+def test_long_rows_get_more_warps_not_more_values_a_thread() -> None:
+    for name, both in launch.SETTINGS.items():
+        for itemsize, (tile, warps) in zip((4, 2), both, strict=True):
+            for row in (64, tile, 4096):
+                rows, chosen = launch.rows_of(name, row, itemsize)
+                assert rows * row >= min(tile, row)
+                assert warps <= chosen <= 8
+                assert rows * row / chosen <= max(tile / warps, 4096 / 8)

@@ -1,0 +1,79 @@
+"""Tensors packed into one buffer decode as if each had been encoded alone."""
+
+import pytest
+import torch
+
+from q8lightning.quantization import reference
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import pack
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+
+CODECS = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("int4", 64)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+
+
+def _state(device: str) -> tuple[list[torch.Tensor], list[Codec]]:
+    generator = torch.Generator().manual_seed(0)
+    tensors, codecs = [], []
+    for i, numel in enumerate((4096, 5001, 0, 1, 70_000, 8192, 4099, 33)):
+        for codec in CODECS:
+            x = torch.randn(numel, generator=generator)
+            tensors.append((x.abs() if codec.unsigned else x).to(DTYPES[i % 4]).to(device))
+            codecs.append(codec)
+    return tensors, codecs
+
+
+@each_device
+def test_packed_tensors_are_those_encoded_one_by_one(device: str) -> None:
+    tensors, codecs = _state(device)
+    packed = pack(tensors, codecs, measure=True)
+    assert not packed.failed.any()
+    for tensor, codec, data, statistics in zip(tensors, codecs, packed.data, packed.statistics, strict=True):
+        codes, scales, *residual = codec.encode(tensor.cpu())
+        expected = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
+        assert torch.equal(data.cpu(), expected)
+        decoded = codec.decode((codes, scales, *residual), tensor.dtype)
+        measured = reference.measure(tensor.cpu(), decoded)
+        torch.testing.assert_close(statistics.cpu(), measured, rtol=2e-6, atol=0.0)
+
+
+@each_device
+def test_the_buffer_holds_nothing_but_what_was_packed(device: str) -> None:
+    tensors, codecs = _state(device)
+    packed = pack(tensors, codecs)
+    (storage,) = {data.untyped_storage().data_ptr() for data in packed.data}
+    buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(packed.data[0].untyped_storage())
+    assert buffer.data_ptr() == storage
+    rest = buffer.clone()
+    for data in packed.data:
+        rest[data.storage_offset() : data.storage_offset() + data.numel()] = 0
+    assert not rest.any()
+    assert buffer.numel() <= sum(data.numel() for data in packed.data) + 15 * len(tensors)
+
+
+@each_device
+def test_tensors_that_a_codec_cannot_hold_are_told(device: str) -> None:
+    tensors, codecs = _state(device)
+    tensors[0][7] = torch.nan
+    tensors[2][7] = -1.0  # under log
+    failed = pack(tensors, codecs).failed.tolist()
+    assert [i for i, value in enumerate(failed) if value] == [0, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_packing_on_a_gpu_does_not_wait_for_it() -> None:
+    tensors, codecs = _state("cuda")
+    tensors, codecs = zip(
+        *((x, c) for x, c in zip(tensors, codecs, strict=True) if x.dtype != torch.float64), strict=True
+    )
+    pack(tensors, codecs, measure=True)  # makes the work lists
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pack(tensors, codecs, measure=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,134 @@
+"""What a quantization loses is measured right, whoever measures it: operators on any device, kernels on the way.
+
+The oracle is float64 NumPy. Sums of float32 squares are rounded once a value, so a relative 2e-6 is allowed.
+"""
+
+import math
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from q8lightning import fake_quantize, quantize_blockwise
+from q8lightning.quantization import measured_ops, ops
+from q8lightning.quantization.codec import Codec
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+CODECS = [
+    Codec("linear", 64),
+    Codec("softsign", 256),
+    Codec("dynamic", 128),
+    Codec("linear", 128, True),
+    Codec("log", 64),
+]
+each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
+SIZES = (0, 1, 33, 4096, 70_001)
+
+
+def _sample(numel: int, dtype: torch.dtype, codec: Codec) -> Tensor:
+    generator = torch.Generator().manual_seed(numel)
+    x = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-2, 2, (numel,), generator=generator)
+    x[torch.rand(numel, generator=generator) < 0.1] = 0.0
+    return (x.abs() if codec.unsigned else x).to(dtype)
+
+
+def assert_measured(statistics: Tensor, x: Tensor, decoded: Tensor) -> None:
+    """Compare with float64 NumPy; the counts exactly."""
+    expected = oracle.error_statistics(x.cpu(), decoded.cpu())
+    assert statistics.dtype == torch.float64
+    assert statistics.tolist()[:3] == pytest.approx(expected[:3], rel=2e-6, abs=0.0)
+    assert statistics.tolist()[3:] == list(expected[3:])
+
+
+@each_device
+@each_codec
+@each_dtype
+def test_statistics_are_those_of_the_decoded_tensor(device: str, codec: Codec, dtype: torch.dtype) -> None:
+    for numel in SIZES:
+        x = _sample(numel, dtype, codec).to(device)
+        parts, statistics = codec.encode_and_measure(x)
+        assert_measured(statistics, x, codec.decode(parts, dtype))
+        for measured, plain in zip(parts, codec.encode(x), strict=True):
+            assert torch.equal(measured, plain), "measuring changes what is encoded"
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("codebook", ["linear", "softsign", "dynamic", "int2"])
+@pytest.mark.parametrize("block_size", [32, 256, 2048])
+def test_fake_quantize_measures_on_the_way(device: str, dtype: torch.dtype, codebook: str, block_size: int) -> None:
+    for numel in SIZES:
+        x = _sample(numel, dtype, Codec("linear")).to(device)
+        values, statistics = fake_quantize(x, codebook, block_size, return_statistics=True)
+        assert torch.equal(values, fake_quantize(x, codebook, block_size))
+        assert_measured(statistics, x, values)
+
+
+@each_device
+def test_the_affine_codec_is_measured_too(device: str) -> None:
+    x = _sample(5000, torch.float32, Codec("linear")).to(device)
+    *parts, statistics = measured_ops.quantize_affine(x, 64)
+    assert_measured(statistics, x, ops.dequantize_affine(*parts, 64, torch.float32))
+
+
+@each_device
+@each_codec
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-25, 1e-15, 1e-3, 1e18, 1e30, 1e38])
+def test_squares_leave_the_range_of_float32_without_harm(device: str, codec: Codec, magnitude: float) -> None:
+    x = (torch.rand(40_000, generator=torch.Generator().manual_seed(0)) * 2 - 1) * magnitude
+    x = (x.abs() if codec.unsigned else x).to(device)
+    parts, statistics = codec.encode_and_measure(x)
+    assert_measured(statistics, x, codec.decode(parts, torch.float32))
+    if not codec.unsigned and not codec.residual:
+        values, statistics = fake_quantize(x, codec.name, codec.block_size, return_statistics=True)
+        assert_measured(statistics, x, values)
+
+
+@each_device
+@each_codec
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_error_of_what_is_not_finite_is_no_number(device: str, codec: Codec, value: float) -> None:
+    x = _sample(70_001, torch.float32, codec)
+    x[12_345] = value
+    zeros = int((x == 0).sum())
+    parts, statistics = codec.encode_and_measure(x.to(device))
+    decoded = codec.decode(parts, torch.float32).cpu()
+    assert not statistics[:3].isfinite().any()
+    assert statistics[3:].tolist() == [zeros, int(((x != 0) & (decoded == 0)).sum())]
+    if not codec.unsigned and not codec.residual:
+        values, statistics = fake_quantize(x.to(device), codec.name, codec.block_size, return_statistics=True)
+        assert not statistics[:3].isfinite().any()
+        assert statistics[3:].tolist() == [zeros, int(((x != 0) & (values.cpu() == 0)).sum())]
+
+
+@each_device
+def test_a_second_run_measures_the_same_bits(device: str) -> None:
+    x = _sample(3_000_001, torch.float32, Codec("linear")).to(device)
+    first = fake_quantize(x, "linear", 64, return_statistics=True)[1]
+    for _ in range(3):
+        assert torch.equal(fake_quantize(x, "linear", 64, return_statistics=True)[1], first)
+
+
+@each_device
+def test_quantize_blockwise_writes_statistics_into_a_buffer(device: str) -> None:
+    x = _sample(5000, torch.float32, Codec("linear")).to(device)
+    statistics = torch.empty(5, dtype=torch.float64, device=device)
+    codes, absmax = quantize_blockwise(x, "softsign", 64, statistics=statistics)
+    assert_measured(statistics, x, ops.dequantize(codes, absmax, "softsign", 64, torch.float32))
+    for wrong in (statistics.float(), statistics[:4]):
+        with pytest.raises(ValueError, match="statistics must be"):
+            quantize_blockwise(x, "softsign", 64, statistics=wrong)
+
+
+@each_device
+def test_the_gradient_goes_straight_through_where_it_is_measured(device: str) -> None:
+    x = torch.randn(100, device=device, requires_grad=True)
+    values, statistics = fake_quantize(x, "int3", 32, return_statistics=True)
+    assert not statistics.requires_grad
+    (values * torch.arange(100, device=device)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(100.0, device=device))
