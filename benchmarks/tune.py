@@ -1,4 +1,4 @@
-"""Find the launch settings of the kernels: the table ``SETTINGS`` of ``quantization/kernels/blockwise.py``.
+"""Find the launch settings of the kernels: the table ``SETTINGS`` of ``quantization/kernels/launch.py``.
 
     python benchmarks/tune.py [--only fake] [--numel 2**27]
 
@@ -14,10 +14,24 @@ from kernels import median_ms
 from torch import Tensor
 
 from q8lightning.quantization.codebook import BUILTIN
-from q8lightning.quantization.kernels import blockwise
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.kernels import blockwise, grouped, launch, work_list
+from q8lightning.quantization.packing import pack
 
 BLOCKS = (64, 256, 2048)
-CHOICES = [(512, 1), (1024, 1), (1024, 2), (2048, 1), (2048, 2), (2048, 4), (4096, 2), (4096, 4), (4096, 8), (8192, 8)]
+CHOICES = [
+    (256, 1),
+    (512, 1),
+    (1024, 1),
+    (1024, 2),
+    (2048, 1),
+    (2048, 2),
+    (2048, 4),
+    (4096, 2),
+    (4096, 4),
+    (4096, 8),
+    (8192, 8),
+]
 
 
 def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
@@ -34,10 +48,37 @@ def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
         book = BUILTIN["linear" if name.endswith("linear") else "dynamic"]
         codes, scale = blockwise.quantize(x, book, block)
         return lambda: blockwise.dequantize(codes, scale, book, block, dtype)
+    if "group" in name:
+        return grouped_run(name, x, block)
     if name.startswith("fake"):
         book = BUILTIN["dynamic" if "cells" in name else "linear"]
-        return lambda: blockwise.fake_quantize(x, book, block)
+        lost = torch.empty(5, dtype=torch.float64, device=x.device) if name.endswith("measured") else None
+        return lambda: blockwise.fake_quantize(x, book, block, lost)
     return lambda: blockwise.quantize(x, book, block)
+
+
+def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
+    """Likewise for the kernels of many tensors: here eight of them."""
+    tensors, count = list(x.view(8, -1)), 8
+    if "engage" in name or "release" in name:
+        book = BUILTIN["dynamic" if "cells" in name else "linear"]
+        masters = torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)
+        starts = tuple(range(0, x.nbytes, x.nbytes // count))
+        lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
+        if "release" in name:
+            return lambda: grouped.release(tensors, masters, starts)
+        return lambda: grouped.engage(tensors, masters, starts, book, block, lost)
+    codec = Codec("linear", block, residual=True) if name.endswith("residual") else Codec("softsign", block)
+    if "cells" in name:
+        codec = Codec("dynamic", block)
+    if "log" in name:
+        codec, tensors = Codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
+    packed = pack(tensors, [codec] * count)
+    buffer = packed.data[0].new_empty(0).set_(packed.data[0].untyped_storage())
+    starts = tuple(data.storage_offset() for data in packed.data)
+    if "decode" in name:
+        return lambda: grouped.decode(buffer, starts, tensors, codec.coding)
+    return lambda: grouped.encode(tensors, buffer, starts, codec.coding, packed.failed)
 
 
 def main() -> None:
@@ -46,7 +87,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=2**27)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    for name, settings in list(blockwise.SETTINGS.items()):
+    for name, settings in list(launch.SETTINGS.items()):
         if not any(part in name for part in arguments.only):
             continue
         for index, dtype in enumerate((torch.float32, torch.bfloat16)):
@@ -54,10 +95,11 @@ def main() -> None:
             times: dict[tuple[int, int], list[float]] = {}
             for choice in CHOICES:
                 chosen = list(settings)
-                chosen[index] = blockwise.Settings(*choice)
-                blockwise.SETTINGS[name] = (chosen[0], chosen[1])
+                chosen[index] = launch.Settings(*choice)
+                launch.SETTINGS[name] = (chosen[0], chosen[1])
+                work_list.launches.cache_clear()  # they depend on the settings
                 times[choice] = [median_ms(runs(name, x, block), 9) for block in BLOCKS]
-            blockwise.SETTINGS[name] = settings
+            launch.SETTINGS[name] = settings
             best = [min(column) for column in zip(*times.values(), strict=True)]
             worst = {c: min(b / t for b, t in zip(best, row, strict=True)) for c, row in times.items()}
             ranked = sorted(worst, key=lambda choice: -worst[choice])[:4]

@@ -152,7 +152,8 @@ def _measured_engage_kernel(
     left = tl.minimum(tl.load(row), _SEGMENT * ROWS * BLOCK).to(tl.int32)
     if ALIGNED:
         left = tl.multiple_of(left, 16)
-    here, there = x + _start(row, 1, 0, MULTIPLE), masters + _start(row, 2, 0, MULTIPLE)
+    here = x + tl.multiple_of(tl.load(row + 1), MULTIPLE)
+    there = masters + tl.multiple_of(tl.load(row + 2), MULTIPLE)
     fake_quantize_tiles(
         here, here, there, left, table, levels, partials, segment, tl.num_programs(0),
         ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, LOWEST, HALF, BITS, True,

@@ -1,0 +1,128 @@
+"""How fast the whole state of a model is encoded in grouped launches, beside one launch a tensor, on one GPU.
+
+    python benchmarks/grouped.py [--blocks 20] [--width 2048] [--out results.md]
+
+The state is that of AdamW for a stack of transformer blocks, float32, every tensor in memory of its own. Bytes count
+each input and output once; fractions are of a device-to-device copy's bytes per second in the same run. What was
+encoded is compared with the reference for some tensors of each kind.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from kernels import environment, median_ms
+from torch import Tensor
+
+from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.kernels import grouped
+from q8lightning.quantization.packing import pack
+
+PRESETS = {
+    "resume": (Codec("linear", 256, residual=True), Codec("softsign", 128), Codec("log", 128)),
+    "compact": (Codec("softsign", 256), Codec("softsign", 128), Codec("log", 128)),
+}
+
+
+def shapes(blocks: int, width: int) -> Iterator[tuple[int, ...]]:
+    for _ in range(blocks):
+        yield from ((3 * width, width), (3 * width,), (width, width), (width,))
+        yield from ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+        yield from ((width,),) * 4
+
+
+def state(blocks: int, width: int) -> tuple[list[Tensor], list[int]]:
+    """Return the flat tensors of the weights and both moments, and for each its kind: 0, 1, 2."""
+    weights = [torch.randn(shape, device="cuda").mul_(0.02).view(-1) for shape in shapes(blocks, width)]
+    first = [torch.randn_like(weight).mul_(1e-3) for weight in weights]
+    second = [torch.randn_like(weight).square_().mul_(1e-6) for weight in weights]
+    return [*weights, *first, *second], [kind for kind in range(3) for _ in weights]
+
+
+def check(tensors: list[Tensor], codecs: list[Codec], data: list[Tensor]) -> None:
+    for index in range(0, len(tensors), max(len(tensors) // 9, 1)):
+        codes, scales, *residual = codecs[index].encode(tensors[index])  # which tests compare with the reference
+        expected = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
+        if not torch.equal(data[index], expected):
+            raise AssertionError(f"tensor {index} is encoded otherwise in a group")
+
+
+def copy_speed() -> float:
+    """Return bytes a millisecond, read and written."""
+    source, target = (torch.empty(2**28, device="cuda") for _ in range(2))
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source))
+
+
+def host_ms(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    tensors, kinds = state(arguments.blocks, arguments.width)
+    parameters = sum(tensor.numel() for tensor, kind in zip(tensors, kinds, strict=True) if kind == 0)
+    bytes_per_ms = copy_speed()
+
+    lines = [f"{environment()}; {parameters:,} parameters, {len(tensors)} tensors", ""]
+    lines += ["| what | launches | ms | floor | fraction | host ms |", "|---|---|---|---|---|---|"]
+
+    def row(what: str, launches: int | str, moved: float, run: Callable[[], object]) -> None:
+        milliseconds, host = median_ms(run, 7), sorted(host_ms(run) for _ in range(5))[2]
+        floor = moved / bytes_per_ms
+        fraction = f"{floor / milliseconds:.2f}"
+        lines.append(f"| {what} | {launches} | {milliseconds:.2f} | {floor:.2f} | {fraction} | {host:.2f} |")
+        print(lines[-1], flush=True)
+
+    read = sum(tensor.nbytes for tensor in tensors)
+    for preset, choice in PRESETS.items():
+        codecs = [choice[kind] for kind in kinds]
+        packed = pack(tensors, codecs)
+        check(tensors, codecs, packed.data)
+        moved = read + sum(data.nbytes for data in packed.data)
+        del packed
+        row(f"encode `{preset}`", 3, moved, lambda codecs=codecs: pack(tensors, codecs))
+        row(f"encode `{preset}` + statistics", 3, moved, lambda codecs=codecs: pack(tensors, codecs, measure=True))
+
+        def one_by_one(codecs: list[Codec] = codecs) -> None:
+            for tensor, codec in zip(tensors, codecs, strict=True):
+                codec.encode(tensor)
+
+        row(f"encode `{preset}`, tensor by tensor", len(tensors), moved, one_by_one)
+    weights = [tensor for tensor, kind in zip(tensors, kinds, strict=True) if kind == 0]
+    for dtype in (torch.float32, torch.bfloat16):
+        group = [weight.to(dtype) for weight in weights]
+        masters = torch.empty(sum(weight.nbytes for weight in group), dtype=torch.uint8, device="cuda")
+        starts, end = [], 0
+        for weight in group:
+            starts.append(end)
+            end += weight.nbytes
+        lost = torch.empty(len(group), 5, dtype=torch.float64, device="cuda")
+        at = tuple(starts)
+        for name in ("linear", "dynamic"):
+            for title, statistics in (("", None), (" + statistics", lost)):
+                row(
+                    f"engage `{name}`, {str(dtype)[6:]}{title}",
+                    1,
+                    3 * end,
+                    lambda name=name, statistics=statistics, group=group, masters=masters, at=at: grouped.engage(
+                        group, masters, at, BUILTIN[name], 64, statistics
+                    ),
+                )
+        row(f"release, {str(dtype)[6:]}", 1, 2 * end, lambda g=group, m=masters, at=at: grouped.release(g, m, at))
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
