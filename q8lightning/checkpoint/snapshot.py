@@ -1,0 +1,171 @@
+"""A checkpoint as it is at this moment, however training goes on, in host memory once it is fetched.
+
+Tensors are copied storage by storage, as ``torch.save`` writes them, so that tied tensors and views stay what they are.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from q8lightning.checkpoint.host_memory import PinnedMemory, Transfer
+from q8lightning.checkpoint.payload import QuantizedTensor
+
+_IMMUTABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
+_Place = tuple[int, torch.Size, tuple[int, ...]]
+"""Offset, shape and strides of a tensor in its storage."""
+
+
+class Snapshot:
+    """A checkpoint that nobody changes any more.
+
+    Args:
+        checkpoint: What :func:`~q8lightning.checkpoint.state_dict.encode_checkpoint` returned; left as it is. The
+            bytes of its payloads belong to it alone and are not copied on the host.
+        live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the snapshot shares
+            everything with the checkpoint but what is on a device.
+    """
+
+    def __init__(self, checkpoint: Any, live: bool) -> None:
+        copier = _Copier(live)
+        self._content = copier.copy(checkpoint)
+        self._transfers = list(copier.transfers.values())
+        self._unfetched = copier.unfetched
+        self._tags = copier.tags
+        for transfer in self._transfers:
+            transfer.start()
+
+    @contextmanager
+    def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
+        """Wait for the copies from devices and give the content.
+
+        Saved within this context, tensors get the location that they had, so that they load to where they were.
+
+        Args:
+            memory: Where copies go that are not needed after this context; None for memory of their own.
+        """
+        tags: dict[int, str] = {}
+        if self._transfers:
+            nbytes = sum(transfer.nbytes for transfer in self._transfers)
+            space = torch.empty(nbytes, dtype=torch.uint8) if memory is None else memory.take(nbytes)
+            copies: dict[int, UntypedStorage] = {}
+            for transfer in self._transfers:
+                nbytes = transfer.nbytes
+                copies |= transfer.finish(space[:nbytes])
+                space = space[nbytes:]
+            for tensor, key, place in self._unfetched:
+                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies[key], *place)
+            tags = {copies[key].data_ptr(): tag for key, tag in self._tags.items() if copies[key].nbytes()}
+        token = _TAGS.set(tags)
+        try:
+            yield self._content
+        finally:
+            _TAGS.reset(token)
+
+
+class _Copier:
+    """Copies containers, tensors and anything else, each object once, so that what was shared stays shared."""
+
+    def __init__(self, live: bool) -> None:
+        self.transfers: dict[torch.device, Transfer] = {}
+        self.unfetched: list[tuple[Tensor, int, _Place]] = []
+        self.tags: dict[int, str] = {}
+        self._live = live
+        self._on_host: dict[int, UntypedStorage] = {}
+        # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
+        # copies of its tensors.
+        self._memo: dict[Any, Any] = {"torch": self._on_host}
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, _IMMUTABLE):
+            return value
+        if id(value) not in self._memo:
+            self._memo[id(value)] = self._copy(value)
+        return self._memo[id(value)]
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, QuantizedTensor):
+            data = self._tensor(value.data, private=True)
+            return value if data is value.data else value.replace_data(data)
+        if isinstance(value, Tensor):
+            return self._tensor(value, private=not self._live) if _is_plain(value) else self._other(value)
+        if isinstance(value, dict):
+            copies = {key: self.copy(item) for key, item in value.items()}
+            return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
+        if type(value) in (list, tuple):
+            items = [self.copy(item) for item in value]
+            return type(value)(items) if self._is_changed(value, items) else value
+        return self._other(value)
+
+    def _is_changed(self, before: Iterable[Any], after: Iterable[Any]) -> bool:
+        return self._live or any(new is not old for new, old in zip(after, before, strict=True))
+
+    def _dict(self, value: dict[Any, Any], copies: dict[Any, Any]) -> dict[Any, Any]:
+        if type(value) is dict:
+            return copies
+        result = copy.copy(value)  # keeps the subclass and its attributes, such as _metadata
+        result.update(copies)
+        for name, attribute in getattr(result, "__dict__", {}).items():
+            setattr(result, name, self._other(attribute))
+        return result
+
+    def _other(self, value: Any) -> Any:
+        if not self._live:
+            return value
+        if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses those
+            value = value.detach()
+        return copy.deepcopy(value, self._memo)
+
+    def _tensor(self, tensor: Tensor, private: bool) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.device.type == "cpu" and private:
+            return tensor
+        place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        result = torch.empty(0, dtype=tensor.dtype)
+        if storage.device.type == "cpu":
+            if storage._cdata not in self._on_host:
+                self._on_host[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+            result.set_(self._on_host[storage._cdata], *place)
+        result.requires_grad_(tensor.requires_grad)
+        if type(tensor) is nn.Parameter:
+            result = nn.Parameter(result, tensor.requires_grad)
+        if storage.device.type != "cpu":
+            self._leave_on_device(storage, private, result, place)
+        return result
+
+    def _leave_on_device(self, storage: UntypedStorage, private: bool, result: Tensor, place: _Place) -> None:
+        transfer = self.transfers.setdefault(storage.device, Transfer(storage.device))
+        if storage._cdata not in self.tags:
+            self.tags[storage._cdata] = torch.serialization.location_tag(storage)
+            transfer.add(storage, private)
+        self.unfetched.append((result, storage._cdata, place))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but a view of a storage."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
+        and not tensor.__dict__
+    )
+
+
+_TAGS: ContextVar[Mapping[int, str]] = ContextVar("tags", default=MappingProxyType({}))
+"""Where tensors were whose copies on the host are being saved, by the address of the copy."""
+
+
+def _tag(storage: Any) -> str | None:
+    return _TAGS.get().get(storage.data_ptr()) if storage.device.type == "cpu" else None
+
+
+# Before torch's own, which begin at 10. It has no say in where a file is loaded to.
+torch.serialization.register_package(7, _tag, lambda storage, location: None)
