@@ -22,7 +22,7 @@ from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames, encode_checkpoint
-from q8lightning.checkpoint.writer import write_checkpoint
+from q8lightning.checkpoint.writer import announce, write_checkpoint
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
 """Files by which the Trainer hands live weights to itself (the tuner) or to the process that started it (spawn) a
@@ -30,6 +30,10 @@ moment later; they must come back exactly."""
 
 _URGENT = ("hpc_ckpt_",)
 """What the Trainer saves when SLURM is about to end the process."""
+
+
+_NOTEWORTHY = 0.1
+"""Seconds of waiting that are worth a line in the log."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -111,6 +115,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         names = self.describe_model() if self.describe_model is not None else None
         encoded = encode_checkpoint(checkpoint, self.policy, names)
         snapshot = Snapshot(encoded, live=self.async_save)
+        announce("frozen", path)
         write = partial(self._write, snapshot, path, storage_options)
         if not self.async_save:
             write()
@@ -125,6 +130,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         # Any other CheckpointIO may keep what it is given, or write it later.
         memory = self._memory if type(self.base) is DurableCheckpointIO else None
         with snapshot.fetch(memory) as content:
+            announce("fetched", path)
             self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]
 
     def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -159,11 +165,15 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove the checkpoint at ``path``, after the saves before and not at all if the last of them failed."""
-        remove = partial(self.base.remove_checkpoint, path)  # type: ignore[arg-type]
         if self._background is None:
-            remove()
+            self._remove(path)
         else:
-            self._background.remove(path, remove)
+            self._background.remove(path, partial(self._remove, path))
+
+    def _remove(self, path: str | os.PathLike[str]) -> None:
+        announce("removing", path)
+        self.base.remove_checkpoint(path)  # type: ignore[arg-type]
+        announce("removed", path)
 
     def finish(self) -> None:
         """Wait for everything in the background and give pinned memory back.
@@ -197,6 +207,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         seconds = self._background.wait_for_room()
         if seconds:
             self.waits.append(seconds)
+        if seconds > _NOTEWORTHY:
             rank_zero_info(
                 f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
                 " written; save less often, or to a faster disk, if that is too long"

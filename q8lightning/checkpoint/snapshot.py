@@ -78,10 +78,10 @@ class _Copier:
         self.unfetched: list[tuple[Tensor, int, _Place]] = []
         self.tags: dict[int, str] = {}
         self._live = live
-        self._on_host: dict[int, UntypedStorage] = {}
+        self._clones: dict[int, UntypedStorage] = {}
         # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
         # copies of its tensors.
-        self._memo: dict[Any, Any] = {"torch": self._on_host}
+        self._memo: dict[Any, Any] = {"torch": self._clones}
 
     def copy(self, value: Any) -> Any:
         if isinstance(value, _IMMUTABLE):
@@ -119,24 +119,28 @@ class _Copier:
     def _other(self, value: Any) -> Any:
         if not self._live:
             return value
-        if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses those
-            value = value.detach()
-        return copy.deepcopy(value, self._memo)
+        try:
+            return copy.deepcopy(value, self._memo)
+        except (NotImplementedError, RuntimeError):
+            if isinstance(value, Tensor):  # some sparse and nested ones, and those with a history
+                return value.detach().clone()
+            raise
 
     def _tensor(self, tensor: Tensor, private: bool) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.device.type == "cpu" and private:
+        on_host = _on_host(storage)
+        if on_host and private:
             return tensor
         place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
         result = torch.empty(0, dtype=tensor.dtype)
-        if storage.device.type == "cpu":
-            if storage._cdata not in self._on_host:
-                self._on_host[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-            result.set_(self._on_host[storage._cdata], *place)
+        if on_host:
+            if storage._cdata not in self._clones:
+                self._clones[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+            result.set_(self._clones[storage._cdata], *place)
         result.requires_grad_(tensor.requires_grad)
         if type(tensor) is nn.Parameter:
             result = nn.Parameter(result, tensor.requires_grad)
-        if storage.device.type != "cpu":
+        if not on_host:
             self._leave_on_device(storage, private, result, place)
         return result
 
@@ -146,6 +150,10 @@ class _Copier:
             self.tags[storage._cdata] = torch.serialization.location_tag(storage)
             transfer.add(storage, private)
         self.unfetched.append((result, storage._cdata, place))
+
+
+def _on_host(storage: UntypedStorage) -> bool:
+    return storage.device.type == "cpu"
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,8 +1,4 @@
-"""Durable writing: a file that is there under its name is whole, whatever happens while it is written.
-
-The steps of every save are announced as audit events (``sys.addaudithook``), ``q8lightning.save`` with the step and the
-path: ``opened``, ``written``, ``flushed``, ``renamed``, ``durable``.
-"""
+"""Durable writing: a file that is there under its name is whole, whatever happens while it is written."""
 
 import os
 import platform
@@ -28,6 +24,13 @@ _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})?[0-9a-f]{16}" + re.escape(TEMPORARY_SUFFIX))
 _FOREIGN_AGE = 3600.0
 """Seconds without a write after which another host's file counts as left over: locks may not reach across hosts."""
+
+
+STEPS = ("frozen", "fetched", "opened", "written", "flushed", "renamed", "durable", "removing", "removed")
+"""What happens to a checkpoint, in this order, unless there is nothing to remove.
+
+Each is announced as an audit event, ``q8lightning.save`` with the step and the path (see ``sys.addaudithook``).
+"""
 
 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
@@ -66,7 +69,7 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
 
 
 def announce(step: str, path: str | os.PathLike[str]) -> None:
-    """Raise the audit event of a step."""
+    """Raise the audit event of one of the ``STEPS``."""
     sys.audit("q8lightning.save", step, os.fspath(path))
 
 
