@@ -69,22 +69,31 @@ class Transfer:
     over after one pass, and the moment is marked. ``finish`` runs on the thread that writes: a stream of its own waits
     for that moment and copies to the host. Between the two, this object keeps everything on the device alive; it lets
     go when the copies are complete, so that no allocator hands the memory out too early.
+
+    Args:
+        device: Where the storages are.
+        location: What ``torch.save`` calls it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, location: str = "cpu") -> None:
         self.device = device
+        self.location = location
+        self._known: set[int] = set()
         self._live: dict[int, UntypedStorage] = {}
         self._sources: list[tuple[Tensor, list[tuple[int, int]]]] = []
         self._started: torch.cuda.Event | None = None
 
     def add(self, storage: UntypedStorage, private: bool) -> None:
-        """Have a storage taken along.
+        """Have a storage taken along, unless it is already.
 
         Args:
             storage: On this device.
-            private: Nobody else writes to it, so that it needs no copy within the device.
+            private: Nobody else writes to it, so that it needs no copy within the device and may be added later.
         """
         key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
         if private:
             self._sources.append((_bytes_of(storage), [(key, storage.nbytes())]))
         else:

@@ -36,33 +36,38 @@ class Snapshot:
     def __init__(self, checkpoint: Any, live: bool) -> None:
         copier = _Copier(live)
         self._content = copier.copy(checkpoint)
-        self._transfers = list(copier.transfers.values())
-        self._unfetched = copier.unfetched
-        self._tags = copier.tags
-        for transfer in self._transfers:
+        self._transfers = copier.transfers
+        self._tensors = copier.on_device
+        self._payloads = copier.payloads
+        for transfer in self._transfers.values():
             transfer.start()
 
     @contextmanager
     def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
-        """Wait for the copies from devices and give the content.
+        """Wait for the copies from devices and give the content; once.
 
         Saved within this context, tensors get the location that they had, so that they load to where they were.
 
         Args:
             memory: Where copies go that are not needed after this context; None for memory of their own.
         """
+        for payload in self._payloads:
+            storage = payload.data.untyped_storage()
+            self._transfers[storage.device].add(storage, private=True)
+        space = _space(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
+        copies: dict[int, UntypedStorage] = {}
         tags: dict[int, str] = {}
-        if self._transfers:
-            nbytes = sum(transfer.nbytes for transfer in self._transfers)
-            space = torch.empty(nbytes, dtype=torch.uint8) if memory is None else memory.take(nbytes)
-            copies: dict[int, UntypedStorage] = {}
-            for transfer in self._transfers:
-                nbytes = transfer.nbytes
-                copies |= transfer.finish(space[:nbytes])
-                space = space[nbytes:]
-            for tensor, key, place in self._unfetched:
-                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies[key], *place)
-            tags = {copies[key].data_ptr(): tag for key, tag in self._tags.items() if copies[key].nbytes()}
+        for transfer in self._transfers.values():
+            nbytes = transfer.nbytes
+            for key, copied in transfer.finish(space[:nbytes]).items():
+                copies[key] = copied
+                tags[copied.data_ptr()] = transfer.location
+            space = space[nbytes:]
+        for tensor, key, place in self._tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies[key], *place)
+        for payload in self._payloads:
+            key, place = _locate(payload.data)
+            payload.data = torch.empty(0, dtype=torch.uint8).set_(copies[key], *place)
         token = _TAGS.set(tags)
         try:
             yield self._content
@@ -70,13 +75,23 @@ class Snapshot:
             _TAGS.reset(token)
 
 
+def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8) if memory is None or nbytes == 0 else memory.take(nbytes)
+
+
+def _locate(tensor: Tensor) -> tuple[int, _Place]:
+    """Return the key of a tensor's storage and where the tensor lies in it."""
+    place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+    return tensor.untyped_storage()._cdata, place
+
+
 class _Copier:
     """Copies containers, tensors and anything else, each object once, so that what was shared stays shared."""
 
     def __init__(self, live: bool) -> None:
         self.transfers: dict[torch.device, Transfer] = {}
-        self.unfetched: list[tuple[Tensor, int, _Place]] = []
-        self.tags: dict[int, str] = {}
+        self.on_device: list[tuple[Tensor, int, _Place]] = []
+        self.payloads: list[QuantizedTensor] = []
         self._live = live
         self._clones: dict[int, UntypedStorage] = {}
         # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
@@ -92,10 +107,9 @@ class _Copier:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, QuantizedTensor):
-            data = self._tensor(value.data, private=True)
-            return value if data is value.data else value.replace_data(data)
+            return self._payload(value)
         if isinstance(value, Tensor):
-            return self._tensor(value, private=not self._live) if _is_plain(value) else self._other(value)
+            return self._tensor(value) if _is_plain(value) else self._other(value)
         if isinstance(value, dict):
             copies = {key: self.copy(item) for key, item in value.items()}
             return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
@@ -126,34 +140,41 @@ class _Copier:
                 return value.detach().clone()
             raise
 
-    def _tensor(self, tensor: Tensor, private: bool) -> Tensor:
-        storage = tensor.untyped_storage()
-        on_host = _on_host(storage)
-        if on_host and private:
+    def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
+        if _on_host(payload.data):
+            return payload
+        payload = payload.replace_data(payload.data)  # the rest is done when it is fetched: nobody changes it
+        self._transfer(payload.data.untyped_storage())
+        self.payloads.append(payload)
+        return payload
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        on_host = _on_host(tensor)
+        if on_host and not self._live:
             return tensor
-        place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        storage, (key, place) = tensor.untyped_storage(), _locate(tensor)
         result = torch.empty(0, dtype=tensor.dtype)
         if on_host:
-            if storage._cdata not in self._clones:
-                self._clones[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-            result.set_(self._clones[storage._cdata], *place)
-        result.requires_grad_(tensor.requires_grad)
+            if key not in self._clones:
+                self._clones[key] = storage.clone()  # type: ignore[no-untyped-call]
+            result.set_(self._clones[key], *place)
+        if tensor.requires_grad:
+            result.requires_grad_()
         if type(tensor) is nn.Parameter:
             result = nn.Parameter(result, tensor.requires_grad)
         if not on_host:
-            self._leave_on_device(storage, private, result, place)
+            self._transfer(storage).add(storage, private=not self._live)
+            self.on_device.append((result, key, place))
         return result
 
-    def _leave_on_device(self, storage: UntypedStorage, private: bool, result: Tensor, place: _Place) -> None:
-        transfer = self.transfers.setdefault(storage.device, Transfer(storage.device))
-        if storage._cdata not in self.tags:
-            self.tags[storage._cdata] = torch.serialization.location_tag(storage)
-            transfer.add(storage, private)
-        self.unfetched.append((result, storage._cdata, place))
+    def _transfer(self, storage: UntypedStorage) -> Transfer:
+        if storage.device not in self.transfers:
+            self.transfers[storage.device] = Transfer(storage.device, torch.serialization.location_tag(storage))
+        return self.transfers[storage.device]
 
 
-def _on_host(storage: UntypedStorage) -> bool:
-    return storage.device.type == "cpu"
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -118,7 +118,7 @@ def test_whatever_torch_can_save_is_saved_in_the_background(make: Any, tmp_path:
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every storage of the CPU treated as if it were on a device."""
-    monkeypatch.setattr(snapshot, "_on_host", lambda storage: False)
+    monkeypatch.setattr(snapshot, "_on_host", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("as_device")
@@ -207,7 +207,7 @@ def test_copies_are_saved_under_the_location_of_what_they_are_copies_of(
 ) -> None:
     """As a plain checkpoint of a GPU's tensors: it loads to the GPU, wherever its bytes were when they were written."""
     real = torch.serialization.location_tag
-    monkeypatch.setattr(snapshot, "_on_host", lambda storage: False)
+    monkeypatch.setattr(snapshot, "_on_host", lambda tensor: False)
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     frozen = Snapshot({"state_dict": {"weight": torch.ones(3), "payload": torch.ones(64, 64)}}, live=True)
     monkeypatch.setattr(torch.serialization, "location_tag", real)
