@@ -22,6 +22,9 @@ THREADS = 4
 """Reading and CRC32 (about 2.5 GB a second a thread) release Python's lock."""
 
 
+_FOLDER = 0x10
+"""An attribute of a record that makes torch take it for a folder and return memory that nobody has written to."""
+
 _CONTENTS = "the table of contents at the end of the file"
 
 
@@ -84,6 +87,8 @@ class _Verification:
             self._damage.append(f"{_CONTENTS} ({error})")
 
     def _is_whole(self, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+        if record.external_attr & _FOLDER:
+            return False
         try:
             with archive.open(record) as content:
                 while not self._stopped and content.read(CHUNK):
@@ -116,16 +121,16 @@ def _records(path: str | os.PathLike[str]) -> list[zipfile.ZipInfo]:
         beginning = file.read(4)
     if len(beginning) < 4:
         raise _DamagedArchive(f"the file, of which {len(beginning)} bytes are left,")
-    begins, ends = beginning == b"PK\x03\x04", zipfile.is_zipfile(path)
-    if not begins and not ends:
-        return []
-    if not begins:
-        raise _DamagedArchive("the beginning of the file")
+    begins = beginning == b"PK\x03\x04"
     try:
+        if not begins and not zipfile.is_zipfile(path):
+            return []
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except Exception:  # a damaged table of contents surfaces in many ways
         raise _DamagedArchive(_CONTENTS) from None
+    if not begins:
+        raise _DamagedArchive("the beginning of the file")
     return records if any(record.CRC for record in records) else []
 
 

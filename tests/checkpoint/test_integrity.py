@@ -150,6 +150,18 @@ def test_a_flipped_bit_in_a_raw_tensor_is_reported_by_name(file: Path) -> None:
         QuantizedCheckpointIO().load_checkpoint(file)
 
 
+def test_a_record_that_torch_would_not_read_at_all_is_reported(file: Path) -> None:
+    """One bit in the table of contents makes it a folder; torch then returns whatever was in the memory."""
+    table = load(file)["state_dict"]["table"]
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (record.filename for record in archive.infolist() if record.file_size == table.nbytes)
+    entry = file.read_bytes().rfind(name.encode()) - 46
+    assert file.read_bytes()[entry : entry + 4] == b"PK\x01\x02"
+    flip(file, entry + 38, bit=4)
+    with pytest.raises(CorruptCheckpointError):
+        QuantizedCheckpointIO().load_checkpoint(file)
+
+
 def test_a_changed_number_outside_of_tensors_is_reported(file: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content.replace(b"something_extra", b"something_extrb"))
