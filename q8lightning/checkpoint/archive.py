@@ -69,7 +69,7 @@ class _Verification:
             self._damage.append(str(error))
             return
         records.sort(key=lambda record: record.file_size, reverse=True)
-        count = min(THREADS, os.cpu_count() or 1, len(records))
+        count = min(THREADS, max(1, (os.cpu_count() or 1) // 2), len(records))  # the rest of the cores decodes
         for start in range(count):
             thread = threading.Thread(target=self._verify, args=(records[start::count],), daemon=True)
             self._threads.append(thread)

@@ -51,6 +51,15 @@ class Snapshot:
         Args:
             memory: Where copies go that are not needed after this context; None for memory of their own.
         """
+        # In a function of its own: no variable keeps the device's memory alive while the file is written.
+        token = _TAGS.set(self._fetch(memory))
+        try:
+            yield self._content
+        finally:
+            _TAGS.reset(token)
+
+    def _fetch(self, memory: PinnedMemory | None) -> dict[int, str]:
+        """Put everything on the host; return the former locations by the copies' addresses."""
         for payload in self._payloads:
             storage = payload.data.untyped_storage()
             self._transfers[storage.device].add(storage, private=True)
@@ -68,11 +77,7 @@ class Snapshot:
         for payload in self._payloads:
             key, place = _locate(payload.data)
             payload.data = torch.empty(0, dtype=torch.uint8).set_(copies[key], *place)
-        token = _TAGS.set(tags)
-        try:
-            yield self._content
-        finally:
-            _TAGS.reset(token)
+        return tags
 
 
 def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:

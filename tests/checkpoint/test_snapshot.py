@@ -4,6 +4,8 @@ Copies from a device are tested here with the CPU in its place, and on a GPU in 
 """
 
 import copy
+import gc
+import weakref
 from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,18 @@ def test_what_comes_from_a_device_is_the_same(live: bool) -> None:
         state = content["state_dict"]
         assert memory_of(state["a"]) == memory_of(state["b"])
         assert state["a"].untyped_storage().nbytes() == 2400, "torch.save would write more than belongs to it"
+
+
+@pytest.mark.usefixtures("as_device")
+def test_the_devices_memory_is_let_go_before_the_file_is_written() -> None:
+    payload = QuantizedTensor.encode(torch.randn(70, 70), Codec("log"), "x")
+    raw = torch.randn(300)
+    alive = [weakref.ref(payload.data.untyped_storage()), weakref.ref(raw.untyped_storage())]
+    frozen = Snapshot({"payload": payload, "raw": raw}, live=True)
+    del payload, raw
+    with frozen.fetch():
+        gc.collect()
+        assert [each() for each in alive] == [None, None]
 
 
 def test_a_transfer_gives_each_storage_its_bytes_at_an_address_that_fits(tmp_path: Path) -> None:
