@@ -1,6 +1,8 @@
 """PyTorch Lightning checkpoints, several times smaller, that load as before."""
 
 from q8lightning.callback import QuantizationCallback
+from q8lightning.checkpoint.background import BackgroundSaveError
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
 from q8lightning.checkpoint.io import QuantizedCheckpointIO
 from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
@@ -8,8 +10,10 @@ from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.ops import dequantize_blockwise, fake_quantize, quantize_blockwise
 
 __all__ = [
+    "BackgroundSaveError",
     "CheckpointPolicy",
     "Codebook",
+    "CorruptCheckpointError",
     "NewerFormatError",
     "QuantizationCallback",
     "QuantizedCheckpointIO",
@@ -19,5 +23,6 @@ __all__ = [
     "fake_quantize",
     "keep_encoded",
     "quantize_blockwise",
+    "without_verification",
 ]
 __version__ = "0.1.0"

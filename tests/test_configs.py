@@ -10,7 +10,12 @@ import torch
 from q8lightning import QuantizedTensor, keep_encoded
 
 ROOT = Path(__file__).parent.parent
-CODECS = {"resume": ("linear", True), "compact": ("softsign", False), "custom_policy": ("linear", True)}
+CODECS = {
+    "resume": ("linear", True),
+    "compact": ("softsign", False),
+    "custom_policy": ("linear", True),
+    "async_save": ("linear", True),
+}
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:
@@ -27,7 +32,8 @@ def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path
     smaller = ("--model.depth=1", "--data.batch_size=2", "--model.context=16", "--data.context=16")
     quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
     run(tmp_path, "cli.py", "fit", f"--config={config}", *small, *smaller, *quiet)
-    (path,) = (tmp_path / "runs" / name).glob("*.ckpt")
+    *older, path = sorted((tmp_path / "runs" / name).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(older) == (name == "async_save"), "it saves twice in 100 steps"
     with keep_encoded():
         state = torch.load(path, weights_only=True)["state_dict"]
     feed_forward = state["model.blocks.0.feed_forward.0.weight"]

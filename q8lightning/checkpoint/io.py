@@ -3,20 +3,37 @@
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
+from q8lightning.checkpoint.archive import verified
+from q8lightning.checkpoint.background import BackgroundSaves
+from q8lightning.checkpoint.host_memory import PinnedMemory
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames, encode_checkpoint
-from q8lightning.checkpoint.writer import write_checkpoint
+from q8lightning.checkpoint.writer import announce, write_checkpoint
 
-_TUNER_FILES = (".lr_find_", ".scale_batch_size_")
-"""What the Trainer's tuner saves to restore the live weights from a moment later; it must come back exactly."""
+_MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
+"""Files by which the Trainer hands live weights to itself (the tuner) or to the process that started it (spawn) a
+moment later; they must come back exactly."""
+
+_URGENT = ("hpc_ckpt_",)
+"""What the Trainer saves when SLURM is about to end the process."""
+
+
+_NOTEWORTHY = 0.1
+"""Seconds of waiting that are worth a line in the log."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -26,8 +43,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write ``checkpoint`` to ``path``; see :func:`q8lightning.checkpoint.writer.write_checkpoint`."""
-        filesystem, local_path = url_to_fs(str(path))
-        if storage_options is None and isinstance(filesystem, LocalFileSystem):
+        local_path = _local(path)
+        if storage_options is None and local_path is not None:
             write_checkpoint(checkpoint, local_path)
         else:
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
@@ -44,19 +61,36 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         checkpoint_io: What writes, reads and removes files. Lightning's default is replaced by a durable version of it,
             also where another wrapper stands between.
         checkpoint: A preset, ``"resume"`` or ``"compact"``, or a policy.
+        async_save: Return from a save as soon as training can go on without changing what is saved; one thread copies
+            it to the host and writes it. Removals wait for the saves before them, loads for everything. One save at
+            most is in flight, a second one waits. A save that fails raises at the next save or load, or at
+            :meth:`finish`, which the Trainer's teardown calls.
+        verify: Compare files with their checksums when they are loaded.
 
     Raises:
-        ValueError: If there is no such preset.
+        ValueError: If there is no such preset, or if ``async_save`` is to wrap an AsyncCheckpointIO.
     """
 
     def __init__(
-        self, checkpoint_io: CheckpointIO | None = None, checkpoint: str | CheckpointPolicy = "resume"
+        self,
+        checkpoint_io: CheckpointIO | None = None,
+        checkpoint: str | CheckpointPolicy = "resume",
+        async_save: bool = False,
+        verify: bool = True,
     ) -> None:
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
+        self.async_save = async_save
+        self.verify = verify
         self.describe_model: Callable[[], ModelNames] | None = None
         """Asked at each save for what only the model knows; set by the callback."""
+        self.waits: list[float] = []
+        """Seconds for which saves in the background held training up, each until the one before it was written."""
+        self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
+        self._memory = PinnedMemory()
         _make_durable(self)
+        if async_save:
+            check_not_async(self)
 
     @property
     def base(self) -> CheckpointIO:
@@ -67,32 +101,117 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Encode a copy of ``checkpoint``, which is left as it is, and save it to ``path``."""
-        if not os.path.basename(path).startswith(_TUNER_FILES):
-            names = self.describe_model() if self.describe_model is not None else None
-            checkpoint = encode_checkpoint(checkpoint, self.policy, names)
-        self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
+        """Encode a copy of ``checkpoint``, which is left as it is, and save it to ``path``.
+
+        Raises:
+            BackgroundSaveError: If an earlier save in the background failed; nothing is saved then.
+        """
+        name = os.path.basename(path)
+        if name.startswith(_MESSAGES):
+            self._wait()
+            self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
+            return
+        self._wait_for_room(path)
+        names = self.describe_model() if self.describe_model is not None else None
+        encoded = encode_checkpoint(checkpoint, self.policy, names)
+        snapshot = Snapshot(encoded, live=self.async_save)
+        announce("frozen", path)
+        write = partial(self._write, snapshot, path, storage_options)
+        if not self.async_save:
+            write()
+            return
+        if self._background is None:
+            self._background = BackgroundSaves()
+        self._background.save(path, write)
+        if name.startswith(_URGENT):
+            self._wait()
+
+    def _write(self, snapshot: Snapshot, path: str | os.PathLike[str], storage_options: Any | None) -> None:
+        # Any other CheckpointIO may keep what it is given, or write it later.
+        memory = self._memory if type(self.base) is DurableCheckpointIO else None
+        with snapshot.fetch(memory) as content:
+            announce("fetched", path)
+            self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]
 
     def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``, decoded; further arguments go to the wrapped CheckpointIO.
 
+        Payloads are compared with their checksums; of local files, everything else with the sums of the zip.
+
         Raises:
+            CorruptCheckpointError: If the content is not what was saved.
             NewerFormatError: If the file was written in a later format than this version reads.
+            BackgroundSaveError: If a save in the background failed.
         """
-        try:
-            checkpoint = self.base.load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
-        except pickle.UnpicklingError as error:
-            if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
-                raise NewerFormatError("later than 1") from error
-            raise
+        self._wait()
+        local_path = _local(path)
+        with ExitStack() as stack:
+            if not self.verify:
+                stack.enter_context(without_verification())
+            elif local_path is not None and os.path.isfile(local_path):
+                stack.enter_context(verified(local_path))
+            try:
+                checkpoint = self.base.load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
+            except pickle.UnpicklingError as error:
+                if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
+                    raise NewerFormatError("later than 1") from error
+                raise
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(error.what, path) from None  # it knows the tensor; add the file
         summary = checkpoint.get(SUMMARY_KEY)
         if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
             raise NewerFormatError(summary["format_version"])
         return checkpoint
 
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove the checkpoint at ``path``, after the saves before and not at all if the last of them failed."""
+        if self._background is None:
+            self._remove(path)
+        else:
+            self._background.remove(path, partial(self._remove, path))
+
+    def _remove(self, path: str | os.PathLike[str]) -> None:
+        announce("removing", path)
+        self.base.remove_checkpoint(path)  # type: ignore[arg-type]
+        announce("removed", path)
+
+    def finish(self) -> None:
+        """Wait for everything in the background and give pinned memory back.
+
+        Raises:
+            BackgroundSaveError: If something failed that no save has reported yet.
+        """
+        try:
+            self._wait()
+        finally:
+            self._background = None
+            self._memory.release()
+
     def teardown(self) -> None:
-        """Tear the wrapped CheckpointIO down."""
-        self.base.teardown()
+        """Finish what is in the background and tear the wrapped CheckpointIO down."""
+        try:
+            self.finish()
+        finally:
+            self.base.teardown()
+
+    def _wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
+        if self._background is None:
+            return
+        if not self.async_save:
+            self._background.wait()
+            return
+        seconds = self._background.wait_for_room()
+        if seconds:
+            self.waits.append(seconds)
+        if seconds > _NOTEWORTHY:
+            rank_zero_info(
+                f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
+                " written; save less often, or to a faster disk, if that is too long"
+            )
 
 
 def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:
@@ -100,6 +219,23 @@ def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpoint
     while checkpoint_io is not None and not isinstance(checkpoint_io, QuantizedCheckpointIO):
         checkpoint_io = checkpoint_io.checkpoint_io if isinstance(checkpoint_io, _WrappingCheckpointIO) else None
     return checkpoint_io
+
+
+def check_not_async(checkpoint_io: CheckpointIO | None) -> None:
+    """Raise ValueError for an AsyncCheckpointIO in a chain: nobody would know any more when a save is durable."""
+    while isinstance(checkpoint_io, _WrappingCheckpointIO):
+        if isinstance(checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "async_save=True does what AsyncCheckpointIO does, and both cannot keep removals behind saves;"
+                " remove AsyncCheckpointIO from the Trainer's plugins, or pass async_save=False"
+            )
+        checkpoint_io = checkpoint_io.checkpoint_io
+
+
+def _local(path: str | os.PathLike[str]) -> str | None:
+    """Return a path of this machine as the system knows it, None for any other."""
+    filesystem, local_path = url_to_fs(str(path))
+    return str(local_path) if isinstance(filesystem, LocalFileSystem) else None
 
 
 def _make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:

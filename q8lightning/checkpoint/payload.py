@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
 from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.packing import pack
 
@@ -49,9 +50,11 @@ class QuantizedTensor:
         stride: Its strides, in elements; dense, in any order of dimensions.
         dtype: Its dtype.
         name: Its path in the checkpoint, for messages.
+        checksum: Of header and data, as the file had it; None for one that was not loaded. It stays the same when a
+            loaded payload is saved again, so that damage in between does not go unnoticed.
     """
 
-    __slots__ = ("codec", "data", "dtype", "name", "shape", "stride")
+    __slots__ = ("checksum", "codec", "data", "dtype", "name", "shape", "stride")
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class QuantizedTensor:
         stride: tuple[int, ...],
         dtype: torch.dtype,
         name: str,
+        checksum: int | None = None,
     ) -> None:
         self.codec = codec
         self.data = data
@@ -68,6 +72,7 @@ class QuantizedTensor:
         self.stride = stride
         self.dtype = dtype
         self.name = name
+        self.checksum = checksum
 
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
@@ -83,16 +88,35 @@ class QuantizedTensor:
         return codes[0], scales.view(-1, 2) if self.codec.name == LOG else scales, *codes[1:]
 
     def decode(self) -> Tensor:
-        """Return the decoded tensor, with shape, strides, dtype and device of the original."""
+        """Return the decoded tensor, with shape, strides, dtype and device of the original.
+
+        Raises:
+            CorruptCheckpointError: If the payload was loaded and is not what was saved.
+        """
+        self.verify()
         return self.codec.decode(self.parts, self.dtype).as_strided(self.shape, self.stride)
+
+    def verify(self) -> None:
+        """Compare the payload with the checksum that its file has; nothing to do if there is none.
+
+        Raises:
+            CorruptCheckpointError: If they do not agree.
+        """
+        verify(self.header, self.data, self.checksum)
+
+    def replace_data(self, data: Tensor) -> "QuantizedTensor":
+        """Return the same payload with its bytes elsewhere."""
+        return QuantizedTensor(self.codec, data, self.shape, self.stride, self.dtype, self.name, self.checksum)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.data.nbytes
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        header = {
+    @property
+    def header(self) -> dict[str, Any]:
+        """Everything about the payload but its bytes and their checksum, as primitives."""
+        return {
             "format_version": FORMAT_VERSION,
             "codec": self.codec.name,
             "block_size": self.codec.block_size,
@@ -102,11 +126,16 @@ class QuantizedTensor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "name": self.name,
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The checksum is made here because here the bytes are on the host: in the thread that writes them.
+        header = self.header
+        header[CHECKSUM_KEY] = checksum(header, self.data) if self.checksum is None else self.checksum
         return rebuild_v1, (header, self.data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
         """Copy it encoded; the default would go through ``__reduce__`` and decode."""
-        return QuantizedTensor(self.codec, self.data.clone(), self.shape, self.stride, self.dtype, self.name)
+        return self.replace_data(self.data.clone())
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
@@ -145,11 +174,14 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
 
     Args:
         header: Primitives only: ``format_version``, ``codec``, ``block_size``, ``residual``, ``shape``, ``stride``,
-            ``dtype`` (without ``torch.``) and ``name``. Further keys are ignored.
+            ``dtype`` (without ``torch.``) and ``name``; and ``xxh3_64``, the checksum, if there
+            is one. Further keys are ignored.
         data: Scales and codes; see :class:`QuantizedTensor`.
 
     Raises:
         NewerFormatError: If the payload's format version is newer than this reader.
+        CorruptCheckpointError: If the payload is not what was saved. Payloads that stay encoded are verified when they
+            are decoded, so that looking at a memory-mapped file reads no more than is looked at.
     """
     if header["format_version"] > FORMAT_VERSION:
         raise NewerFormatError(header["format_version"])
@@ -160,6 +192,7 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
         tuple(header["stride"]),
         getattr(torch, header["dtype"]),
         header["name"],
+        header.get(CHECKSUM_KEY),
     )
     return payload if _KEEP_ENCODED.get() else payload.decode()
 

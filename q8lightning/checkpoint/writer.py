@@ -1,7 +1,12 @@
 """Durable writing: a file that is there under its name is whole, whatever happens while it is written."""
 
 import os
+import platform
+import re
 import secrets
+import sys
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,15 +14,31 @@ from typing import IO, Any
 
 import torch
 
+if sys.platform != "win32":
+    import fcntl
+
 TEMPORARY_SUFFIX = ".q8lightning.tmp"
-"""Files with this ending were being written when their writer was killed; they can be deleted."""
+"""Files with this ending are being written, or were when their writer was killed; the next save removes those."""
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_TEMPORARY = re.compile(r"\.([0-9a-f]{8})?[0-9a-f]{16}" + re.escape(TEMPORARY_SUFFIX))
+_FOREIGN_AGE = 3600.0
+"""Seconds without a write after which another host's file counts as left over: locks may not reach across hosts."""
+
+
+STEPS = ("frozen", "fetched", "opened", "written", "flushed", "renamed", "durable", "removing", "removed")
+"""What happens to a checkpoint, in this order, unless there is nothing to remove.
+
+Each is announced as an audit event, ``q8lightning.save`` with the step and the path (see ``sys.addaudithook``).
+"""
 
 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """Write ``checkpoint`` with ``torch.save`` so that ``path`` holds either its old content or all of the new one.
 
     The content goes to a temporary file beside the target, without a second copy of it in memory, and is flushed to
-    the disk before it takes the target's name; the folder is flushed last. Missing folders are made.
+    the disk before it takes the target's name; the folder is flushed last. Missing folders are made; temporary files
+    that a killed writer left there are removed.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
@@ -27,7 +48,9 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"a checkpoint is a file, but {target} is a directory; choose another path")
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
     with _temporary_beside(target) as file:
+        announce("opened", target)
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
@@ -36,22 +59,67 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
                 raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
             raise
         file.flush()
+        announce("written", target)
         os.fsync(file.fileno())
+        announce("flushed", target)
         os.replace(file.name, target)
+        announce("renamed", target)
     _flush_directory(target.parent)
+    announce("durable", target)
+
+
+def announce(step: str, path: str | os.PathLike[str]) -> None:
+    """Raise the audit event of one of the ``STEPS``."""
+    sys.audit("q8lightning.save", step, os.fspath(path))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writers from ``folder``, never one of a writer that lives.
+
+    A writer holds a lock on its file, which ends with the process that holds it.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if match := _TEMPORARY.fullmatch(entry.name):
+                _remove_unless_locked(Path(entry.path), own_host=match[1] == _HOST)
+
+
+def _remove_unless_locked(path: Path, own_host: bool) -> None:
+    if sys.platform == "win32":  # an open file cannot be deleted there
+        with suppress(OSError):
+            path.unlink()
+        return
+    # OSError: its writer lives (BlockingIOError), it is gone, it is not ours, or there are no locks here
+    with suppress(OSError), open(path, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if own_host or time.time() - os.fstat(file.fileno()).st_mtime > _FOREIGN_AGE:
+            path.unlink()
 
 
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
     """Open a new file in the target's folder (with the user's usual permissions); remove it if the block fails."""
-    temporary = target.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")  # its length fits where any name does
+    file = _open_locked(target.parent)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
     except BaseException:
         with suppress(FileNotFoundError):
-            temporary.unlink()
+            os.unlink(file.name)
         raise
+
+
+def _open_locked(folder: Path) -> IO[bytes]:
+    while True:
+        # Short enough for wherever a name fits.
+        file = open(folder / f".{_HOST}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}", "xb")  # noqa: SIM115 (the caller does)
+        if sys.platform != "win32":
+            with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.exists(file.name):  # taken for a leftover in the moment before it was locked
+                file.close()
+                continue
+        return file
 
 
 def _flush_directory(directory: Path) -> None:

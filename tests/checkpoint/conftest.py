@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from steps import Steps, listening
 
 PRESETS = ("resume", "compact")
 
@@ -45,3 +46,10 @@ def _seeded_and_quiet() -> Iterator[None]:
         for advice in ADVICE:
             warnings.filterwarnings("ignore", message=f".*{advice}")
         yield
+
+
+@pytest.fixture
+def steps() -> Iterator[Steps]:
+    """What saves announce during the test."""
+    with listening() as listener:
+        yield listener

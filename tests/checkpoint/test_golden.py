@@ -42,11 +42,15 @@ FIRST_VALUES: dict[str, dict[str, list[float]]] = {
         ],
     },
 }
+CHECKSUMS = {"resume": 13621835731285095455, "compact": 2877949218341502240}
+"""Of ``state_dict.layer.weight``."""
 WEIGHTS = {"resume": ("linear", 256, True), "compact": ("softsign", 256, False)}
 
 
-def golden(preset: str) -> Path:
-    return GOLDEN / f"{preset}_v1.ckpt"
+@pytest.fixture(params=["v1", "v1_checksums"])
+def golden(preset: str, request: pytest.FixtureRequest) -> Path:
+    """A file of a preset, as it was first and since payloads have checksums."""
+    return GOLDEN / f"{preset}_{request.param}.ckpt"
 
 
 def flat(checkpoint: Any) -> dict[str, Tensor]:
@@ -54,31 +58,31 @@ def flat(checkpoint: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"mmap": True}, {"map_location": "cpu"}], ids=str)
-def test_the_values_are_the_same_to_the_bit(options: dict[str, Any], preset: str) -> None:
-    found = flat(load(golden(preset), **options))
+def test_the_values_are_the_same_to_the_bit(options: dict[str, Any], preset: str, golden: Path) -> None:
+    found = flat(load(golden, **options))
     expected = load(GOLDEN / "expected_v1.pt")[preset]
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert same_bits(found[name], tensor), name
 
 
-def test_the_values_are_these(preset: str) -> None:
-    found = flat(load(golden(preset)))
+def test_the_values_are_these(preset: str, golden: Path) -> None:
+    found = flat(load(golden))
     for name, values in FIRST_VALUES[preset].items():
         assert found[name].flatten()[:3].tolist() == values, name
     assert found["state_dict.table"][[0, -1]].tolist() == [-1.0, 1.0]
     assert found["optimizer_states.0.state.0.step"].item() == 2.0
 
 
-def test_the_tied_pair_is_tied(preset: str) -> None:
-    state = load(golden(preset))["state_dict"]
+def test_the_tied_pair_is_tied(golden: Path) -> None:
+    state = load(golden)["state_dict"]
     assert state["embedding.weight"].data_ptr() == state["head.weight"].data_ptr()
     assert state["half.weight"].dtype == torch.bfloat16
     assert list(state) == ["table", "layer.weight", "layer.bias", "embedding.weight", "head.weight", "half.weight"]
 
 
-def test_the_codecs_are_those_that_the_presets_had(preset: str) -> None:
-    found = {name: payload.codec for name, payload in payloads_of(golden(preset)).items()}
+def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) -> None:
+    found = {name: payload.codec for name, payload in payloads_of(golden).items()}
     expected = {
         "state_dict.layer.weight": WEIGHTS[preset],
         "state_dict.embedding.weight": WEIGHTS[preset],
@@ -99,9 +103,9 @@ def calls_of(path: Path) -> list[str]:
     return sorted({name for name in names if name.startswith("q8lightning.")})
 
 
-def test_saving_them_again_writes_the_same_payloads(preset: str, tmp_path: Path) -> None:
-    QuantizedCheckpointIO(checkpoint=preset).save_checkpoint(load(golden(preset)), tmp_path / "again.ckpt")
-    old, new = (payloads_of(path) for path in (golden(preset), tmp_path / "again.ckpt"))
+def test_saving_them_again_writes_the_same_payloads(preset: str, tmp_path: Path, golden: Path) -> None:
+    QuantizedCheckpointIO(checkpoint=preset).save_checkpoint(load(golden), tmp_path / "again.ckpt")
+    old, new = (payloads_of(path) for path in (golden, tmp_path / "again.ckpt"))
     assert list(old) == list(new)
     for name, payload in old.items():
         (old_call, old_arguments), (new_call, new_arguments) = payload.__reduce__(), new[name].__reduce__()
@@ -109,22 +113,23 @@ def test_saving_them_again_writes_the_same_payloads(preset: str, tmp_path: Path)
         (old_header, *old_data), (new_header, *new_data) = old_arguments, new_arguments
         assert old_header == new_header, name
         assert all(same_bits(*pair) for pair in zip(old_data, new_data, strict=True)), name
-    assert calls_of(tmp_path / "again.ckpt") == calls_of(golden(preset))
+    assert calls_of(tmp_path / "again.ckpt") == calls_of(golden)
 
 
-def test_a_file_names_one_function_of_the_package(preset: str) -> None:
-    assert calls_of(golden(preset)) == ["q8lightning.checkpoint.payload rebuild_v1"]
+def test_a_file_names_one_function_of_the_package(golden: Path) -> None:
+    assert calls_of(golden) == ["q8lightning.checkpoint.payload rebuild_v1"]
 
 
-def test_the_summary_is_the_last_entry(preset: str) -> None:
-    checkpoint = load(golden(preset))
+def test_the_summary_is_the_last_entry(golden: Path) -> None:
+    checkpoint = load(golden)
     assert list(checkpoint)[-1] == "q8lightning"
     assert checkpoint["q8lightning"] == {"format_version": 1}
 
 
-def test_the_header_of_a_payload_is_primitives(preset: str) -> None:
+def test_the_header_of_a_payload_is_primitives(preset: str, golden: Path) -> None:
     with keep_encoded():
-        payload = load(golden(preset))["state_dict"]["layer.weight"]
+        payload = load(golden)["state_dict"]["layer.weight"]
+    assert payload.checksum == (CHECKSUMS[preset] if "checksums" in golden.name else None)
     _, (header, *data) = payload.__reduce__()
     codec, block_size, residual = WEIGHTS[preset]
     assert header == {
@@ -136,6 +141,7 @@ def test_the_header_of_a_payload_is_primitives(preset: str) -> None:
         "stride": (64, 1),
         "dtype": "float32",
         "name": "state_dict.layer.weight",
+        "xxh3_64": CHECKSUMS[preset],
     }
     assert [type(header[key]) for key in ("shape", "stride")] == [tuple, tuple]
     assert [(each.dtype, each.ndim) for each in data] == [(torch.uint8, 1)]

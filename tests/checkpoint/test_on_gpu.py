@@ -6,10 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Shrink
+from promises import assert_same, load, tensors
 from torch import Tensor, nn
 
-from q8lightning import QuantizationCallback
+from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, keep_encoded
 from q8lightning.quantization.codec import Codec
 
 pytestmark = [
@@ -56,3 +58,146 @@ def test_a_state_on_the_gpu_comes_back_as_the_host_encodes_and_decodes_it(place:
         assert loaded[name].device.type == place
         expected = codec.decode(codec.encode(saver.live[name].view(-1)), torch.float32).view(300, 300)
         assert torch.equal(loaded[name].cpu(), expected), name
+
+
+# In the background
+
+
+class BigState(nn.Module):
+    """Encoded weights, raw ones of odd sizes and types, a tied pair and views of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded = nn.ModuleList(nn.Linear(256, 256) for _ in range(8))
+        self.small = nn.ParameterList(nn.Parameter(torch.randn(size)) for size in (1, 3, 5, 127, 1000))
+        self.tied = self.small[4]
+        memory = torch.randn(300)
+        self.register_buffer("first", memory[:200])
+        self.register_buffer("second", memory[100:])
+        self.register_buffer("flags", torch.arange(13) % 3 == 0)
+
+
+def checkpoint_of(module: nn.Module, step: int) -> dict[str, Any]:
+    moments = {
+        index: {"exp_avg": parameter.detach() * 2, "exp_avg_sq": parameter.detach() ** 2}
+        for index, parameter in enumerate(module.parameters())
+    }
+    return {"state_dict": module.state_dict(), "optimizer_states": [{"state": moments}], "loops": {"step": step}}
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    module = BigState().cuda()
+    module.second = module.first.as_strided((200,), (1,), 0)  # a view of the same memory on the device
+    return module
+
+
+def test_what_training_writes_after_the_call_is_not_in_the_file(module: nn.Module, tmp_path: Path) -> None:
+    """Right after the call, kernels on the training's stream overwrite everything, again and again."""
+    io = QuantizedCheckpointIO(async_save=True)
+    for step in range(5):
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.copy_(torch.randn_like(tensor, dtype=torch.float32))
+        checkpoint = checkpoint_of(module, step)
+        QuantizedCheckpointIO().save_checkpoint(checkpoint, tmp_path / "expected.ckpt")
+        io.save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+        for _ in range(20):
+            for _, tensor in tensors(checkpoint):
+                tensor.fill_(7)
+        del checkpoint  # the allocator may hand its memory out
+        junk = [torch.full((2**20,), 3.0, device="cuda") for _ in range(20)]
+        io._wait()
+        del junk
+        assert_same(load(tmp_path / "a.ckpt"), load(tmp_path / "expected.ckpt"))
+    io.teardown()
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_it_loads_to_where_it_was(async_save: bool, module: nn.Module, tmp_path: Path) -> None:
+    io = QuantizedCheckpointIO(async_save=async_save)
+    io.save_checkpoint(checkpoint_of(module, 0), tmp_path / "a.ckpt")
+    io.teardown()
+    for _, tensor in tensors(load(tmp_path / "a.ckpt")):
+        assert tensor.device == torch.device("cuda:0")
+    state = load(tmp_path / "a.ckpt")["state_dict"]
+    assert state["first"].data_ptr() == state["second"].data_ptr()
+    assert state["tied"].data_ptr() == state["small.4"].data_ptr()
+    assert all(not tensor.is_cuda for _, tensor in tensors(load(tmp_path / "a.ckpt", map_location="cpu")))
+
+
+def test_a_training_stream_of_its_own_is_waited_for(module: nn.Module, tmp_path: Path) -> None:
+    io = QuantizedCheckpointIO(async_save=True)
+    stream = torch.cuda.Stream()
+    weight = module.small[4]
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(200_000_000)  # the value is not there yet when the save returns
+        weight.fill_(42)
+        io.save_checkpoint({"state_dict": {"raw": weight.detach()}}, tmp_path / "a.ckpt")
+        weight.fill_(-1)
+    io.teardown()
+    assert bool((load(tmp_path / "a.ckpt")["state_dict"]["raw"] == 42).all())
+
+
+def test_pinned_memory_is_reused_and_given_back(module: nn.Module, tmp_path: Path) -> None:
+    io = QuantizedCheckpointIO(async_save=True)
+    addresses = set()
+    for step in range(3):
+        io.save_checkpoint(checkpoint_of(module, step), tmp_path / "a.ckpt")
+        io._wait()
+        memory = io._memory._memory
+        assert memory is not None
+        assert memory.is_pinned()
+        addresses.add(memory.data_ptr())
+        assert io._memory.nbytes < 1.1 * (tmp_path / "a.ckpt").stat().st_size
+    assert len(addresses) == 1
+    io.teardown()
+    assert io._memory.nbytes == 0
+
+
+def test_the_memory_of_the_device_is_let_go(module: nn.Module, tmp_path: Path) -> None:
+    io = QuantizedCheckpointIO(async_save=True)
+    checkpoint = checkpoint_of(module, 0)
+    io.save_checkpoint(checkpoint, tmp_path / "a.ckpt")  # tables of the codecs are kept
+    io.finish()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        io.save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    io.teardown()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_flipped_bit_is_noticed_wherever_the_data_goes(place: str, module: nn.Module, tmp_path: Path) -> None:
+    QuantizedCheckpointIO().save_checkpoint({"state_dict": module.state_dict()}, tmp_path / "a.ckpt")
+    with keep_encoded():
+        data = load(tmp_path / "a.ckpt", map_location="cpu")["state_dict"]["encoded.3.weight"].data
+    content = bytearray((tmp_path / "a.ckpt").read_bytes())
+    content[content.find(data.numpy().tobytes()) + 1000] ^= 4
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=r"encoded\.3\.weight"):
+        load(tmp_path / "a.ckpt", map_location=place)
+
+
+def test_two_hundred_steps_with_a_save_at_each_train_the_same_weights(tmp_path: Path) -> None:
+    def train(*callbacks: pl.Callback) -> dict[str, Tensor]:
+        torch.manual_seed(6)
+        model = Shrink(nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300)), 300)
+        trainer = pl.Trainer(
+            accelerator="gpu",
+            devices=1,
+            max_steps=200,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=bool(callbacks),
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
+            callbacks=[*callbacks],
+        )
+        trainer.fit(model)
+        return model.state_dict()
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+    assert_same(train(saving, QuantizationCallback(async_save=True)), train())
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=200.ckpt"]

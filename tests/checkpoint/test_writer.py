@@ -1,20 +1,28 @@
 """A checkpoint that exists is whole: written beside its name, flushed and renamed; a save that failed left no trace."""
 
+import fcntl
 import os
 import resource
+import signal
 import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from models import Autoencoder, quiet_trainer
 from promises import load, payloads_of, same_bits
+from steps import Steps
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.writer import write_checkpoint
+from q8lightning.checkpoint.writer import STEPS, TEMPORARY_SUFFIX, write_checkpoint
 
+SAVE = "q8lightning.save"
 CONTENT = {"weight": torch.arange(50_000.0)}
 
 
@@ -240,3 +248,93 @@ def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == before
     assert content_of(tmp_path) == ["a.ckpt"]
+
+
+# What a writer that was killed left behind
+
+
+def write_until(path: Path, reached: Callable[[], object]) -> None:
+    """Write a checkpoint; call ``reached`` when its content is there but not yet under its name."""
+    sys.addaudithook(lambda event, args: reached() and None if event == SAVE and args[0] == "written" else None)
+    write_checkpoint({"weight": torch.zeros(100_000)}, path)
+
+
+def write_and_be_killed(path: Path) -> None:
+    write_until(path, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def write_and_pause(path: Path, paused: Event, go_on: Event) -> None:
+    write_until(path, lambda: (paused.set(), go_on.wait(60)))
+
+
+def temporary(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*.q8lightning.tmp"))
+
+
+def test_the_next_save_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    write_checkpoint({"old": torch.ones(3)}, tmp_path / "a.ckpt")
+    old = (tmp_path / "a.ckpt").read_bytes()
+    assert forked.run(write_and_be_killed, tmp_path / "a.ckpt") == -signal.SIGKILL
+    assert len(temporary(tmp_path)) == 1
+    assert (tmp_path / "a.ckpt").read_bytes() == old
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert_written(tmp_path / "a.ckpt")
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    paused, go_on = forked.event(), forked.event()
+    other = forked.start(write_and_pause, tmp_path / "other.ckpt", paused, go_on)
+    assert paused.wait(60)
+    assert len(temporary(tmp_path)) == 1
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert len(temporary(tmp_path)) == 1
+    go_on.set()
+    other.join(60)
+    assert other.exitcode == 0
+    assert content_of(tmp_path) == ["a.ckpt", "other.ckpt"]
+    assert bool((load(tmp_path / "other.ckpt")["weight"] == 0).all())
+
+
+@pytest.mark.parametrize(("age", "left"), [(60, True), (7200, False)], ids=["a minute", "two hours"])
+def test_another_hosts_file_is_left_for_an_hour(age: float, left: bool, tmp_path: Path) -> None:
+    """A lock may not be seen from another host."""
+    theirs = tmp_path / f".{'f' * 24}{TEMPORARY_SUFFIX}"
+    theirs.touch()
+    os.utime(theirs, (time.time() - age,) * 2)
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert theirs.exists() == left
+
+
+@pytest.mark.parametrize("name", ["mine.q8lightning.tmp", ".abc.q8lightning.tmp", f".{'f' * 24}.tmp", ".lightning.tmp"])
+def test_files_that_no_writer_of_ours_named_are_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    os.utime(tmp_path / name, (0, 0))
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert (tmp_path / name).exists()
+
+
+def test_a_new_file_that_was_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the moment between its making and its lock, another process may remove it."""
+    real, removed = fcntl.flock, []
+
+    def flock(file: Any, operation: int) -> None:
+        if not removed:
+            removed.append(os.unlink(file.name))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert removed
+    assert_written(tmp_path / "a.ckpt")
+
+
+def test_the_steps_are_announced_in_order(steps: Steps, tmp_path: Path) -> None:
+    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    assert steps.seen == [(step, "a.ckpt") for step in ("opened", "written", "flushed", "renamed", "durable")]
+    io = QuantizedCheckpointIO()
+    steps.seen.clear()
+    io.save_checkpoint({"state_dict": {}}, tmp_path / "b.ckpt")
+    io.remove_checkpoint(tmp_path / "b.ckpt")
+    assert tuple(step for step, _ in steps.seen) == STEPS

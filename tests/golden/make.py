@@ -1,9 +1,10 @@
 """Write the golden files of checkpoint format 1: checkpoints of both presets and the values that they stand for.
 
-    python tests/golden/make.py [--force]
+    python tests/golden/make.py [--force] [--checksums]
 
 Run once for each format version and never again: the files hold what users have on their disks, and later versions of
 q8lightning must read them. ``--force`` replaces them, which is right only as long as format 1 has not been released.
+``--checksums`` writes the first files again as they are saved since payloads have checksums.
 
 The values in ``expected_v1.pt`` come from the reference, not from loading what was written.
 """
@@ -24,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "checkpoint")]
 from models import batches, quiet_trainer  # noqa: E402
 from promises import promised, promised_paths, same_bits, tensors  # noqa: E402
 
-from q8lightning import QuantizationCallback  # noqa: E402
+from q8lightning import QuantizationCallback, QuantizedCheckpointIO  # noqa: E402
 
 BUFFERS = frozenset({"table"})
 FIRST_VALUES = (
@@ -83,7 +84,17 @@ def write(preset: str, known: list[Tensor]) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
-    force = parser.parse_args().force
+    parser.add_argument("--checksums", action="store_true", help="write *_v1_checksums.ckpt, from the files without")
+    arguments = parser.parse_args()
+    force = arguments.force
+    if arguments.checksums:
+        for preset in ("resume", "compact"):
+            target = HERE / f"{preset}_v1_checksums.ckpt"
+            if target.exists() and not force:
+                parser.error(f"{target.name} exists and is a promise")
+            io = QuantizedCheckpointIO(checkpoint=preset)
+            io.save_checkpoint(torch.load(HERE / f"{preset}_v1.ckpt", weights_only=True), target)
+        return
     files = [HERE / name for name in ("resume_v1.ckpt", "compact_v1.ckpt", "expected_v1.pt")]
     existing = [file.name for file in files if file.exists()]
     if existing and not force:

@@ -1,0 +1,198 @@
+"""The zip around a checkpoint: compare every record with its CRC32 while the file is being loaded.
+
+``torch.save`` writes the CRC32 of each record, ``torch.load`` does not look at it: a flipped bit in a raw tensor, a
+learning rate or a key of the state dict would load without a word.
+"""
+
+import os
+import pickle
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+
+CHUNK = 2**20
+"""Bytes that are read at a time: they stay in the cache between the reading and the sum."""
+
+THREADS = 4
+"""Reading and CRC32 (about 2.5 GB a second a thread) release Python's lock."""
+
+
+_FOLDER = 0x10
+"""An attribute of a record that makes torch take it for a folder and return memory that nobody has written to."""
+
+_CONTENTS = "the table of contents at the end of the file"
+
+
+@contextmanager
+def verified(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Verify the file at ``path`` in other threads while the block loads it.
+
+    A file that is no zip, or one whose writer was told to leave the sums out (``set_crc32_options(False)``), has
+    nothing to verify.
+
+    Raises:
+        CorruptCheckpointError: If a record is not what was written. An error of the block about a file that is damaged
+            becomes its cause.
+    """
+    verification = _Verification(path)
+    try:
+        yield
+    except CorruptCheckpointError:
+        raise  # it knows the tensor
+    except Exception as error:
+        verification.check(cause=error)
+        if "PytorchStreamReader" in str(error):  # it reads the table of contents more strictly than Python does
+            raise CorruptCheckpointError(_CONTENTS, path) from error
+        raise
+    else:
+        verification.check()
+    finally:
+        verification.stop()
+
+
+class _Verification:
+    """Threads that share the records of a file. They never keep the process alive."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._stopped = False
+        self._path = path
+        self._damage: list[str] = []
+        self._threads: list[threading.Thread] = []
+        try:
+            records = _records(path)
+        except _DamagedArchive as error:
+            self._damage.append(str(error))
+            return
+        records.sort(key=lambda record: record.file_size, reverse=True)
+        count = min(THREADS, max(1, (os.cpu_count() or 1) // 2), len(records))  # the rest of the cores decodes
+        for start in range(count):
+            thread = threading.Thread(target=self._verify, args=(records[start::count],), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _verify(self, records: list[zipfile.ZipInfo]) -> None:
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                for record in records:
+                    if not self._is_whole(archive, record):
+                        self._damage.append(_describe(archive, record))
+                    if self._stopped or self._damage:
+                        return
+        except Exception as error:
+            self._damage.append(f"{_CONTENTS} ({error})")
+
+    def _is_whole(self, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+        if record.external_attr & _FOLDER:
+            return False
+        try:
+            with archive.open(record) as content:
+                while not self._stopped and content.read(CHUNK):
+                    pass
+        except Exception:  # a wrong sum, or any of the ways in which a damaged header surfaces
+            return False
+        return True
+
+    def check(self, cause: Exception | None = None) -> None:
+        """Wait for the threads; raise CorruptCheckpointError if the file is damaged."""
+        for thread in self._threads:
+            thread.join()
+        if self._damage:
+            raise CorruptCheckpointError(self._damage[0], self._path) from cause
+
+    def stop(self) -> None:
+        """End the threads, whose answer nobody waits for any more."""
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
+
+
+class _DamagedArchive(Exception):
+    """Not even the list of records can be read."""
+
+
+def _records(path: str | os.PathLike[str]) -> list[zipfile.ZipInfo]:
+    """Return the records that have a sum to compare with; none if the file is no zip."""
+    with open(path, "rb") as file:
+        beginning = file.read(4)
+    if len(beginning) < 4:
+        raise _DamagedArchive(f"the file, of which {len(beginning)} bytes are left,")
+    begins = beginning == b"PK\x03\x04"
+    try:
+        if not begins and not zipfile.is_zipfile(path):
+            return []
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception:  # a damaged table of contents surfaces in many ways
+        raise _DamagedArchive(_CONTENTS) from None
+    if not begins:
+        raise _DamagedArchive("the beginning of the file")
+    return records if any(record.CRC for record in records) else []
+
+
+def _describe(archive: zipfile.ZipFile, damaged: zipfile.ZipInfo) -> str:
+    """Say what a record holds: the tensors that lie in it, as far as the file still tells."""
+    folder, _, key = damaged.filename.rpartition("/data/")
+    if folder:
+        try:
+            with archive.open(f"{folder}/data.pkl") as content:
+                names = list(_tensors_in(_Outline(content).load(), key, ()))
+        except Exception:
+            names = []
+        if names:
+            more = "" if len(names) < 4 else f" and {len(names) - 3} more"
+            return f"the tensor {', '.join(names[:3])}{more}"
+    return f"the record {damaged.filename}"
+
+
+class _Anything:
+    """Stands for every object of a checkpoint that is neither a container nor a primitive; runs no code of the file."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts: tuple[Any, ...] = parts
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts += (state,)
+
+    def append(self, part: Any) -> None:
+        self.parts += (part,)
+
+    def extend(self, parts: Any) -> None:
+        self.parts += tuple(parts)
+
+    def __setitem__(self, key: Any, part: Any) -> None:
+        self.parts += (part,)
+
+
+class _Outline(pickle.Unpickler):
+    """Reads the keys and the storages of a checkpoint, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Storage(pid[2])
+
+
+class _Storage(str):
+    """The key of a storage."""
+
+
+def _tensors_in(value: Any, key: str, path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths of the tensors whose storage has this key."""
+    if isinstance(value, _Storage):
+        if value == key:
+            yield ".".join(path)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _tensors_in(item, key, (*path, str(name)))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _tensors_in(item, key, (*path, str(index)))
+    elif isinstance(value, tuple | _Anything):
+        for item in value.parts if isinstance(value, _Anything) else value:
+            yield from _tensors_in(item, key, path)

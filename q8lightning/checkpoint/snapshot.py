@@ -1,0 +1,205 @@
+"""A checkpoint as it is at this moment, however training goes on, in host memory once it is fetched.
+
+Tensors are copied storage by storage, as ``torch.save`` writes them, so that tied tensors and views stay what they are.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from q8lightning.checkpoint.host_memory import PinnedMemory, Transfer
+from q8lightning.checkpoint.payload import QuantizedTensor
+
+_IMMUTABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
+_Place = tuple[int, torch.Size, tuple[int, ...]]
+"""Offset, shape and strides of a tensor in its storage."""
+
+
+class Snapshot:
+    """A checkpoint that nobody changes any more.
+
+    Args:
+        checkpoint: What :func:`~q8lightning.checkpoint.state_dict.encode_checkpoint` returned; left as it is. The
+            bytes of its payloads belong to it alone and are not copied on the host.
+        live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the snapshot shares
+            everything with the checkpoint but what is on a device.
+    """
+
+    def __init__(self, checkpoint: Any, live: bool) -> None:
+        copier = _Copier(live)
+        self._content = copier.copy(checkpoint)
+        self._transfers = copier.transfers
+        self._tensors = copier.on_device
+        self._payloads = copier.payloads
+        for transfer in self._transfers.values():
+            transfer.start()
+
+    @contextmanager
+    def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
+        """Wait for the copies from devices and give the content; once.
+
+        Saved within this context, tensors get the location that they had, so that they load to where they were.
+
+        Args:
+            memory: Where copies go that are not needed after this context; None for memory of their own.
+        """
+        # In a function of its own: no variable keeps the device's memory alive while the file is written.
+        token = _TAGS.set(self._fetch(memory))
+        try:
+            yield self._content
+        finally:
+            _TAGS.reset(token)
+
+    def _fetch(self, memory: PinnedMemory | None) -> dict[int, str]:
+        """Put everything on the host; return the former locations by the copies' addresses."""
+        for payload in self._payloads:
+            storage = payload.data.untyped_storage()
+            self._transfers[storage.device].add(storage, private=True)
+        space = _space(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
+        copies: dict[int, UntypedStorage] = {}
+        tags: dict[int, str] = {}
+        for transfer in self._transfers.values():
+            nbytes = transfer.nbytes
+            for key, copied in transfer.finish(space[:nbytes]).items():
+                copies[key] = copied
+                tags[copied.data_ptr()] = transfer.location
+            space = space[nbytes:]
+        for tensor, key, place in self._tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies[key], *place)
+        for payload in self._payloads:
+            key, place = _locate(payload.data)
+            payload.data = torch.empty(0, dtype=torch.uint8).set_(copies[key], *place)
+        return tags
+
+
+def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8) if memory is None or nbytes == 0 else memory.take(nbytes)
+
+
+def _locate(tensor: Tensor) -> tuple[int, _Place]:
+    """Return the key of a tensor's storage and where the tensor lies in it."""
+    place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+    return tensor.untyped_storage()._cdata, place
+
+
+class _Copier:
+    """Copies containers, tensors and anything else, each object once, so that what was shared stays shared."""
+
+    def __init__(self, live: bool) -> None:
+        self.transfers: dict[torch.device, Transfer] = {}
+        self.on_device: list[tuple[Tensor, int, _Place]] = []
+        self.payloads: list[QuantizedTensor] = []
+        self._live = live
+        self._clones: dict[int, UntypedStorage] = {}
+        # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
+        # copies of its tensors.
+        self._memo: dict[Any, Any] = {"torch": self._clones}
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, _IMMUTABLE):
+            return value
+        if id(value) not in self._memo:
+            self._memo[id(value)] = self._copy(value)
+        return self._memo[id(value)]
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, QuantizedTensor):
+            return self._payload(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value) if _is_plain(value) else self._other(value)
+        if isinstance(value, dict):
+            copies = {key: self.copy(item) for key, item in value.items()}
+            return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
+        if type(value) in (list, tuple):
+            items = [self.copy(item) for item in value]
+            return type(value)(items) if self._is_changed(value, items) else value
+        return self._other(value)
+
+    def _is_changed(self, before: Iterable[Any], after: Iterable[Any]) -> bool:
+        return self._live or any(new is not old for new, old in zip(after, before, strict=True))
+
+    def _dict(self, value: dict[Any, Any], copies: dict[Any, Any]) -> dict[Any, Any]:
+        if type(value) is dict:
+            return copies
+        result = copy.copy(value)  # keeps the subclass and its attributes, such as _metadata
+        result.update(copies)
+        for name, attribute in getattr(result, "__dict__", {}).items():
+            setattr(result, name, self._other(attribute))
+        return result
+
+    def _other(self, value: Any) -> Any:
+        if not self._live:
+            return value
+        try:
+            return copy.deepcopy(value, self._memo)
+        except (NotImplementedError, RuntimeError):
+            if isinstance(value, Tensor):  # some sparse and nested ones, and those with a history
+                return value.detach().clone()
+            raise
+
+    def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
+        if _on_host(payload.data):
+            return payload
+        payload = payload.replace_data(payload.data)  # the rest is done when it is fetched: nobody changes it
+        self._transfer(payload.data.untyped_storage())
+        self.payloads.append(payload)
+        return payload
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        on_host = _on_host(tensor)
+        if on_host and not self._live:
+            return tensor
+        storage, (key, place) = tensor.untyped_storage(), _locate(tensor)
+        result = torch.empty(0, dtype=tensor.dtype)
+        if on_host:
+            if key not in self._clones:
+                self._clones[key] = storage.clone()  # type: ignore[no-untyped-call]
+            result.set_(self._clones[key], *place)
+        if tensor.requires_grad:
+            result.requires_grad_()
+        if type(tensor) is nn.Parameter:
+            result = nn.Parameter(result, tensor.requires_grad)
+        if not on_host:
+            self._transfer(storage).add(storage, private=not self._live)
+            self.on_device.append((result, key, place))
+        return result
+
+    def _transfer(self, storage: UntypedStorage) -> Transfer:
+        if storage.device not in self.transfers:
+            self.transfers[storage.device] = Transfer(storage.device, torch.serialization.location_tag(storage))
+        return self.transfers[storage.device]
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but a view of a storage."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
+        and not tensor.__dict__
+    )
+
+
+_TAGS: ContextVar[Mapping[int, str]] = ContextVar("tags", default=MappingProxyType({}))
+"""Where tensors were whose copies on the host are being saved, by the address of the copy."""
+
+
+def _tag(storage: Any) -> str | None:
+    return _TAGS.get().get(storage.data_ptr()) if storage.device.type == "cpu" else None
+
+
+# Before torch's own, which begin at 10. It has no say in where a file is loaded to.
+torch.serialization.register_package(7, _tag, lambda storage, location: None)

@@ -1,0 +1,70 @@
+"""What saves announce, step by step, in this process; tests watch it, hold it up or make it fail."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+class Steps:
+    """The steps of saves as they are announced; a test can hold them up or make them fail.
+
+    Attributes:
+        seen: Step and name of the file, in order.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self._gates: dict[str, threading.Event] = {}
+        self._failures: dict[tuple[str, str], BaseException] = {}
+
+    def hold(self, step: str) -> threading.Event:
+        """Hold up whoever gets to this step; setting what is returned lets them go on."""
+        return self._gates.setdefault(step, threading.Event())
+
+    def fail(self, step: str, name: str, error: BaseException) -> None:
+        """Raise ``error`` when the file gets to this step."""
+        self._failures[step, name] = error
+
+    def release(self) -> None:
+        """Let everybody go on."""
+        for gate in self._gates.values():
+            gate.set()
+
+    def __call__(self, step: str, path: str) -> None:
+        name = Path(path).name
+        self.seen.append((step, name))
+        if step in self._gates:
+            assert self._gates[step].wait(20), f"nobody let {name} go on from {step}"
+        if (step, name) in self._failures:
+            raise self._failures[step, name]
+
+
+_LISTENERS: list[Steps] = []
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "q8lightning.save":
+        for listener in _LISTENERS:
+            listener(*arguments)
+
+
+@cache
+def _install() -> None:
+    sys.addaudithook(_listen)  # for good: hooks cannot be removed
+
+
+@contextmanager
+def listening() -> Iterator[Steps]:
+    """Listen within this context."""
+    _install()
+    listener = Steps()
+    _LISTENERS.append(listener)
+    try:
+        yield listener
+    finally:
+        listener.release()
+        _LISTENERS.remove(listener)
