@@ -219,4 +219,4 @@ def keep_encoded() -> Iterator[None]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their stretch of memory once each, in whatever order of dimensions."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ class ModelNames:
     optimizer_parameters: tuple[tuple[str, ...], ...] = ()
 
 
-@dataclass(frozen=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     path: str
     tensor: Tensor
     codec: Codec | None
@@ -80,8 +79,8 @@ def _leaves(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: Mode
         wanted = None
         if _eligible(tensor, policy.min_numel) and not (keys[0] in known and parameter not in names.parameters):
             wanted = policy.codec_for(path, parameter)
-        if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
-            wanted = None
+            if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+                wanted = None
         yield _Leaf(path, tensor, wanted)
 
 
@@ -116,49 +115,44 @@ def _ordinary(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_nested
-        and tensor.device.type != "meta"
+        and not tensor.is_meta
     )
 
 
 def _eligible(tensor: Tensor, min_numel: int) -> bool:
     return (
-        _ordinary(tensor)
+        tensor.numel() >= min_numel  # first what tells most tensors apart: training waits for this walk
+        and _ordinary(tensor)
         and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         and not tensor.requires_grad
         and not tensor.is_neg()
         and tensor.ndim > 0
-        and tensor.numel() >= min_numel
         and is_dense(tensor)
     )
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     """Identify what a tensor shows of its memory: equal for tied tensors only."""
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
     """Return what to put in the place of each tensor that changes, by the tensor's id."""
-    storages: dict[Any, dict[tuple[Any, ...], list[_Leaf]]] = {}
-    for leaf in leaves:
-        if not _ordinary(leaf.tensor) or leaf.tensor.numel() == 0:
-            continue
-        storage = (leaf.tensor.device, leaf.tensor.untyped_storage().data_ptr())
-        storages.setdefault(storage, {}).setdefault(_view(leaf.tensor), []).append(leaf)
-
-    groups = [_separate(views) for views in storages.values()]
+    views = [_views(members) for members in _by_storage(leaves)]
     refused: list[str] = []
-    payloads = _encode([leaves for views in groups for leaves in views.values()], refused)
+    payloads = _encode([group for separate in map(_separate, views) for group in separate], refused)
     replacements: dict[int, Any] = {}
-    for all_views, separate in zip(storages.values(), groups, strict=True):
-        encoded = {key for key, group in separate.items() if id(group[0].tensor) in payloads}
-        for key, group in all_views.items():
-            value: Any = payloads[id(group[0].tensor)] if key in encoded else None
-            if value is None and encoded and len(all_views) > 1:
+    for groups in views:
+        any_encoded = any(id(group[0].tensor) in payloads for group in groups)
+        for group in groups:
+            value: Any = payloads.get(id(group[0].tensor))
+            if value is None and any_encoded:
                 # A small neighbour in the same storage (a fused LSTM's bias): saved as a view, it would take all of the
                 # storage along.
                 value = group[0].tensor.detach().clone()
-            replacements |= {id(leaf.tensor): value for leaf in group if value is not None}
+            if value is not None:
+                for leaf in group:
+                    replacements[id(leaf.tensor)] = value
     if refused:
         warnings.warn(
             "stored as they are, not quantized: " + "; ".join(refused) + ". The checkpoint is complete but larger;"
@@ -168,12 +162,40 @@ def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
     return replacements
 
 
-def _separate(views: dict[tuple[Any, ...], list[_Leaf]]) -> dict[tuple[Any, ...], list[_Leaf]]:
+def _by_storage(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+    """Return the leaves of each storage in which one is to be encoded."""
+    storages: dict[tuple[torch.device, int], list[_Leaf]] = {}
+    for leaf in leaves:
+        if leaf.codec is not None:
+            storages.setdefault(_storage(leaf.tensor), []).append(leaf)
+    for leaf in leaves:
+        if leaf.codec is None and leaf.tensor.numel() and _ordinary(leaf.tensor):
+            members = storages.get(_storage(leaf.tensor))
+            if members is not None:
+                members.append(leaf)
+    return list(storages.values())
+
+
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _views(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+    """Return the leaves of a storage in groups that show the same of it: tied tensors."""
+    if len(leaves) == 1:
+        return [leaves]
+    views: dict[tuple[Any, ...], list[_Leaf]] = {}
+    for leaf in leaves:
+        views.setdefault(_view(leaf.tensor), []).append(leaf)
+    return list(views.values())
+
+
+def _separate(views: list[list[_Leaf]]) -> list[list[_Leaf]]:
     """Return the views of one storage if none overlaps another, else nothing."""
     if len(views) > 1:
-        spans = sorted(_span(group[0].tensor) for group in views.values())
+        spans = sorted(_span(group[0].tensor) for group in views)
         if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            return {}
+            return []
     return views
 
 

@@ -237,23 +237,25 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     values = _empty(flat.numel(), dtype)
     grid = logarithm.log_grid(bounds)
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
-    scratch = _scratch(flat.numel(), 3)
+    scratch = _scratch(flat.numel(), 2 if dtype == torch.float32 else 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
-        part = values[elements] if dtype == torch.float32 else scratch[2, : flat[elements].numel()]
-        position = part.view(torch.int32).view(-1, width)
-        spare, power = scratch[:2, : position.numel()].view(2, -1, width)
-        code = fraction = spare.view(torch.int32)
-        code.copy_(flat[elements].view(-1, width))
-        torch.mul(code, grid.step[rows, None], out=position).add_(grid.origin[rows, None])
+        code = flat[elements].view(-1, width)
+        has_zeros = bool(code.amin() == 0)
+        one, two = scratch[:2, : code.numel()].view(2, -1, width)
+        part = values[elements] if dtype == torch.float32 else scratch[2, : code.numel()]
+        decoded = part.view(torch.int32).view(-1, width)
+        position, fraction = one.view(torch.int32), two.view(torch.int32)
+        position.copy_(code).mul_(grid.step[rows, None]).add_(grid.origin[rows, None])
         torch.bitwise_and(position, logarithm.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
-        _polynomial(spare, *logarithm.EXP2_POLYNOMIAL, out=power)
         # The octave of the position, with the power's mantissa in the place of the fraction's.
-        pattern = position.add_(power.view(torch.int32)).sub_(fraction)
+        torch.sub(position, fraction, out=decoded)
+        _polynomial(two, *logarithm.EXP2_POLYNOMIAL, out=one)
+        pattern = one.view(torch.int32).add_(decoded)
         torch.maximum(pattern, low[rows, None], out=pattern)
-        torch.minimum(pattern, high[rows, None], out=pattern)
-        if bool(flat[elements].amin() == 0):
-            pattern.mul_(flat[elements].view(-1, width) != 0)
-        if part.data_ptr() != values[elements].data_ptr():
+        torch.minimum(pattern, high[rows, None], out=decoded)
+        if has_zeros:
+            decoded.mul_(code != 0)
+        if dtype != torch.float32:
             values[elements] = part
     return values.view(codes.shape)
 
