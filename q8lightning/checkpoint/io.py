@@ -15,8 +15,9 @@ from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames, encode_checkpoint
 from q8lightning.checkpoint.writer import write_checkpoint
 
-_TUNER_FILES = (".lr_find_", ".scale_batch_size_")
-"""What the Trainer's tuner saves to restore the live weights from a moment later; it must come back exactly."""
+_TUNER_FILES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
+"""What the Trainer's tuner, or its launcher of processes, saves to restore the live weights from a moment later; it must
+come back exactly."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

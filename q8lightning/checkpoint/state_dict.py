@@ -61,7 +61,7 @@ def encode_checkpoint(
     replacements = _replacements(leaves)
     encoded = dict(_replace(checkpoint, replacements))
     encoded[SUMMARY_KEY] = {"format_version": FORMAT_VERSION}
-    if names is not None and names.quantized:
+    if names is not None and names.quantized and "state_dict" in checkpoint:
         codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], names.quantized)
         encoded[SUMMARY_KEY][CODES_KEY] = codes
     return encoded
