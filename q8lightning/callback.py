@@ -151,12 +151,13 @@ class QuantizationCallback(_QATHooks):
                 " replace `import pytorch_lightning` by `import lightning.pytorch`"
             )
         super().setup(trainer, pl_module, stage)
-        installed = find_quantized_io(trainer.strategy.checkpoint_io)
         if self.policy is None:
-            if installed is not None and self.qat is not None:
+            installed = find_quantized_io(trainer.strategy.checkpoint_io) if self.qat is not None else None
+            if installed is not None:  # the user's own
                 installed.describe_model = lambda: _names(trainer, self.codecs)
             return
         _check_strategy(trainer.strategy)
+        installed = find_quantized_io(trainer.strategy.checkpoint_io)
         if installed is None:
             installed = QuantizedCheckpointIO(trainer.strategy.checkpoint_io, self.policy)
             trainer.strategy.checkpoint_io = installed

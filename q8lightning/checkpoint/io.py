@@ -16,7 +16,7 @@ from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames, encode_ch
 from q8lightning.checkpoint.writer import write_checkpoint
 
 _TUNER_FILES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
-"""What the Trainer's tuner, or its launcher of processes, saves to restore the live weights from a moment later; it must
+"""What the Trainer's tuner, or its launcher of processes, saves to restore live weights from a moment later; it must
 come back exactly."""
 
 
