@@ -111,10 +111,50 @@ def test_training_is_the_same_whether_or_not_somebody_looks(hook: str, tmp_path:
         quiet_trainer(tmp_path, max_steps=4, callbacks=list(callbacks), accumulate_grad_batches=2).fit(model)
         return model.losses, [*model.net.parameters()]
 
-    expected = train(call=straight_through("int4", 64))
-    got = train(QuantizationCallback(qat=QAT), watcher(Seen(), [hook]))
+    expected, seen = train(call=straight_through("int4", 64)), Seen()
+    got = train(QuantizationCallback(qat=QAT), watcher(seen, [hook]))
     assert got[0] == expected[0]
     assert all(map(torch.equal, got[1], expected[1]))
+    assert {quantized for _, quantized in seen} == {False}
+
+
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
+def test_hooks_in_the_middle_of_a_manual_step_see_the_masters_and_it_goes_on_quantized(
+    hook: str, tmp_path: Path
+) -> None:
+    class Net(Adversaries):
+        def training_step(self, batch: Tensor, index: int) -> None:
+            super().training_step(batch, index)
+            assert all(on_the_grid(self.net))
+
+    def train(model: Trained, *callbacks: pl.Callback) -> Any:
+        quiet_trainer(tmp_path, max_steps=8, callbacks=list(callbacks)).fit(model)
+        return model.losses, [*model.net.parameters()]
+
+    torch.manual_seed(1)
+    expected, seen = train(Adversaries(straight_through("int4", 64))), Seen()
+    torch.manual_seed(1)
+    got = train(Net(), watcher(seen, [hook]), QuantizationCallback(qat=QAT))
+    assert got[0] == expected[0]
+    assert all(map(torch.equal, got[1], expected[1]))
+    assert len(seen) == 8
+    assert {quantized for _, quantized in seen} == {False}
+
+
+def test_a_training_step_that_lightning_abandons_leaves_the_masters(tmp_path: Path) -> None:
+    """A manual step may end with StopIteration, which Lightning takes as "no more data", not as a failure."""
+    seen = Seen()
+
+    class Stops(Adversaries):
+        def training_step(self, batch: Tensor, index: int) -> None:
+            super().training_step(batch, index)
+            raise StopIteration
+
+    trainer = quiet_trainer(
+        tmp_path, max_steps=4, callbacks=[QuantizationCallback(qat=QAT), watcher(seen, ["on_train_batch_end"])]
+    )
+    trainer.fit(Stops())
+    assert seen == [("callback on_train_batch_end", False)] * 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
