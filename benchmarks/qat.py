@@ -11,8 +11,8 @@ Every way quantizes the same weights, those of the linear layers in the blocks, 
 - torchao, and torchao weights and activations: its QAT for the same bits (`pip install torchao`)
 
 A step is forward, backward, gradient clipping and a fused AdamW. Times are medians of CUDA-event timings of single
-steps. Each way is timed against float in rounds, first one, then the other, in alternating order, so that a drift of the
-clock hits both alike. Memory is the peak of a step, masters included, above that of float.
+steps. Each way is timed against float in rounds, first one, then the other, in alternating order, so that a drift of
+the clock hits both alike. Memory is the peak of a step, masters included, above that of float.
 """
 
 import argparse

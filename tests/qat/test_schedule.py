@@ -203,6 +203,12 @@ def test_the_share_is_a_function_of_the_step() -> None:
     assert QATConfig().share(0) == 1
 
 
+def test_each_step_and_each_seed_chooses_its_own_blocks() -> None:
+    seeds = [QATConfig(seed=seed).seed_at(step) for seed in range(20) for step in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
 class Watch(Trained):
     """Keeps the weights that its forward pass saw, by global step, and the masters it started from."""
 

@@ -176,3 +176,24 @@ def test_tensors_that_moved_are_found_again() -> None:
     original = parameter.detach().clone()
     group.engage()
     assert same_bits(parameter.detach(), expected(original, BUILTIN["int2"], 32, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize("codebook", BOOKS, ids=lambda book: book.name)
+def test_a_gpu_engages_to_the_same_bits(codebook: Codebook, axis: int | None, share: float) -> None:
+    here = tensors()
+    there = [torch.empty_like(tensor, device="cuda").copy_(tensor) for tensor in here]
+    before = [tensor.clone() for tensor in there]
+    groups = [FakeQuantizeGroup(live, codebook, 64, axis) for live in (here, there)]
+    expected, got = (group.engage(share, seed=9) for group in groups)
+    for one, other in zip(here, there, strict=True):
+        assert same_bits(one, other.cpu())
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=0)
+    for master, original in zip(groups[1].masters, before, strict=True):
+        assert same_bits(master.cpu(), original.cpu())
+    groups[1].release()
+    for tensor, original in zip(there, before, strict=True):
+        assert same_bits(tensor.cpu(), original.cpu())
