@@ -113,7 +113,7 @@ class FakeQuantizer:
         if not self.engaged or id(parameter) not in self._places:
             return None
         group, index = self._places[id(parameter)]
-        return group.master(index)
+        return group.masters[index]
 
     def close(self) -> None:
         """Release the weights and take all hooks off the model."""

@@ -5,6 +5,8 @@ values and the originals (the masters) lie in one buffer per dtype, which is mad
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,8 +29,8 @@ class FakeQuantizeGroup:
     for backward stays valid when the masters go back and the same values return.
 
     Args:
-        tensors: Float tensors of any sizes and dtypes, dense in memory, all on one device. They are looked up again at
-            every call, so they may be given other memory in between.
+        tensors: Float tensors of any sizes and dtypes, dense in memory, all on one device. Their memory is looked
+            up again at every call, so they may be given another in between.
         codebook: The levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, whose rows no block crosses, or None for blocks along the elements in the order
@@ -42,19 +44,14 @@ class FakeQuantizeGroup:
         self.tensors = tuple(tensors)
         self.engaged = False
         codec = WeightCodec(codebook.spec, block_size, axis)
-        self._codecs = [codec.fitted(tensor.shape) for tensor in self.tensors]
+        codecs = [codec.fitted(tensor.shape) for tensor in self.tensors]
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to by training
-            self._slots = list(self._allocate())
-
-    @property
-    def masters(self) -> list[Tensor]:
+            self._batches = list(_batches(self.tensors, codecs))
+        self.masters = [torch.empty_like(tensor.data) if not tensor.numel() else tensor for tensor in self.tensors]
         """The masters while the group is engaged: views of the buffer, with the tensors' shapes and strides."""
-        return [self.master(index) for index in range(len(self.tensors))]
-
-    def master(self, index: int) -> Tensor:
-        """Return the master of one tensor; see :attr:`masters`."""
-        tensor = self.tensors[index]
-        return self._slots[index].as_strided(tensor.shape, tensor.stride())
+        for batch in self._batches:
+            for index, master in zip(batch.indices, batch.masters, strict=True):
+                self.masters[index] = master
 
     @torch.no_grad()
     def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor:
@@ -71,72 +68,89 @@ class FakeQuantizeGroup:
             of ``ops.dequantize(ops.quantize(...))``, bit for bit, with a signed scale for a one-sided codebook.
         """
         live = [tensor.data for tensor in self.tensors]
-        masters = self.masters
-        if not self.engaged:
-            torch._foreach_copy_(masters, live)
+        if not self.engaged and live:
+            torch._foreach_copy_(self.masters, live)
         self.engaged = True
-        for batch in self._batches():
-            self._quantize(batch, masters, live, share, seed)
+        for batch in self._batches:
+            torch._foreach_copy_([live[index] for index in batch.indices], batch.quantized(share, seed))
         statistics = torch.zeros(len(live), STATISTICS, dtype=torch.float64, device=live[0].device if live else None)
         if measure:
-            for row, master, tensor in zip(statistics, masters, live, strict=True):
+            for row, master, tensor in zip(statistics, self.masters, live, strict=True):
                 row.copy_(torch.stack(error_statistics(master, tensor)))
         return statistics
 
     @torch.no_grad()
     def release(self) -> None:
         """Put the masters back, bit for bit; nothing happens if they are there."""
-        if self.engaged:
+        if self.engaged and self.tensors:
             torch._foreach_copy_([tensor.data for tensor in self.tensors], self.masters)
         self.engaged = False
 
-    def _allocate(self) -> Iterator[Tensor]:
-        """Yield for each tensor its ``[numel]`` stretch of the buffer of its dtype, from the start of a block on."""
-        offsets, used = [], dict.fromkeys((tensor.dtype for tensor in self.tensors), 0)
-        for tensor, codec in zip(self.tensors, self._codecs, strict=True):
-            offsets.append(used[tensor.dtype])
-            used[tensor.dtype] += -(-tensor.numel() // codec.block_size) * codec.block_size
-        device = self.tensors[0].device if self.tensors else None
-        buffers = {dtype: torch.zeros(numel, dtype=dtype, device=device) for dtype, numel in used.items()}
-        for tensor, offset in zip(self.tensors, offsets, strict=True):
-            yield buffers[tensor.dtype][offset : offset + tensor.numel()]
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Yield the indices of tensors that are quantized together: of one dtype and block size, in order."""
-        batch: list[int] = []
-        numel = 0
-        for index, (tensor, codec) in enumerate(zip(self.tensors, self._codecs, strict=True)):
-            same = batch and (tensor.dtype, codec) == (self.tensors[batch[0]].dtype, self._codecs[batch[0]])
-            if batch and (not same or numel + tensor.numel() > BATCH):
-                yield batch
-                batch, numel = [], 0
-            if tensor.numel():
-                batch.append(index)
-                numel += tensor.numel()
-        if batch:
-            yield batch
+@dataclass(frozen=True)
+class _Batch:
+    """Tensors of one dtype and codec that are quantized in one call.
 
-    def _quantize(self, batch: list[int], masters: list[Tensor], live: list[Tensor], share: float, seed: int) -> None:
-        """Write the quantized values of the masters of one batch into the live tensors."""
-        codec = self._codecs[batch[0]]
-        rows = [codec.to_rows(masters[index]) for index in batch]
-        blocks = [torch.nn.functional.pad(row, (0, -row.shape[1] % codec.block_size)) for row in rows]
-        together = torch.cat([block.reshape(-1) for block in blocks])
-        flat = WeightCodec(codec.codebook, codec.block_size)
-        values = flat.fake_quantize(together)
+    Attributes:
+        indices: Where they are in the group.
+        codec: How they are quantized.
+        buffer: ``[numel]`` their stretch of the buffer; each tensor starts a block, what is left of it is zero.
+        masters: Views of it, one a tensor.
+    """
+
+    indices: list[int]
+    codec: WeightCodec
+    buffer: Tensor
+    masters: list[Tensor]
+
+    def quantized(self, share: float, seed: int) -> list[Tensor]:
+        """Return the quantized values of the masters, one tensor each."""
+        size = self.codec.block_size
+        rows = [self.codec.to_rows(master) for master in self.masters]
+        blocks = [-(-each.shape[1] // size) for each in rows]
+        together = self.buffer
+        if self.codec.axis is not None:
+            padded = [torch.nn.functional.pad(each, (0, -each.shape[1] % size)) for each in rows]
+            together = torch.cat([each.reshape(-1) for each in padded])
+        values = WeightCodec(self.codec.codebook, size).fake_quantize(together).view(-1, size)
         if share < 1.0:
-            chosen = torch.cat(
-                [
-                    chosen_blocks(index, block.numel() // codec.block_size, share, seed, together.device)
-                    for index, block in zip(batch, blocks, strict=True)
-                ]
-            )
-            by_block = (-1, codec.block_size)
-            values = torch.where(chosen[:, None], values.view(by_block), together.view(by_block))
-        parts = torch.split(values.view(-1), [block.numel() for block in blocks])
-        for index, row, block, part in zip(batch, rows, blocks, parts, strict=True):
-            quantized = part.view(block.shape)[:, : row.shape[1]].contiguous()
-            live[index].copy_(codec.from_rows(quantized, live[index]))
+            counts = [each.shape[0] * count for each, count in zip(rows, blocks, strict=True)]
+            chosen = [
+                chosen_blocks(index, count, share, seed, values.device)
+                for index, count in zip(self.indices, counts, strict=True)
+            ]
+            values = torch.where(torch.cat(chosen)[:, None], values, together.view(-1, size))
+        results, first = [], 0
+        for master, each, count in zip(self.masters, rows, blocks, strict=True):
+            part = values[first : first + each.shape[0] * count].view(each.shape[0], -1)[:, : each.shape[1]]
+            results.append(self.codec.from_rows(part, master))
+            first += each.shape[0] * count
+        return results
+
+
+def _batches(tensors: Sequence[Tensor], codecs: Sequence[WeightCodec]) -> Iterator[_Batch]:
+    """Lay one buffer for each dtype and yield the batches, each a stretch of one."""
+    kinds: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
+    for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
+        if tensor.numel():
+            kinds.setdefault((tensor.dtype, codec), []).append(index)
+    lengths = [-(-tensor.numel() // c.block_size) * c.block_size for tensor, c in zip(tensors, codecs, strict=True)]
+    buffers = {
+        dtype: torch.zeros(sum(lengths[i] for i in range(len(tensors)) if tensors[i].dtype == dtype), dtype=dtype,
+                           device=tensors[0].device)
+        for dtype, _ in kinds
+    }  # fmt: skip
+    used = dict.fromkeys(buffers, 0)
+    for (dtype, codec), indices in kinds.items():
+        while indices:
+            count = max(1, sum(total <= BATCH for total in accumulate(lengths[index] for index in indices)))
+            batch, indices = indices[:count], indices[count:]
+            start, masters = used[dtype], []
+            for index in batch:
+                slot = buffers[dtype][used[dtype] :]
+                masters.append(slot.as_strided(tensors[index].shape, tensors[index].stride()))
+                used[dtype] += lengths[index]
+            yield _Batch(batch, codec, buffers[dtype][start : used[dtype]], masters)
 
 
 def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: torch.device | str = "cpu") -> Tensor:

@@ -77,13 +77,13 @@ class WeightCodec:
         if self.axis is None:
             return x.as_strided((1, x.numel()), (x.numel(), 1))
         channels = x.movedim(self.axis, 0)
-        return channels.reshape(channels.shape[0], -1)
+        return channels.reshape(channels.shape[0], math.prod(channels.shape[1:]))
 
     def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         """Undo :meth:`to_rows`: return ``rows`` as a tensor of the shape of ``like``, and its strides if flat."""
         if self.axis is None:
-            return rows.reshape(-1).as_strided(like.shape, like.stride())
-        return rows.view(like.movedim(self.axis, 0).shape).movedim(0, self.axis)
+            return rows.as_strided(like.shape, like.stride())
+        return rows.reshape(like.movedim(self.axis, 0).shape).movedim(0, self.axis)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a dense float tensor.
@@ -101,7 +101,7 @@ class WeightCodec:
         """Return the values of what :meth:`encode` returned, with shape and dtype of ``like``."""
         padded = pad_rows(codes, self.block_size)
         values = ops.dequantize(padded, scales.reshape(-1), self.codebook, self.block_size, like.dtype)
-        return self.from_rows(values[:, : codes.shape[1]].contiguous(), like)
+        return self.from_rows(values[:, : codes.shape[1]], like)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return ``decode(encode(x))``: the weights that the forward pass uses."""
