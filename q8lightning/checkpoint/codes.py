@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.quantization.packing import pack, unpack
+from q8lightning.quantization.bit_packing import pack, unpack
 from q8lightning.quantization.weight_codec import WeightCodec
 
 CODES_KEY = "qat"

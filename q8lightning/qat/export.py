@@ -26,7 +26,7 @@ from q8lightning.checkpoint.codes import CODES_KEY, Codes, read_codes
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.writer import write_checkpoint
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.bit_packing import pack
 
 FOR_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
 """Sections of a checkpoint that an exported one leaves out."""
