@@ -6,20 +6,27 @@ from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_ver
 from q8lightning.checkpoint.io import QuantizedCheckpointIO
 from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule
+from q8lightning.qat.export import export_quantized
 from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.ops import dequantize_blockwise, fake_quantize, quantize_blockwise
 
 __all__ = [
+    "ActivationRule",
     "BackgroundSaveError",
     "CheckpointPolicy",
     "Codebook",
     "CorruptCheckpointError",
+    "FreezeRule",
     "NewerFormatError",
+    "QATConfig",
     "QuantizationCallback",
     "QuantizedCheckpointIO",
     "QuantizedTensor",
     "Rule",
+    "WeightRule",
     "dequantize_blockwise",
+    "export_quantized",
     "fake_quantize",
     "keep_encoded",
     "quantize_blockwise",

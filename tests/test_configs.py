@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from q8lightning import QuantizedTensor, keep_encoded
+from q8lightning import QuantizedTensor, export_quantized, keep_encoded
 
 ROOT = Path(__file__).parent.parent
 CODECS = {
@@ -40,6 +40,33 @@ def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path
     embedding = state["model.embed.weight"]
     assert (feed_forward.codec.name, feed_forward.codec.residual) == CODECS[name]
     assert isinstance(embedding, QuantizedTensor) == (name != "custom_policy")  # it leaves the embedding as it is
+
+
+QAT = {
+    "qat_int4": {"model.blocks.0.qkv.weight": ("int4", 64, None), "model.embed.weight": None},
+    "qat_mixed": {
+        "model.blocks.0.qkv.weight": ("linear", 64, 0),
+        "model.blocks.0.feed_forward.0.weight": ("normal_float4", 64, None),
+        "model.embed.weight": ("linear", 256, None),
+    },
+}
+
+
+@pytest.mark.parametrize("name", QAT)
+def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tmp_path: Path) -> None:
+    config = ROOT / "configs" / f"{name}.yaml"
+    small = ("--trainer.max_steps=100", "--trainer.limit_val_batches=1", "--model.width=64", "--model.heads=2")
+    smaller = ("--model.depth=1", "--data.batch_size=2", "--model.context=16", "--data.context=16")
+    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    run(tmp_path, "cli.py", "fit", f"--config={config}", *small, *smaller, *quiet)
+    (path,) = (tmp_path / "runs" / name).glob("*.ckpt")
+    entries = torch.load(path, weights_only=True)["q8lightning"]["qat"]
+    for parameter, expected in QAT[name].items():
+        entry = entries.get(parameter)
+        got = entry and (entry["codebook"], entry["block_size"], entry["axis"])
+        assert got == expected, parameter
+    export_quantized(path, tmp_path / "codes.pt", format="codes")
+    assert (tmp_path / "codes.pt").stat().st_size < path.stat().st_size
 
 
 def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:

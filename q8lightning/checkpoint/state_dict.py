@@ -3,17 +3,19 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, encode_tensors, is_dense
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.reference import SMALLEST_NORMAL
+from q8lightning.quantization.weight_codec import WeightCodec
 
 WEIGHTS = ("state_dict", "current_model_state")
 """Sections that hold a model's state dict; the second is where WeightAveraging keeps the weights being trained."""
@@ -30,10 +32,12 @@ class ModelNames:
         parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
             state) is left alone, unless it holds none of these names, as when a hook renames them.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
+        quantized: How weights that are trained quantized are, by name.
     """
 
     parameters: frozenset[str] = frozenset()
     optimizer_parameters: tuple[tuple[str, ...], ...] = ()
+    quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
 
 
 class _Leaf(NamedTuple):
@@ -56,6 +60,9 @@ def encode_checkpoint(
     replacements = _replacements(leaves)
     encoded = dict(_replace(checkpoint, replacements))
     encoded[SUMMARY_KEY] = {"format_version": FORMAT_VERSION}
+    if names is not None and names.quantized and "state_dict" in checkpoint:
+        codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], names.quantized)
+        encoded[SUMMARY_KEY][CODES_KEY] = codes
     return encoded
 
 

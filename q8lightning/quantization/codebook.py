@@ -199,14 +199,16 @@ def _softsign_code(y: Tensor) -> Tensor:
 def _dynamic_levels(signed: bool) -> tuple[float, ...]:
     """The dynamic map of Dettmers, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv:1511.04561)."""
     # Float32 steps, added up from the nearer end with one rounding each: bit for bit the map that bitsandbytes builds.
-    start, end = torch.tensor(0.1), torch.tensor(1.0)
+    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
     positive: list[float] = []
     for i in range(7):
         parts = 2**i if signed else 2 ** (i + 1)
         step = ((end - start) / parts).double()
         j = torch.arange(parts + 1, dtype=torch.float64)
         boundaries = torch.where(j < (parts + 1) // 2, start.double() + step * j, end - step * (parts - j)).float()
-        positive += ((boundaries[:-1] + boundaries[1:]) / 2 * torch.tensor(10.0 ** (i - 6))).tolist()
+        positive += (
+            (boundaries[:-1] + boundaries[1:]) / 2 * torch.tensor(10.0 ** (i - 6), dtype=torch.float32)
+        ).tolist()
     return (*(-x for x in reversed(positive) if signed), 0.0, *positive, 1.0)
 
 

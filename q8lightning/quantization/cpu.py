@@ -79,7 +79,7 @@ def _search(y: Tensor, codebook: Codebook) -> Tensor:
         return codebook.closed_form(y)
     cells, flat = codebook.cells, y.view(-1)
     code = cells.first.index_select(0, (flat.view(torch.int32) >> cells.shift).bitwise_and_(cells.first.numel() - 1))
-    thresholds = torch.cat([codebook.thresholds, torch.full((2**cells.rounds,), torch.inf)])
+    thresholds = torch.cat([codebook.thresholds, torch.full((2**cells.rounds,), torch.inf, dtype=torch.float32)])
     for step in (2**i for i in reversed(range(cells.rounds))):
         code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
     return code.view(y.shape)
@@ -93,7 +93,7 @@ def _integers(x: Tensor, zero: int) -> Tensor:
 def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size))
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
     scratch = _scratch(flat.numel(), 1)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -151,7 +151,7 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
     codes, residual = (_empty(flat.numel(), torch.uint8) for _ in range(2))
-    scale = torch.empty(_blocks(flat.numel(), block_size))
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
     levels, scratch = _Levels(linear), _scratch(flat.numel(), 2)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -193,7 +193,7 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    bounds = torch.empty(_blocks(flat.numel(), block_size), 2)
+    bounds = torch.empty(_blocks(flat.numel(), block_size), 2, dtype=torch.float32)
     scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -263,7 +263,7 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size))
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
     zero_point = torch.empty(scale.numel(), dtype=torch.uint8)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         part, scale[rows], zero_point[rows] = reference.quantize_affine(flat[elements].view(-1, width), width)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.quantization import measured_ops
+from q8lightning.quantization import measured_ops, reference
 from q8lightning.quantization.backend import backend_of
 from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
 from q8lightning.quantization.measured_ops import empty_codes, empty_scale
@@ -56,6 +56,24 @@ def _straight_through(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _fake_quantize.register_autograd(_straight_through)
+
+
+@custom_op("q8lightning::fake_quantize_rows", mutates_args=())
+def _fake_quantize_rows(x: Tensor, codebook: str, row: int) -> Tensor:
+    rows, width = x.reshape(-1, row), max(32, 1 << (row - 1).bit_length())
+    if width > 4096 or x.numel() == 0:  # more than the kernels hold at once
+        return reference.fake_quantize_rows(x, get_codebook(codebook), row)
+    padded = torch.nn.functional.pad(rows, (0, width - row))  # zeros change no scale
+    values = backend_of(x).fake_quantize(padded, get_codebook(codebook), width)
+    return values[:, :row].contiguous().view(x.shape)
+
+
+@_fake_quantize_rows.register_fake
+def _(x: Tensor, codebook: str, row: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_fake_quantize_rows.register_autograd(_straight_through)
 
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
@@ -273,4 +291,26 @@ def fake_quantize(
         values, statistics = measured_ops.fake_quantize(x, spec, block_size)
         return values, statistics.detach()
     result: Tensor = _fake_quantize(x, spec, block_size)
+    return result
+
+
+def fake_quantize_rows(x: Tensor, code: Code, per_tensor: bool = False) -> Tensor:
+    """As :func:`fake_quantize`, with one scale for each vector along the last axis, of any length, or one for all.
+
+    Args:
+        x: ``[*shape]`` float32, float16, bfloat16 or float64.
+        code: A built-in codebook's name, a codebook, or its levels.
+        per_tensor: Let all of ``x`` share one scale.
+
+    Raises:
+        ValueError: If the dtype or the codebook does not fit.
+
+    Example:
+        >>> fake_quantize_rows(torch.tensor([[-2.0, 0.3], [0.5, 0.2]]), "int2")
+        tensor([[-2.0000,  0.0000],
+                [ 0.2500,  0.2500]])
+    """
+    _check_float(x, "x")
+    row = x.numel() if per_tensor or x.ndim == 0 else x.shape[-1]
+    result: Tensor = _fake_quantize_rows(x, _spec(code), max(row, 1))
     return result

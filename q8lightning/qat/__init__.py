@@ -1,0 +1,1 @@
+"""Training with quantized weights: which ones and when, engage and release, export."""

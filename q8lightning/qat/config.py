@@ -1,0 +1,196 @@
+"""What is quantized while training, and when: rules over names, and a schedule that is a function of the step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.weight_codec import WeightCodec
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """Parameters whose name matches ``pattern`` are trained with this codec.
+
+    Args:
+        pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``; ``*`` also matches
+            dots.
+        codebook: A codebook's name, the levels of one, or None to leave these parameters as they are.
+        block_size: Elements that share a scale; a power of two between 32 and 4096.
+        axis: None: blocks run along the flattened tensor, in the order of memory. Otherwise the axis of the channels
+            (0 for Linear, Conv and Embedding): no block crosses a channel; with a block size of at least a channel's
+            elements there is one scale a channel.
+
+    Raises:
+        ValueError: If the codebook or the block size does not fit.
+    """
+
+    pattern: str = "*"
+    codebook: str | Sequence[float] | None = "linear"
+    block_size: int = 256
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.codebook, str | None):
+            object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
+        try:
+            self.resolve()
+        except ValueError as error:
+            raise ValueError(f"weight rule for {self.pattern!r}: {error}") from None
+
+    def resolve(self) -> WeightCodec | None:
+        """Return the codec that this rule asks for, None for weights that stay as they are."""
+        if self.codebook is None:
+            return None
+        assert isinstance(self.codebook, str)
+        return WeightCodec(self.codebook, self.block_size, self.axis)
+
+
+@dataclass(frozen=True)
+class ActivationRule:
+    """What modules whose name matches ``pattern`` receive is quantized as it arrives, with the range of the moment.
+
+    Args:
+        pattern: Shell-style pattern over the full module name; the first rule that matches a module decides.
+        codebook: A codebook's name, the levels of one, or None to leave what these modules receive as it is.
+        per: ``"token"``: one scale for each vector along the last axis. ``"tensor"``: one scale for all of it.
+
+    Raises:
+        ValueError: If the codebook or ``per`` is unknown.
+    """
+
+    pattern: str
+    codebook: str | Sequence[float] | None = "linear"
+    per: Literal["token", "tensor"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("token", "tensor"):
+            raise ValueError(
+                f'per is "token" or "tensor", got {self.per!r} in the activation rule for {self.pattern!r}'
+            )
+        try:
+            if self.codebook is not None:
+                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
+        except ValueError as error:
+            raise ValueError(f"activation rule for {self.pattern!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class FreezeRule:
+    """Parameters whose name matches ``pattern`` keep their values from a global step on: no optimizer updates them.
+
+    Args:
+        pattern: Shell-style pattern over the full parameter name.
+        step: The first global step whose update they miss.
+
+    Raises:
+        ValueError: If the step is negative.
+    """
+
+    pattern: str
+    step: int
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}")
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """Which weights and activations are quantized in the forward and backward pass, and at which steps.
+
+    Args:
+        weights: Rules, or mappings of their arguments; the first that matches a parameter decides, so several rules
+            give mixed precision. The default takes every weight of rank 2 or more as 8-bit ``linear``.
+        exclude: Patterns of parameters that are never quantized.
+        exclude_first_and_last: Never quantize the first and the last layer, in the order in which the model registers
+            its modules.
+        min_rank: Parameters of a lower rank (biases, norms) are never quantized, whatever the rules say.
+        activations: Rules, or mappings of their arguments, for what modules receive.
+        start_step: The first global step (count of optimizer steps) that is quantized.
+        end_step: The first global step that is not quantized any more; None for never.
+        ramp: Over so many steps from ``start_step`` on the share of the blocks that is quantized grows to 1, a new
+            random choice of blocks at each step (Quant-Noise, arXiv:2004.07320). Evaluation quantizes all of them.
+        freeze: Rules, or mappings of their arguments, for parameters that stop to change at a step.
+        seed: Seeds the random choices of the ramp.
+
+    Raises:
+        ValueError: If a rule is wrong, the steps are out of order, or nothing would ever be quantized.
+
+    Example:
+        >>> config = QATConfig([WeightRule("*.weight", "int4", 64)], start_step=100, ramp=50)
+        >>> config.share(99), config.share(124), config.share(10_000)
+        (0.0, 0.5, 1.0)
+    """
+
+    weights: Sequence[WeightRule | Mapping[str, Any]] = (WeightRule(),)
+    exclude: Sequence[str] = ()
+    exclude_first_and_last: bool = False
+    min_rank: int = 2
+    activations: Sequence[ActivationRule | Mapping[str, Any]] = ()
+    start_step: int = 0
+    end_step: int | None = None
+    ramp: int = 0
+    freeze: Sequence[FreezeRule | Mapping[str, Any]] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
+            object.__setattr__(self, name, _rules(name, kind, getattr(self, name)))
+        if isinstance(self.exclude, str):
+            raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write [{self.exclude!r}]")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        rules: tuple[WeightRule | ActivationRule, ...] = (*self.weight_rules, *self.activation_rules)
+        if all(rule.codebook is None for rule in rules):
+            raise ValueError("QATConfig has no rule with a codebook, so nothing is quantized; pass qat=None for that")
+        if self.start_step < 0 or self.ramp < 0:
+            raise ValueError(f"start_step and ramp are at least 0, got {self.start_step} and {self.ramp}")
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise ValueError(f"end_step must be after start_step, got {self.end_step} and {self.start_step}")
+        if self.end_step is not None and self.start_step + self.ramp > self.end_step:
+            raise ValueError(
+                f"the ramp must end before end_step, got {self.start_step} + {self.ramp} > {self.end_step}"
+            )
+
+    @property
+    def weight_rules(self) -> tuple[WeightRule, ...]:
+        """The rules for weights."""
+        return _rules("weights", WeightRule, self.weights)
+
+    @property
+    def activation_rules(self) -> tuple[ActivationRule, ...]:
+        """The rules for activations."""
+        return _rules("activations", ActivationRule, self.activations)
+
+    @property
+    def freeze_rules(self) -> tuple[FreezeRule, ...]:
+        """The rules for parameters that stop to change."""
+        return _rules("freeze", FreezeRule, self.freeze)
+
+    @staticmethod
+    def of(config: "QATConfig | Mapping[str, Any]") -> "QATConfig":
+        """Return the configuration, made from a mapping of its arguments if it is one."""
+        return config if isinstance(config, QATConfig) else QATConfig(**config)
+
+    def active(self, step: int) -> bool:
+        """Whether the global step ``step`` is quantized."""
+        return self.start_step <= step and (self.end_step is None or step < self.end_step)
+
+    def share(self, step: int) -> float:
+        """Return the share of the blocks that training quantizes at the global step ``step``, 0 to 1."""
+        if not self.active(step):
+            return 0.0
+        return min(1.0, (step - self.start_step + 1) / self.ramp) if self.ramp else 1.0
+
+    def seed_at(self, step: int) -> int:
+        """Return the seed of the ramp's choice at a step: one that was and one that will be never give the same."""
+        return (self.seed * 0x9E3779B1 + step) & 0xFFFFFFFF
+
+
+R = TypeVar("R", WeightRule, ActivationRule, FreezeRule)
+
+
+def _rules(name: str, kind: type[R], rules: Sequence[Any]) -> tuple[R, ...]:
+    if isinstance(rules, str | Mapping):
+        raise ValueError(f"{name} is a list of rules, got {rules!r}; put it into a list")
+    return tuple(rule if isinstance(rule, kind) else kind(**rule) for rule in rules)

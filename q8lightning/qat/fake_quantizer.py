@@ -1,0 +1,219 @@
+"""A model whose selected weights hold quantized values while it is engaged, and their masters at every other time."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from q8lightning.qat.config import QATConfig
+from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
+from q8lightning.quantization.group import FakeQuantizeGroup
+from q8lightning.quantization.ops import fake_quantize_rows
+from q8lightning.quantization.reference import ErrorStatistics
+from q8lightning.quantization.weight_codec import WeightCodec
+
+
+class FakeQuantizer:
+    """Engages and releases the weights of a model, and hooks into it so that nobody takes quantized values for masters.
+
+    A gradient taken at the quantized values and applied to the masters is the straight-through estimator (Bengio et
+    al., arXiv:1308.3432), without an autograd function in the graph. Nothing in the model is replaced: parameters,
+    their names and their order stay; a state dict that is taken while engaged holds the masters (those of
+    ``keep_vars=True``, which asks for the live parameters, aside), and loading one releases for the time it takes.
+
+    Args:
+        module: The model, on its device.
+        config: What to quantize, and when.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or a selected parameter cannot be changed in place.
+
+    Example:
+        >>> model = nn.Linear(64, 64)
+        >>> quantizer = FakeQuantizer(model, QATConfig())
+        >>> quantizer.engage()
+        True
+        >>> _ = model(torch.zeros(1, 64))  # with weights on the grid of 8-bit codes
+        >>> quantizer.release()
+    """
+
+    def __init__(self, module: nn.Module, config: QATConfig) -> None:
+        self.config = config
+        self.weights = select_weights(module, config)
+        self._activations: list[_Activation] = []
+        self._handles: list[RemovableHandle] = []
+        self._frozen = select_frozen(module, config)
+        self._groups = _groups(self.weights)
+        self._places = {id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)}
+        self._state: tuple[float, int] | None = None
+        self._statistics: dict[str, ErrorStatistics] = {}
+        for _, each, rule in select_modules(module, config):
+            self._activations.append(_Activation(rule.codebook, rule.per == "tensor"))
+            self._handles.append(each.register_forward_pre_hook(self._activations[-1]))
+        selected = {weight.parameter for weight in self.weights}
+        for owner in module.modules():
+            if not selected.isdisjoint(owner.parameters(recurse=False)):
+                self._handles += _StateDictHooks(self).attach(owner)
+
+    @property
+    def codecs(self) -> dict[str, WeightCodec]:
+        """How each selected weight is quantized, by all of its names."""
+        return {name: weight.codec for weight in self.weights for name in weight.names}
+
+    @property
+    def engaged(self) -> bool:
+        """Whether the weights hold quantized values."""
+        return self._state is not None
+
+    @property
+    def statistics(self) -> Mapping[str, ErrorStatistics]:
+        """What each selected weight lost when it was last measured, by its first name."""
+        return self._statistics
+
+    def engage(self, step: int | None = None, training: bool = False, measure: bool = False) -> bool:
+        """Write the quantized values of the masters into the weights, unless the right ones are there.
+
+        Args:
+            step: The global step, which decides by the schedule; None quantizes everything, whatever the schedule.
+            training: Whether the ramp applies.
+            measure: Whether to compute :attr:`statistics`.
+
+        Returns:
+            Whether the weights are quantized now.
+        """
+        share, seed = 1.0, 0
+        if step is not None:
+            share = self.config.share(step) if training else float(self.config.active(step))
+            seed = self.config.seed_at(step) if share < 1.0 else 0
+        if share == 0.0:
+            self.release()
+        elif self._state != (share, seed):
+            self._write(share, seed, measure)
+        return self.engaged
+
+    def release(self) -> None:
+        """Put the masters back, bit for bit; nothing happens if they are there."""
+        for group in self._groups:
+            group.release()
+        self._state = None
+        for activation in self._activations:
+            activation.enabled = False
+
+    def drop_frozen_gradients(self, step: int) -> None:
+        """Forget the gradients of parameters that are frozen at a step: optimizers pass over what has none."""
+        for parameter, first in self._frozen:
+            if step >= first:
+                parameter.grad = None
+
+    def master(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the master of a weight that holds quantized values now, as a view of the buffer; None for others."""
+        if not self.engaged or id(parameter) not in self._places:
+            return None
+        group, index = self._places[id(parameter)]
+        return group.masters[index]
+
+    def close(self) -> None:
+        """Release the weights and take all hooks off the model."""
+        self.release()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _write(self, share: float, seed: int, measure: bool) -> None:
+        measured = [group.engage(share, seed, measure) for group in self._groups]
+        self._state = (share, seed)
+        for activation in self._activations:
+            activation.enabled = True
+        if measure:
+            names = {id(weight.parameter): weight.names[0] for weight in self.weights}
+            self._statistics = {
+                names[id(tensor)]: ErrorStatistics(*row.unbind())
+                for group, rows in zip(self._groups, measured, strict=True)
+                for tensor, row in zip(group.tensors, rows, strict=True)
+            }
+
+
+def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
+    """Group weights by codec and device: each group is quantized in one launch."""
+    together: dict[tuple[WeightCodec, torch.device], list[Tensor]] = {}
+    for weight in weights:
+        together.setdefault((weight.codec, weight.parameter.device), []).append(weight.parameter)
+    return [
+        FakeQuantizeGroup(tensors, codec.book, codec.block_size, codec.axis) for (codec, _), tensors in together.items()
+    ]
+
+
+class _Activation:
+    """A forward pre-hook that quantizes the float tensors among a module's positional arguments."""
+
+    def __init__(self, codebook: Any, per_tensor: bool) -> None:
+        self.codebook = codebook
+        self.per_tensor = per_tensor
+        self.enabled = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self.enabled:
+            return args
+        return tuple(
+            fake_quantize_rows(x, self.codebook, self.per_tensor)
+            if isinstance(x, Tensor) and x.is_floating_point()
+            else x
+            for x in args
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Activation, (self.codebook, self.per_tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Activation":
+        return _Activation(self.codebook, self.per_tensor)
+
+
+class _StateDictHooks:
+    """Hooks of a module that owns selected weights; copies of the module carry copies of these, which do nothing."""
+
+    def __init__(self, quantizer: FakeQuantizer | None = None) -> None:
+        self._quantizer = (lambda: None) if quantizer is None else weakref.ref(quantizer)
+        self._interrupted: tuple[float, int] | None = None
+
+    def attach(self, owner: nn.Module) -> list[RemovableHandle]:
+        """Register all hooks."""
+        return [
+            owner.register_state_dict_post_hook(self),  # type: ignore[no-untyped-call]
+            owner.register_load_state_dict_pre_hook(self.before_load),  # type: ignore[no-untyped-call]
+            owner.register_load_state_dict_post_hook(self.after_load),  # type: ignore[no-untyped-call]
+        ]
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """Show the masters where the state dict would show quantized values."""
+        quantizer = self._quantizer()
+        if quantizer is None or not quantizer.engaged:
+            return
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            value = state_dict.get(prefix + name)
+            if value is parameter or not isinstance(value, Tensor) or value.data_ptr() != parameter.data_ptr():
+                continue
+            master = quantizer.master(parameter)
+            if master is not None:
+                state_dict[prefix + name] = master
+
+    def before_load(self, *_: Any) -> None:
+        """Let the values that are loaded become masters."""
+        quantizer = self._quantizer()
+        if quantizer is not None and quantizer.engaged:
+            self._interrupted = quantizer._state
+            quantizer.release()
+
+    def after_load(self, *_: Any) -> None:
+        """Go on with what was loaded."""
+        quantizer, interrupted, self._interrupted = self._quantizer(), self._interrupted, None
+        if quantizer is not None and interrupted is not None:
+            quantizer._write(*interrupted, measure=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _StateDictHooks, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_StateDictHooks":
+        return _StateDictHooks()

@@ -1,0 +1,115 @@
+"""How a weight is quantized while training: along the flattened tensor, or row by row along an axis."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import ops
+from q8lightning.quantization.codebook import Codebook, get_codebook
+
+
+@dataclass(frozen=True)
+class WeightCodec:
+    """The codec of a weight. What it decodes, it encodes to the same codes and scales again.
+
+    With ``axis=None`` blocks run along the elements in the order of memory, as those of checkpoints do, and the last
+    one may be short. With an axis, the elements that share an index of that axis (a channel) form a row, in row-major
+    order of the other dimensions; blocks run along each row, the last one of a row may be short, and none crosses a
+    row. A block that holds a whole row gives one scale a channel.
+
+    Args:
+        codebook: Its name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`.
+        block_size: Elements that share a scale; a power of two between 32 and 4096.
+        axis: The axis of the channels, negative from the end, or None.
+
+    Raises:
+        ValueError: If the codebook or the block size is unknown, or the codebook has no negative levels or reaches
+            neither -1 nor 1.
+    """
+
+    codebook: str
+    block_size: int = 256
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        ops.check_block_size(self.block_size)
+        levels = self.book.levels
+        if not self.book.signed:
+            raise ValueError(f"a codebook for weights has negative levels, got {self.book.name}; try 'dynamic'")
+        if self.book.end == 0:
+            raise ValueError(
+                f"a codebook for weights holds 1 or -1, got levels from {levels[0]:g} to {levels[-1]:g}; divide them by"
+                " the largest magnitude"
+            )
+
+    @property
+    def book(self) -> Codebook:
+        """The codebook."""
+        return get_codebook(self.codebook)
+
+    @property
+    def bits(self) -> int:
+        """How many bits hold a code."""
+        return (len(self.book.levels) - 1).bit_length()
+
+    def fitted(self, shape: Sequence[int]) -> "WeightCodec":
+        """Return the codec that does the same to a tensor of this shape with the smallest block.
+
+        Raises:
+            ValueError: If there is no such axis.
+        """
+        if self.axis is None:
+            return self
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"axis {self.axis} is not one of a tensor of shape {tuple(shape)}; use axis=0 or None")
+        axis = self.axis % len(shape)
+        row = math.prod(shape) // max(shape[axis], 1)
+        return WeightCodec(self.codebook, min(self.block_size, max(32, 1 << max(row - 1, 0).bit_length())), axis)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Return the elements of a dense tensor as ``[rows, row]``, in the order in which blocks run; one row if flat.
+
+        The result may share memory with ``x``.
+        """
+        if self.axis is None:
+            return x.as_strided((1, x.numel()), (x.numel(), 1))
+        channels = x.movedim(self.axis, 0)
+        return channels.reshape(channels.shape[0], math.prod(channels.shape[1:]))
+
+    def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Undo :meth:`to_rows`: return ``rows`` as a tensor of the shape of ``like``, and its strides if flat."""
+        if self.axis is None:
+            return rows.as_strided(like.shape, like.stride())
+        return rows.reshape(like.movedim(self.axis, 0).shape).movedim(0, self.axis)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a dense float tensor.
+
+        Returns:
+            codes ``[rows, row]`` uint8 and scales ``[rows, blocks a row]`` float32 in the units of ``x``, negative
+            where the codebook reaches only one of -1 and 1 and the block's largest element lies on the other side.
+        """
+        rows = self.to_rows(x.detach())
+        padded = pad_rows(rows, self.block_size)
+        codes, scales = ops.quantize(padded, self.codebook, self.block_size, self.book.one_sided)
+        return codes[:, : rows.shape[1]], scales.view(rows.shape[0], -1)
+
+    def decode(self, codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+        """Return the values of what :meth:`encode` returned, with shape and dtype of ``like``."""
+        padded = pad_rows(codes, self.block_size)
+        values = ops.dequantize(padded, scales.reshape(-1), self.codebook, self.block_size, like.dtype)
+        return self.from_rows(values[:, : codes.shape[1]], like)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Return ``decode(encode(x))``: the weights that the forward pass uses."""
+        return self.decode(*self.encode(x), like=x)
+
+
+def pad_rows(rows: Tensor, block_size: int) -> Tensor:
+    """Fill rows ``[rows, row]`` up with zeros, which change no scale, to whole blocks; a single row needs none."""
+    if rows.shape[0] == 1 or rows.shape[1] % block_size == 0:
+        return rows
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
