@@ -128,8 +128,8 @@ def _ordinary(tensor: Tensor) -> bool:
 
 def _eligible(tensor: Tensor, min_numel: int) -> bool:
     return (
-        tensor.numel() >= min_numel  # first what tells most tensors apart: training waits for this walk
-        and _ordinary(tensor)
+        _ordinary(tensor)
+        and tensor.numel() >= min_numel
         and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         and not tensor.requires_grad
         and not tensor.is_neg()
@@ -176,7 +176,7 @@ def _by_storage(leaves: list[_Leaf]) -> list[list[_Leaf]]:
         if leaf.codec is not None:
             storages.setdefault(_storage(leaf.tensor), []).append(leaf)
     for leaf in leaves:
-        if leaf.codec is None and leaf.tensor.numel() and _ordinary(leaf.tensor):
+        if leaf.codec is None and _ordinary(leaf.tensor) and leaf.tensor.numel():
             members = storages.get(_storage(leaf.tensor))
             if members is not None:
                 members.append(leaf)
