@@ -19,8 +19,9 @@ class Settings(NamedTuple):
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
-    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 that benchmarks/tune.py found
-    # on an H200. Few warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another.
+    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 on an H200 (benchmarks/tune.py).
+    # Few warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another; kernels that
+    # measure hold sums as well and do better with 8 to 16.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
@@ -51,11 +52,11 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
 DECODED_ROW = 256
 """Blocks longer than this are decoded in several rows: nothing there needs a whole block at once."""
 
-MEASURED_TILES = 16
-"""Tiles of a program that fake-quantizes and measures: enough to add up between lanes only once in a while."""
-
 LOG_ROW = 64
 """Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
+
+MEASURED_TILES = 16
+"""Tiles of a program that fake-quantizes and measures: enough to add up between lanes only once in a while."""
 
 INTERPRETED = bool(bits.INTERPRETED)
 """Whether the kernels run in Triton's interpreter instead of on a GPU."""
