@@ -9,7 +9,7 @@ from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule
 from q8lightning.qat.export import export_quantized
 from q8lightning.quantization.codebook import Codebook
-from q8lightning.quantization.ops import dequantize_blockwise, fake_quantize, quantize_blockwise
+from q8lightning.quantization.functional import dequantize_blockwise, fake_quantize, quantize_blockwise
 
 __all__ = [
     "ActivationRule",

@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
+from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.group import FakeQuantizeGroup
-from q8lightning.quantization.ops import fake_quantize_rows
 from q8lightning.quantization.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
 

@@ -8,7 +8,8 @@ from models import Shrink, quiet_trainer
 from promises import payloads_of
 from torch import Tensor, nn
 
-from q8lightning import QuantizationCallback
+from q8lightning import CheckpointPolicy, QuantizationCallback
+from q8lightning.checkpoint.state_dict import encode_checkpoint
 
 BYTES_PER_PARAMETER = {"resume": 4.25, "compact": 3.2, None: 12.3}
 """Bytes of file for each parameter trained with AdamW in float32, at most; plain Lightning for comparison."""
@@ -50,3 +51,12 @@ def test_a_checkpoint_takes_no_more_than_promised(checkpoint: str | None, tmp_pa
     assert bool(payloads_of(tmp_path / "a.ckpt")) == (checkpoint is not None)
     if checkpoint is None:
         assert size >= 12, "the model is not what the promise is about"
+
+
+def test_what_was_refused_is_not_saved_along_with_the_rest() -> None:
+    good, bad = torch.randn(5000), torch.full((1_000_000,), torch.nan)
+    with pytest.warns(UserWarning, match="state_dict.bad"):
+        encoded = encode_checkpoint({"state_dict": {"good": good, "bad": bad}}, CheckpointPolicy.of("compact"))
+    payload = encoded["state_dict"]["good"]
+    assert encoded["state_dict"]["bad"] is bad
+    assert payload.data.untyped_storage().nbytes() == payload.nbytes  # torch.save writes whole storages

@@ -11,6 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from q8lightning.quantization import measured_ops, ops, reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
+from q8lightning.quantization.functional import (
+    dequantize_blockwise,
+    fake_quantize,
+    fake_quantize_rows,
+    quantize_blockwise,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -26,8 +32,8 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
     return {
         "quantize": (x, "softsign", block_size),
         "dequantize": (*reference.quantize(x, codebook, block_size), codebook.spec, block_size, dtype),
-        "_fake_quantize": (x, "int4", block_size),
-        "_fake_quantize_rows": (x, "int4", x.shape[-1] if x.ndim else 1),
+        "fake_quantize": (x, "int4", block_size),
+        "fake_quantize_rows": (x, "int4", x.shape[-1] if x.ndim else 1),
         "quantize_residual": (x, block_size),
         "dequantize_residual": (*residual_first(x, block_size), block_size, dtype),
         "quantize_log": (x.abs(), block_size),
@@ -91,8 +97,8 @@ def test_measuring_changes_no_bit_of_the_result(name: str) -> None:
 def test_torch_accepts_the_operator_with_a_gradient() -> None:
     x = random(3, 50).requires_grad_()
     torch.library.opcheck(measured_ops.fake_quantize, (x, "int4", 32))
-    torch.library.opcheck(ops._fake_quantize, (x, "int4", 32))
-    torch.library.opcheck(ops._fake_quantize, (x, Codebook("mine", (-1.0, 0.0, 1.0)).spec, 32))
+    torch.library.opcheck(ops.fake_quantize, (x, "int4", 32))
+    torch.library.opcheck(ops.fake_quantize, (x, Codebook("mine", (-1.0, 0.0, 1.0)).spec, 32))
 
 
 @every_operator
@@ -137,8 +143,8 @@ def test_it_compiles_without_a_graph_break(name: str) -> None:
 @pytest.mark.parametrize("code", ["softsign", BUILTIN["int4"]], ids=["name", "codebook"])
 def test_the_public_functions_compile_without_a_graph_break(code: str | Codebook) -> None:
     def step(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, absmax = ops.quantize_blockwise(x, code, 64)
-        return ops.dequantize_blockwise(codes, absmax, code, 64, torch.float32), ops.fake_quantize(x, code, 64)
+        codes, absmax = quantize_blockwise(x, code, 64)
+        return dequantize_blockwise(codes, absmax, code, 64, torch.float32), fake_quantize(x, code, 64)
 
     x = random(5, 50)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -150,7 +156,7 @@ def test_a_compiled_training_step_has_the_gradient_of_an_eager_one() -> None:
     other = random(50, 3)
 
     def loss(weight: Tensor) -> Tensor:
-        return (ops.fake_quantize(weight, "int4", 64) @ other).square().sum()
+        return (fake_quantize(weight, "int4", 64) @ other).square().sum()
 
     weight, compiled = random(5, 50).requires_grad_(), torch.compile(loss, fullgraph=True, backend="aot_eager")
     (eager_gradient,) = torch.autograd.grad(loss(weight), weight)
@@ -165,42 +171,42 @@ def test_a_compiled_training_step_has_the_gradient_of_an_eager_one() -> None:
 @pytest.mark.parametrize("shape", [(1000,), (7, 13, 11), (1,), (), (0,)], ids=str)
 def test_blockwise_quantization_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     A = random(*shape).to(dtype)
-    out, absmax = ops.quantize_blockwise(A, "dynamic", 64)
+    out, absmax = quantize_blockwise(A, "dynamic", 64)
     codes, scale = reference.quantize(A, BUILTIN["dynamic"], 64)
     assert oracle.same_bits(out, codes)
     assert oracle.same_bits(absmax, scale)
     assert (out.dtype, absmax.dtype) == (torch.uint8, torch.float32)
-    values = ops.dequantize_blockwise(out, absmax, "dynamic", dtype=dtype)  # a block size of 64, as it always was
+    values = dequantize_blockwise(out, absmax, "dynamic", dtype=dtype)  # a block size of 64, as it always was
     assert values.dtype == dtype
     assert oracle.same_bits(values, reference.dequantize(codes, scale, BUILTIN["dynamic"], 64, dtype))
 
 
 def test_given_buffers_are_written_and_returned() -> None:
     A = random(7, 30)
-    expected_out, expected_absmax = ops.quantize_blockwise(A, "linear", 32)
+    expected_out, expected_absmax = quantize_blockwise(A, "linear", 32)
     out, absmax = torch.full((7, 30), 9, dtype=torch.uint8), torch.full((7,), torch.nan)
-    returned = ops.quantize_blockwise(A, "linear", 32, absmax=absmax, out=out)
+    returned = quantize_blockwise(A, "linear", 32, absmax=absmax, out=out)
     assert returned[0] is out
     assert returned[1] is absmax
     assert oracle.same_bits(out, expected_out)
     assert oracle.same_bits(absmax, expected_absmax)
 
     values = torch.full((7, 30), torch.nan, dtype=torch.bfloat16)
-    assert ops.dequantize_blockwise(out, absmax, "linear", 32, out=values) is values
-    assert oracle.same_bits(values, ops.dequantize_blockwise(out, absmax, "linear", 32, dtype=torch.bfloat16))
-    assert ops.dequantize_blockwise(out, absmax, "linear", 32, dtype=torch.bfloat16, out=values) is values
+    assert dequantize_blockwise(out, absmax, "linear", 32, out=values) is values
+    assert oracle.same_bits(values, dequantize_blockwise(out, absmax, "linear", 32, dtype=torch.bfloat16))
+    assert dequantize_blockwise(out, absmax, "linear", 32, dtype=torch.bfloat16, out=values) is values
 
 
 def test_a_buffer_may_have_strides() -> None:
     A, out = random(30, 7), torch.zeros(7, 30, dtype=torch.uint8).t()
-    ops.quantize_blockwise(A, "linear", 32, out=out)
-    assert oracle.same_bits(out, ops.quantize_blockwise(A, "linear", 32)[0])
+    quantize_blockwise(A, "linear", 32, out=out)
+    assert oracle.same_bits(out, quantize_blockwise(A, "linear", 32)[0])
 
 
 def test_without_dtype_and_out_there_is_no_telling_what_to_return() -> None:
-    codes, absmax = ops.quantize_blockwise(random(64), "linear", 64)
+    codes, absmax = quantize_blockwise(random(64), "linear", 64)
     with pytest.raises(ValueError, match="dtype or an out tensor, got neither"):
-        ops.dequantize_blockwise(codes, absmax, "linear")
+        dequantize_blockwise(codes, absmax, "linear")
 
 
 WRONG_FOR_QUANTIZE = {
@@ -225,7 +231,7 @@ def test_quantize_refuses_what_does_not_fit_before_anything_is_written(wrong: st
     given = {"A": random(2, 32), "code": "linear", "blocksize": 32} | buffers | WRONG_FOR_QUANTIZE[wrong]
     name = {"A": "A must be", "code": "codebook", "blocksize": "block_size"}.get(wrong.split(":")[0])
     with pytest.raises(ValueError, match=name or f"{wrong.split(':')[0]} must be .* got "):
-        ops.quantize_blockwise(**given)
+        quantize_blockwise(**given)
     assert buffers["absmax"].tolist() == [7.0, 7.0]
     assert bool((buffers["out"] == 7).all())
 
@@ -245,18 +251,18 @@ WRONG_FOR_DEQUANTIZE = {
 
 @pytest.mark.parametrize("message", WRONG_FOR_DEQUANTIZE)
 def test_dequantize_refuses_what_does_not_fit_before_anything_is_written(message: str) -> None:
-    codes, absmax = ops.quantize_blockwise(random(2, 32), "linear", 32)
+    codes, absmax = quantize_blockwise(random(2, 32), "linear", 32)
     out = torch.full((2, 32), 7.0)
     given = {"a": codes, "absmax": absmax, "code": "linear", "blocksize": 32, "out": out}
     with pytest.raises(ValueError, match=message):
-        ops.dequantize_blockwise(**given | WRONG_FOR_DEQUANTIZE[message])
+        dequantize_blockwise(**given | WRONG_FOR_DEQUANTIZE[message])
     assert bool((out == 7.0).all())
 
 
 def test_a_refused_dtype_is_named() -> None:
-    codes, absmax = ops.quantize_blockwise(random(2, 32), "linear", 32)
+    codes, absmax = quantize_blockwise(random(2, 32), "linear", 32)
     with pytest.raises(ValueError, match=r"got torch\.int32"):
-        ops.dequantize_blockwise(codes, absmax, "linear", 32, dtype=torch.int32)
+        dequantize_blockwise(codes, absmax, "linear", 32, dtype=torch.int32)
 
 
 SAME_CODEBOOK = {
@@ -273,19 +279,19 @@ SAME_CODEBOOK = {
 @pytest.mark.parametrize("form", SAME_CODEBOOK)
 def test_a_codebook_can_be_given_in_any_form(form: str) -> None:
     A, code = random(7, 30), SAME_CODEBOOK[form]
-    out, absmax = ops.quantize_blockwise(A, code, 32)
+    out, absmax = quantize_blockwise(A, code, 32)
     codes, scale = reference.quantize(A, SAME_CODEBOOK["codebook"], 32)
     values = reference.dequantize(codes, scale, SAME_CODEBOOK["codebook"], 32, torch.float32)
     assert oracle.same_bits(out, codes)
     assert oracle.same_bits(absmax, scale)
-    assert oracle.same_bits(ops.dequantize_blockwise(out, absmax, code, 32, torch.float32), values)
-    assert oracle.same_bits(ops.fake_quantize(A, code, 32), values)
+    assert oracle.same_bits(dequantize_blockwise(out, absmax, code, 32, torch.float32), values)
+    assert oracle.same_bits(fake_quantize(A, code, 32), values)
 
 
 @pytest.mark.parametrize("name", [*BUILTIN])
 def test_a_builtin_codebook_can_be_given_by_name(name: str) -> None:
     A = random(7, 30)
-    by_name, by_value = ops.quantize_blockwise(A, name, 32), ops.quantize_blockwise(A, BUILTIN[name], 32)
+    by_name, by_value = quantize_blockwise(A, name, 32), quantize_blockwise(A, BUILTIN[name], 32)
     assert all(map(oracle.same_bits, by_name, by_value))
 
 
@@ -307,11 +313,11 @@ BLOCK_SIZES = {
 @pytest.mark.parametrize(
     "call",
     [
-        lambda block_size: ops.quantize_blockwise(random(64), "linear", block_size),
-        lambda block_size: ops.dequantize_blockwise(
+        lambda block_size: quantize_blockwise(random(64), "linear", block_size),
+        lambda block_size: dequantize_blockwise(
             torch.zeros(64, dtype=torch.uint8), torch.ones(1), "linear", block_size, torch.float32
         ),
-        lambda block_size: ops.fake_quantize(random(64), "linear", block_size),
+        lambda block_size: fake_quantize(random(64), "linear", block_size),
         ops.check_block_size,
     ],
     ids=["quantize", "dequantize", "fake_quantize", "check"],
@@ -324,14 +330,14 @@ def test_a_block_size_that_is_none_is_refused(call: Callable, block_size: object
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_every_power_of_two_from_32_to_4096_is_a_block_size(block_size: int) -> None:
     assert ops.check_block_size(block_size) == block_size
-    assert ops.quantize_blockwise(random(5000), "linear", block_size)[1].numel() == -(-5000 // block_size)
+    assert quantize_blockwise(random(5000), "linear", block_size)[1].numel() == -(-5000 // block_size)
 
 
 def test_the_codes_and_scales_of_a_parameter_hold_no_graph() -> None:
     parameter, absmax = torch.nn.Parameter(random(64)), torch.zeros(1)
     for part in (
-        *ops.quantize_blockwise(parameter, "linear", 64, absmax=absmax),
-        *ops.quantize_blockwise(parameter, "linear", 64),
+        *quantize_blockwise(parameter, "linear", 64, absmax=absmax),
+        *quantize_blockwise(parameter, "linear", 64),
     ):
         assert not part.requires_grad
     assert not absmax.requires_grad
@@ -344,14 +350,14 @@ def test_the_codes_and_scales_of_a_parameter_hold_no_graph() -> None:
 def test_fake_quantize_returns_what_would_be_decoded(name: str) -> None:
     for dtype in DTYPES:
         x = random(7, 30).to(dtype)
-        codes, absmax = ops.quantize_blockwise(x, name, 32)
-        expected = ops.dequantize_blockwise(codes, absmax, name, 32, dtype)
-        assert oracle.same_bits(ops.fake_quantize(x, name, 32), expected)
+        codes, absmax = quantize_blockwise(x, name, 32)
+        expected = dequantize_blockwise(codes, absmax, name, 32, dtype)
+        assert oracle.same_bits(fake_quantize(x, name, 32), expected)
 
 
 def test_the_gradient_of_fake_quantize_is_the_identity() -> None:
     def straight_through(x: Tensor) -> Tensor:  # equal to x, by way of the operator's gradient only
-        return ops.fake_quantize(x, "int4", 32) - ops.fake_quantize(x.detach(), "int4", 32) + x.detach()
+        return fake_quantize(x, "int4", 32) - fake_quantize(x.detach(), "int4", 32) + x.detach()
 
     x = random(5, 13).double().requires_grad_()
     assert torch.autograd.gradcheck(straight_through, x)
@@ -362,7 +368,7 @@ def test_the_gradient_of_fake_quantize_is_the_identity() -> None:
 def test_the_gradient_of_fake_quantize_arrives_bit_for_bit(dtype: torch.dtype) -> None:
     x = random(7, 30).to(dtype).requires_grad_()
     gradient = random(30, 7).to(dtype).t()
-    ops.fake_quantize(x, "softsign", 32).backward(gradient)
+    fake_quantize(x, "softsign", 32).backward(gradient)
     assert x.grad is not None
     assert oracle.same_bits(x.grad, gradient)
 
@@ -370,7 +376,7 @@ def test_the_gradient_of_fake_quantize_arrives_bit_for_bit(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_fake_quantize_refuses_what_is_no_float(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="x must be float32, float16, bfloat16 or float64, got torch"):
-        ops.fake_quantize(torch.zeros(64).to(dtype), "linear", 32)
+        fake_quantize(torch.zeros(64).to(dtype), "linear", 32)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -381,7 +387,10 @@ def test_codecs_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None
         torch.manual_seed(0)
         x = torch.randn(700, dtype=torch.float32)
         parts = [ops.quantize(x, "dynamic", 64), ops.quantize_log(x.abs(), 64), ops.quantize_affine(x, 64)]
-        parts += [ops.quantize_residual(x, 64), (ops.fake_quantize(x, "int4", 64), ops.fake_quantize_rows(x, "linear"))]
+        parts += [
+            ops.quantize_residual(x, 64),
+            (fake_quantize(x, "int4", 64), fake_quantize_rows(x, "linear")),
+        ]
         parts += [reference.quantize(x, BUILTIN["softsign"], 64), (reference.fake_quantize(x, BUILTIN["int4"], 64),)]
         return [tensor for group in parts for tensor in group]
 
@@ -401,7 +410,7 @@ def test_codecs_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None
 @pytest.mark.parametrize("row", [1, 31, 64, 100, 4097])
 def test_each_vector_along_the_last_axis_has_its_own_scale(row: int) -> None:
     x = random(3, 2, row)
-    values = ops.fake_quantize_rows(x, "linear")
+    values = fake_quantize_rows(x, "linear")
     for one, other in zip(values.view(-1, row), x.view(-1, row), strict=True):
         assert oracle.same_bits(one, reference.fake_quantize(other, BUILTIN["linear"], row))
     assert oracle.same_bits(values.abs().amax(-1), x.abs().amax(-1))
@@ -409,10 +418,10 @@ def test_each_vector_along_the_last_axis_has_its_own_scale(row: int) -> None:
 
 def test_one_scale_for_all() -> None:
     x = random(30, 200)
-    assert oracle.same_bits(ops.fake_quantize_rows(x, "int4", True), reference.fake_quantize(x, BUILTIN["int4"], 6000))
+    assert oracle.same_bits(fake_quantize_rows(x, "int4", True), reference.fake_quantize(x, BUILTIN["int4"], 6000))
 
 
 def test_the_gradient_of_fake_quantize_rows_is_the_identity() -> None:
     x, gradient = random(7, 33).requires_grad_(), random(7, 33)
-    ops.fake_quantize_rows(x, "linear").backward(gradient)
+    fake_quantize_rows(x, "linear").backward(gradient)
     assert oracle.same_bits(x.grad, gradient)
