@@ -399,6 +399,26 @@ def test_nothing_is_written_outside_the_results_or_to_the_input(device: str, mon
     assert torch.equal(x, original)
 
 
+@pytest.mark.parametrize("name", ["quantize", "fake_quantize", "quantize_residual", "quantize_log", "quantize_affine"])
+@pytest.mark.parametrize("wrong", [None, -1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_what_is_lost_is_measured_on_the_way(device: str, name: str, wrong: float | None, magnitude: float) -> None:
+    x = torch.rand(3000, generator=torch.Generator().manual_seed(0)) * magnitude
+    x[::7] = 0.0
+    if wrong is not None:
+        x[1234] = wrong * magnitude  # for log, -1 makes its block one that is not finite
+    codebook = (BUILTIN["softsign"],) if name in ("quantize", "fake_quantize") else ()
+    statistics = torch.full((5,), 77.0, dtype=torch.float64, device=device)
+    parts = getattr(blockwise, name)(x.to(device), *codebook, 64, statistics=statistics)
+    if name != "fake_quantize":
+        parts = [part.cpu() for part in parts]
+        parts = getattr(reference, f"de{name}")(*parts, *codebook, 64, torch.float32)
+    expected = reference.measure(x, parts.cpu())
+    finite = expected.isfinite()
+    torch.testing.assert_close(statistics.cpu()[finite], expected[finite], rtol=2e-6, atol=0.0)
+    assert not statistics.cpu()[~finite].isfinite().any()
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"), [("fake_quantize", (BUILTIN["dynamic"], 32)), ("quantize_residual", (32,))]
 )

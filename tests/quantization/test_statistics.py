@@ -107,6 +107,15 @@ def test_the_error_of_what_is_not_finite_is_no_number(device: str, codec: Codec,
 
 
 @each_device
+def test_the_error_of_a_negative_value_under_log_is_no_number(device: str) -> None:
+    x = _sample(4096, torch.float32, Codec("log")).to(device)
+    x[1234] = -1.0
+    _, statistics = Codec("log", 64).encode_and_measure(x)
+    assert statistics[[0, 2]].isnan().all()
+    assert statistics[1].isfinite()
+
+
+@each_device
 def test_a_second_run_measures_the_same_bits(device: str) -> None:
     x = _sample(3_000_001, torch.float32, Codec("linear")).to(device)
     first = fake_quantize(x, "linear", 64, return_statistics=True)[1]

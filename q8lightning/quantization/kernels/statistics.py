@@ -30,7 +30,7 @@ def measure(x, decoded, left, partials, column, columns):
     error, squares, largest, zeros, zeroed = add(x, decoded, error, squares, largest, zeros, zeroed)
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     unit = 1.0
-    if (squares > SAFE_FROM) & (squares < SAFE_TO):
+    if (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error):
         zeroed -= zeros  # what is zero decodes to zero
     else:
         unit, shrink = _unit(_largest_pattern(x))
@@ -54,7 +54,7 @@ def measure_many(
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     TILE: tl.constexpr = elements.shape[0] * elements.shape[1]
     unit = 1.0
-    if (squares > SAFE_FROM) & (squares < SAFE_TO):
+    if (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error):
         zeroed -= zeros
     else:
         tl.debug_barrier()  # other threads may have written what is read here
