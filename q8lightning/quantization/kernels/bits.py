@@ -18,6 +18,7 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all but the sign
 SIGN = tl.constexpr(-0x80000000)
 INFINITY = tl.constexpr(0x7F800000)  # NaN above it
 NAN = tl.constexpr(0x7FC00000)
+MANTISSA = tl.constexpr(0x007FFFFF)
 ONE = tl.constexpr(0x3F800000)  # or-ed with a mantissa, it gives a float in [1, 2)
 
 
@@ -53,6 +54,17 @@ def is_finite(x):
 @triton.jit
 def nan_unless_finite(scale):
     return tl.where(is_finite(scale), scale, float("nan"))
+
+
+@triton.jit
+def one_and_mantissa(bits):
+    """The float in [1, 2) with the mantissa of a pattern."""
+    if INTERPRETED:
+        return float_of((bits & MANTISSA) | ONE)
+    # The compiler would take two instructions, each with a constant in it.
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0x7FFFFF, $2, 0xEA;", "=f,r,r", [bits, ONE], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from q8lightning.quantization.kernels.launch import INTERPRETED as INTERPRETED
 from q8lightning.quantization.kernels.launch import block_count, empty, flattened, kernel_dtype, search_constants
 from q8lightning.quantization.kernels.statistics import measure
 from q8lightning.quantization.kernels.tables import tables_of
-from q8lightning.quantization.kernels.tiles import load_code, load_float, store, tile
+from q8lightning.quantization.kernels.tiles import load_code, load_code_for, load_float, store, tile
 from q8lightning.quantization.kernels.totals import empty_partials, total
 
 # Kernels
@@ -34,12 +34,12 @@ from q8lightning.quantization.kernels.totals import empty_partials, total
 @triton.jit
 def _quantize_kernel(
     x, codes, scale, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
     END: tl.constexpr,
 ):  # fmt: skip
     first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
     values = load_float(x + first * BLOCK, elements, mask)
-    code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
+    code, block_scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
     store(codes + first * BLOCK, elements, code, mask)
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
@@ -104,7 +104,7 @@ def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLO
     first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
     blocks = (first + rows) // PARTS
     low, high = load_float(bounds, blocks * 2, row_mask), load_float(bounds, blocks * 2 + 1, row_mask)
-    code = load_code(codes + first * BLOCK, elements, mask)
+    code = load_code_for(values, codes, first * BLOCK, elements, mask)
     store(values + first * BLOCK, elements, log.decode(code, low, high), mask)
 
 
@@ -181,8 +181,9 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
         values = values.to(x.dtype)
         _finish(x, statistics, None, lambda: values)
         return values
-    rows, warps = launch.rows_of(f"{settings} measured", block_size, flat.element_size())
-    tiles = launch.MEASURED_TILES
+    settings = f"{settings} measured"
+    rows, warps = launch.rows_of(settings, block_size, flat.element_size())
+    tiles = launch.tiles_of(settings, rows * block_size, flat.element_size())
     partials = empty_partials(flat, triton.cdiv(flat.numel(), rows * block_size * tiles))
     constants |= {"TILES": tiles}
     kernel = measured_fake_quantize_kernel

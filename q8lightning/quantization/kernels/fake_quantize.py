@@ -14,32 +14,31 @@ from q8lightning.quantization.kernels.tiles import load_float, store, tile
 @triton.jit
 def fake_quantize_kernel(
     x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     first, _, _, elements, mask, _ = tile(numel, ROWS, BLOCK)
     x_tile = load_float(x + first * BLOCK, elements, mask)
-    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS)
+    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS)
     store(values + first * BLOCK, elements, value, mask)
 
 
 @triton.jit
 def measured_fake_quantize_kernel(
     x, values, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * (TILES * ROWS * BLOCK)
     left = tl.minimum(numel - start, TILES * ROWS * BLOCK).to(tl.int32)
     fake_quantize_tiles(
         x + start, values + start, values + start, left, table, levels, partials, tl.program_id(0), tl.num_programs(0),
-        ROWS, BLOCK, TILES, SEARCH, SHIFT, LOWEST, HALF, BITS, False,
+        ROWS, BLOCK, TILES, SEARCH, SHIFT, BITS, False,
     )  # fmt: skip
 
 
 @triton.jit
 def fake_quantize_tiles(
     x, values, masters, left, table, levels, partials, column, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr,
-    BITS: tl.constexpr, KEEP: tl.constexpr,
+    TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Fake-quantize and measure tile after tile, each loaded while the one before is worked on.
 
@@ -54,7 +53,7 @@ def fake_quantize_tiles(
         following = at + ROWS * BLOCK
         ahead = tl.load(x + following, mask=following < left, other=0.0)
         value = original.to(tl.float32)
-        quantized = rounded(codec.fake_quantize(value, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS), values)
+        quantized = rounded(codec.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS), values)
         if KEEP:
             tl.store(masters + at, original, mask=at < left)
         tl.store(values + at, quantized, mask=at < left)

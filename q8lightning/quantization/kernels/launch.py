@@ -12,10 +12,18 @@ from q8lightning.quantization.kernels.totals import empty_partials, total
 
 
 class Settings(NamedTuple):
-    """How a kernel is launched: elements of a program, or one row if that is larger, and its warps."""
+    """How a kernel is launched.
+
+    Attributes:
+        tile: Elements of a tile, or one row if that is larger.
+        warps: Warps of a program.
+        tiles: Tiles that a program measures one after the other, so that sums are exchanged between lanes only at the
+            end; fewer where rows are longer. For groups, their segments decide.
+    """
 
     tile: int
     warps: int
+    tiles: int = 1
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
@@ -25,8 +33,8 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(512, 1), Settings(512, 1)),
-    "fake_quantize in cells measured": (Settings(512, 1), Settings(256, 1)),
+    "fake_quantize measured": (Settings(1024, 2, 4), Settings(512, 1, 16)),
+    "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(256, 1, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
     "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
@@ -46,6 +54,10 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "group engage in cells": (Settings(1024, 2), Settings(1024, 1)),
     "measured group engage": (Settings(512, 1), Settings(512, 1)),
     "measured group engage in cells": (Settings(512, 1), Settings(256, 1)),
+    "measured group codebook": (Settings(512, 1), Settings(512, 1)),
+    "measured group in cells": (Settings(512, 1), Settings(512, 1)),
+    "measured group residual": (Settings(512, 1), Settings(512, 1)),
+    "measured group log": (Settings(512, 1), Settings(512, 1)),
     "group release": (Settings(2048, 2), Settings(4096, 2)),
 }
 
@@ -55,8 +67,8 @@ DECODED_ROW = 256
 LOG_ROW = 64
 """Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
 
-MEASURED_TILES = 16
-"""Tiles of a program that fake-quantizes and measures: enough to add up between lanes only once in a while."""
+VALUES_OF_A_WARP = 2048
+"""At most: 64 a thread."""
 
 INTERPRETED = bool(bits.INTERPRETED)
 """Whether the kernels run in Triton's interpreter instead of on a GPU."""
@@ -64,9 +76,17 @@ INTERPRETED = bool(bits.INTERPRETED)
 
 def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
     """Return how many rows of a tile a program handles and its warps, for float values of ``itemsize`` bytes."""
-    tile, warps = SETTINGS[settings][itemsize < 4]
+    tile, warps, _ = SETTINGS[settings][itemsize < 4]
     rows = max(tile // row, 1)
-    return rows, min(max(rows * row // tile * warps, warps), 8)  # longer rows get more warps, not more registers
+    # Longer rows get more warps, not more registers than there are; sums take up some too.
+    a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
+    return rows, min(max(rows * row // a_warp, warps), 8)
+
+
+def tiles_of(settings: str, elements: int, itemsize: int) -> int:
+    """Return how many tiles of so many elements a program handles."""
+    tile, _, tiles = SETTINGS[settings][itemsize < 4]
+    return max(tile * tiles // elements, 1)
 
 
 def run(
@@ -155,7 +175,5 @@ def search_constants(tables: Tables) -> dict[str, int | str]:
     return {
         "SEARCH": tables.search,
         "SHIFT": tables.shift,
-        "LOWEST": tables.lowest,
-        "HALF": tables.half,
         "BITS": tables.bits,
     }
