@@ -26,7 +26,7 @@ from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.kernels import codec, log
 from q8lightning.quantization.kernels.bits import is_finite, rounded
 from q8lightning.quantization.kernels.fake_quantize import fake_quantize_tiles
-from q8lightning.quantization.kernels.launch import LOG_ROW, empty, search_constants
+from q8lightning.quantization.kernels.launch import LOG_ROW, empty, in_pairs, search_constants
 from q8lightning.quantization.kernels.statistics import (
     add,
     add_in_units,
@@ -142,7 +142,7 @@ def _measured_encode_kernel(
     scales += tl.load(row + 3)
 
     elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK)
+    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, False)
     wrong = 0
     ahead = tl.load(x + elements, mask=elements < left, other=0.0)
     for i in range(tiles):
@@ -155,7 +155,7 @@ def _measured_encode_kernel(
         )  # fmt: skip
         wrong |= tile_wrong
         error, squares, largest, zeros, zeroed = add(
-            values, decoded.to(tl.float32), error, squares, largest, zeros, zeroed
+            values, decoded.to(tl.float32), values, decoded, error, squares, largest, zeros, zeroed, False
         )
     if wrong != 0:
         tl.atomic_or(failed + tl.load(row + 5), 1)
@@ -227,7 +227,7 @@ def _engage_kernel(
 @triton.jit
 def _measured_engage_kernel(
     x, masters, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
@@ -239,7 +239,7 @@ def _measured_engage_kernel(
     there = masters + tl.multiple_of(tl.load(row + 2), MULTIPLE)
     fake_quantize_tiles(
         here, here, there, left, table, levels, partials, segment, tl.num_programs(0),
-        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, True,
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, True, IN_PAIRS,
     )  # fmt: skip
 
 
@@ -360,7 +360,8 @@ def engage(
             _run(_engage_kernel, launch, launch.programs, *parts, **constants)
         else:
             partials = empty_partials(launch.work, len(launch.work))
-            _run(_measured_engage_kernel, launch, len(launch.work), *parts, partials, **constants)
+            pairs = launch.aligned and in_pairs(x)
+            _run(_measured_engage_kernel, launch, len(launch.work), *parts, partials, IN_PAIRS=pairs, **constants)
             _collect(partials, launch, SEGMENT, statistics)
 
 

@@ -17,8 +17,9 @@ class Settings(NamedTuple):
     Attributes:
         tile: Elements of a tile, or one row if that is larger.
         warps: Warps of a program.
-        tiles: Tiles that a program measures one after the other, so that sums are exchanged between lanes only at the
-            end; fewer where rows are longer. For groups, their segments decide.
+        tiles: Tiles of a program whose kernel loads one while it works on the one before, fewer where rows are longer:
+            it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
+            segments decide.
     """
 
     tile: int
@@ -33,15 +34,15 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(1024, 2, 4), Settings(512, 1, 16)),
-    "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(256, 1, 16)),
+    "fake_quantize measured": (Settings(512, 1, 4), Settings(512, 1, 16)),
+    "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
     "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
     "dequantize_residual": (Settings(1024, 2), Settings(4096, 2)),
     "quantize_log": (Settings(2048, 2), Settings(2048, 2)),
-    "dequantize_log": (Settings(2048, 1), Settings(2048, 1)),
+    "dequantize_log": (Settings(2048, 1, 4), Settings(2048, 1, 4)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
     "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
     "group codebook": (Settings(2048, 1), Settings(2048, 1)),
@@ -142,12 +143,25 @@ def run_encoder(
 
 
 def run_decoder(
-    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
+    kernel: Any,
+    settings: str,
+    block_size: int,
+    tensors: tuple[Tensor, ...],
+    itemsize: int,
+    *,
+    looped: bool = False,
+    **constants: Any,
 ) -> None:
-    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
+    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values.
+
+    With ``looped``, a program of the kernel handles several tiles.
+    """
     row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
     rows, warps = rows_of(settings, row, itemsize)
-    run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
+    tiles = tiles_of(settings, rows * row, itemsize) if looped else 1
+    if looped:
+        constants["TILES"] = tiles
+    run(kernel, rows, warps, row, tensors, tiles=tiles, PARTS=block_size // row, **constants)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -168,6 +182,13 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def block_count(x: Tensor, block_size: int) -> int:
     return -(-x.numel() // block_size)
+
+
+def in_pairs(x: Tensor) -> bool:
+    """Whether ``x`` can be worked on as words with two bfloat16 each, which its device can compare with zero."""
+    if INTERPRETED or x.dtype != torch.bfloat16 or x.numel() % 2 or x.data_ptr() % 4:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def search_constants(tables: Tables) -> dict[str, int | str]:

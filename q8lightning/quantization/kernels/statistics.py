@@ -11,7 +11,7 @@ bits.
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.kernels.bits import INTERPRETED, MAGNITUDE, bits_of, float_of
+from q8lightning.quantization.kernels.bits import INTERPRETED, MAGNITUDE, bits_of, float_of, pair_of
 
 SAFE_FROM, SAFE_TO = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 """If a sum of squares lies between these, neither it nor that of its errors has lost anything to the range
@@ -26,8 +26,8 @@ def measure(x, decoded, left, partials, column, columns):
     filling with zeros.
     """
     decoded = decoded.to(tl.float32)
-    error, squares, largest, zeros, zeroed = nothing(x.shape[0], x.shape[1])
-    error, squares, largest, zeros, zeroed = add(x, decoded, error, squares, largest, zeros, zeroed)
+    error, squares, largest, zeros, zeroed = nothing(x.shape[0], x.shape[1], False)
+    error, squares, largest, zeros, zeroed = add(x, decoded, x, decoded, error, squares, largest, zeros, zeroed, False)
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     unit = 1.0
     if is_safe(error, squares):
@@ -116,38 +116,60 @@ def _write(error, squares, largest, zeros, zeroed, unit, partials, column, colum
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile."""
+def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile.
+
+    With IN_PAIRS, which only bfloat16 tensors can have, zeros are counted for each two elements in a word.
+    """
     zero = tl.zeros((ROWS, BLOCK // 4), tl.float32)
-    return zero, zero, zero, zero, zero
+    none = tl.zeros((ROWS, BLOCK // 2), tl.int32) if IN_PAIRS else zero
+    return zero, zero, zero, none, none
 
 
 @triton.jit
-def add(x, decoded, error, squares, largest, zeros, zeroed):
-    """Add a tile, with fused operations: no codec depends on how this is rounded."""
+def add(x, decoded, x_words, decoded_words, error, squares, largest, zeros, zeroed, IN_PAIRS: tl.constexpr):
+    """Add a tile, with fused operations: no codec depends on how this is rounded.
+
+    ``x`` and ``decoded``, rounded to the tensor's dtype, are float32. With IN_PAIRS, ``_words`` hold two bfloat16 each.
+    """
     xa, xb, xc, xd = _quarters(x)
     da, db, dc, dd = _quarters(decoded)
     ea, eb, ec, ed = da - xa, db - xb, dc - xc, dd - xd
     error = tl.fma(ea, ea, tl.fma(eb, eb, tl.fma(ec, ec, tl.fma(ed, ed, error))))
     squares = tl.fma(xa, xa, tl.fma(xb, xb, tl.fma(xc, xc, tl.fma(xd, xd, squares))))
     largest = tl.maximum(tl.maximum(largest, tl.abs(ea)), tl.maximum(tl.abs(eb), tl.maximum(tl.abs(ec), tl.abs(ed))))
-    # Tiles without zeros are told by their smallest magnitude, which takes a quarter of the instructions of counting. A
-    # condition would be compiled into instructions that take their time although they do nothing; a loop is not.
-    for _ in range(_has_zero(x).to(tl.int32)):
+    if IN_PAIRS:
+        zeros, zeroed = _add_zeros(zeros, x_words), _add_zeros(zeroed, decoded_words)
+    else:
         zeros += (is_zero(xa) + is_zero(xb)) + (is_zero(xc) + is_zero(xd))
-    zeroed += (is_zero(da) + is_zero(db)) + (is_zero(dc) + is_zero(dd))
+        zeroed += (is_zero(da) + is_zero(db)) + (is_zero(dc) + is_zero(dd))
     return error, squares, largest, zeros, zeroed
+
+
+@triton.jit
+def _add_zeros(count, pair):
+    """Add 1 where a bfloat16 is zero, to bfloat16 counts, which are exact up to 256; two in a word, int32, each."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 zero, is; mov.b32 zero, 0; set.eq.bf16x2.bf16x2 is, $2, zero; add.rn.bf16x2 $0, $1, is; }",
+        "=r,r,r", [count, pair], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _counted(pairs):
+    """Counts in pairs as float32 for each four elements."""
+    first, second = pair_of(pairs)
+    both = first + second
+    first, second = tl.split(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2)))
+    return first + second
 
 
 @triton.jit
 def reduce(error, squares, largest, zeros, zeroed):
     """Add up what :func:`add` has added for each four elements, all in one exchange between lanes."""
+    if zeros.dtype == tl.int32:
+        zeros, zeroed = _counted(zeros), _counted(zeroed)
     return tl.reduce((_flat(error), _flat(squares), _flat(largest), _flat(zeros), _flat(zeroed)), 0, _combine)
-
-
-@triton.jit
-def _has_zero(x):
-    return tl.min(_flat(bits_of(x) & MAGNITUDE), axis=0) == 0
 
 
 @triton.jit
