@@ -54,10 +54,11 @@ def fake_quantize_tiles(
         count = left // 2
     places = tl.arange(0, ROWS)[:, None] * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)[None, :]
     error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, IN_PAIRS)
+    TILE: tl.constexpr = ROWS * BLOCK // WIDTH
     ahead = tl.load(words + places, mask=places < count, other=0)
     for i in range(TILES):
-        original, at = ahead, places + i * (ROWS * BLOCK // WIDTH)
-        following = at + ROWS * BLOCK // WIDTH
+        original, at = ahead, places + i * TILE
+        following = at + TILE
         ahead = tl.load(words + following, mask=following < count, other=0)
         value = unpacked(original, IN_PAIRS)
         quantized = codec.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS)

@@ -20,11 +20,14 @@ class Settings(NamedTuple):
         tiles: Tiles of a program whose kernel loads one while it works on the one before, fewer where rows are longer:
             it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
             segments decide.
+        registers: The most that a thread may have; 0 for as many as the compiler likes. Fewer let more programs share
+            a processor.
     """
 
     tile: int
     warps: int
     tiles: int = 1
+    registers: int = 0
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
@@ -34,7 +37,7 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(512, 1, 4), Settings(512, 1, 16)),
+    "fake_quantize measured": (Settings(1024, 2, 4), Settings(512, 1, 16)),
     "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
@@ -42,7 +45,7 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
     "dequantize_residual": (Settings(1024, 2), Settings(4096, 2)),
     "quantize_log": (Settings(2048, 2), Settings(2048, 2)),
-    "dequantize_log": (Settings(2048, 1, 4), Settings(2048, 1, 4)),
+    "dequantize_log": (Settings(2048, 1), Settings(2048, 1, registers=96)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
     "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
     "group codebook": (Settings(2048, 1), Settings(2048, 1)),
@@ -77,7 +80,7 @@ INTERPRETED = bool(bits.INTERPRETED)
 
 def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
     """Return how many rows of a tile a program handles and its warps, for float values of ``itemsize`` bytes."""
-    tile, warps, _ = SETTINGS[settings][itemsize < 4]
+    tile, warps, *_ = SETTINGS[settings][itemsize < 4]
     rows = max(tile // row, 1)
     # Longer rows get more warps, not more registers than there are; sums take up some too.
     a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
@@ -86,8 +89,14 @@ def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
 
 def tiles_of(settings: str, elements: int, itemsize: int) -> int:
     """Return how many tiles of so many elements a program handles."""
-    tile, _, tiles = SETTINGS[settings][itemsize < 4]
+    tile, _, tiles, _ = SETTINGS[settings][itemsize < 4]
     return max(tile * tiles // elements, 1)
+
+
+def options_of(settings: str, itemsize: int) -> dict[str, int]:
+    """Return the options of the compiler that the settings ask for."""
+    registers = SETTINGS[settings][itemsize < 4].registers
+    return {"maxnreg": registers} if registers and not INTERPRETED else {}
 
 
 def run(
@@ -143,25 +152,13 @@ def run_encoder(
 
 
 def run_decoder(
-    kernel: Any,
-    settings: str,
-    block_size: int,
-    tensors: tuple[Tensor, ...],
-    itemsize: int,
-    *,
-    looped: bool = False,
-    **constants: Any,
+    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
 ) -> None:
-    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values.
-
-    With ``looped``, a program of the kernel handles several tiles.
-    """
+    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
     row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
     rows, warps = rows_of(settings, row, itemsize)
-    tiles = tiles_of(settings, rows * row, itemsize) if looped else 1
-    if looped:
-        constants["TILES"] = tiles
-    run(kernel, rows, warps, row, tensors, tiles=tiles, PARTS=block_size // row, **constants)
+    constants |= options_of(settings, itemsize)
+    run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:

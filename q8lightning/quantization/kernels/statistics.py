@@ -119,10 +119,11 @@ def _write(error, squares, largest, zeros, zeroed, unit, partials, column, colum
 def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_PAIRS: tl.constexpr):
     """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile.
 
-    With IN_PAIRS, which only bfloat16 tensors can have, zeros are counted for each two elements in a word.
+    With IN_PAIRS, which only bfloat16 tensors can have, for each eight, and zeros are counted two in a word.
     """
-    zero = tl.zeros((ROWS, BLOCK // 4), tl.float32)
-    none = tl.zeros((ROWS, BLOCK // 2), tl.int32) if IN_PAIRS else zero
+    WIDTH: tl.constexpr = 8 if IN_PAIRS else 4  # as many as a thread loads at a time
+    zero = tl.zeros((ROWS, BLOCK // WIDTH), tl.float32)
+    none = tl.zeros((ROWS, BLOCK // WIDTH), tl.int32) if IN_PAIRS else zero
     return zero, zero, zero, none, none
 
 
@@ -132,43 +133,54 @@ def add(x, decoded, x_words, decoded_words, error, squares, largest, zeros, zero
 
     ``x`` and ``decoded``, rounded to the tensor's dtype, are float32. With IN_PAIRS, ``_words`` hold two bfloat16 each.
     """
+    if IN_PAIRS:
+        xa, xb = _halves(x)
+        da, db = _halves(decoded)
+        error, squares, largest = _add_quarters(xa, da, error, squares, largest)
+        error, squares, largest = _add_quarters(xb, db, error, squares, largest)
+        zeros, zeroed = _add_zeros(zeros, x_words), _add_zeros(zeroed, decoded_words)
+    else:
+        error, squares, largest = _add_quarters(x, decoded, error, squares, largest)
+        zeros += _zeros_by_four(x)
+        zeroed += _zeros_by_four(decoded)
+    return error, squares, largest, zeros, zeroed
+
+
+@triton.jit
+def _add_quarters(x, decoded, error, squares, largest):
     xa, xb, xc, xd = _quarters(x)
     da, db, dc, dd = _quarters(decoded)
     ea, eb, ec, ed = da - xa, db - xb, dc - xc, dd - xd
     error = tl.fma(ea, ea, tl.fma(eb, eb, tl.fma(ec, ec, tl.fma(ed, ed, error))))
     squares = tl.fma(xa, xa, tl.fma(xb, xb, tl.fma(xc, xc, tl.fma(xd, xd, squares))))
     largest = tl.maximum(tl.maximum(largest, tl.abs(ea)), tl.maximum(tl.abs(eb), tl.maximum(tl.abs(ec), tl.abs(ed))))
-    if IN_PAIRS:
-        zeros, zeroed = _add_zeros(zeros, x_words), _add_zeros(zeroed, decoded_words)
-    else:
-        zeros += (is_zero(xa) + is_zero(xb)) + (is_zero(xc) + is_zero(xd))
-        zeroed += (is_zero(da) + is_zero(db)) + (is_zero(dc) + is_zero(dd))
-    return error, squares, largest, zeros, zeroed
+    return error, squares, largest
 
 
 @triton.jit
-def _add_zeros(count, pair):
+def _zeros_by_four(x):
+    a, b, c, d = _quarters(x)
+    return (is_zero(a) + is_zero(b)) + (is_zero(c) + is_zero(d))
+
+
+@triton.jit
+def _add_zeros(count, words):
     """Add 1 where a bfloat16 is zero, to bfloat16 counts, which are exact up to 256; two in a word, int32, each."""
+    a, b, c, d = _quarters(words)
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 zero, is; mov.b32 zero, 0; set.eq.bf16x2.bf16x2 is, $2, zero; add.rn.bf16x2 $0, $1, is; }",
-        "=r,r,r", [count, pair], dtype=tl.int32, is_pure=True, pack=1,
+        "{ .reg .b32 zero, a, b; mov.b32 zero, 0;"
+        " set.eq.bf16x2.bf16x2 a, $2, zero; set.eq.bf16x2.bf16x2 b, $3, zero; add.rn.bf16x2 a, a, b;"
+        " set.eq.bf16x2.bf16x2 b, $4, zero; add.rn.bf16x2 a, a, b;"
+        " set.eq.bf16x2.bf16x2 b, $5, zero; add.rn.bf16x2 a, a, b; add.rn.bf16x2 $0, $1, a; }",
+        "=r,r,r,r,r,r", [count, a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-def _counted(pairs):
-    """Counts in pairs as float32 for each four elements."""
-    first, second = pair_of(pairs)
-    both = first + second
-    first, second = tl.split(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2)))
-    return first + second
 
 
 @triton.jit
 def reduce(error, squares, largest, zeros, zeroed):
     """Add up what :func:`add` has added for each four elements, all in one exchange between lanes."""
     if zeros.dtype == tl.int32:
-        zeros, zeroed = _counted(zeros), _counted(zeroed)
+        zeros, zeroed = _both(zeros), _both(zeroed)
     return tl.reduce((_flat(error), _flat(squares), _flat(largest), _flat(zeros), _flat(zeroed)), 0, _combine)
 
 
@@ -203,6 +215,23 @@ def is_zero(x):
         return (x == 0.0).to(tl.float32)
     return tl.inline_asm_elementwise(
         "set.eq.f32.f32 $0, $1, 0f00000000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _both(words):
+    """The sum of both counts of a word, float32."""
+    first, second = pair_of(words)
+    return first + second
+
+
+@triton.jit
+def _halves(x):
+    """Of each eight elements the first and the last four."""
+    return tl.split(
+        tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 4)), (0, 1, 3, 2)).reshape(
+            x.shape[0], x.shape[1] // 2, 2
+        )
     )
 
 
