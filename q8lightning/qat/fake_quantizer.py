@@ -109,7 +109,7 @@ class FakeQuantizer:
                 parameter.grad = None
 
     def master(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the master of a weight that holds quantized values now, as a view of the buffer; None for others."""
+        """Return the master of a weight that holds quantized values now; None for others."""
         if not self.engaged or id(parameter) not in self._places:
             return None
         group, index = self._places[id(parameter)]
@@ -132,6 +132,7 @@ class FakeQuantizer:
             self._statistics = {
                 names[id(tensor)]: ErrorStatistics(*row.unbind())
                 for group, rows in zip(self._groups, measured, strict=True)
+                if rows is not None
                 for tensor, row in zip(group.tensors, rows, strict=True)
             }
 

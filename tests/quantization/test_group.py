@@ -5,10 +5,11 @@ import torch
 from oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization import group as group_module
+from q8lightning.quantization import group_batches
 from q8lightning.quantization import reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook
-from q8lightning.quantization.group import FakeQuantizeGroup, chosen_blocks, mix
+from q8lightning.quantization.block_choice import chosen_blocks, mix
+from q8lightning.quantization.group import FakeQuantizeGroup
 
 MINE = Codebook("mine", (-1.0, -0.3, 0.0, 0.4, 1.0))
 BOOKS = [*(book for book in BUILTIN.values() if book.signed), MINE]
@@ -91,20 +92,72 @@ def test_batching_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return live
 
     together = values()
-    monkeypatch.setattr(group_module, "BATCH", 1)
+    monkeypatch.setattr(group_batches, "BATCH", 1)
     for one, other in zip(values(), together, strict=True):
         assert same_bits(one, other)
 
 
-def test_the_buffer_is_made_once() -> None:
-    group = FakeQuantizeGroup([torch.randn(100), torch.randn(50)], BUILTIN["linear"], 32)
-    before = [master.data_ptr() for master in group.masters]
+def test_the_buffer_is_made_once_and_released_tensors_lie_where_they_lay() -> None:
+    live = [torch.nn.Parameter(torch.randn(100)), torch.nn.Parameter(torch.randn(50))]
+    own = [tensor.data_ptr() for tensor in live]
+    group = FakeQuantizeGroup(live, BUILTIN["linear"], 32)
+    engaged_at = []
     for _ in range(3):
         group.engage()
+        assert [master.data_ptr() for master in group.masters] == own
+        engaged_at.append([tensor.data_ptr() for tensor in live])
+        assert live[0].untyped_storage().data_ptr() == live[1].untyped_storage().data_ptr()
+        assert live[0].untyped_storage().nbytes() == 2 * 512  # one buffer, a slot for each
         group.release()
-    assert [master.data_ptr() for master in group.masters] == before
-    assert group.masters[0].untyped_storage().nbytes() == (128 + 64) * 4  # whole blocks, one buffer
-    assert group.masters[0].untyped_storage().data_ptr() == group.masters[1].untyped_storage().data_ptr()
+        assert [tensor.data_ptr() for tensor in live] == own
+    assert engaged_at[0] == engaged_at[1] == engaged_at[2]
+    assert not set(engaged_at[0]) & set(own)
+    assert all(address % 512 == engaged_at[0][0] % 512 for address in engaged_at[0])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a part of other memory", "the same memory twice"])
+def test_tensors_in_memory_that_others_share_stay_where_they_are(whole: bool) -> None:
+    memory = torch.randn(192)
+    views = [memory.view(12, 16), memory.view(12, 16)] if whole else [memory[:64], memory[40:168]]
+    live = [torch.nn.Parameter(view) for view in views]
+    own, before = [view.data_ptr() for view in views], memory.clone()
+    originals = [view.clone() for view in views]
+    group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
+    for _ in range(2):
+        group.engage()
+        assert [tensor.data_ptr() for tensor in live] == own
+        assert same_bits(views[1], expected(originals[1], BUILTIN["int2"], 32, None))  # others see it
+        for master, original in zip(group.masters, originals, strict=True):
+            assert same_bits(master, original)
+        group.release()
+        assert same_bits(memory, before)
+
+
+def test_tensors_that_moved_while_engaged_get_their_masters_where_they_are() -> None:
+    parameter = torch.nn.Parameter(torch.randn(64))
+    original = parameter.detach().clone()
+    group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
+    group.engage()
+    parameter.data = parameter.data.double()
+    address = parameter.data_ptr()
+    group.release()
+    assert parameter.dtype == torch.float64
+    assert parameter.data_ptr() == address
+    assert same_bits(parameter.detach(), original)
+
+
+def test_tensors_that_changed_their_dtype_get_a_new_buffer() -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 16))
+    group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
+    group.engage()
+    group.release()
+    parameter.data = parameter.data.half().t().contiguous().t()
+    original = parameter.detach().clone()
+    group.engage()
+    assert parameter.dtype == torch.float16
+    assert parameter.stride() == (1, 4)
+    assert same_bits(parameter.detach(), expected(original, BUILTIN["int2"], 32, None))
+    assert same_bits(group.masters[0], original)
 
 
 def test_what_autograd_saved_stays_valid() -> None:

@@ -146,9 +146,9 @@ def decode(code, levels, scale, SEARCH: tl.constexpr):
 
 @triton.jit
 def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
-                  HALF: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
-    """As ``reference.fake_quantize``, float32."""
-    scale = block_scale(x, 0)
+                  HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):  # fmt: skip
+    """As ``reference.dequantize`` of ``reference.quantize``, float32."""
+    scale = block_scale(x, END)
     if SEARCH == "linear":
         # In a block that is not finite the levels may be NaN already.
         value = linear_level(linear_steps(x * reciprocal(scale)[:, None]))
