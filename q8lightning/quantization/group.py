@@ -1,9 +1,9 @@
 """Many tensors that show quantized values together, and then their own again: what QAT engages and releases.
 
 A group lays a buffer, once, in which every tensor has a slot of its shape and strides. To engage is to write the
-quantized values there, on a GPU in one launch for each dtype, and to let the tensors point at their slots; to release is
-to let them point at their own memory again. Nothing is copied back, and nothing that happens in between can lose the
-originals (the masters): nobody wrote to them.
+quantized values there, on a GPU in one launch for each dtype, and to let the tensors point at their slots; to release
+is to let them point at their own memory again. Nothing is copied back, and nothing that happens in between can lose the
+originals (the masters), because nobody writes to them.
 
 Tensors that lie in memory which others share (the weights that cuDNN's recurrent layers keep in one piece, views) stay
 where they are: their values change places with those of the slot.

@@ -74,7 +74,7 @@ class Batch:
                 for index, count in zip(self.indices, counts, strict=True)
             ]
             values = torch.where(torch.cat(chosen)[:, None], values, together.view(-1, size))
-        for index, each, part in zip(self.indices, rows, values.split(counts), strict=True):
+        for index, each, part in zip(self.indices, rows, torch.split(values, counts), strict=True):
             slot = slots[index]
             slot.copy_(self.codec.from_rows(part.reshape(each.shape[0], -1)[:, : each.shape[1]], slot))
             if statistics is not None:
@@ -117,7 +117,7 @@ def has_kernels(tensor: Tensor) -> bool:
 def _in_launch(indices: list[int], slots: Sequence[Tensor], codec: WeightCodec) -> InLaunch:
     storage = slots[indices[0]].untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    starts = tuple(slots[index].storage_offset() * slots[index].element_size() for index in indices)
+    starts = tuple(int(slots[index].storage_offset()) * slots[index].element_size() for index in indices)
     return InLaunch(tuple(indices), codec, buffer, starts)
 
 
