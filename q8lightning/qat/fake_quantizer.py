@@ -113,7 +113,7 @@ class FakeQuantizer:
         if not self.engaged or id(parameter) not in self._places:
             return None
         group, index = self._places[id(parameter)]
-        return group.masters[index]
+        return group.masters[index].detach()  # another tensor, whose owner may change what it points at
 
     def close(self) -> None:
         """Release the weights and take all hooks off the model."""

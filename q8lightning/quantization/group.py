@@ -84,11 +84,11 @@ class FakeQuantizeGroup:
         for batch in self._batches:
             batch.write(self._own, self._slots, share, seed, statistics)
         self.masters = list(self._own)
+        if any(self._shared):
+            self._exchange_shared()
         for tensor, slot, shared in zip(self.tensors, self._slots, self._shared, strict=True):
             if not shared:
                 tensor.data = slot
-        if any(self._shared):
-            self._exchange_shared()
         self.engaged = True
         return statistics
 
@@ -120,7 +120,6 @@ class FakeQuantizeGroup:
         if addresses == self._addresses:
             return  # and what lay there is still alive, because it is held here
         self._own = [tensor.data for tensor in self.tensors]
-        self._addresses = addresses
         storages = [own.untyped_storage() for own in self._own]
         users = Counter(storage.data_ptr() for storage in storages)
         self._shared = [
@@ -133,6 +132,7 @@ class FakeQuantizeGroup:
                 self._slots = _slots(self._own)
                 self._batches = batches(self._own, self._slots, self._codec)
             self._layout = layout
+        self._addresses = addresses
 
 
 def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:

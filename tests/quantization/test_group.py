@@ -226,6 +226,23 @@ def test_a_larger_share_keeps_the_blocks_of_a_smaller_one_at_the_same_seed() -> 
     assert not bool((few & ~many).any())
 
 
+def test_what_raises_while_engaging_leaves_the_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.randn(128)
+    live = [torch.nn.Parameter(torch.randn(64)), torch.nn.Parameter(memory[:64])]
+    before, own = [x.detach().clone() for x in live], [x.data_ptr() for x in live]
+    group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
+
+    def out_of_memory(self: FakeQuantizeGroup) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(FakeQuantizeGroup, "_exchange_shared", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        group.engage()
+    assert not group.engaged
+    assert [x.data_ptr() for x in live] == own
+    assert all(map(same_bits, map(Tensor.detach, live), before))
+
+
 def test_tensors_that_moved_are_found_again() -> None:
     parameter = torch.nn.Parameter(torch.randn(64))
     group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
