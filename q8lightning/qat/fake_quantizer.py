@@ -123,7 +123,11 @@ class FakeQuantizer:
         self._handles.clear()
 
     def _write(self, share: float, seed: int, measure: bool) -> None:
-        measured = [group.engage(share, seed, measure) for group in self._groups]
+        try:
+            measured = [group.engage(share, seed, measure) for group in self._groups]
+        except BaseException:
+            self.release()  # those groups that got so far
+            raise
         self._state = (share, seed)
         for activation in self._activations:
             activation.enabled = True
