@@ -59,7 +59,7 @@ def fake_quantize_rows(x: Tensor, codebook: str, row: int) -> Tensor:
         return reference.fake_quantize_rows(x, get_codebook(codebook), row)
     padded = torch.nn.functional.pad(rows, (0, width - row)) if row < width else rows  # zeros change no scale
     values = backend_of(x).fake_quantize(padded, get_codebook(codebook), width)
-    return values[:, :row].reshape(x.shape)
+    return values[:, :row].contiguous().view(x.shape)
 
 
 @fake_quantize_rows.register_fake
