@@ -1,7 +1,10 @@
 """From a device to the host: one pass over the live memory of the device now, the copy to the host later."""
 
+import mmap
 import warnings
+import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,12 +18,13 @@ class PinnedMemory:
     """One stretch of page-locked host memory that is kept from save to save, as large as the largest of them.
 
     It is registered memory rather than torch's own pinned memory, which is rounded up to a power of two and cached
-    until the process ends.
+    until the process ends. Its pages are its own: registered memory that shares a page with other memory, or that is
+    freed while it is registered, makes later registrations fail.
     """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        self._registered = False
+        self._unregister: weakref.finalize[..., Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -31,15 +35,21 @@ class PinnedMemory:
         """Return ``[nbytes]`` uint8; what an earlier call returned is no longer valid."""
         if self._memory is None or self._memory.nbytes < nbytes:
             self.release()
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
-            self._registered = _register(self._memory)
+            pages = mmap.mmap(-1, nbytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a wish: huge pages are locked in a fraction of the time
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = torch.frombuffer(pages, dtype=torch.uint8)
+            if _register(self._memory):
+                # Also when nobody calls release: before the memory is unmapped.
+                self._unregister = weakref.finalize(self, _unregister, self._memory)
         return self._memory[:nbytes]
 
     def release(self) -> None:
         """Give the memory back."""
-        if self._memory is not None and self._registered:
-            torch.cuda.check_error(int(_cuda().cudaHostUnregister(self._memory.data_ptr())))
-        self._memory, self._registered = None, False
+        if self._unregister is not None:
+            self._unregister()
+        self._memory, self._unregister = None, None
 
 
 def _register(memory: Tensor) -> bool:
@@ -49,6 +59,8 @@ def _register(memory: Tensor) -> bool:
     try:
         torch.cuda.check_error(int(_cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
     except RuntimeError as error:
+        with suppress(RuntimeError):  # or the next kernel of anybody would report the error once more
+            torch.zeros(1, device="cuda")
         warnings.warn(
             f"cannot lock {memory.nbytes:,} bytes of host memory for checkpoints ({error}); copies from the GPU take"
             " longer, in the background if async_save=True; raise the limit of locked memory (ulimit -l)",
@@ -56,6 +68,10 @@ def _register(memory: Tensor) -> bool:
         )
         return False
     return True
+
+
+def _unregister(memory: Tensor) -> None:
+    torch.cuda.check_error(int(_cuda().cudaHostUnregister(memory.data_ptr())))
 
 
 def _cuda() -> Any:

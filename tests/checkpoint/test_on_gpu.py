@@ -1,5 +1,6 @@
 """The same promises where the tensors live on a GPU: encoded there by the kernels, decoded there or on the host."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,15 @@ def test_pinned_memory_is_reused_and_given_back(module: nn.Module, tmp_path: Pat
     assert len(addresses) == 1
     io.teardown()
     assert io._memory.nbytes == 0
+
+
+def test_host_memory_that_nobody_gave_back_disturbs_nobody(module: nn.Module, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # memory that cannot be locked is worth a warning
+        for step in range(30):
+            io = QuantizedCheckpointIO()
+            io.save_checkpoint(checkpoint_of(module, step), tmp_path / "a.ckpt")
+    assert torch.zeros(3, device="cuda").sum() == 0
 
 
 def test_the_memory_of_the_device_is_let_go(module: nn.Module, tmp_path: Path) -> None:

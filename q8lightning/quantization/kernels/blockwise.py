@@ -25,7 +25,7 @@ from q8lightning.quantization.kernels.launch import INTERPRETED as INTERPRETED
 from q8lightning.quantization.kernels.launch import block_count, empty, flattened, kernel_dtype, search_constants
 from q8lightning.quantization.kernels.statistics import measure
 from q8lightning.quantization.kernels.tables import tables_of
-from q8lightning.quantization.kernels.tiles import load_code, load_float, store, tile
+from q8lightning.quantization.kernels.tiles import codes_in, load_bytes_for, load_code, load_float, store, tile
 from q8lightning.quantization.kernels.totals import empty_partials, total
 
 # Kernels
@@ -34,12 +34,12 @@ from q8lightning.quantization.kernels.totals import empty_partials, total
 @triton.jit
 def _quantize_kernel(
     x, codes, scale, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
     END: tl.constexpr,
 ):  # fmt: skip
     first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
     values = load_float(x + first * BLOCK, elements, mask)
-    code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
+    code, block_scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
     store(codes + first * BLOCK, elements, code, mask)
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
@@ -100,12 +100,27 @@ def _quantize_log_kernel(
 
 
 @triton.jit
-def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
-    blocks = (first + rows) // PARTS
+def _dequantize_log_kernel(
+    codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr
+):
+    """Tile after tile, each loaded while the one before is worked on."""
+    first = tl.program_id(0).to(tl.int64) * (TILES * ROWS)
+    left = tl.minimum(numel - first * BLOCK, TILES * ROWS * BLOCK).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    low, high, loaded = _load_log_tile(codes, bounds, values, first, left, rows, elements, BLOCK, PARTS)
+    for _ in range(TILES):
+        now, here, mask = (low, high, loaded), values + first * BLOCK, elements < left
+        first, left = first + ROWS, left - ROWS * BLOCK
+        low, high, loaded = _load_log_tile(codes, bounds, values, first, left, rows, elements, BLOCK, PARTS)
+        store(here, elements, log.decode(codes_in(now[2]), now[0], now[1]), mask)
+
+
+@triton.jit
+def _load_log_tile(codes, bounds, values, first, left, rows, elements, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    blocks, row_mask = (first + rows) // PARTS, rows * BLOCK < left
     low, high = load_float(bounds, blocks * 2, row_mask), load_float(bounds, blocks * 2 + 1, row_mask)
-    code = load_code(codes + first * BLOCK, elements, mask)
-    store(values + first * BLOCK, elements, log.decode(code, low, high), mask)
+    return low, high, load_bytes_for(values, codes, first * BLOCK, elements, elements < left)
 
 
 @triton.jit
@@ -181,10 +196,11 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
         values = values.to(x.dtype)
         _finish(x, statistics, None, lambda: values)
         return values
-    rows, warps = launch.rows_of(f"{settings} measured", block_size, flat.element_size())
-    tiles = launch.MEASURED_TILES
+    settings = f"{settings} measured"
+    rows, warps = launch.rows_of(settings, block_size, flat.element_size())
+    tiles = launch.tiles_of(settings, rows * block_size, flat.element_size())
     partials = empty_partials(flat, triton.cdiv(flat.numel(), rows * block_size * tiles))
-    constants |= {"TILES": tiles}
+    constants |= {"TILES": tiles, "IN_PAIRS": launch.in_pairs(flat)}
     kernel = measured_fake_quantize_kernel
     launch.run(kernel, rows, warps, block_size, (*parts, partials), tiles=tiles, **constants)
     total(partials, statistics)
@@ -225,7 +241,7 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     """Values ``[*codes.shape]`` of ``dtype``."""
     values = empty(codes, *codes.shape, dtype=kernel_dtype(dtype))
     parts = codes.reshape(-1), bounds.contiguous(), values
-    launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size())
+    launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size(), looped=True)
     return values.to(dtype)
 
 

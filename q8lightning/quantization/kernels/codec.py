@@ -73,8 +73,19 @@ def normalise(x, scale):
 
 
 @triton.jit
-def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr,
-                 BITS: tl.constexpr):  # fmt: skip
+def look_up(table, index):
+    """The patterns, int32, of ``table[index]`` for an int32 index that is not negative."""
+    if INTERPRETED:
+        return tl.load(table + index).to(tl.int32, bitcast=True)
+    # One multiplication makes the address; the compiler takes two instructions.
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at]; }", "=r,r,l",
+        [index, table.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """How many thresholds lie below each normalised value; see ``tables.Tables`` for what tells the search."""
     if SEARCH == "linear":
         code = round_to_code(y * 127.0, 127)
@@ -82,9 +93,7 @@ def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl
         share = bits_of(1.0 - reciprocal_to_two(tl.abs(y) + 1.0)) | (bits_of(y) & SIGN)
         code = round_to_code(float_of(share) * 254.0, 127)
     elif SEARCH == "cells":
-        bits = bits_of(y)
-        cell = tl.maximum((bits & MAGNITUDE) >> SHIFT, LOWEST) - LOWEST
-        word = tl.load(table + tl.where(bits < 0, cell + HALF, cell))
+        word = look_up(table, (y.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32))
         code = (word & 0xFF) + (y > float_of(word & -0x100)).to(tl.int32)
     else:
         code = tl.zeros(y.shape, tl.int32)
@@ -95,11 +104,12 @@ def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl
 
 
 @triton.jit
-def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr,
-           BITS: tl.constexpr, END: tl.constexpr):  # fmt: skip
+def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
     """As ``reference.quantize``: codes and scale."""
     scale = block_scale(x, END)
-    return nearest_code(normalise(x, scale), table, SEARCH, SHIFT, LOWEST, HALF, BITS), scale
+    # Cells have one for what is not finite.
+    y = x * reciprocal(scale)[:, None] if SEARCH == "cells" else normalise(x, scale)
+    return nearest_code(y, table, SEARCH, SHIFT, BITS), scale
 
 
 @triton.jit
@@ -135,7 +145,7 @@ def level(code, levels, SEARCH: tl.constexpr):
         k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
         return tl.where(code == 255, 0.0, linear_level(k))
     else:
-        return tl.load(levels + code)
+        return float_of(look_up(levels, code))
 
 
 @triton.jit
@@ -145,16 +155,14 @@ def decode(code, levels, scale, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
-                  HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):  # fmt: skip
+def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
     """As ``reference.dequantize`` of ``reference.quantize``, float32."""
     scale = block_scale(x, END)
+    y = x * reciprocal(scale)[:, None]  # NaN only in a block that is not finite, whatever its codes
     if SEARCH == "linear":
-        # In a block that is not finite the levels may be NaN already.
-        value = linear_level(linear_steps(x * reciprocal(scale)[:, None]))
+        value = linear_level(linear_steps(y))
     else:
-        code = nearest_code(normalise(x, scale), table, SEARCH, SHIFT, LOWEST, HALF, BITS)
-        value = level(code, levels, SEARCH)
+        value = level(nearest_code(y, table, SEARCH, SHIFT, BITS), levels, SEARCH)
     return value * nan_unless_finite(scale)[:, None]
 
 

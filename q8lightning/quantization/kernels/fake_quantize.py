@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from q8lightning.quantization.kernels import codec
-from q8lightning.quantization.kernels.bits import rounded
+from q8lightning.quantization.kernels.bits import as_pairs, packed, rounded, unpacked
 from q8lightning.quantization.kernels.statistics import add, measure_many, nothing
 from q8lightning.quantization.kernels.tiles import load_float, store, tile
 
@@ -18,54 +18,62 @@ from q8lightning.quantization.kernels.tiles import load_float, store, tile
 @triton.jit
 def fake_quantize_kernel(
     x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     first, _, _, elements, mask, _ = tile(numel, ROWS, BLOCK)
     x_tile = load_float(x + first * BLOCK, elements, mask)
-    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS, 0)
+    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0)
     store(values + first * BLOCK, elements, value, mask)
 
 
 @triton.jit
 def measured_fake_quantize_kernel(
     x, values, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * (TILES * ROWS * BLOCK)
     left = tl.minimum(numel - start, TILES * ROWS * BLOCK).to(tl.int32)
     fake_quantize_tiles(
         x + start, values + start, left, table, levels, partials, tl.program_id(0), tl.num_programs(0), 0, 0, 0, 0,
-        ROWS, BLOCK, TILES, SEARCH, SHIFT, LOWEST, HALF, BITS, 0, False,
+        ROWS, BLOCK, TILES, SEARCH, SHIFT, BITS, 0, False, IN_PAIRS,
     )  # fmt: skip
 
 
 @triton.jit
 def fake_quantize_tiles(
     x, values, left, table, levels, partials, column, columns, seed, limit, number, block, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
-    HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr, CHOOSE: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    END: tl.constexpr, CHOOSE: tl.constexpr, IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Fake-quantize and measure tile after tile, each loaded while the one before is worked on.
 
     Sums stay with their lanes until the last tile. With CHOOSE only some blocks are quantized, see :func:`is_chosen`;
-    the first one here has the number ``block``.
+    the first one here has the number ``block``. With IN_PAIRS, for an even number of bfloat16 values that are aligned
+    to 4 bytes, two of them are loaded, stored and compared with zero at a time.
     """
+    WIDTH: tl.constexpr = 2 if IN_PAIRS else 1
+    words, written, count = x, values, left
+    if IN_PAIRS:
+        words, written = as_pairs(x), as_pairs(values)
+        count = left // 2
     rows = tl.arange(0, ROWS)
-    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK)
-    ahead = tl.load(x + elements, mask=elements < left, other=0.0)
+    places = rows[:, None] * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)[None, :]
+    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, IN_PAIRS)
+    ahead = tl.load(words + places, mask=places < count, other=0)
     for i in range(TILES):
-        value, at = ahead.to(tl.float32), elements + i * (ROWS * BLOCK)
-        following = at + ROWS * BLOCK
-        ahead = tl.load(x + following, mask=following < left, other=0.0)
-        quantized = codec.fake_quantize(value, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
+        original, at = ahead, places + i * (ROWS * BLOCK // WIDTH)
+        following = at + ROWS * BLOCK // WIDTH
+        ahead = tl.load(words + following, mask=following < count, other=0)
+        value = unpacked(original, IN_PAIRS)
+        quantized = codec.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END)
         if CHOOSE:
             quantized = tl.where(is_chosen(seed, limit, number, block + i * ROWS + rows)[:, None], quantized, value)
-        quantized = rounded(quantized, values)
-        tl.store(values + at, quantized, mask=at < left)
+        quantized = packed(quantized) if IN_PAIRS else rounded(quantized, values)
+        tl.store(written + at, quantized, mask=at < count)
         error, squares, largest, zeros, zeroed = add(
-            value, quantized.to(tl.float32), error, squares, largest, zeros, zeroed
+            value, unpacked(quantized, IN_PAIRS), original, quantized, error, squares, largest, zeros, zeroed, IN_PAIRS
         )
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     measure_many(error, squares, largest, zeros, zeroed, x, values, elements, left, TILES, partials, column, columns)
 
 

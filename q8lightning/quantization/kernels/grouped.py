@@ -27,8 +27,17 @@ from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.kernels import codec, log
 from q8lightning.quantization.kernels.bits import is_finite, rounded
 from q8lightning.quantization.kernels.fake_quantize import fake_quantize_tiles, is_chosen
-from q8lightning.quantization.kernels.launch import LOG_ROW, search_constants
-from q8lightning.quantization.kernels.statistics import measure
+from q8lightning.quantization.kernels.launch import LOG_ROW, in_pairs, search_constants
+from q8lightning.quantization.kernels.statistics import (
+    add,
+    add_in_units,
+    is_safe,
+    load_again,
+    nothing,
+    reduce,
+    unit_of_tiles,
+    write_many,
+)
 from q8lightning.quantization.kernels.tables import tables_of
 from q8lightning.quantization.kernels.tiles import load_code, load_float, store
 from q8lightning.quantization.kernels.totals import empty_partials, totals
@@ -58,44 +67,118 @@ def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def _encode_tile(
+    values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
+    BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """Encode a tile; return what it decodes to, in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, row_mask = elements < left, rows * BLOCK < left
+    decoded = values
+    if CODEC == "log":
+        code, scale, high = log.encode(values)
+        if STORE:
+            store(scales, rows * 2, scale, row_mask)
+            store(scales, rows * 2 + 1, high, row_mask)
+        if DECODE:
+            decoded = rounded(log.decode(code, scale, high), like)
+    elif CODEC == "residual":
+        code, second, scale = codec.encode_residual(values)
+        if STORE:
+            store(rest, elements, second, mask)
+            store(scales, rows, scale, row_mask)
+        if DECODE:
+            decoded = rounded(codec.decode_residual(code, second, scale), like)
+    else:
+        code, scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
+        if STORE:
+            store(scales, rows, scale, row_mask)
+        if DECODE:
+            decoded = rounded(codec.decode(code, levels, scale, SEARCH), like)
+    if STORE:
+        store(codes, elements, code, mask)
+    return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
+
+
+@triton.jit
 def _encode_kernel(
-    x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    x, codes, scales, failed, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
     if left <= 0:
         return
-    rows = tl.arange(0, ROWS)
-    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask, row_mask = elements < left, rows * BLOCK < left
-    values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
-    here = codes + _start(row, 2, skip, 16 if ALIGNED else 1)
-    blocks = skip // BLOCK
-    if CODEC == "log":
-        code, block_scale, high = log.encode(values)
-        scale = scales + tl.load(row + 3) + blocks * 2
-        store(scale, rows * 2, block_scale, row_mask)
-        store(scale, rows * 2 + 1, high, row_mask)
-        if MEASURE:
-            decoded = rounded(log.decode(code, block_scale, high), x)
-    elif CODEC == "residual":
-        code, rest, block_scale = codec.encode_residual(values)
-        store(codes + _start(row, 4, skip, 16 if ALIGNED else 1), elements, rest, mask)
-        store(scales + tl.load(row + 3) + blocks, rows, block_scale, row_mask)
-        if MEASURE:
-            decoded = rounded(codec.decode_residual(code, rest, block_scale), x)
-    else:
-        code, block_scale = codec.encode(values, table, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
-        store(scales + tl.load(row + 3) + blocks, rows, block_scale, row_mask)
-        if MEASURE:
-            decoded = rounded(codec.decode(code, levels, block_scale, SEARCH), x)
-    store(here, elements, code, mask)
-    wrong = tl.max((~is_finite(block_scale)).to(tl.int32), axis=0)
+    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, elements < left)
+    rest = codes + _start(row, 4, skip, 16 if ALIGNED else 1)
+    _, wrong = _encode_tile(
+        values, x, codes + _start(row, 2, skip, 16 if ALIGNED else 1), rest,
+        scales + tl.load(row + 3) + skip // BLOCK * (2 if CODEC == "log" else 1), left, table, levels,
+        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, END,
+    )  # fmt: skip
     if wrong != 0:
         tl.atomic_or(failed + tl.load(row + 5), 1)
-    if MEASURE:
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def _measured_encode_kernel(
+    x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """A segment a program, tile after tile as in ``fake_quantize_tiles``: sums stay with their lanes."""
+    TILE: tl.constexpr = ROWS * BLOCK
+    segment = tl.program_id(0)
+    row = work + segment.to(tl.int64) * 6
+    left = tl.minimum(tl.load(row), _SEGMENT * TILE).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    tiles = tl.cdiv(left, TILE)
+    x += tl.multiple_of(tl.load(row + 1), MULTIPLE)
+    rest = codes + tl.multiple_of(tl.load(row + 4), 16 if ALIGNED else 1)
+    codes += tl.multiple_of(tl.load(row + 2), 16 if ALIGNED else 1)
+    scales += tl.load(row + 3)
+
+    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, False)
+    wrong = 0
+    ahead = tl.load(x + elements, mask=elements < left, other=0.0)
+    for i in range(tiles):
+        values = ahead.to(tl.float32)
+        following = elements + (i + 1) * TILE
+        ahead = tl.load(x + following, mask=following < left, other=0.0)
+        decoded, tile_wrong = _encode_tile(
+            values, x, codes + i * TILE, rest + i * TILE, scales + i * (ROWS * (2 if CODEC == "log" else 1)),
+            left - i * TILE, table, levels, ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, END,
+        )  # fmt: skip
+        wrong |= tile_wrong
+        error, squares, largest, zeros, zeroed = add(
+            values, decoded.to(tl.float32), values, decoded, error, squares, largest, zeros, zeroed, False
+        )
+    if wrong != 0:
+        tl.atomic_or(failed + tl.load(row + 5), 1)
+
+    error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
+    unit = 1.0
+    if is_safe(error, squares):
+        zeroed -= zeros
+    else:
+        unit, shrink = unit_of_tiles(x, elements, left, tiles)
+        error, squares, zeroed = 0.0, 0.0, 0.0
+        for i in range(tiles):
+            values, _, _ = load_again(x, elements, left, i)
+            decoded, _ = _encode_tile(
+                values, x, codes, rest, scales, left - i * TILE, table, levels,
+                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, END,
+            )  # fmt: skip
+            error, squares, zeroed = add_in_units(values, decoded.to(tl.float32), shrink, error, squares, zeroed)
+        largest = tl.where(error == error, largest, error)
+    write_many(
+        error, squares, largest, zeros, zeroed, unit, elements, left, tiles, partials, segment, tl.num_programs(0)
+    )
 
 
 @triton.jit
@@ -128,7 +211,7 @@ def _decode_kernel(
 def _fake_quantize_kernel(
     x, values, work, table, levels, seed, limit, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 5, ROWS * BLOCK, ALIGNED)
     if left <= 0:
@@ -137,7 +220,7 @@ def _fake_quantize_kernel(
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = elements < left
     original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
-    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, LOWEST, HALF, BITS, END)
+    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
     if CHOOSE:
         blocks = tl.load(row + 3) + skip // BLOCK + rows
         quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)
@@ -147,8 +230,8 @@ def _fake_quantize_kernel(
 @triton.jit(do_not_specialize=["seed", "limit"])
 def _measured_fake_quantize_kernel(
     x, values, work, table, levels, seed, limit, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, LOWEST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     row = work + segment.to(tl.int64) * 5
@@ -160,7 +243,7 @@ def _measured_fake_quantize_kernel(
     fake_quantize_tiles(
         here, there, left, table, levels, partials, segment, tl.num_programs(0),
         seed, limit, tl.load(row + 4), tl.load(row + 3),
-        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, LOWEST, HALF, BITS, END, CHOOSE,
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, END, CHOOSE, IN_PAIRS,
     )  # fmt: skip
 
 
@@ -204,18 +287,19 @@ def encode(
     tables = tables_of(book, buffer.device)
     in_cells = coding.kind == "codebook" and tables.search not in ("linear", "softsign")
     settings = "group in cells" if in_cells else f"group {coding.kind}"
-    group = describe(tensors, starts)
-    for launch in launches(group, coding, coding.block_size, settings, buffer.device):
-        partials = empty_partials(launch.work, launch.programs if statistics is not None else 0)
-        _run(
-            _encode_kernel, launch, launch.programs,
-            tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work,
-            tables.table, tables.levels, partials, ROWS=launch.rows, BLOCK=coding.block_size,
-            MEASURE=statistics is not None, CODEC=coding.kind, **search_constants(tables),
-            END=book.end if coding.signed_scale else 0,
-        )  # fmt: skip
-        if statistics is not None:
-            _collect(partials, launch, 1, statistics)
+    if statistics is not None:
+        settings = f"measured {settings}"
+    constants = {"CODEC": coding.kind, "END": book.end if coding.signed_scale else 0, **search_constants(tables)}
+    for launch in launches(describe(tensors, starts), coding, coding.block_size, settings, buffer.device):
+        parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
+        constants |= {"ROWS": launch.rows, "BLOCK": coding.block_size}
+        if statistics is None:
+            _run(_encode_kernel, launch, launch.programs, *parts, tables.table, tables.levels, **constants)
+        else:
+            partials = empty_partials(launch.work, len(launch.work))
+            measured = *parts, tables.table, tables.levels, partials
+            _run(_measured_encode_kernel, launch, len(launch.work), *measured, **constants)
+            _collect(partials, launch, SEGMENT, statistics)
 
 
 def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None:
@@ -264,7 +348,7 @@ def fake_quantize(
     tables = tables_of(codebook, buffer.device)
     settings = "group fake_quantize" if tables.search in ("linear", "softsign") else "group fake_quantize in cells"
     if statistics is not None:
-        settings += " measured"
+        settings = f"measured {settings}"
     constants = {
         "BLOCK": block_size, "CHOOSE": share < 1.0, **search_constants(tables),
         "END": codebook.end if codebook.one_sided else 0,
@@ -277,9 +361,10 @@ def fake_quantize(
             _run(_fake_quantize_kernel, launch, launch.programs, *parts, ROWS=launch.rows, **constants)
         else:
             partials = empty_partials(launch.work, len(launch.work))
+            pairs = launch.aligned and in_pairs(x)
             _run(
                 _measured_fake_quantize_kernel, launch, len(launch.work), *parts, partials,
-                ROWS=launch.rows, **constants,
+                ROWS=launch.rows, IN_PAIRS=pairs, **constants,
             )  # fmt: skip
             _collect(partials, launch, SEGMENT, statistics)
 

@@ -12,10 +12,19 @@ from q8lightning.quantization.kernels.totals import empty_partials, total
 
 
 class Settings(NamedTuple):
-    """How a kernel is launched: elements of a program, or one row if that is larger, and its warps."""
+    """How a kernel is launched.
+
+    Attributes:
+        tile: Elements of a tile, or one row if that is larger.
+        warps: Warps of a program.
+        tiles: Tiles of a program whose kernel loads one while it works on the one before, fewer where rows are longer:
+            it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
+            segments decide.
+    """
 
     tile: int
     warps: int
+    tiles: int = 1
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
@@ -25,15 +34,15 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(512, 1), Settings(512, 1)),
-    "fake_quantize in cells measured": (Settings(512, 1), Settings(256, 1)),
+    "fake_quantize measured": (Settings(512, 1, 4), Settings(512, 1, 16)),
+    "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
     "dequantize linear": (Settings(512, 1), Settings(1024, 1)),
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
     "dequantize_residual": (Settings(1024, 2), Settings(4096, 2)),
     "quantize_log": (Settings(2048, 2), Settings(2048, 2)),
-    "dequantize_log": (Settings(2048, 1), Settings(2048, 1)),
+    "dequantize_log": (Settings(2048, 1, 4), Settings(2048, 1, 4)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
     "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
     "group codebook": (Settings(2048, 1), Settings(2048, 1)),
@@ -45,8 +54,12 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     # Found for kernels that also copied what they read; not tuned again since.
     "group fake_quantize": (Settings(1024, 2), Settings(1024, 2)),
     "group fake_quantize in cells": (Settings(1024, 2), Settings(1024, 1)),
-    "group fake_quantize measured": (Settings(512, 1), Settings(512, 1)),
-    "group fake_quantize in cells measured": (Settings(512, 1), Settings(256, 1)),
+    "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),
+    "measured group fake_quantize in cells": (Settings(512, 1), Settings(256, 1)),
+    "measured group codebook": (Settings(512, 1), Settings(512, 1)),
+    "measured group in cells": (Settings(512, 1), Settings(512, 1)),
+    "measured group residual": (Settings(512, 1), Settings(512, 1)),
+    "measured group log": (Settings(512, 1), Settings(512, 1)),
 }
 
 DECODED_ROW = 256
@@ -55,8 +68,8 @@ DECODED_ROW = 256
 LOG_ROW = 64
 """Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
 
-MEASURED_TILES = 16
-"""Tiles of a program that fake-quantizes and measures: enough to add up between lanes only once in a while."""
+VALUES_OF_A_WARP = 2048
+"""At most: 64 a thread."""
 
 INTERPRETED = bool(bits.INTERPRETED)
 """Whether the kernels run in Triton's interpreter instead of on a GPU."""
@@ -64,9 +77,17 @@ INTERPRETED = bool(bits.INTERPRETED)
 
 def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
     """Return how many rows of a tile a program handles and its warps, for float values of ``itemsize`` bytes."""
-    tile, warps = SETTINGS[settings][itemsize < 4]
+    tile, warps, _ = SETTINGS[settings][itemsize < 4]
     rows = max(tile // row, 1)
-    return rows, min(max(rows * row // tile * warps, warps), 8)  # longer rows get more warps, not more registers
+    # Longer rows get more warps, not more registers than there are; sums take up some too.
+    a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
+    return rows, min(max(rows * row // a_warp, warps), 8)
+
+
+def tiles_of(settings: str, elements: int, itemsize: int) -> int:
+    """Return how many tiles of so many elements a program handles."""
+    tile, _, tiles = SETTINGS[settings][itemsize < 4]
+    return max(tile * tiles // elements, 1)
 
 
 def run(
@@ -122,12 +143,25 @@ def run_encoder(
 
 
 def run_decoder(
-    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
+    kernel: Any,
+    settings: str,
+    block_size: int,
+    tensors: tuple[Tensor, ...],
+    itemsize: int,
+    *,
+    looped: bool = False,
+    **constants: Any,
 ) -> None:
-    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
+    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values.
+
+    With ``looped``, a program of the kernel handles several tiles.
+    """
     row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
     rows, warps = rows_of(settings, row, itemsize)
-    run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
+    tiles = tiles_of(settings, rows * row, itemsize) if looped else 1
+    if looped:
+        constants["TILES"] = tiles
+    run(kernel, rows, warps, row, tensors, tiles=tiles, PARTS=block_size // row, **constants)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -150,12 +184,17 @@ def block_count(x: Tensor, block_size: int) -> int:
     return -(-x.numel() // block_size)
 
 
+def in_pairs(x: Tensor) -> bool:
+    """Whether ``x`` can be worked on as words with two bfloat16 each, which its device can compare with zero."""
+    if INTERPRETED or x.dtype != torch.bfloat16 or x.numel() % 2 or x.data_ptr() % 4:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def search_constants(tables: Tables) -> dict[str, int | str]:
     """The constants that tell ``codec.nearest_code`` how to search."""
     return {
         "SEARCH": tables.search,
         "SHIFT": tables.shift,
-        "LOWEST": tables.lowest,
-        "HALF": tables.half,
         "BITS": tables.bits,
     }

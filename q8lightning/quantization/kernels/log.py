@@ -10,14 +10,13 @@ from q8lightning.quantization.kernels.bits import (
     INFINITY,
     INTERPRETED,
     NAN,
-    ONE,
     bits_of,
     float_of,
+    one_and_mantissa,
     round_to_code,
     round_to_integer,
 )
 
-OCTAVE = tl.constexpr(logarithm.OCTAVE)
 FINEST_LOG_STEP = tl.constexpr(float(logarithm.FINEST_LOG_STEP))
 LOG_MARGIN = tl.constexpr(logarithm.LOG_MARGIN)  # an integer, exact as float32
 LOG2_C0, LOG2_C1, LOG2_C2 = (tl.constexpr(c) for c in logarithm.LOG2_POLYNOMIAL)
@@ -27,14 +26,14 @@ EXP2_C0, EXP2_C1, EXP2_C2, EXP2_C3 = (tl.constexpr(c) for c in logarithm.EXP2_PO
 @triton.jit
 def log2_correction(pattern):
     """As ``logarithm.log2_correction``, for any shape."""
-    mantissa = float_of((pattern & (OCTAVE - 1)) | ONE) - 1.0
+    mantissa = one_and_mantissa(pattern) - 1.0
     return mantissa * (1.0 - mantissa) * (mantissa * (mantissa * LOG2_C2 + LOG2_C1) + LOG2_C0)
 
 
 @triton.jit
 def exp2_pattern(position):
     """As ``logarithm.exp2_pattern``: a bit pattern, int32."""
-    fraction = float_of((position & (OCTAVE - 1)) | ONE)
+    fraction = one_and_mantissa(position)
     power = fraction * (fraction * (fraction * EXP2_C3 + EXP2_C2) + EXP2_C1) + EXP2_C0
     return position - bits_of(fraction) + bits_of(power)
 

@@ -11,7 +11,7 @@ bits.
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.kernels.bits import INTERPRETED, MAGNITUDE, bits_of, float_of
+from q8lightning.quantization.kernels.bits import INTERPRETED, MAGNITUDE, bits_of, float_of, pair_of
 
 SAFE_FROM, SAFE_TO = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 """If a sum of squares lies between these, neither it nor that of its errors has lost anything to the range
@@ -26,11 +26,11 @@ def measure(x, decoded, left, partials, column, columns):
     filling with zeros.
     """
     decoded = decoded.to(tl.float32)
-    error, squares, largest, zeros, zeroed = nothing(x.shape[0], x.shape[1])
-    error, squares, largest, zeros, zeroed = add(x, decoded, error, squares, largest, zeros, zeroed)
+    error, squares, largest, zeros, zeroed = nothing(x.shape[0], x.shape[1], False)
+    error, squares, largest, zeros, zeroed = add(x, decoded, x, decoded, error, squares, largest, zeros, zeroed, False)
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     unit = 1.0
-    if (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error):
+    if is_safe(error, squares):
         zeroed -= zeros  # what is zero decodes to zero
     else:
         unit, shrink = _unit(_largest_pattern(x))
@@ -43,38 +43,65 @@ def measure(x, decoded, left, partials, column, columns):
 
 @triton.jit
 def measure_many(
-    error, squares, largest, zeros, zeroed, original, decoded, elements, left, TILES: tl.constexpr, partials, column,
-    columns,
-):  # fmt: skip
-    """Write the statistics of TILES tiles that :func:`add` has added up.
+    error, squares, largest, zeros, zeroed, original, decoded, elements, left, tiles, partials, column, columns
+):
+    """Write the statistics of so many tiles that :func:`add` has added up.
 
     If their squares have left the range of float32, the tiles are read again, from ``original`` and ``decoded``:
     pointers to ``left`` elements, of which ``elements`` are the offsets in the first tile.
     """
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
-    TILE: tl.constexpr = elements.shape[0] * elements.shape[1]
     unit = 1.0
-    if (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error):
+    if is_safe(error, squares):
         zeroed -= zeros
     else:
         tl.debug_barrier()  # other threads may have written what is read here
-        pattern = 0
-        for i in range(TILES):
-            at = elements + i * TILE
-            x = tl.load(original + at, mask=at < left, other=0.0).to(tl.float32)
-            pattern = tl.maximum(pattern, _largest_pattern(x))
-        unit, shrink = _unit(pattern)
+        unit, shrink = unit_of_tiles(original, elements, left, tiles)
         error, squares, zeroed = 0.0, 0.0, 0.0
-        for i in range(TILES):
-            at = elements + i * TILE
-            x = tl.load(original + at, mask=at < left, other=0.0).to(tl.float32)
-            y = tl.load(decoded + at, mask=at < left, other=0.0).to(tl.float32)
-            tile_error, tile_squares, tile_zeroed = _sums_in_units(x, y, shrink)
-            error += tile_error
-            squares += tile_squares
-            zeroed += tile_zeroed
+        for i in range(tiles):
+            x, at, mask = load_again(original, elements, left, i)
+            y = tl.load(decoded + at, mask=mask, other=0.0).to(tl.float32)
+            error, squares, zeroed = add_in_units(x, y, shrink, error, squares, zeroed)
         largest = tl.where(error == error, largest, error)
-    _write(error, squares, largest, zeros - (TILES * TILE - left), zeroed, unit, partials, column, columns)
+    write_many(error, squares, largest, zeros, zeroed, unit, elements, left, tiles, partials, column, columns)
+
+
+@triton.jit
+def is_safe(error, squares):
+    """Whether sums in units of 1 are what they should be."""
+    return (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error)
+
+
+@triton.jit
+def load_again(original, elements, left, i):
+    """The i-th tile, float32, its offsets and their mask."""
+    at = elements + i * (elements.shape[0] * elements.shape[1])
+    mask = at < left
+    return tl.load(original + at, mask=mask, other=0.0).to(tl.float32), at, mask
+
+
+@triton.jit
+def unit_of_tiles(original, elements, left, tiles):
+    """A unit for the squares of all tiles, and one over it."""
+    pattern = 0
+    for i in range(tiles):
+        x, _, _ = load_again(original, elements, left, i)
+        pattern = tl.maximum(pattern, _largest_pattern(x))
+    return _unit(pattern)
+
+
+@triton.jit
+def add_in_units(x, decoded, shrink, error, squares, zeroed):
+    """Add the sums of a tile in squared units."""
+    tile_error, tile_squares, tile_zeroed = _sums_in_units(x, decoded, shrink)
+    return error + tile_error, squares + tile_squares, zeroed + tile_zeroed
+
+
+@triton.jit
+def write_many(error, squares, largest, zeros, zeroed, unit, elements, left, tiles, partials, column, columns):
+    """Write the statistics of so many tiles, of which all but ``left`` elements are filling."""
+    filling = tiles * (elements.shape[0] * elements.shape[1]) - left
+    _write(error, squares, largest, zeros - filling, zeroed, unit, partials, column, columns)
 
 
 @triton.jit
@@ -89,29 +116,59 @@ def _write(error, squares, largest, zeros, zeroed, unit, partials, column, colum
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile."""
+def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile.
+
+    With IN_PAIRS, which only bfloat16 tensors can have, zeros are counted for each two elements in a word.
+    """
     zero = tl.zeros((ROWS, BLOCK // 4), tl.float32)
-    return zero, zero, zero, zero, zero
+    none = tl.zeros((ROWS, BLOCK // 2), tl.int32) if IN_PAIRS else zero
+    return zero, zero, zero, none, none
 
 
 @triton.jit
-def add(x, decoded, error, squares, largest, zeros, zeroed):
-    """Add a tile, with fused operations: no codec depends on how this is rounded."""
+def add(x, decoded, x_words, decoded_words, error, squares, largest, zeros, zeroed, IN_PAIRS: tl.constexpr):
+    """Add a tile, with fused operations: no codec depends on how this is rounded.
+
+    ``x`` and ``decoded``, rounded to the tensor's dtype, are float32. With IN_PAIRS, ``_words`` hold two bfloat16 each.
+    """
     xa, xb, xc, xd = _quarters(x)
     da, db, dc, dd = _quarters(decoded)
     ea, eb, ec, ed = da - xa, db - xb, dc - xc, dd - xd
     error = tl.fma(ea, ea, tl.fma(eb, eb, tl.fma(ec, ec, tl.fma(ed, ed, error))))
     squares = tl.fma(xa, xa, tl.fma(xb, xb, tl.fma(xc, xc, tl.fma(xd, xd, squares))))
     largest = tl.maximum(tl.maximum(largest, tl.abs(ea)), tl.maximum(tl.abs(eb), tl.maximum(tl.abs(ec), tl.abs(ed))))
-    zeros += (is_zero(xa) + is_zero(xb)) + (is_zero(xc) + is_zero(xd))
-    zeroed += (is_zero(da) + is_zero(db)) + (is_zero(dc) + is_zero(dd))
+    if IN_PAIRS:
+        zeros, zeroed = _add_zeros(zeros, x_words), _add_zeros(zeroed, decoded_words)
+    else:
+        zeros += (is_zero(xa) + is_zero(xb)) + (is_zero(xc) + is_zero(xd))
+        zeroed += (is_zero(da) + is_zero(db)) + (is_zero(dc) + is_zero(dd))
     return error, squares, largest, zeros, zeroed
+
+
+@triton.jit
+def _add_zeros(count, pair):
+    """Add 1 where a bfloat16 is zero, to bfloat16 counts, which are exact up to 256; two in a word, int32, each."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 zero, is; mov.b32 zero, 0; set.eq.bf16x2.bf16x2 is, $2, zero; add.rn.bf16x2 $0, $1, is; }",
+        "=r,r,r", [count, pair], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _counted(pairs):
+    """Counts in pairs as float32 for each four elements."""
+    first, second = pair_of(pairs)
+    both = first + second
+    first, second = tl.split(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2)))
+    return first + second
 
 
 @triton.jit
 def reduce(error, squares, largest, zeros, zeroed):
     """Add up what :func:`add` has added for each four elements, all in one exchange between lanes."""
+    if zeros.dtype == tl.int32:
+        zeros, zeroed = _counted(zeros), _counted(zeroed)
     return tl.reduce((_flat(error), _flat(squares), _flat(largest), _flat(zeros), _flat(zeroed)), 0, _combine)
 
 

@@ -18,10 +18,10 @@ class Tables(NamedTuple):
         search: Which search finds a code: the name of a closed form, ``"cells"`` or ``"thresholds"``.
         table: int32. For ``"cells"``: for every pattern of a float's leading bits, the one threshold that a float which
             begins so can meet (float32, its low 8 bits zero; infinity where there is none) and in these 8 bits the code
-            below it. For ``"thresholds"``: the patterns of ``2**bits - 1`` thresholds, filled up with infinity.
+            below it. It has an entry for every float, NaN and infinity included, so that nothing has to be clamped;
+            the few kilobytes of it that are ever read stay in the cache. For ``"thresholds"``: the
+            patterns of ``2**bits - 1`` thresholds, filled up with infinity.
         shift: How many trailing bits of a pattern the cells ignore.
-        lowest: The first cell's leading bits; smaller magnitudes belong to it.
-        half: How many cells there are for each sign.
         bits: Steps of the search in thresholds.
         levels: ``[256]`` float32, 0 for codes that the codebook lacks.
     """
@@ -29,8 +29,6 @@ class Tables(NamedTuple):
     search: str
     table: Tensor
     shift: int
-    lowest: int
-    half: int
     bits: int
     levels: Tensor
 
@@ -50,29 +48,27 @@ def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, de
     thresholds, levels = codebook.thresholds, codebook.tensor()
     levels = pad(levels, (0, 256 - levels.numel())).to(device)
     if closed_form in _CLOSED_FORMS:
-        return Tables(_CLOSED_FORMS[closed_form], torch.empty(0, dtype=torch.int32, device=device), 0, 0, 0, 0, levels)
-    for shift in (17, 16):  # 6 mantissa bits, or 7: one threshold a cell, in a table of a few kilobytes
-        cells = _cells(thresholds, shift)
+        return Tables(_CLOSED_FORMS[closed_form], torch.empty(0, dtype=torch.int32, device=device), 0, 0, levels)
+    for shift in (17, 16):  # 6 mantissa bits, or 7: one threshold a cell
+        cells = _cells(thresholds, shift, codebook.zero_code)
         if cells is not None:
-            return Tables("cells", cells[0].to(device), shift, *cells[1:], 0, levels)
+            return Tables("cells", cells.to(device), shift, 0, levels)
     bits = thresholds.numel().bit_length()
     padded = pad(thresholds, (0, 2**bits - 1 - thresholds.numel()), value=torch.inf)
-    return Tables("thresholds", padded.view(torch.int32).to(device), 0, 0, 0, bits, levels)
+    return Tables("thresholds", padded.view(torch.int32).to(device), 0, bits, levels)
 
 
-def _cells(thresholds: Tensor, shift: int) -> tuple[Tensor, int, int] | None:
-    """Return the table, its lowest cell and the cells of a sign; None if a cell would need two thresholds."""
-    patterns = thresholds.view(torch.int32)
-    if bool((patterns & 0xFF).any()):
+def _cells(thresholds: Tensor, shift: int, zero: int) -> Tensor | None:
+    """Return the table; None if a cell would need two thresholds. Cells of NaN and infinity have the code ``zero``."""
+    if bool((thresholds.view(torch.int32) & 0xFF).any()):
         return None
-    one = 0x3F800000 >> shift  # the cell of 1.0; rounding can move a normalised value a little beyond 1, not out of it
-    lowest = min(int(thresholds.abs().min().view(torch.int32)) >> shift, one)
-    cell = torch.arange(lowest, one + 1, dtype=torch.int64) << shift
-    near, far = cell.int().view(torch.float32), (cell + 2**shift - 1).int().view(torch.float32)
-    near[0] = 0.0
+    first_pattern = torch.arange(2 ** (31 - shift), dtype=torch.int32) << shift
+    near, far = first_pattern.view(torch.float32), (first_pattern + (2**shift - 1)).view(torch.float32)
+    finite = far.isfinite()
+    near, far = near.where(finite, 0.0), far.where(finite, 0.0)
     low, high = torch.cat([near, -far]), torch.cat([far, -near])
-    first, last = torch.searchsorted(thresholds, low), torch.searchsorted(thresholds, high)
-    if bool((last - first > 1).any()):
+    below, met = torch.searchsorted(thresholds, low), torch.searchsorted(thresholds, high)
+    if bool((met - below > 1).any()):
         return None
-    met = torch.where(last > first, thresholds[first.clamp(max=thresholds.numel() - 1)], torch.inf)
-    return met.view(torch.int32) | first.int(), lowest, near.numel()
+    threshold = torch.where(met > below, thresholds[below.clamp(max=thresholds.numel() - 1)], torch.inf)
+    return threshold.view(torch.int32) | below.where(finite.repeat(2), zero).int()

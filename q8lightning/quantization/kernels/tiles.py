@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from q8lightning.quantization.kernels.bits import INTERPRETED
+
 
 @triton.jit
 def tile(numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -28,6 +30,32 @@ def load_float(pointer, offsets, mask):
 @triton.jit
 def load_code(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_bytes_for(values, pointer, start, offsets, mask):
+    """The codes, uint8, from ``pointer + start``, for values that will be stored to ``values``.
+
+    Each thread loads the codes of those values that it will store, 16 bytes of values at a time, rather than as many
+    codes as it could to exchange them with its neighbours.
+    """
+    start = start.to(tl.int64)
+    if not INTERPRETED:
+        start = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [start], dtype=tl.int64, is_pure=True, pack=1)
+        start = tl.multiple_of(start, 128 // values.dtype.element_ty.primitive_bitwidth)  # all that is to be known
+    return tl.load(pointer + start + offsets, mask=mask, other=0)
+
+
+@triton.jit
+def codes_in(loaded):
+    """Bytes as int32, taken out of their words once; the compiler would do so wherever they are used."""
+    if INTERPRETED:
+        return loaded.to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;"
+        "prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;",
+        "=r,=r,=r,=r,r", [loaded], dtype=tl.int32, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
