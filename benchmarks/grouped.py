@@ -4,7 +4,8 @@
 
 The state is that of AdamW for a stack of transformer blocks, float32, every tensor in memory of its own. Bytes count
 each input and output once; fractions are of a device-to-device copy's bytes per second in the same run. What was
-encoded is compared with the reference for some tensors of each kind.
+encoded is compared with the reference for some tensors of each kind. The weights alone are engaged and released, as
+QAT does it, in blocks of 64.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from q8lightning.quantization.codebook import BUILTIN
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.kernels import grouped
+from q8lightning.quantization.group import FakeQuantizeGroup
 from q8lightning.quantization.packing import pack
 
 PRESETS = {
@@ -99,27 +100,19 @@ def main() -> None:
                 codec.encode(tensor)
 
         row(f"encode `{preset}`, tensor by tensor", len(tensors), moved, one_by_one)
-    weights = [tensor for tensor, kind in zip(tensors, kinds, strict=True) if kind == 0]
+    weights = [torch.nn.Parameter(tensor) for tensor, kind in zip(tensors, kinds, strict=True) if kind == 0]
     for dtype in (torch.float32, torch.bfloat16):
-        group = [weight.to(dtype) for weight in weights]
-        masters = torch.empty(sum(weight.nbytes for weight in group), dtype=torch.uint8, device="cuda")
-        starts, end = [], 0
-        for weight in group:
-            starts.append(end)
-            end += weight.nbytes
-        lost = torch.empty(len(group), 5, dtype=torch.float64, device="cuda")
-        at = tuple(starts)
-        for name in ("linear", "dynamic"):
-            for title, statistics in (("", None), (" + statistics", lost)):
+        live = [torch.nn.Parameter(weight.to(dtype)) for weight in weights]
+        read = sum(weight.nbytes for weight in live)
+        for name in ("linear", "int4", "dynamic"):
+            group = FakeQuantizeGroup(live, BUILTIN[name], 64)
+            for title, measured in (("", False), (" + statistics", True)):
                 row(
-                    f"engage `{name}`, {str(dtype)[6:]}{title}",
+                    f"engage and release `{name}`, {str(dtype)[6:]}{title}",
                     1,
-                    3 * end,
-                    lambda name=name, statistics=statistics, group=group, masters=masters, at=at: grouped.engage(
-                        group, masters, at, BUILTIN[name], 64, statistics
-                    ),
+                    2 * read,
+                    lambda group=group, measured=measured: (group.engage(measure=measured), group.release()),
                 )
-        row(f"release, {str(dtype)[6:]}", 1, 2 * end, lambda g=group, m=masters, at=at: grouped.release(g, m, at))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n")
 

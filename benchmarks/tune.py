@@ -60,14 +60,12 @@ def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
 def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
     """Likewise for the kernels of many tensors: here eight of them."""
     tensors, count = list(x.view(8, -1)), 8
-    if "engage" in name or "release" in name:
+    if "fake_quantize" in name:
         book = BUILTIN["dynamic" if "cells" in name else "linear"]
-        masters = torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)
+        values = torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)
         starts = tuple(range(0, x.nbytes, x.nbytes // count))
         lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
-        if "release" in name:
-            return lambda: grouped.release(tensors, masters, starts)
-        return lambda: grouped.engage(tensors, masters, starts, book, block, lost)
+        return lambda: grouped.fake_quantize(tensors, values, starts, book, block, statistics=lost)
     codec = Codec("linear", block, residual=True) if name.endswith("residual") else Codec("softsign", block)
     if "cells" in name:
         codec = Codec("dynamic", block)

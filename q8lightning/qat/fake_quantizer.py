@@ -109,11 +109,11 @@ class FakeQuantizer:
                 parameter.grad = None
 
     def master(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the master of a weight that holds quantized values now, as a view of the buffer; None for others."""
+        """Return the master of a weight that holds quantized values now; None for others."""
         if not self.engaged or id(parameter) not in self._places:
             return None
         group, index = self._places[id(parameter)]
-        return group.masters[index]
+        return group.masters[index].detach()  # another tensor, whose owner may change what it points at
 
     def close(self) -> None:
         """Release the weights and take all hooks off the model."""
@@ -123,7 +123,11 @@ class FakeQuantizer:
         self._handles.clear()
 
     def _write(self, share: float, seed: int, measure: bool) -> None:
-        measured = [group.engage(share, seed, measure) for group in self._groups]
+        try:
+            measured = [group.engage(share, seed, measure) for group in self._groups]
+        except BaseException:
+            self.release()  # those groups that got so far
+            raise
         self._state = (share, seed)
         for activation in self._activations:
             activation.enabled = True
@@ -132,6 +136,7 @@ class FakeQuantizer:
             self._statistics = {
                 names[id(tensor)]: ErrorStatistics(*row.unbind())
                 for group, rows in zip(self._groups, measured, strict=True)
+                if rows is not None
                 for tensor, row in zip(group.tensors, rows, strict=True)
             }
 

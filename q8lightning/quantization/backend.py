@@ -57,7 +57,7 @@ class MeasuringBackend(Backend, Protocol):
 
 
 class GroupedBackend(Protocol):
-    """Encodes many tensors in few launches; see ``kernels/grouped.py``."""
+    """Handles many tensors in few launches; see ``kernels/grouped.py``."""
 
     def encode(
         self,
@@ -66,6 +66,18 @@ class GroupedBackend(Protocol):
         starts: tuple[int, ...],
         coding: Coding,
         failed: Tensor,
+        statistics: Tensor | None = None,
+    ) -> None: ...
+    def fake_quantize(
+        self,
+        tensors: Sequence[Tensor],
+        buffer: Tensor,
+        starts: tuple[int, ...],
+        codebook: Codebook,
+        block_size: int,
+        numbers: tuple[int, ...] | None = None,
+        share: float = 1.0,
+        seed: int = 0,
         statistics: Tensor | None = None,
     ) -> None: ...
 

@@ -1,36 +1,42 @@
-"""Many tensors that are quantized in place together, and come back bit for bit: what QAT engages and releases.
+"""Many tensors that show quantized values together, and then their own again: what QAT engages and releases.
 
-This is the generic implementation, for tensors on any device. While a group is engaged, its tensors hold quantized
-values and the originals (the masters) lie in one buffer per dtype, which is made once.
+A group lays a buffer, once, in which every tensor has a slot of its shape and strides. To engage is to write the
+quantized values there, on a GPU in one launch for each dtype, and to let the tensors point at their slots; to release
+is to let them point at their own memory again. Nothing is copied back, and nothing that happens in between can lose the
+originals (the masters), because nobody writes to them.
+
+Tensors that lie in memory which others share (the weights that cuDNN's recurrent layers keep in one piece, views) stay
+where they are: their values change places with those of the slot.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from q8lightning.quantization.codebook import Codebook
-from q8lightning.quantization.reference import error_statistics
+from q8lightning.quantization.group_batches import Batch, InLaunch, batches
 from q8lightning.quantization.weight_codec import WeightCodec
 
 STATISTICS = 5
 """Columns of the statistics, in the order of :class:`~q8lightning.quantization.reference.ErrorStatistics`."""
 
-BATCH = 2**22
-"""Elements that are quantized in one call: many small tensors together, while scratch stays small."""
+ALIGNMENT = 512
+"""Bytes. Slots begin at multiples of it, as the memory that PyTorch hands out: libraries choose their kernels by it."""
 
 
 class FakeQuantizeGroup:
     """Tensors that share a codec and a device.
 
     Values change through ``Tensor.data``, so that autograd's version counters do not move: what a forward pass saved
-    for backward stays valid when the masters go back and the same values return.
+    for backward stays valid when the masters go back and the same values return. Everything runs on the current stream
+    of the tensors' device, and the host waits for nothing.
 
     Args:
-        tensors: Float tensors of any sizes and dtypes, dense in memory, all on one device. Their memory is looked
-            up again at every call, so they may be given another in between.
+        tensors: Float tensors of any sizes and dtypes, dense in memory, all on one device. Where they are is looked up
+            at every call, so they may be moved in between; if their shapes, strides, dtypes or device change, a new
+            buffer is laid.
         codebook: The levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, whose rows no block crosses, or None for blocks along the elements in the order
@@ -43,132 +49,101 @@ class FakeQuantizeGroup:
     def __init__(self, tensors: Sequence[Tensor], codebook: Codebook, block_size: int, axis: int | None = None) -> None:
         self.tensors = tuple(tensors)
         self.engaged = False
-        codec = WeightCodec(codebook.spec, block_size, axis)
-        codecs = [codec.fitted(tensor.shape) for tensor in self.tensors]
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written to by training
-            self._batches = list(_batches(self.tensors, codecs))
-        self.masters = [torch.empty_like(tensor.data) if not tensor.numel() else tensor for tensor in self.tensors]
-        """The masters while the group is engaged: views of the buffer, with the tensors' shapes and strides."""
-        for batch in self._batches:
-            for index, master in zip(batch.indices, batch.masters, strict=True):
-                self.masters[index] = master
+        self.masters: list[Tensor] = []
+        """The masters while the group is engaged, with the tensors' shapes and strides."""
+        self._codec = WeightCodec(codebook.spec, block_size, axis)
+        self._addresses: list[int] = []
+        self._layout: list[object] = []
+        self._own: list[Tensor] = []
+        self._slots: list[Tensor] = []
+        self._shared: list[bool] = []
+        self._batches: list[Batch | InLaunch] = []
+        self._find()
 
     @torch.no_grad()
-    def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor:
-        """Keep the masters aside, unless they are already, and write their quantized values into the tensors.
+    def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor | None:
+        """Let the tensors show the quantized values of their masters.
 
         Args:
-            share: The share of the blocks that is quantized; see :func:`chosen_blocks`.
+            share: The share of the blocks that is quantized; see
+                :func:`~q8lightning.quantization.block_choice.chosen_blocks`.
             seed: Chooses the blocks, if ``share`` is below 1.
             measure: Whether to compute the statistics.
 
         Returns:
             ``[len(tensors), 5]`` float64 on the tensors' device: what each tensor lost, in the order of
-            :class:`~q8lightning.quantization.reference.ErrorStatistics`; zeros if not measured. The values are those
+            :class:`~q8lightning.quantization.reference.ErrorStatistics`; None if not measured. The values are those
             of ``ops.dequantize(ops.quantize(...))``, bit for bit, with a signed scale for a one-sided codebook.
         """
-        live = [tensor.data for tensor in self.tensors]
-        if not self.engaged and live:
-            torch._foreach_copy_(self.masters, live)
-        self.engaged = True
-        for batch in self._batches:
-            torch._foreach_copy_([live[index] for index in batch.indices], batch.quantized(share, seed))
-        statistics = torch.zeros(len(live), STATISTICS, dtype=torch.float64, device=live[0].device if live else None)
+        self.release()
+        self._find()
+        statistics = None
         if measure:
-            for row, master, tensor in zip(statistics, self.masters, live, strict=True):
-                row.copy_(torch.stack(error_statistics(master, tensor)))
+            device = self._own[0].device if self._own else None
+            statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=device)
+        for batch in self._batches:
+            batch.write(self._own, self._slots, share, seed, statistics)
+        self.masters = list(self._own)
+        if any(self._shared):
+            self._exchange_shared()
+        for tensor, slot, shared in zip(self.tensors, self._slots, self._shared, strict=True):
+            if not shared:
+                tensor.data = slot
+        self.engaged = True
         return statistics
 
     @torch.no_grad()
     def release(self) -> None:
-        """Put the masters back, bit for bit; nothing happens if they are there."""
-        if self.engaged and self.tensors:
-            torch._foreach_copy_([tensor.data for tensor in self.tensors], self.masters)
+        """Let the tensors show their masters again; nothing happens if they do."""
+        if not self.engaged:
+            return
         self.engaged = False
+        for tensor, master, slot, shared in zip(self.tensors, self.masters, self._slots, self._shared, strict=True):
+            if shared or tensor.data_ptr() != slot.data_ptr():  # or it was moved meanwhile
+                tensor.data.copy_(master)
+            else:
+                tensor.data = master
+
+    def _exchange_shared(self) -> None:
+        """Write the quantized values over those that must stay where they are; their slots keep the masters."""
+        own, slots = ([each[i] for i, shared in enumerate(self._shared) if shared] for each in (self._own, self._slots))
+        before = [each.clone() for each in own]  # all before the first is written to: they may overlap
+        torch._foreach_copy_(own, slots)
+        torch._foreach_copy_(slots, before)
+        for index, shared in enumerate(self._shared):
+            if shared:
+                self.masters[index] = self._slots[index]
+
+    def _find(self) -> None:
+        """Look up where the tensors are; lay the buffer if they are not what they were."""
+        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        if addresses == self._addresses:
+            return  # and what lay there is still alive, because it is held here
+        self._own = [tensor.data for tensor in self.tensors]
+        storages = [own.untyped_storage() for own in self._own]
+        users = Counter(storage.data_ptr() for storage in storages)
+        self._shared = [
+            storage.nbytes() > own.nbytes or users[storage.data_ptr()] > 1
+            for own, storage in zip(self._own, storages, strict=True)
+        ]
+        layout: list[object] = [(own.dtype, own.device, own.shape, own.stride()) for own in self._own]
+        if layout != self._layout:
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written to by training
+                self._slots = _slots(self._own)
+                self._batches = batches(self._own, self._slots, self._codec)
+            self._layout = layout
+        self._addresses = addresses
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Tensors of one dtype and codec that are quantized in one call.
-
-    Attributes:
-        indices: Where they are in the group.
-        codec: How they are quantized.
-        buffer: ``[numel]`` their stretch of the buffer; each tensor starts a block, what is left of it is zero.
-        masters: Views of it, one a tensor.
-    """
-
-    indices: list[int]
-    codec: WeightCodec
-    buffer: Tensor
-    masters: list[Tensor]
-
-    def quantized(self, share: float, seed: int) -> list[Tensor]:
-        """Return the quantized values of the masters, one tensor each."""
-        size = self.codec.block_size
-        rows = [self.codec.to_rows(master) for master in self.masters]
-        blocks = [-(-each.shape[1] // size) for each in rows]
-        together = self.buffer
-        if self.codec.axis is not None:
-            padded = [torch.nn.functional.pad(each, (0, -each.shape[1] % size)) for each in rows]
-            together = torch.cat([each.reshape(-1) for each in padded])
-        values = WeightCodec(self.codec.codebook, size).fake_quantize(together).view(-1, size)
-        if share < 1.0:
-            counts = [each.shape[0] * count for each, count in zip(rows, blocks, strict=True)]
-            chosen = [
-                chosen_blocks(index, count, share, seed, values.device)
-                for index, count in zip(self.indices, counts, strict=True)
-            ]
-            values = torch.where(torch.cat(chosen)[:, None], values, together.view(-1, size))
-        results, first = [], 0
-        for master, each, count in zip(self.masters, rows, blocks, strict=True):
-            part = values[first : first + each.shape[0] * count].view(each.shape[0], -1)[:, : each.shape[1]]
-            results.append(self.codec.from_rows(part, master))
-            first += each.shape[0] * count
-        return results
-
-
-def _batches(tensors: Sequence[Tensor], codecs: Sequence[WeightCodec]) -> Iterator[_Batch]:
-    """Lay one buffer for each dtype and yield the batches, each a stretch of one."""
-    kinds: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
-    for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
-        if tensor.numel():
-            kinds.setdefault((tensor.dtype, codec), []).append(index)
-    lengths = [-(-tensor.numel() // c.block_size) * c.block_size for tensor, c in zip(tensors, codecs, strict=True)]
-    buffers = {
-        dtype: torch.zeros(sum(lengths[i] for i in range(len(tensors)) if tensors[i].dtype == dtype), dtype=dtype,
-                           device=tensors[0].device)
-        for dtype, _ in kinds
-    }  # fmt: skip
-    used = dict.fromkeys(buffers, 0)
-    for (dtype, codec), indices in kinds.items():
-        while indices:
-            count = max(1, sum(total <= BATCH for total in accumulate(lengths[index] for index in indices)))
-            batch, indices = indices[:count], indices[count:]
-            start, masters = used[dtype], []
-            for index in batch:
-                slot = buffers[dtype][used[dtype] :]
-                masters.append(slot.as_strided(tensors[index].shape, tensors[index].stride()))
-                used[dtype] += lengths[index]
-            yield _Batch(batch, codec, buffers[dtype][start : used[dtype]], masters)
-
-
-def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Tell which blocks of a tensor are quantized when only a share of them is, as in Quant-Noise (arXiv:2004.07320).
-
-    Block ``b`` of tensor ``t`` of a group is chosen if ``mix(mix(mix(seed) ^ t) ^ b) < floor(share * 2**32)``, with
-    the 32-bit integer hash :func:`mix`: the same on every device, and nothing to remember for a resume.
-
-    Returns:
-        ``[blocks]`` bool.
-    """
-    one = torch.tensor(seed, dtype=torch.int64)
-    key = mix(mix(one & 0xFFFFFFFF) ^ tensor).to(device)
-    return mix(key ^ (torch.arange(blocks, dtype=torch.int64, device=device) & 0xFFFFFFFF)) < int(share * 2**32)
-
-
-def mix(x: Tensor) -> Tensor:
-    """Hash integers below 2**32 to integers below 2**32, int64: Wellons' ``lowbias32``."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a slot for each tensor, in one buffer for each dtype: nobody can save views of two dtypes at once."""
+    starts: list[int] = []
+    ends: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        starts.append(ends.get(tensor.dtype, 0))
+        ends[tensor.dtype] = starts[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT // tensor.element_size()
+    buffers = {dtype: torch.empty(end, dtype=dtype, device=tensors[0].device) for dtype, end in ends.items()}
+    return [
+        buffers[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]

@@ -57,7 +57,7 @@ def fake_quantize_rows(x: Tensor, codebook: str, row: int) -> Tensor:
     rows, width = x.reshape(-1, row), max(32, 1 << (row - 1).bit_length())
     if width > 4096 or x.numel() == 0:  # more than the kernels hold at once
         return reference.fake_quantize_rows(x, get_codebook(codebook), row)
-    padded = torch.nn.functional.pad(rows, (0, width - row))  # zeros change no scale
+    padded = torch.nn.functional.pad(rows, (0, width - row)) if row < width else rows  # zeros change no scale
     values = backend_of(x).fake_quantize(padded, get_codebook(codebook), width)
     return values[:, :row].contiguous().view(x.shape)
 

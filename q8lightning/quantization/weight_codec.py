@@ -69,6 +69,13 @@ class WeightCodec:
         row = math.prod(shape) // max(shape[axis], 1)
         return WeightCodec(self.codebook, min(self.block_size, max(32, 1 << max(row - 1, 0).bit_length())), axis)
 
+    def runs_along_memory(self, x: Tensor) -> bool:
+        """Tell whether the blocks of a dense tensor are the same, and in the same order, without an axis."""
+        if self.axis is None:
+            return True
+        channels = x.movedim(self.axis, 0)
+        return channels.is_contiguous() and channels[0].numel() % self.block_size == 0
+
     def to_rows(self, x: Tensor) -> Tensor:
         """Return the elements of a dense tensor as ``[rows, row]``, in the order in which blocks run; one row if flat.
 

@@ -22,6 +22,7 @@ from straight_through import Adversaries, Trained, as_it_is, quantized, straight
 from torch import Tensor, nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
+from q8lightning.qat.fake_quantizer import FakeQuantizer
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=64)])
 HOOKS = [
@@ -221,6 +222,17 @@ def test_a_state_dict_taken_inside_a_training_step_holds_the_masters(checkpoint:
     for name, value in masters.items():
         tolerance = {"atol": 0, "rtol": 0} if checkpoint is None else {"atol": 1e-4, "rtol": 0}
         torch.testing.assert_close(saved[f"net.{name}"], value, **tolerance)
+
+
+def test_what_is_done_to_a_state_dict_does_not_move_the_masters() -> None:
+    module = net()
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    quantizer = FakeQuantizer(module, QAT)
+    quantizer.engage()
+    for value in module.state_dict().values():
+        value.data = value.data.half()  # as when a copy of half the size is to be saved
+    quantizer.release()
+    assert all(map(torch.equal, module.parameters(), before))
 
 
 def test_a_state_dict_loaded_inside_a_training_step_becomes_the_masters(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
-"""A group of tensors is quantized in place to the values of the reference, measured, and put back bit for bit."""
+"""A group of tensors shows the values of the reference, measured, and then its own again, bit for bit."""
+
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization import group as group_module
-from q8lightning.quantization import reference
+from q8lightning.quantization import group_batches, reference
+from q8lightning.quantization.block_choice import chosen_blocks, mix
 from q8lightning.quantization.codebook import BUILTIN, Codebook
-from q8lightning.quantization.group import FakeQuantizeGroup, chosen_blocks, mix
+from q8lightning.quantization.group import FakeQuantizeGroup
 
 MINE = Codebook("mine", (-1.0, -0.3, 0.0, 0.4, 1.0))
 BOOKS = [*(book for book in BUILTIN.values() if book.signed), MINE]
@@ -91,20 +94,76 @@ def test_batching_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return live
 
     together = values()
-    monkeypatch.setattr(group_module, "BATCH", 1)
+    monkeypatch.setattr(group_batches, "BATCH", 1)
     for one, other in zip(values(), together, strict=True):
         assert same_bits(one, other)
 
 
-def test_the_buffer_is_made_once() -> None:
-    group = FakeQuantizeGroup([torch.randn(100), torch.randn(50)], BUILTIN["linear"], 32)
-    before = [master.data_ptr() for master in group.masters]
+def test_the_buffer_is_made_once_and_released_tensors_lie_where_they_lay() -> None:
+    live = [torch.nn.Parameter(torch.randn(100)), torch.nn.Parameter(torch.randn(50))]
+    own = [tensor.data_ptr() for tensor in live]
+    group = FakeQuantizeGroup(live, BUILTIN["linear"], 32)
+    engaged_at = []
     for _ in range(3):
         group.engage()
+        assert [master.data_ptr() for master in group.masters] == own
+        engaged_at.append([tensor.data_ptr() for tensor in live])
+        assert live[0].untyped_storage().data_ptr() == live[1].untyped_storage().data_ptr()
+        assert live[0].untyped_storage().nbytes() == 2 * 512  # one buffer, a slot for each
         group.release()
-    assert [master.data_ptr() for master in group.masters] == before
-    assert group.masters[0].untyped_storage().nbytes() == (128 + 64) * 4  # whole blocks, one buffer
-    assert group.masters[0].untyped_storage().data_ptr() == group.masters[1].untyped_storage().data_ptr()
+        assert [tensor.data_ptr() for tensor in live] == own
+    assert engaged_at[0] == engaged_at[1] == engaged_at[2]
+    assert not set(engaged_at[0]) & set(own)
+    assert all(address % 512 == engaged_at[0][0] % 512 for address in engaged_at[0])
+
+
+@pytest.mark.parametrize(
+    "views_of",
+    [lambda x: [x[64:]], lambda x: [x[:64], x[40:168]], lambda x: [x.view(12, 16), x.view(12, 16)]],
+    ids=["a part of other memory", "parts that overlap", "the same memory twice"],
+)
+def test_tensors_in_memory_that_others_share_stay_where_they_are(views_of: Callable[[Tensor], list[Tensor]]) -> None:
+    memory = torch.randn(192)
+    views = views_of(memory)
+    live = [torch.nn.Parameter(view) for view in views]
+    own, before = [view.data_ptr() for view in views], memory.clone()
+    originals = [view.clone() for view in views]
+    group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
+    for _ in range(2):
+        group.engage()
+        assert [tensor.data_ptr() for tensor in live] == own
+        assert same_bits(views[-1], expected(originals[-1], BUILTIN["int2"], 32, None))  # others see it
+        for master, original in zip(group.masters, originals, strict=True):
+            assert same_bits(master, original)
+        group.release()
+        assert same_bits(memory, before)
+
+
+def test_tensors_that_moved_while_engaged_get_their_masters_where_they_are() -> None:
+    parameter = torch.nn.Parameter(torch.randn(64))
+    original = parameter.detach().clone()
+    group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
+    group.engage()
+    parameter.data = parameter.data.double()
+    address = parameter.data_ptr()
+    group.release()
+    assert parameter.dtype == torch.float64
+    assert parameter.data_ptr() == address
+    assert same_bits(parameter.detach(), original)
+
+
+def test_tensors_that_changed_their_dtype_get_a_new_buffer() -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 16))
+    group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
+    group.engage()
+    group.release()
+    parameter.data = parameter.data.half().t().contiguous().t()
+    original = parameter.detach().clone()
+    group.engage()
+    assert parameter.dtype == torch.float16
+    assert parameter.stride() == (1, 4)
+    assert same_bits(parameter.detach(), expected(original, BUILTIN["int2"], 32, None))
+    assert same_bits(group.masters[0], original)
 
 
 def test_what_autograd_saved_stays_valid() -> None:
@@ -167,6 +226,23 @@ def test_a_larger_share_keeps_the_blocks_of_a_smaller_one_at_the_same_seed() -> 
     assert not bool((few & ~many).any())
 
 
+def test_what_raises_while_engaging_leaves_the_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.randn(128)
+    live = [torch.nn.Parameter(torch.randn(64)), torch.nn.Parameter(memory[:64])]
+    before, own = [x.detach().clone() for x in live], [x.data_ptr() for x in live]
+    group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
+
+    def out_of_memory(self: FakeQuantizeGroup) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(FakeQuantizeGroup, "_exchange_shared", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        group.engage()
+    assert not group.engaged
+    assert [x.data_ptr() for x in live] == own
+    assert all(map(same_bits, map(Tensor.detach, live), before))
+
+
 def test_tensors_that_moved_are_found_again() -> None:
     parameter = torch.nn.Parameter(torch.randn(64))
     group = FakeQuantizeGroup([parameter], BUILTIN["int2"], 32)
@@ -178,22 +254,158 @@ def test_tensors_that_moved_are_found_again() -> None:
     assert same_bits(parameter.detach(), expected(original, BUILTIN["int2"], 32, None))
 
 
+def kernel_cases() -> list[Tensor]:
+    """As :func:`tensors`, longer ones too, and views that do not begin at multiples of 16 bytes."""
+    shifted = torch.randn(5000)
+    rows = [torch.randn(3, 64), torch.randn(2, 2, 128).half(), torch.randn(5, 64).t()]
+    return [*tensors(), *rows, -torch.rand(1), shifted[3:3001], torch.randn(17, 96).half()[1:]]
+
+
+@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where groups are engaged by the kernels: on the CPU those are interpreted, float32 and float16 only."""
+    launch = pytest.importorskip("q8lightning.quantization.kernels.launch", reason="Triton is not installed")
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or launch.INTERPRETED:
+            pytest.skip("compiled kernels need a GPU, and TRITON_INTERPRET must not be set")
+    else:
+        if not launch.INTERPRETED:
+            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
+        monkeypatch.setattr(group_batches, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
+    return request.param
+
+
+def on(device: str, x: Tensor) -> Tensor:
+    """Return a tensor with the same values and strides on a device, in memory that is as badly aligned."""
+    if x.untyped_storage().nbytes() == x.nbytes:
+        return torch.empty_like(x, device=device).copy_(x)
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device, copy=True)  # type: ignore[call-overload]
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+# Compiling takes a second a kernel, and interpreting it seconds a group; test_grouped.py knows more combinations.
+INTERPRETED = [("linear", 64, None, 1.0), ("int4", 32, None, 0.3), ("int4", 64, 0, 0.3), ("normal_float4", 32, -1, 1.0)]
+COMPILED = [
+    *((book.name, (32, 64, 4096)[i % 3], None, (1.0, 0.3)[i % 2]) for i, book in enumerate(BOOKS)),
+    *(("linear", 64, axis, 1.0) for axis in (0, -1)),
+    *(("int4", 32, axis, 0.3) for axis in (0, -1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel_device", "codebook", "block_size", "axis", "share"),
+    [
+        *(pytest.param("cpu", *case, id=f"interpreted-{case}") for case in INTERPRETED),
+        *(pytest.param("cuda", *case, id=f"cuda-{case}", marks=pytest.mark.gpu) for case in COMPILED),
+    ],
+    indirect=["kernel_device"],
+)
+def test_kernels_engage_to_the_same_bits(
+    kernel_device: str,
+    codebook: str,
+    block_size: int,
+    axis: int | None,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book = MINE if codebook == "mine" else BUILTIN[codebook]
+    here = kernel_cases()
+    there = [on(kernel_device, x) for x in here]
+    before = [x.clone() for x in there]
+    fast = FakeQuantizeGroup(there, book, block_size, axis)
+    assert any(isinstance(batch, group_batches.InLaunch) for batch in fast._batches)
+    monkeypatch.setattr(group_batches, "has_kernels", lambda _: False)
+    slow = FakeQuantizeGroup(here, book, block_size, axis)
+    for seed in (9, 10):
+        wanted, got = (group.engage(share, seed) for group in (slow, fast))
+        for one, other in zip(here, there, strict=True):
+            assert same_bits(one, other.cpu())
+        # Kernels add up in float32, where the squares of the smallest values are zero beside those of others.
+        torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6, atol=1e-70)  # type: ignore[union-attr]
+        for master, original in zip(fast.masters, before, strict=True):
+            assert same_bits(master.cpu(), original.cpu())
+            assert master.stride() == original.stride()
+        assert fast.engage(1.0, measure=False) is None  # as when a validation begins in the middle of a ramp
+        slow.engage()
+        for one, other in zip(here, there, strict=True):
+            assert same_bits(one, other.cpu())
+        fast.release()
+        slow.release()
+        for tensor, original in zip(there, before, strict=True):
+            assert same_bits(tensor.cpu(), original.cpu())
+        for one, other, kept in zip(here, there, before, strict=True):  # an optimizer's step
+            for tensor in (one, other, kept):
+                tensor.mul_(0.5)
+
+
+def test_a_launch_for_each_dtype_and_its_work_list_is_kept(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from q8lightning.quantization.kernels import grouped, work_list
+
+    live = [torch.randn(64 * n, 64, device=kernel_device).to(d) for n in (1, 2) for d in (torch.float32, torch.float16)]
+    launches = []
+    original = grouped._run
+    monkeypatch.setattr(grouped, "_run", lambda *a, **kw: launches.append(a[0]) or original(*a, **kw))
+    group = FakeQuantizeGroup(live, BUILTIN["int4"], 64)
+    work_list.launches.cache_clear()
+    for seed in range(3):
+        group.engage(0.5 if seed else 1.0, seed, measure=False)
+        group.release()
+    assert len(launches) == 3 * 2
+    assert work_list.launches.cache_info().misses == 2
+
+
+def test_rows_of_whole_blocks_are_launched_others_are_not(kernel_device: str) -> None:
+    live = [torch.randn(8, 64), torch.randn(8, 96), torch.randn(64, 8).t(), torch.randn(8, 4, 4, 4)]
+    live.append(live[-1].contiguous(memory_format=torch.channels_last))
+    group = FakeQuantizeGroup([x.to(kernel_device) for x in live], BUILTIN["int4"], 64, axis=0)
+    launched = [batch.indices for batch in group._batches if isinstance(batch, group_batches.InLaunch)]
+    assert launched == [(0, 3)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [1.0, 0.3])
-@pytest.mark.parametrize("axis", [None, 0, -1])
-@pytest.mark.parametrize("codebook", BOOKS, ids=lambda book: book.name)
-def test_a_gpu_engages_to_the_same_bits(codebook: Codebook, axis: int | None, share: float) -> None:
-    here = tensors()
-    there = [torch.empty_like(tensor, device="cuda").copy_(tensor) for tensor in here]
-    before = [tensor.clone() for tensor in there]
-    groups = [FakeQuantizeGroup(live, codebook, 64, axis) for live in (here, there)]
-    expected, got = (group.engage(share, seed=9) for group in groups)
-    for one, other in zip(here, there, strict=True):
-        assert same_bits(one, other.cpu())
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=0)
-    for master, original in zip(groups[1].masters, before, strict=True):
-        assert same_bits(master.cpu(), original.cpu())
-    groups[1].release()
-    for tensor, original in zip(there, before, strict=True):
-        assert same_bits(tensor.cpu(), original.cpu())
+def test_the_host_waits_for_nothing() -> None:
+    live = [torch.nn.Parameter(torch.randn(128, 64, device="cuda")) for _ in range(3)]
+    group = FakeQuantizeGroup(live, BUILTIN["int4"], 64)
+    for share in (1.0, 0.5):  # compile, and make the work lists
+        for measure in (False, True):
+            group.engage(share, 1, measure)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            group.engage(1.0, measure=False)
+            group.engage(0.5, seed=step, measure=True)
+            group.release()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_current_device_need_not_be_the_group_s() -> None:
+    x = torch.randn(128, 64)
+    live = x.to("cuda:1")
+    with torch.cuda.device(0):
+        FakeQuantizeGroup([live], BUILTIN["int4"], 64).engage()
+    assert same_bits(live.cpu(), expected(x, BUILTIN["int4"], 64, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_of_a_recurrent_layer_stay_in_the_one_piece_that_cudnn_wants() -> None:
+    layer = torch.nn.LSTM(64, 64, num_layers=2).cuda()
+    weights = [x for x in layer.parameters() if x.ndim > 1]
+    before = [x.detach().clone() for x in weights]
+    at = [x.data_ptr() for x in weights]
+    group = FakeQuantizeGroup(weights, BUILTIN["int4"], 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "RNN module weights are not part of single contiguous chunk of memory"
+        for _ in range(2):
+            group.engage()
+            layer(torch.randn(3, 2, 64, device="cuda"))[0].sum().backward()
+            assert [x.data_ptr() for x in weights] == at
+            for x, original in zip(weights, before, strict=True):
+                assert same_bits(x.detach().cpu(), expected(original.cpu(), BUILTIN["int4"], 64, None))
+            group.release()
+    for x, original in zip(weights, before, strict=True):
+        assert torch.equal(x, original)

@@ -155,9 +155,9 @@ def decode(code, levels, scale, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """As ``reference.fake_quantize``, float32."""
-    scale = block_scale(x, 0)
+def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+    """As ``reference.dequantize`` of ``reference.quantize``, float32."""
+    scale = block_scale(x, END)
     y = x * reciprocal(scale)[:, None]  # NaN only in a block that is not finite, whatever its codes
     if SEARCH == "linear":
         value = linear_level(linear_steps(y))

@@ -1,4 +1,4 @@
-"""One launch for many tensors: encode, decode, and for QAT put quantized values into tensors and take them out again.
+"""One launch for many tensors: encode, decode, and for QAT write the quantized values.
 
 A work list on the device tells each program where its part of which tensor lies, as offsets from the first tensor of
 the group. Its rows stand for segments of several tiles, so that it stays small enough for the caches and a program
@@ -8,7 +8,7 @@ call, so groups whose tensors stay where they are cost one launch each.
 There is one launch for each dtype, and another for those tensors of it that are not aligned to 16 bytes, because the
 compiler must know the alignment of all of them. Empty tensors are welcome.
 
-A tensor's counterpart, its encoded form or its master copy, lies in a buffer that all tensors of the group share.
+A tensor's counterpart, its encoded form or its quantized values, lies in a buffer that all tensors of the group share.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q8lightning.quantization.block_choice import limit_of
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.kernels import codec, log
 from q8lightning.quantization.kernels.bits import is_finite, rounded
-from q8lightning.quantization.kernels.fake_quantize import fake_quantize_tiles
-from q8lightning.quantization.kernels.launch import LOG_ROW, empty, in_pairs, search_constants
+from q8lightning.quantization.kernels.fake_quantize import fake_quantize_tiles, is_chosen
+from q8lightning.quantization.kernels.launch import LOG_ROW, in_pairs, search_constants
 from q8lightning.quantization.kernels.statistics import (
     add,
     add_in_units,
@@ -206,58 +207,50 @@ def _decode_kernel(
     store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
 
 
-@triton.jit
-def _engage_kernel(
-    x, masters, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr,
+@triton.jit(do_not_specialize=["seed", "limit"])
+def _fake_quantize_kernel(
+    x, values, work, table, levels, seed, limit, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    row, skip, left = _own(work, 3, ROWS * BLOCK, ALIGNED)
+    row, skip, left = _own(work, 5, ROWS * BLOCK, ALIGNED)
     if left <= 0:
         return
-    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = elements < left
-    here = x + _start(row, 1, skip, MULTIPLE)
-    original = tl.load(here + elements, mask=mask, other=0.0)
-    tl.store(masters + _start(row, 2, skip, MULTIPLE) + elements, original, mask=mask)
-    quantized = codec.fake_quantize(original.to(tl.float32), table, levels, SEARCH, SHIFT, BITS)
-    store(here, elements, quantized, mask)
+    original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
+    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
+    if CHOOSE:
+        blocks = tl.load(row + 3) + skip // BLOCK + rows
+        quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)
+    store(values + _start(row, 2, skip, MULTIPLE), elements, quantized, mask)
 
 
-@triton.jit
-def _measured_engage_kernel(
-    x, masters, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr,
+@triton.jit(do_not_specialize=["seed", "limit"])
+def _measured_fake_quantize_kernel(
+    x, values, work, table, levels, seed, limit, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    row = work + segment.to(tl.int64) * 3
+    row = work + segment.to(tl.int64) * 5
     left = tl.minimum(tl.load(row), _SEGMENT * ROWS * BLOCK).to(tl.int32)
     if ALIGNED:
         left = tl.multiple_of(left, 16)
     here = x + tl.multiple_of(tl.load(row + 1), MULTIPLE)
-    there = masters + tl.multiple_of(tl.load(row + 2), MULTIPLE)
+    there = values + tl.multiple_of(tl.load(row + 2), MULTIPLE)
     fake_quantize_tiles(
-        here, here, there, left, table, levels, partials, segment, tl.num_programs(0),
-        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, True, IN_PAIRS,
+        here, there, left, table, levels, partials, segment, tl.num_programs(0),
+        seed, limit, tl.load(row + 4), tl.load(row + 3),
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, END, CHOOSE, IN_PAIRS,
     )  # fmt: skip
-
-
-@triton.jit
-def _copy_kernel(x, masters, work, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    row, skip, left = _own(work, 3, TILE, ALIGNED)
-    if left <= 0:
-        return
-    elements = tl.arange(0, TILE)
-    mask = elements < left
-    master = tl.load(masters + _start(row, 2, skip, MULTIPLE) + elements, mask=mask)
-    tl.store(x + _start(row, 1, skip, MULTIPLE) + elements, master, mask=mask)
 
 
 # Launchers
 
 
-def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor, **constants: Any) -> None:
+def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
     with torch.cuda.device_of(launch.work):
         kernel[(programs,)](
             *arguments, **constants, ALIGNED=launch.aligned, MULTIPLE=launch.multiple,
@@ -267,14 +260,7 @@ def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor, **const
 
 def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
     """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
-    first, used = launch.first // tiles, (launch.used + tiles - 1) // tiles
-    if len(launch.members) == len(statistics):
-        totals(partials, first, used, statistics)
-        return
-    part = empty(statistics, len(launch.members), 5, dtype=torch.float64)
-    totals(partials, first, used, part)
-    for index, row in zip(launch.members, part, strict=True):
-        statistics[index] = row
+    totals(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
 
 
 def encode(
@@ -304,7 +290,7 @@ def encode(
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {"CODEC": coding.kind, "END": book.end if coding.signed_scale else 0, **search_constants(tables)}
-    for launch in launches(describe(list(tensors), starts), coding, coding.block_size, settings, buffer.device):
+    for launch in launches(describe(tensors, starts), coding, coding.block_size, settings, buffer.device):
         parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
         constants |= {"ROWS": launch.rows, "BLOCK": coding.block_size}
         if statistics is None:
@@ -322,7 +308,7 @@ def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], co
     row = min(coding.block_size, LOG_ROW) if coding.kind == "log" else coding.block_size
     settings = "group decode log" if coding.kind == "log" else "group decode"
     search = "linear" if tables.search == "linear" else "table"
-    for launch in launches(describe(list(values), starts), coding, row, settings, buffer.device):
+    for launch in launches(describe(values, starts), coding, row, settings, buffer.device):
         _run(
             _decode_kernel, launch, launch.programs,
             values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
@@ -330,47 +316,63 @@ def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], co
         )  # fmt: skip
 
 
-def engage(
+def fake_quantize(
     tensors: Sequence[Tensor],
-    masters: Tensor,
+    buffer: Tensor,
     starts: tuple[int, ...],
     codebook: Codebook,
     block_size: int,
+    numbers: tuple[int, ...] | None = None,
+    share: float = 1.0,
+    seed: int = 0,
     statistics: Tensor | None = None,
 ) -> None:
-    """Keep each tensor's values aside and write their quantized values in its place.
+    """Write the quantized values of each tensor into its stretch of a buffer.
+
+    They are those of ``reference.quantize``, with a signed scale if the codebook is one-sided, and
+    ``reference.dequantize``.
 
     Args:
-        tensors: ``[numel]`` float32, float16 or bfloat16 each, contiguous, on one device.
-        masters: uint8, aligned to 16 bytes, on the same device, to be written.
-        starts: Where in ``masters`` the values of each tensor go; multiples of 16 are fastest.
+        tensors: Float32, float16 or bfloat16 each, dense in memory, on one device; read in the order of memory.
+        buffer: uint8, aligned to 16 bytes, on the same device, to be written.
+        starts: Where in ``buffer`` the values of each tensor go, in bytes; multiples of 16 are fastest.
         codebook: The levels.
         block_size: Elements that share a scale.
-        statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
+        numbers: The number of each tensor, for ``share`` and ``statistics``; without them, they count from 0.
+        share: The share of the blocks that is quantized, as ``block_choice.chosen_blocks`` chooses them; the others
+            are copied.
+        seed: Chooses the blocks, if ``share`` is below 1.
+        statistics: ``[any, 5]`` float64: the rows of the tensors' numbers are written, if wanted; not those of empty
+            tensors.
     """
-    tables = tables_of(codebook, masters.device)
-    settings = "group engage" if tables.search in ("linear", "softsign") else "group engage in cells"
+    tables = tables_of(codebook, buffer.device)
+    settings = "group fake_quantize" if tables.search in ("linear", "softsign") else "group fake_quantize in cells"
     if statistics is not None:
-        settings = settings.replace("group", "measured group")
-    for launch in launches(describe(list(tensors), starts), None, block_size, settings, masters.device):
-        x, kept = tensors[launch.members[0]], _as(masters, launch.dtype)
-        parts = x, kept, launch.work, tables.table, tables.levels
-        constants = {"ROWS": launch.rows, "BLOCK": block_size, **search_constants(tables)}
+        settings = f"measured {settings}"
+    constants = {
+        "BLOCK": block_size, "CHOOSE": share < 1.0, **search_constants(tables),
+        "END": codebook.end if codebook.one_sided else 0,
+    }  # fmt: skip
+    numbered = describe(tensors, starts, numbers)
+    for launch in launches(numbered, None, block_size, settings, buffer.device):
+        x, values = tensors[launch.members[0]], _as(buffer, launch.dtype)
+        parts = x, values, launch.work, tables.table, tables.levels, _int32(seed), _int32(limit_of(share))
         if statistics is None:
-            _run(_engage_kernel, launch, launch.programs, *parts, **constants)
+            _run(_fake_quantize_kernel, launch, launch.programs, *parts, ROWS=launch.rows, **constants)
         else:
             partials = empty_partials(launch.work, len(launch.work))
             pairs = launch.aligned and in_pairs(x)
-            _run(_measured_engage_kernel, launch, len(launch.work), *parts, partials, IN_PAIRS=pairs, **constants)
+            _run(
+                _measured_fake_quantize_kernel, launch, len(launch.work), *parts, partials,
+                ROWS=launch.rows, IN_PAIRS=pairs, **constants,
+            )  # fmt: skip
             _collect(partials, launch, SEGMENT, statistics)
-
-
-def release(tensors: Sequence[Tensor], masters: Tensor, starts: tuple[int, ...]) -> None:
-    """Put back what :func:`engage` kept aside."""
-    for launch in launches(describe(list(tensors), starts), None, 1, "group release", masters.device):
-        x = tensors[launch.members[0]]
-        _run(_copy_kernel, launch, launch.programs, x, _as(masters, launch.dtype), launch.work, TILE=launch.rows)
 
 
 def _as(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _int32(pattern: int) -> int:
+    """The int32 with the last 32 bits of an integer: kernels take one type whatever the number."""
+    return ((pattern + 2**31) & 0xFFFFFFFF) - 2**31

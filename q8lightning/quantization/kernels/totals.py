@@ -58,10 +58,11 @@ def _total_kernel(parts, count, statistics, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _totals_kernel(partials, columns, first, used, statistics, WIDTH: tl.constexpr):
+def _totals_kernel(partials, columns, first, used, rows, statistics, WIDTH: tl.constexpr):
     item, tensor = tl.program_id(0), tl.program_id(1)
     start, programs = tl.load(first + tensor), tl.load(used + tensor)
-    tl.store(statistics + tensor * 5 + item, _total(partials, columns, start, programs, item, WIDTH))
+    row = statistics + tl.load(rows + tensor) * 5
+    tl.store(row + item, _total(partials, columns, start, programs, item, WIDTH))
 
 
 def empty_partials(like: Tensor, programs: int) -> Tensor:
@@ -78,13 +79,14 @@ def total(partials: Tensor, statistics: Tensor) -> None:
     _total_kernel[(5,)](parts, parts.shape[1], statistics, WIDTH=256)
 
 
-def totals(partials: Tensor, first: Tensor, used: Tensor, statistics: Tensor) -> None:
+def totals(partials: Tensor, first: Tensor, used: Tensor, rows: Tensor, statistics: Tensor) -> None:
     """Add up the programs of each tensor of a group.
 
     Args:
         partials: ``[6, programs]`` float32.
         first: ``[tensors]`` int64, each tensor's first program.
         used: ``[tensors]`` int64, how many programs it has, all in a row.
-        statistics: ``[tensors, 5]`` float64, written to.
+        rows: ``[tensors]`` int64, which row of the statistics is each tensor's; others stay as they are.
+        statistics: ``[any, 5]`` float64, written to.
     """
-    _totals_kernel[(5, len(first))](partials, partials.shape[1], first, used, statistics, WIDTH=1024)
+    _totals_kernel[(5, len(first))](partials, partials.shape[1], first, used, rows, statistics, WIDTH=1024)

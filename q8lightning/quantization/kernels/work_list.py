@@ -4,6 +4,7 @@ A list depends on nothing but addresses and sizes. It is made once and kept, so 
 are costs its launch and nothing else.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,12 +26,14 @@ class Group(NamedTuple):
         numels: How many elements it has.
         dtypes: Of which dtype.
         starts: Where its counterpart begins, in bytes from the beginning of a buffer that is aligned to 16 bytes.
+        numbers: What it is called: the row of its statistics, and its number where blocks are chosen by a hash.
     """
 
     addresses: tuple[int, ...]
     numels: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     starts: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 class Launch(NamedTuple):
@@ -43,10 +46,11 @@ class Launch(NamedTuple):
             elements; the compiler must know.
         rows: Blocks a program handles.
         warps: Warps of a program.
-        work: ``[segments, columns]`` int64: elements left from there to the end of the tensor, then offsets, and for
-            encoded tensors which one of the group it is.
+        work: ``[segments, columns]`` int64: elements left from there to the end of the tensor, then offsets. The last
+            column is the tensor's number; where nothing is encoded, the number of the first block is before it.
         first: ``[members]`` int64, each member's first program.
         used: ``[members]`` int64, how many programs have work in it.
+        numbers: ``[members]`` int64, their numbers.
     """
 
     dtype: torch.dtype
@@ -57,6 +61,7 @@ class Launch(NamedTuple):
     work: Tensor
     first: Tensor
     used: Tensor
+    numbers: Tensor
 
     @property
     def programs(self) -> int:
@@ -69,13 +74,14 @@ class Launch(NamedTuple):
         return 16 // self.dtype.itemsize if self.aligned else 1
 
 
-def describe(tensors: list[Tensor], starts: tuple[int, ...]) -> Group:
-    """Return what a work list depends on."""
+def describe(tensors: Sequence[Tensor], starts: tuple[int, ...], numbers: tuple[int, ...] | None = None) -> Group:
+    """Return what a work list depends on; without ``numbers``, tensors are numbered as they come."""
     return Group(
         tuple(tensor.data_ptr() for tensor in tensors),
         tuple(tensor.numel() for tensor in tensors),
         tuple(tensor.dtype for tensor in tensors),
         starts,
+        tuple(range(len(tensors))) if numbers is None else numbers,
     )
 
 
@@ -92,7 +98,7 @@ def launches(group: Group, coding: Coding | None, row: int, settings: str, devic
         device: Where the tensors are.
     """
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for index, (address, numel, dtype, start) in enumerate(zip(*group, strict=True)):
+    for index, (address, numel, dtype, start, _) in enumerate(zip(*group, strict=True)):
         counterpart = start + (coding.scale_bytes(numel) if coding is not None else 0)
         if numel:
             kinds.setdefault((dtype, not any(n % 16 for n in (address, numel, counterpart))), []).append(index)
@@ -116,17 +122,20 @@ def _launch(
     base, size, segment = group.addresses[members[0]], dtype.itemsize, rows * row * SEGMENT
     columns: list[tuple[int, ...]] = []
     for index in members:
-        numel, start = group.numels[index], group.starts[index]
+        numel, start, number = group.numels[index], group.starts[index], group.numbers[index]
         offset = (group.addresses[index] - base) // size
         if coding is None:
-            columns.append((numel, offset, start // size))
+            columns.append((numel, offset, start // size, 0, number))
         else:
             codes = start + coding.scale_bytes(numel)
-            columns.append((numel, offset, codes, start // 4, codes + numel, index))
-    advance = [-segment, segment, segment]
-    if coding is not None:
-        advance += [segment // coding.block_size * coding.scales, segment, 0]
-    return Launch(dtype, tuple(members), aligned, rows, warps, *_work(columns, advance, rows * row, device))
+            columns.append((numel, offset, codes, start // 4, codes + numel, number))
+    if coding is None:
+        advance = [-segment, segment, segment, segment // row, 0]
+    else:
+        advance = [-segment, segment, segment, segment // coding.block_size * coding.scales, segment, 0]
+    work, first, used = _work(columns, advance, rows * row, device)
+    numbers = torch.tensor([group.numbers[index] for index in members], dtype=torch.int64, device=device)
+    return Launch(dtype, tuple(members), aligned, rows, warps, work, first, used, numbers)
 
 
 def _work(

@@ -1,0 +1,33 @@
+"""Which blocks are quantized when only a share of them is, as in Quant-Noise (arXiv:2004.07320): a hash decides.
+
+The same on every device, and nothing to remember for a resume.
+"""
+
+import torch
+from torch import Tensor
+
+
+def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Tell which blocks of a tensor are quantized.
+
+    Block ``b`` of tensor ``t`` of a group is chosen if ``mix(mix(mix(seed) ^ t) ^ b) < floor(share * 2**32)``, with
+    the 32-bit integer hash :func:`mix`.
+
+    Returns:
+        ``[blocks]`` bool.
+    """
+    one = torch.tensor(seed, dtype=torch.int64)
+    key = mix(mix(one & 0xFFFFFFFF) ^ tensor).to(device)
+    return mix(key ^ (torch.arange(blocks, dtype=torch.int64, device=device) & 0xFFFFFFFF)) < limit_of(share)
+
+
+def limit_of(share: float) -> int:
+    """Return below which number a block's hash must be, so that this share of the blocks is chosen."""
+    return int(share * 2**32)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Hash integers below 2**32 to integers below 2**32, int64: Wellons' ``lowbias32``."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
