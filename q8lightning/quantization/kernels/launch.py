@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(1024, 2, 4), Settings(512, 1, 16)),
+    "fake_quantize measured": (Settings(1024, 2, 4), Settings(1024, 2, 16)),
     "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
