@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import pack, unpack
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -82,10 +82,7 @@ class QuantizedTensor:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
-        numel = math.prod(self.shape)
-        scales = self.data[: self.codec.scale_bytes(numel)].view(torch.float32)
-        codes = torch.split(self.data[scales.nbytes :], numel)
-        return codes[0], scales.view(-1, 2) if self.codec.name == LOG else scales, *codes[1:]
+        return unpack(self.data, self.codec, math.prod(self.shape))
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original.
