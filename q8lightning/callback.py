@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from q8lightning.checkpoint.background import BackgroundSaveError
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
 from q8lightning.checkpoint.io import QuantizedCheckpointIO, check_not_async, find_quantized_io
+from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
