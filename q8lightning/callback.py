@@ -1,122 +1,27 @@
 """The callback: its hooks decide when, the wings decide what."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from q8lightning.checkpoint.background import BackgroundSaveError
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
 from q8lightning.checkpoint.io import QuantizedCheckpointIO, check_not_async, find_quantized_io
+from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY
+from q8lightning.metrics.recorder import Totals
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.qat.selection import check_optimizers
-from q8lightning.qat.windows import Windows
-from q8lightning.quantization.reference import ErrorStatistics
+from q8lightning.qat_callback import QATCallback
 from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.recording import print_totals, watch_saves
 
 
-class _QATHooks(pl.Callback):
-    """The part of the callback that trains with quantized weights; ``qat.windows`` says when they are in place."""
-
-    def __init__(self, qat: QATConfig | Mapping[str, Any] | None) -> None:
-        self.qat = None if qat is None else QATConfig.of(qat)
-        self.codecs: dict[str, WeightCodec] = {}
-        """How each weight is quantized, by name; kept after the run for whoever saves a checkpoint then."""
-        self._windows: Windows | None = None
-        self._logged: Mapping[str, ErrorStatistics] = {}
-
-    @property
-    def statistics(self) -> Mapping[str, ErrorStatistics]:
-        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
-        return {} if self._windows is None else self._windows.quantizer.statistics
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that hold no ordinary parameters; become the first callback, which releases before any."""
-        if self.qat is None:
-            return
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-            raise ValueError(
-                "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
-                f" {type(trainer.strategy).__name__}; use DDP or a single device, or remove qat"
-            )
-        others = _other_callbacks(trainer, self)
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Select the weights, or refuse, now that the model and its optimizers are on their device."""
-        if self.qat is not None:
-            self._open(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Select the weights, or in the middle of a fit put the masters back."""
-        if self.qat is not None and self._windows is None:
-            self._open(trainer, pl_module)
-        self._release(trainer, pl_module)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Hand the signal-to-noise ratio of the weights to the loggers, if it was measured for them."""
-        if self.statistics is not self._logged and self.statistics:
-            self._logged = self.statistics
-            sums = torch.stack([torch.stack(each[:2]).cpu() for each in self.statistics.values()]).sum(dim=0)
-            lost, of = sums.tolist()
-            sqnr = 10 * math.log10(of / lost) if lost and of else math.inf
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that Lightning logs metrics at
-            for logger in trainer.loggers:
-                logger.log_metrics({"qat/weights_sqnr_db": sqnr}, step=step)
-
-    def _release(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Put the masters back before the hooks of other callbacks run."""
-        if self._windows is not None:
-            self._windows.quantizer.release()
-
-    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end = _release
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the masters back and let go of the model."""
-        self._close()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the masters back and let go of the model."""
-        self._close()
-
-    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.qat is not None
-        self._close()
-        fitting = trainer.state.fn == "fit"
-        every = max(getattr(trainer, "log_every_n_steps", 1), 1)
-        quantizer = FakeQuantizer(pl_module, self.qat)
-        try:
-            check_optimizers(trainer.optimizers if fitting else (), quantizer.weights)
-        except ValueError:
-            quantizer.close()
-            raise
-        self.codecs = quantizer.codecs
-        self._windows = Windows(
-            quantizer,
-            trainer.precision_plugin,
-            owners=[pl_module, getattr(trainer, "datamodule", None), *_other_callbacks(trainer, self)],
-            step=lambda: trainer.global_step if fitting else None,
-            manual=fitting and not pl_module.automatic_optimization,
-            measure=lambda: bool(trainer.loggers) and trainer.global_step % every == 0,
-        )
-
-    def _close(self) -> None:
-        if self._windows is not None:
-            self._windows.close()
-        self._windows = None
-
-
-class QuantizationCallback(_QATHooks):
+class QuantizationCallback(QATCallback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
     With ``qat`` it also trains with quantized weights: forward and backward see values on the grid of their codes, the
@@ -129,6 +34,9 @@ class QuantizationCallback(_QATHooks):
             ``fit`` returns, however it ends, all checkpoints are complete. Saves after that return when they are done.
         verify: Compare files with their checksums when the Trainer loads them.
         qat: Which weights to train quantized, and when; None for none.
+        log: What each save loses and saves, and with ``qat`` every ``log_every_n_steps`` what the weights lose, goes to
+            all loggers and to ``trainer.callback_metrics``: by kind of tensor (``"kind"``), for each one too
+            (``"tensor"``), or not at all (None).
 
     Raises:
         ValueError: If there is no such preset; when the Trainer starts, if the policy or a pattern of ``qat`` matches
@@ -148,11 +56,14 @@ class QuantizationCallback(_QATHooks):
         async_save: bool = False,
         verify: bool = True,
         qat: QATConfig | Mapping[str, Any] | None = None,
+        log: str | None = "kind",
     ) -> None:
-        super().__init__(qat)
+        super().__init__(qat, log)
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
         self.async_save = async_save
         self.verify = verify
+        self.restored = 0
+        """How often the run was restored from a quantized checkpoint."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the quantizing CheckpointIO around the one that the Trainer has, once."""
@@ -162,13 +73,19 @@ class QuantizationCallback(_QATHooks):
                 " replace `import pytorch_lightning` by `import lightning.pytorch`"
             )
         super().setup(trainer, pl_module, stage)
-        if self.policy is None:
-            installed = find_quantized_io(trainer.strategy.checkpoint_io) if self.qat is not None else None
-            if installed is not None:  # the user's own
-                installed.describe_model = lambda: _names(trainer, self.codecs)
-            return
-        _check_strategy(trainer.strategy)
+        if self.policy is not None:
+            _check_strategy(trainer.strategy)
+        elif isinstance(trainer.strategy, DeepSpeedStrategy):
+            return  # it never saves through a CheckpointIO
         installed = find_quantized_io(trainer.strategy.checkpoint_io)
+        if self.policy is not None:
+            installed = self._install(trainer, installed)
+        if installed is not None:  # this one or the user's own
+            installed.describe_model = lambda: _names(trainer, self.codecs, self.restored)
+            watch_saves(trainer, installed, self.recorder)
+
+    def _install(self, trainer: pl.Trainer, installed: QuantizedCheckpointIO | None) -> QuantizedCheckpointIO:
+        assert self.policy is not None
         if installed is None:
             installed = QuantizedCheckpointIO(trainer.strategy.checkpoint_io, self.policy, verify=self.verify)
             trainer.strategy.checkpoint_io = installed
@@ -177,16 +94,29 @@ class QuantizationCallback(_QATHooks):
                 "the Trainer has a QuantizedCheckpointIO with another policy than the QuantizationCallback;"
                 " give the policy to one of them and remove the other"
             )
-        installed.describe_model = lambda: _names(trainer, self.codecs)
         if self.async_save:
             check_not_async(trainer.strategy.checkpoint_io)
             installed.async_save = True
+        return installed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a policy that would quantize nothing, now that the model has its parameters."""
         if self.policy is not None:
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
+        self.recorder.totals = Totals()
         super().on_fit_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say in a few words what the saves came to."""
+        print_totals(trainer, self.recorder.totals)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count how often the run was restored from a quantized checkpoint."""
+        summary = checkpoint.get(SUMMARY_KEY)
+        if trainer.state.fn == "fit" and isinstance(summary, Mapping):
+            self.restored = summary.get("restored", 0) + (summary.get("policy", True) is not None)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -195,7 +125,12 @@ class QuantizationCallback(_QATHooks):
         if self.policy is None and self.codecs:
             state = checkpoint["state_dict"]
             described = describe_codes(state, state, self.codecs)
-            checkpoint[SUMMARY_KEY] = {"format_version": FORMAT_VERSION, CODES_KEY: described}
+            checkpoint[SUMMARY_KEY] = {
+                "format_version": FORMAT_VERSION,
+                "policy": None,
+                "restored": self.restored,
+                CODES_KEY: described,
+            }
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
@@ -218,10 +153,6 @@ class QuantizationCallback(_QATHooks):
             installed.finish()
 
 
-def _other_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> list[pl.Callback]:
-    return [each for each in trainer.callbacks if each is not callback]  # type: ignore[attr-defined]
-
-
 def _check_strategy(strategy: Strategy) -> None:
     """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
     remedy = None
@@ -238,7 +169,7 @@ def _check_strategy(strategy: Strategy) -> None:
         )
 
 
-def _names(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> ModelNames:
+def _names(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec], restored: int) -> ModelNames:
     module = trainer.lightning_module
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return ModelNames(
@@ -248,4 +179,5 @@ def _names(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> ModelNa
             for optimizer in trainer.optimizers
         ),
         quantized=quantized,
+        restored=restored,
     )

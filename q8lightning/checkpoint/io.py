@@ -16,12 +16,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.background import BackgroundSaves
+from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.leaves import ModelNames
+from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.snapshot import Snapshot
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, ModelNames, encode_checkpoint
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
 from q8lightning.checkpoint.writer import announce, write_checkpoint
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
@@ -86,6 +89,9 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Asked at each save for what only the model knows; set by the callback."""
         self.waits: list[float] = []
         """Seconds for which saves in the background held training up, each until the one before it was written."""
+        self.last_report: SaveReport | None = None
+        """What the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self._warned: set[tuple[str, str]] = set()
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
         self._memory = PinnedMemory()
         _make_durable(self)
@@ -113,7 +119,9 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             return
         self._wait_for_room(path)
         names = self.describe_model() if self.describe_model is not None else None
-        encoded = encode_checkpoint(checkpoint, self.policy, names)
+        encoded, report = encode_and_report(checkpoint, self.policy, names)
+        self._warn(report)
+        self.last_report = report
         snapshot = Snapshot(encoded, live=self.async_save)
         announce("frozen", path)
         write = partial(self._write, snapshot, path, storage_options)
@@ -125,6 +133,12 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._background.save(path, write)
         if name.startswith(_URGENT):
             self._wait()
+
+    def _warn(self, report: SaveReport) -> None:
+        """Warn of what the guard did, of each tensor once."""
+        new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
+        self._warned |= {(each.path, each.remedy) for each in new}
+        warn_of_guarded(new)
 
     def _write(self, snapshot: Snapshot, path: str | os.PathLike[str], storage_options: Any | None) -> None:
         # Any other CheckpointIO may keep what it is given, or write it later.

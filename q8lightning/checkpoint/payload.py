@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import pack, unpack
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -77,15 +77,12 @@ class QuantizedTensor:
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
         """Encode a dense float tensor, which is left as it is; see :func:`encode_tensors`."""
-        return encode_tensors([(tensor, codec, name)])[0][0]
+        return encode_tensors([(tensor, codec, name)]).payloads[0]
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
-        numel = math.prod(self.shape)
-        scales = self.data[: self.codec.scale_bytes(numel)].view(torch.float32)
-        codes = torch.split(self.data[scales.nbytes :], numel)
-        return codes[0], scales.view(-1, 2) if self.codec.name == LOG else scales, *codes[1:]
+        return unpack(self.data, self.codec, math.prod(self.shape))
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original.
@@ -141,15 +138,28 @@ class QuantizedTensor:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
 
 
-def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]]) -> tuple[list[QuantizedTensor], list[bool]]:
+class Encoding(NamedTuple):
+    """Payloads, and what is known about them where they are; to read it waits for the device.
+
+    Attributes:
+        payloads: One for each tensor.
+        failed: ``[tensors]`` int32, 1 where the codec could not hold the tensor (NaN, infinity; a negative value under
+            ``log``), whose payload decodes to values that are not finite.
+        statistics: ``[tensors, 5]`` float64, what is lost, if it was measured; see
+            :class:`~q8lightning.quantization.reference.ErrorStatistics`.
+    """
+
+    payloads: list[QuantizedTensor]
+    failed: Tensor
+    statistics: Tensor | None
+
+
+def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]], measure: bool = False) -> Encoding:
     """Encode dense float tensors of one device, which are left as they are, into one stretch of memory.
 
     Args:
-        items: Tensors, how each is to be encoded, and its path.
-
-    Returns:
-        Their payloads, and for each whether the codec could hold the tensor. Where it could not (NaN, infinity; a
-        negative value under ``log``), the payload decodes to values that are not finite.
+        items: Tensors, how each is to be encoded, and its path; at least one.
+        measure: Whether to measure what is lost.
 
     Raises:
         ValueError: If the elements of a tensor overlap or leave gaps in memory.
@@ -160,13 +170,17 @@ def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]]) -> tuple[list[Qua
                 f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
                 " encode tensor.contiguous()"
             )
-    flat = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor, _, _ in items]
-    packed = pack(flat, [codec for _, codec, _ in items])
+    packed = pack([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
     payloads = [
         QuantizedTensor(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
         for (tensor, codec, name), data in zip(items, packed.data, strict=True)
     ]
-    return payloads, [not failed for failed in packed.failed.tolist()]
+    return Encoding(payloads, packed.failed, packed.statistics)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor as they lie in memory, a view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:

@@ -2,48 +2,39 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.candidates import Candidate
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor, encode_tensors, is_dense
+from q8lightning.checkpoint.guard import encode_candidates, warn_of_guarded
+from q8lightning.checkpoint.leaves import (
+    Leaf,
+    ModelNames,
+    epsilons_of,
+    is_ordinary,
+    leaves_of,
+    names_from,
+    pairs_of,
+    tensors_of,
+)
+from q8lightning.checkpoint.losses import SaveReport
+from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.reference import SMALLEST_NORMAL
-from q8lightning.quantization.weight_codec import WeightCodec
-
-WEIGHTS = ("state_dict", "current_model_state")
-"""Sections that hold a model's state dict; the second is where WeightAveraging keeps the weights being trained."""
 
 SUMMARY_KEY = "q8lightning"
-"""Where a checkpoint says by what format it was written."""
+"""Where a checkpoint says how it was written and what that lost: dicts, lists, numbers and strings, but for codes."""
 
 
-@dataclass(frozen=True)
-class ModelNames:
-    """What a checkpoint does not say about the model it is of.
+class Encoded(NamedTuple):
+    """A checkpoint as it is to be saved, and what that loses."""
 
-    Attributes:
-        parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
-            state) is left alone, unless it holds none of these names, as when a hook renames them.
-        optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
-        quantized: How weights that are trained quantized are, by name.
-    """
-
-    parameters: frozenset[str] = frozenset()
-    optimizer_parameters: tuple[tuple[str, ...], ...] = ()
-    quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
-
-
-class _Leaf(NamedTuple):
-    path: str
-    tensor: Tensor
-    codec: Codec | None
+    checkpoint: dict[str, Any]
+    report: SaveReport
 
 
 def encode_checkpoint(
@@ -54,88 +45,46 @@ def encode_checkpoint(
     Containers are copied only where something in them changes; keys, their order, ``_metadata`` and everything that is
     not selected stay the same objects. A tensor that occurs twice becomes one payload that occurs twice. Tensors that
     overlap others in memory without being the same, and tied ones whose paths ask for different codecs, are left as
-    they are, so that they stay tied. Tensors that the codec cannot hold are left as they are, with a warning.
+    they are, so that they stay tied. Tensors that the codec cannot hold are left as they are, with a warning; those
+    that would lose more than the policy allows are stored better, with another one (``guard.py``).
     """
-    leaves = list(_leaves(checkpoint, policy, names or _names_from(checkpoint)))
-    replacements = _replacements(leaves)
-    encoded = dict(_replace(checkpoint, replacements))
-    encoded[SUMMARY_KEY] = {"format_version": FORMAT_VERSION}
-    if names is not None and names.quantized and "state_dict" in checkpoint:
-        codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], names.quantized)
-        encoded[SUMMARY_KEY][CODES_KEY] = codes
+    encoded, report = encode_and_report(checkpoint, policy, names)
+    warn_of_guarded(report.guarded)
     return encoded
 
 
-def _names_from(checkpoint: Mapping[str, Any]) -> ModelNames:
-    """Take what names the checkpoint has: those of optimizers that were made from named parameters."""
-    optimizers = checkpoint.get("optimizer_states", ())
-    return ModelNames(
-        optimizer_parameters=tuple(
-            tuple(name for group in state.get("param_groups", ()) for name in group.get("param_names", ()))
-            for state in optimizers
-            if isinstance(state, Mapping)
-        )
-    )
+def encode_and_report(
+    checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
+) -> Encoded:
+    """As :func:`encode_checkpoint`; leave it to the caller to warn of what the guard did."""
+    known = names or names_from(checkpoint)
+    leaves = list(leaves_of(checkpoint, policy, known))
+    replacements, report = _replacements(leaves, epsilons_of(checkpoint), policy)
+    encoded = dict(_replace(checkpoint, replacements))
+    codes: dict[str, dict[str, Any]] = {}
+    if known.quantized and "state_dict" in checkpoint:
+        codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], known.quantized)
+    report.original_bytes, report.stored_bytes = _count_bytes(leaves, replacements)
+    report.stored_bytes += sum(tensor.nbytes for _, tensor in tensors_of(codes))
+    before = checkpoint.get(SUMMARY_KEY)
+    if report.tensors or not isinstance(before, Mapping) or not _holds_payload(checkpoint):
+        restored = known.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)
+        encoded[SUMMARY_KEY] = {
+            "format_version": FORMAT_VERSION,
+            "policy": policy.as_primitives(),
+            "restored": restored,
+            **report.summary(),
+        }
+    # Otherwise it was loaded encoded and stays so, and what it says about itself stays true.
+    if codes:
+        encoded[SUMMARY_KEY] = {**encoded[SUMMARY_KEY], CODES_KEY: codes}
+    return Encoded(encoded, report)
 
 
-def _leaves(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Iterator[_Leaf]:
-    known = {section for section in WEIGHTS if not names.parameters.isdisjoint(checkpoint.get(section, ()))}
-    for keys, tensor in _tensors(checkpoint, ()):
-        path = ".".join(map(str, keys))
-        parameter = _parameter_of(keys, names)
-        wanted = None
-        if _eligible(tensor, policy.min_numel) and not (keys[0] in known and parameter not in names.parameters):
-            wanted = policy.codec_for(path, parameter)
-            if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
-                wanted = None
-        yield _Leaf(path, tensor, wanted)
-
-
-def _tensors(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield keys, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, (*keys, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(item, (*keys, index))
-
-
-def _parameter_of(keys: tuple[Any, ...], names: ModelNames) -> str | None:
-    """Return the name of the parameter that a tensor is or belongs to, None if nobody knows."""
-    if keys[0] in WEIGHTS:
-        return ".".join(map(str, keys[1:]))
-    if keys[0] == "optimizer_states" and len(keys) == 5 and keys[2] == "state":
-        _, optimizer, _, parameter, _ = keys
-        if isinstance(parameter, str):  # optimizer states of FSDP go by name
-            return parameter
-        if isinstance(optimizer, int) and optimizer < len(names.optimizer_parameters):
-            known = names.optimizer_parameters[optimizer]
-            return known[parameter] if isinstance(parameter, int) and parameter < len(known) else None
-    return None
-
-
-def _ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own that can be looked at: no subclass, nothing sparse, nested or on meta."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-    )
-
-
-def _eligible(tensor: Tensor, min_numel: int) -> bool:
-    return (
-        _ordinary(tensor)
-        and tensor.numel() >= min_numel
-        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-        and not tensor.requires_grad
-        and not tensor.is_neg()
-        and tensor.ndim > 0
-        and is_dense(tensor)
-    )
+def _holds_payload(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_payload, value.values()))
+    return isinstance(value, QuantizedTensor) or (isinstance(value, list | tuple) and any(map(_holds_payload, value)))
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
@@ -143,11 +92,19 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
-    """Return what to put in the place of each tensor that changes, by the tensor's id."""
+def _replacements(
+    leaves: list[Leaf], epsilons: Mapping[tuple[Any, ...], float], policy: CheckpointPolicy
+) -> tuple[dict[int, Any], SaveReport]:
+    """Return what to put in the place of each tensor that changes, by the tensor's id, and what that loses."""
     views = [_views(members) for members in _by_storage(leaves)]
-    refused: list[str] = []
-    payloads = _encode([group for separate in map(_separate, views) for group in separate], refused)
+    candidates: dict[int, Candidate] = {}
+    for first, *others in (group for separate in map(_separate, views) for group in separate):
+        if first.codec is not None and all(other.codec == first.codec for other in others):
+            candidate = first.candidate(first.codec)
+            candidates |= {id(leaf.tensor): candidate for leaf in (first, *others)}
+    pairs = list(pairs_of(leaves, candidates, epsilons))
+    report = encode_candidates(list(dict.fromkeys(candidates.values())), pairs, policy)
+    payloads = {key: each.payload for key, each in candidates.items() if each.payload is not None}
     replacements: dict[int, Any] = {}
     for groups in views:
         any_encoded = any(id(group[0].tensor) in payloads for group in groups)
@@ -160,23 +117,37 @@ def _replacements(leaves: list[_Leaf]) -> dict[int, Any]:
             if value is not None:
                 for leaf in group:
                     replacements[id(leaf.tensor)] = value
-    if refused:
+    if report.refused:
         warnings.warn(
-            "stored as they are, not quantized: " + "; ".join(refused) + ". The checkpoint is complete but larger;"
+            f"stored as they are, not quantized: {'; '.join(report.refused)}. The checkpoint is complete but larger;"
             " values that are not finite usually mean that training has diverged",
             stacklevel=2,
         )
-    return replacements
+    return replacements, report
 
 
-def _by_storage(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+def _count_bytes(leaves: list[Leaf], replacements: Mapping[int, Any]) -> tuple[int, int]:
+    """Return what all tensors take, and what is stored of them: whole storages, as ``torch.save`` writes them."""
+    original: dict[Any, int] = {}
+    stored: dict[Any, int] = {id(value): value.nbytes for value in replacements.values()}
+    for leaf in leaves:
+        if is_ordinary(leaf.tensor):
+            storage = _storage(leaf.tensor)
+            if storage not in original:
+                original[storage] = leaf.tensor.untyped_storage().nbytes()
+            if id(leaf.tensor) not in replacements:
+                stored[storage] = original[storage]
+    return sum(original.values()), sum(stored.values())
+
+
+def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
     """Return the leaves of each storage in which one is to be encoded."""
-    storages: dict[tuple[torch.device, int], list[_Leaf]] = {}
+    storages: dict[tuple[torch.device, int], list[Leaf]] = {}
     for leaf in leaves:
         if leaf.codec is not None:
             storages.setdefault(_storage(leaf.tensor), []).append(leaf)
     for leaf in leaves:
-        if leaf.codec is None and _ordinary(leaf.tensor) and leaf.tensor.numel():
+        if leaf.codec is None and is_ordinary(leaf.tensor) and leaf.tensor.numel():
             members = storages.get(_storage(leaf.tensor))
             if members is not None:
                 members.append(leaf)
@@ -187,17 +158,17 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def _views(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+def _views(leaves: list[Leaf]) -> list[list[Leaf]]:
     """Return the leaves of a storage in groups that show the same of it: tied tensors."""
     if len(leaves) == 1:
         return [leaves]
-    views: dict[tuple[Any, ...], list[_Leaf]] = {}
+    views: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf in leaves:
         views.setdefault(_view(leaf.tensor), []).append(leaf)
     return list(views.values())
 
 
-def _separate(views: list[list[_Leaf]]) -> list[list[_Leaf]]:
+def _separate(views: list[list[Leaf]]) -> list[list[Leaf]]:
     """Return the views of one storage if none overlaps another, else nothing."""
     if len(views) > 1:
         spans = sorted(_span(group[0].tensor) for group in views)
@@ -209,62 +180,6 @@ def _separate(views: list[list[_Leaf]]) -> list[list[_Leaf]]:
 def _span(tensor: Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _encode(groups: list[list[_Leaf]], refused: list[str]) -> dict[int, QuantizedTensor]:
-    """Encode the tensor that all leaves of a group share, for each group whose leaves agree on a codec.
-
-    Returns:
-        Payloads by the id of the group's first tensor; none for those that are to stay as they are.
-    """
-    devices: dict[torch.device, list[tuple[Tensor, Codec, str]]] = {}
-    for leaf, *others in groups:
-        if leaf.codec is not None and all(other.codec == leaf.codec for other in others):
-            devices.setdefault(leaf.tensor.device, []).append((leaf.tensor, leaf.codec, leaf.path))
-    payloads: dict[int, QuantizedTensor] = {}
-    for items in devices.values():
-        kept: dict[int, QuantizedTensor] = {}
-        for (tensor, _, path), payload, held in zip(items, *encode_tensors(items), strict=True):
-            reason = _reason_to_refuse(tensor, payload, held)
-            if reason is None:
-                kept[id(tensor)] = payload
-            else:
-                refused.append(f"{path} ({reason})")
-        if len(kept) < len(items):
-            # What was refused would be saved along with the memory that it shares with the others.
-            kept = {key: copy.deepcopy(payload) for key, payload in kept.items()}
-        payloads |= kept
-    return payloads
-
-
-def _reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, held: bool) -> str | None:
-    """Say why the payload must not take the tensor's place, None if it may; ``held``: whether its scales are finite."""
-    codec = payload.codec
-    if not held:
-        if not bool(tensor.isfinite().all()):
-            return "it holds NaN or infinity"
-        negative = codec.name == LOG and bool((tensor < 0).any())
-        return "it holds a negative value" if negative else "its values exceed the range of float32"
-    if codec.unsigned and codec.name != LOG and bool((tensor < 0).any()):
-        return f"it holds a negative value, which {codec.label} has no code for"
-    if tensor.dtype == torch.float64 and bool(_vanished(tensor, payload).any()):
-        return "it holds nonzero values that are zero in float32"
-    # A 16-bit float can be too coarse for a codebook's finest levels: rounding to it would make the next save find
-    # other codes. The codecs of the presets are stable in bfloat16 (tests/checkpoint/test_saving_again.py).
-    if tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and codec.name not in _STABLE_IN_BFLOAT16):
-        again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
-        if not torch.equal(payload.data, again.data):
-            return f"{tensor.dtype} is too coarse for {codec.label} at its magnitude"
-    return None
-
-
-_STABLE_IN_BFLOAT16 = ("linear", "softsign", LOG)
-
-
-def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:
-    """Tell which nonzero elements became zero because their magnitude does, not because a level is nearest."""
-    gone = (payload.decode() == 0) & (tensor != 0)
-    return gone if payload.codec.name == LOG else gone & (tensor.abs() < SMALLEST_NORMAL)
 
 
 def _replace(value: Any, replacements: Mapping[int, Any]) -> Any:

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.quantization import reference
+from q8lightning.quantization import measuring, reference
 from q8lightning.quantization.backend import backend_of, kernels
 from q8lightning.quantization.codebook import get_codebook
 
 
 def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(5, dtype=torch.float64)
+
+
+def _measure(x: Tensor, block_size: int, decode: measuring.Decode) -> Tensor:
+    if x.device.type == "cpu":
+        return measuring.measure(x, block_size, decode)
+    return reference.measure(x, decode(slice(None), slice(None)).view(x.shape))
 
 
 def empty_codes(x: Tensor) -> Tensor:
@@ -35,7 +41,9 @@ def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = Fal
         return *kernels().quantize(x, book, block_size, signed_scale, statistics), statistics
     backend = backend_of(x)
     codes, scale = backend.quantize(x, book, block_size, signed_scale)
-    return codes, scale, reference.measure(x, backend.dequantize(codes, scale, book, block_size, x.dtype))
+    flat = codes.view(-1)
+    lost = _measure(x, block_size, lambda e, b: backend.dequantize(flat[e], scale[b], book, block_size, x.dtype))
+    return codes, scale, lost
 
 
 @quantize.register_fake
@@ -50,7 +58,8 @@ def fake_quantize(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Te
         statistics = _statistics(x)
         return kernels().fake_quantize(x, book, block_size, statistics), statistics
     values = backend_of(x).fake_quantize(x, book, block_size)
-    return values, reference.measure(x, values)
+    flat = values.view(-1)
+    return values, _measure(x, block_size, lambda e, b: flat[e])
 
 
 @fake_quantize.register_fake
@@ -71,8 +80,12 @@ def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
         statistics = _statistics(x)
         return *kernels().quantize_residual(x, block_size, statistics), statistics
     backend = backend_of(x)
-    parts = backend.quantize_residual(x, block_size)
-    return *parts, reference.measure(x, backend.dequantize_residual(*parts, block_size, x.dtype))
+    codes, residual, scale = backend.quantize_residual(x, block_size)
+    one, two = codes.view(-1), residual.view(-1)
+    lost = _measure(
+        x, block_size, lambda e, b: backend.dequantize_residual(one[e], two[e], scale[b], block_size, x.dtype)
+    )
+    return codes, residual, scale, lost
 
 
 @quantize_residual.register_fake
@@ -86,8 +99,10 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
         statistics = _statistics(x)
         return *kernels().quantize_log(x, block_size, statistics), statistics
     backend = backend_of(x)
-    parts = backend.quantize_log(x, block_size)
-    return *parts, reference.measure(x, backend.dequantize_log(*parts, block_size, x.dtype))
+    codes, bounds = backend.quantize_log(x, block_size)
+    flat = codes.view(-1)
+    lost = _measure(x, block_size, lambda e, b: backend.dequantize_log(flat[e], bounds[b], block_size, x.dtype))
+    return codes, bounds, lost
 
 
 @quantize_log.register_fake

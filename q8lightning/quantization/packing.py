@@ -63,6 +63,27 @@ def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = Fal
     return packed
 
 
+def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
+    """Return what :meth:`Codec.encode` returned for a tensor of ``numel`` elements, as views of its packed ``data``."""
+    scales = data[: codec.scale_bytes(numel)].view(torch.float32)
+    codes = torch.split(data[scales.nbytes :], numel)
+    return codes[0], scales.view(-1, 2) if codec.coding.scales == 2 else scales, *codes[1:]
+
+
+def repack(data: Sequence[Tensor]) -> list[Tensor]:
+    """Copy ``data`` of one device into a buffer of its own, so that it keeps nothing else alive.
+
+    Args:
+        data: ``[nbytes]`` uint8 each, as :class:`Packed` has it; at least one.
+    """
+    starts, total, gaps = _layout(tuple((0, each.nbytes) for each in data), data[0].device)
+    buffer = torch.empty(total, dtype=torch.uint8, device=data[0].device)
+    buffer.index_fill_(0, gaps, 0)
+    copies = [buffer[start : start + each.nbytes] for start, each in zip(starts, data, strict=True)]
+    torch._foreach_copy_(copies, list(data))
+    return copies
+
+
 def _encode(tensor: Tensor, codec: Codec, packed: Packed, index: int) -> None:
     if packed.statistics is None:
         codes, scales, *residual = codec.encode(tensor)

@@ -22,8 +22,8 @@ def codecs_of(path: Path) -> dict[str, tuple[str, int, bool]]:
     }
 
 
-def save(state: dict[str, Any], path: Path, *rules: Any, min_numel: int = 4096) -> dict[str, tuple[str, int, bool]]:
-    QuantizedCheckpointIO(checkpoint=CheckpointPolicy(rules, min_numel)).save_checkpoint(state, path)
+def save(state: dict[str, Any], path: Path, *rules: Any, **options: Any) -> dict[str, tuple[str, int, bool]]:
+    QuantizedCheckpointIO(checkpoint=CheckpointPolicy(rules, **options)).save_checkpoint(state, path)
     return codecs_of(path)
 
 
@@ -89,7 +89,8 @@ def test_rules_decide_for_a_whole_training(tmp_path: Path) -> None:
             Rule("optimizer_states.*.memory", "softsign"),
             Rule("callbacks.*", "softsign"),
             Rule("something_extra.*", TERNARY, 4096),
-        ]
+        ],
+        min_sqnr_db=None,
     )
     trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
     trainer.fit(Autoencoder())
@@ -262,7 +263,7 @@ def test_a_mapping_that_is_no_rule_is_refused(rule: dict[str, Any]) -> None:
 def test_levels_of_ones_own_survive_in_the_file(tmp_path: Path) -> None:
     levels = torch.tensor([-1.0, -0.25, 0.0, 0.3, 1.0])
     weight = torch.randn(64, 64)
-    save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt", Rule("state_dict.*", levels, 4096))
+    save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt", Rule("state_dict.*", levels, 4096), min_sqnr_db=None)
     after = load(tmp_path / "a.ckpt")["state_dict"]["weight"]
     assert torch.equal(after.unique(), levels * weight.abs().max())
 

@@ -71,7 +71,7 @@ def assert_stable(io: QuantizedCheckpointIO, checkpoint: dict[str, Any], folder:
 def test_every_codec_finds_the_same_codes_ten_times_over(
     codec: str, dtype: torch.dtype, block_size: int, tmp_path: Path
 ) -> None:
-    policy = CheckpointPolicy([Rule("state_dict.*", block_size=block_size, **CODECS[codec])])
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=block_size, **CODECS[codec])], min_sqnr_db=None)
     state = hard_tensors(dtype, negative=codec not in NEVER_NEGATIVE)
     if dtype == torch.float16:  # keep to its range; its subnormals have a test in test_refusals
         del state["rows of different scale"], state["heavy tails"]
@@ -86,7 +86,7 @@ def test_every_codec_finds_the_same_codes_ten_times_over(
 @pytest.mark.parametrize("codec", CODECS)
 def test_tensors_that_fade_out_find_the_same_codes_too(codec: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Momentum of a parameter without gradients shrinks to the smallest numbers of its dtype before it is zero."""
-    policy = CheckpointPolicy([Rule("state_dict.*", block_size=128, **CODECS[codec])])
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=128, **CODECS[codec])], min_sqnr_db=None)
     fading = torch.randn(256, 64) * torch.exp2(-torch.linspace(110, 150, 256))[:, None]
     state = {"fading": (fading.abs() if codec in NEVER_NEGATIVE else fading).to(dtype)}
     assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": state}, tmp_path)
@@ -96,7 +96,7 @@ def test_tensors_that_fade_out_find_the_same_codes_too(codec: str, dtype: torch.
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_smallest_numbers_of_bfloat16_find_the_same_codes_too(codec: str, tmp_path: Path) -> None:
     """Each block holds all numbers from zero to a largest one just above the smallest normal float32."""
-    policy = CheckpointPolicy([Rule("state_dict.*", block_size=4096, **CODECS[codec])])
+    policy = CheckpointPolicy([Rule("state_dict.*", block_size=4096, **CODECS[codec])], min_sqnr_db=None)
     patterns = [torch.arange(4096).clamp(max=largest) for largest in range(128, 192)]
     smallest = torch.cat(patterns).to(torch.int16).view(torch.bfloat16)
     assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": {"smallest": smallest}}, tmp_path)

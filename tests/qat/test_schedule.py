@@ -1,5 +1,7 @@
 """Which weights are quantized and when is what the configuration says, and a function of the global step."""
 
+import csv
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -384,11 +386,21 @@ def test_loggers_get_the_error_of_the_weights(tmp_path: Path) -> None:
         callbacks=[callback, Read()],
     )  # fmt: skip
     trainer.fit(model)
-    assert set(errors[0]) == {"net.0.weight", "net.1.weight"}
-    assert errors[1]["net.0.weight"] is errors[0]["net.0.weight"]  # measured at every second step only
-    lost = sum(
-        ((seen - master).double() ** 2).sum() for seen, master in zip(model.seen[2], model.masters[2], strict=True)
-    )
-    assert float(sum(each.squared_error for each in errors[2].values())) == pytest.approx(float(lost))
+    assert errors[0] == {}
+    assert set(errors[1]) == {"net.0.weight", "net.1.weight"}
+    assert errors[2]["net.0.weight"] is errors[1]["net.0.weight"]  # measured at every second step only
+    assert errors[3]["net.0.weight"] is not errors[1]["net.0.weight"]
+
     (file,) = tmp_path.rglob("metrics.csv")
-    assert "qat/weights_sqnr_db" in file.read_text().splitlines()[0]
+    with file.open() as lines:
+        rows = {int(row["step"]): row for row in csv.DictReader(lines) if row["q8/qat/weights/sqnr_db"]}
+    assert list(rows) == [1, 3]  # the steps at which Lightning logs
+    for step, row in rows.items():
+        pairs = list(zip(model.seen[step], model.masters[step], strict=True))
+        lost = sum(float(((seen - master).double() ** 2).sum()) for seen, master in pairs)
+        squares = sum(float((master.double() ** 2).sum()) for _, master in pairs)
+        assert float(row["q8/qat/weights/sqnr_db"]) == pytest.approx(10 * math.log10(squares / lost), rel=1e-6)
+        assert float(row["q8/qat/weights/relative_error"]) == pytest.approx(math.sqrt(lost / squares), rel=1e-6)
+    assert float(trainer.callback_metrics["q8/qat/weights/sqnr_db"]) == pytest.approx(
+        float(rows[3]["q8/qat/weights/sqnr_db"])
+    )

@@ -1,0 +1,48 @@
+"""How many times smaller checkpoints are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.metrics.base import QuantizationMetric
+from q8lightning.metrics.functional.compression import compression_ratio_compute, compression_ratio_update
+
+
+class CompressionRatio(QuantizationMetric):
+    r"""How many times smaller something is stored.
+
+    .. math:: \frac{\sum \text{original bytes}}{\sum \text{stored bytes}}
+
+    ``forward`` and ``update`` take two counts, ints or integers of any shape, which are added up (those on a GPU are
+    waited for). ``compute`` returns ``[]`` float64: 1 for nothing stored of nothing (also before any update), infinity
+    for nothing stored of something.
+
+    Args:
+        kwargs: Those of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = CompressionRatio()
+        >>> metric.update(original_bytes=4096, stored_bytes=1040)
+        >>> metric.update(original_bytes=1024, stored_bytes=1024)
+        >>> metric.compute()
+        tensor(2.4806, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    plot_lower_bound = 0.0
+
+    sums: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, original_bytes: int | Tensor, stored_bytes: int | Tensor) -> None:
+        """Add what was there and what is stored, in bytes; ValueError if one is negative or not whole."""
+        self.sums = self.sums + compression_ratio_update(original_bytes, stored_bytes).to(self.sums.device)
+
+    def compute(self) -> Tensor:
+        """Return the ratio, ``[]`` float64."""
+        return compression_ratio_compute(self.sums)

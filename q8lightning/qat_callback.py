@@ -1,0 +1,114 @@
+"""The part of the callback that trains with quantized weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
+from q8lightning.qat.config import QATConfig
+from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.selection import check_optimizers
+from q8lightning.qat.windows import Windows
+from q8lightning.quantization.reference import ErrorStatistics
+from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.recording import publish
+
+QAT_PREFIX = f"{PREFIX}/qat"
+"""What the names of values begin with that are measured while training, not when a checkpoint is saved."""
+
+
+class QATCallback(pl.Callback):
+    """The part of the callback that trains with quantized weights; ``qat.windows`` says when they are in place."""
+
+    def __init__(self, qat: QATConfig | Mapping[str, Any] | None, log: str | None) -> None:
+        self.recorder = Recorder(log)
+        self.qat = None if qat is None else QATConfig.of(qat)
+        self.codecs: dict[str, WeightCodec] = {}
+        """How each weight is quantized, by name; kept after the run for whoever saves a checkpoint then."""
+        self._windows: Windows | None = None
+        self._logged: Mapping[str, ErrorStatistics] = {}
+
+    @property
+    def statistics(self) -> Mapping[str, ErrorStatistics]:
+        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
+        return {} if self._windows is None else self._windows.quantizer.statistics
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies that hold no ordinary parameters; become the first callback, which releases before any."""
+        if self.qat is None:
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
+                f" {type(trainer.strategy).__name__}; use DDP or a single device, or remove qat"
+            )
+        others = other_callbacks(trainer, self)
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Select the weights, or refuse, now that the model and its optimizers are on their device."""
+        if self.qat is not None:
+            self._open(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Select the weights, or in the middle of a fit put the masters back."""
+        if self.qat is not None and self._windows is None:
+            self._open(trainer, pl_module)
+        self._release(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Record what the weights lost, if it was measured in this step."""
+        if self.statistics is not self._logged and self.statistics:
+            self._logged = self.statistics
+            rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()
+            losses = [Loss("weights", name, row) for name, row in zip(self.statistics, rows, strict=True)]
+            publish(trainer, self.recorder.losses(losses, QAT_PREFIX))
+
+    def _release(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Put the masters back before the hooks of other callbacks run."""
+        if self._windows is not None:
+            self._windows.quantizer.release()
+
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end = _release
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the masters back and let go of the model."""
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the masters back and let go of the model."""
+        self._close()
+
+    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.qat is not None
+        self._close()
+        fitting = trainer.state.fn == "fit"
+        quantizer = FakeQuantizer(pl_module, self.qat)
+        try:
+            check_optimizers(trainer.optimizers if fitting else (), quantizer.weights)
+        except ValueError:
+            quantizer.close()
+            raise
+        self.codecs = quantizer.codecs
+        self._windows = Windows(
+            quantizer,
+            trainer.precision_plugin,
+            owners=[pl_module, getattr(trainer, "datamodule", None), *other_callbacks(trainer, self)],
+            step=lambda: trainer.global_step if fitting else None,
+            manual=fitting and not pl_module.automatic_optimization,
+            measure=lambda: self.recorder.detail is not None and trainer._logger_connector.should_update_logs,
+        )
+
+    def _close(self) -> None:
+        if self._windows is not None:
+            self._windows.close()
+        self._windows = None
+
+
+def other_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> list[pl.Callback]:
+    return [each for each in trainer.callbacks if each is not callback]  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""How far stored moments turn the direction in which Adam steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
+
+The error of a small second moment counts here as much as it changes the step; the error of the tensors themselves
+cannot see it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import unpack
+
+CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
+half a gigabyte. A multiple of every block size."""
+
+
+class StoredMoment(NamedTuple):
+    """A moment and what is stored in its place.
+
+    Attributes:
+        values: ``[numel]`` float, the original.
+        codec: How it is encoded; None if it is stored as it is.
+        data: ``[nbytes]`` uint8, what :func:`q8lightning.quantization.packing.pack` returned for it; None if it is
+            stored as it is.
+    """
+
+    values: Tensor
+    codec: Codec | None = None
+    data: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """The moments of one parameter, of one size, on one device.
+
+    Attributes:
+        exp_avg: The first moment.
+        exp_avg_sq: The second moment, its elements in the same order.
+        eps: The optimizer's.
+    """
+
+    exp_avg: StoredMoment
+    exp_avg_sq: StoredMoment
+    eps: float = 1e-8
+
+
+def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
+    """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
+
+    Args:
+        pairs: At least one; all on one device.
+
+    Returns:
+        ``[len(pairs), 2]`` float64 on their device: the sum of squared differences between the direction of what is
+        stored and that of the original, and the sum of squares of the original one, in squared units of the learning
+        rate. Zeros for empty tensors; NaN where a moment has no numbers, or where both moments and ``eps`` are zero.
+        Directions are float32 (float64 for moments that are), the sums float64.
+    """
+    return torch.stack([_sums(pair) for pair in pairs])
+
+
+def _sums(pair: Moments) -> Tensor:
+    exp_avg, exp_avg_sq, eps = pair
+    sums = torch.zeros(2, dtype=torch.float64, device=exp_avg.values.device)
+    step = CHUNK.get(sums.device.type, CHUNK["cuda"])
+    for (first, stored_first), (second, stored_second) in zip(
+        _chunks(exp_avg, step), _chunks(exp_avg_sq, step), strict=True
+    ):
+        direction = first / second.sqrt_().add_(eps)
+        error = (stored_first / stored_second.sqrt_().add_(eps)).sub_(direction).double()
+        direction = direction.double()
+        sums += torch.stack([torch.dot(error, error), torch.dot(direction, direction)])
+    return sums
+
+
+def _chunks(moment: StoredMoment, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield original and decoded elements, copies in float32 or float64."""
+    values, codec, data = moment
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if codec is None or data is None:
+        for start in range(0, values.numel(), step):
+            original = values[start : start + step].to(dtype, copy=True)
+            yield original, original.clone()
+        return
+    codes, scales, *residual = unpack(data, codec, values.numel())
+    for start in range(0, values.numel(), step):
+        elements, blocks = (
+            slice(start, start + step),
+            slice(start // codec.block_size, (start + step) // codec.block_size),
+        )
+        parts = (codes[elements], scales[blocks], *(each[elements] for each in residual))
+        yield values[elements].to(dtype, copy=True), codec.decode(parts, values.dtype).to(dtype)

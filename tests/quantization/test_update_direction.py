@@ -1,0 +1,154 @@
+"""The error of Adam's update direction is that of NumPy in float64, and that of the metric of the same name."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from q8lightning.metrics import UpdateDirectionError
+from q8lightning.quantization import update_direction
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import pack, repack
+from q8lightning.quantization.update_direction import Moments, StoredMoment, update_direction_sums
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+
+EPS = 1e-8
+SIZES = (4096, 5001, 1, 33, 300_000)
+FIRST = Codec("softsign", 128)
+SECOND = Codec("log", 64)
+
+
+def moments_of(numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(numel)
+    scale = 10.0 ** -(6 * torch.rand(numel, generator=generator))
+    exp_avg = torch.randn(numel, generator=generator) * scale
+    exp_avg_sq = (torch.randn(numel, generator=generator) * scale).square()
+    return exp_avg.to(dtype).to(device), exp_avg_sq.to(dtype).to(device)
+
+
+def stored(values: Tensor, codec: Codec | None) -> StoredMoment:
+    return StoredMoment(values) if codec is None else StoredMoment(values, codec, pack([values], [codec]).data[0])
+
+
+def decoded(moment: StoredMoment) -> Tensor:
+    if moment.codec is None:
+        return moment.values
+    return moment.codec.decode(moment.codec.encode(moment.values), moment.values.dtype)
+
+
+def expected(pair: Moments) -> list[float]:
+    """The definition, in float64 NumPy."""
+
+    def direction(first: Tensor, second: Tensor) -> np.ndarray:
+        return first.cpu().double().numpy() / (np.sqrt(second.cpu().double().numpy()) + pair.eps)
+
+    original = direction(pair.exp_avg.values, pair.exp_avg_sq.values)
+    kept = direction(decoded(pair.exp_avg), decoded(pair.exp_avg_sq))
+    return [float(((kept - original) ** 2).sum()), float((original**2).sum())]
+
+
+def close(got: Tensor, pair: Moments) -> bool:
+    """Directions are float32 after three operations: off by less than two ulp, and so is their difference."""
+    error, squares = expected(pair)
+    ulp = 4 * 2.0**-24
+    slack = 2 * ulp * (error * squares) ** 0.5 + ulp**2 * squares + 2 * ulp * error
+    return float(got[0]) == pytest.approx(error, abs=slack) and float(got[1]) == pytest.approx(squares, rel=1e-6)
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (FIRST, SECOND),
+        (Codec("linear", 256, True), SECOND),
+        (None, SECOND),
+        (FIRST, None),
+        (None, None),
+        (FIRST, Codec("dynamic_unsigned", 4096)),
+    ],
+    ids=str,
+)
+def test_sums_are_those_of_numpy(
+    first: Codec | None, second: Codec | None, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(update_direction.CHUNK, device, 4096)
+    pairs = []
+    for numel in SIZES:
+        one, two = moments_of(numel, dtype, device)
+        pairs.append(Moments(stored(one, first), stored(two, second), EPS))
+    sums = update_direction_sums(pairs)
+    assert sums.dtype == torch.float64
+    assert sums.shape == (len(SIZES), 2)
+    assert all(map(close, sums.cpu(), pairs))
+    assert (first is None and second is None) == (not sums[:, 0].any())
+
+
+@each_device
+def test_it_is_the_error_that_the_metric_of_this_name_computes(device: str) -> None:
+    metric, from_sums = UpdateDirectionError(EPS).to(device), UpdateDirectionError(EPS).to(device)
+    pairs = []
+    for numel in SIZES:
+        one, two = moments_of(numel, torch.float32, device)
+        pairs.append(Moments(stored(one, FIRST), stored(two, SECOND), EPS))
+        metric.update(one, two, decoded(pairs[-1].exp_avg), decoded(pairs[-1].exp_avg_sq))
+    from_sums.update_from_sums(update_direction_sums(pairs))
+    assert float(from_sums.compute()) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+@each_device
+def test_a_second_moment_that_becomes_zero_turns_the_step(device: str) -> None:
+    one = torch.full((4096,), 1e-4, device=device)
+    two = one.square()
+    two[0] = 1.0  # so large that a linear code of the others is zero
+    wrong, right = (Moments(StoredMoment(one), stored(two, codec), EPS) for codec in (Codec("linear", 4096), SECOND))
+    sums = update_direction_sums([wrong, right])
+    assert float(sums[0, 0] / sums[0, 1]) > 1e7
+    assert float(sums[1, 0] / sums[1, 1]) < 1e-3
+
+
+@each_device
+def test_the_moments_stay_as_they_are_and_empty_ones_count_nothing(device: str) -> None:
+    one, two = moments_of(5001, torch.float32, device)
+    before = one.clone(), two.clone()
+    nothing = StoredMoment(one[:0])
+    sums = update_direction_sums([Moments(stored(one, FIRST), StoredMoment(two)), Moments(nothing, nothing)])
+    assert torch.equal(one, before[0])
+    assert torch.equal(two, before[1])
+    assert not sums[1].any()
+
+
+def test_a_moment_without_numbers_makes_no_number() -> None:
+    one, two = moments_of(5001, torch.float32, "cpu")
+    one[17] = torch.nan
+    assert update_direction_sums([Moments(stored(one, FIRST), stored(two, SECOND))]).isnan().all()
+
+
+def test_repacked_data_is_the_same_and_keeps_nothing_else_alive() -> None:
+    tensors = [torch.randn(numel) for numel in (4096, 5001, 33)]
+    packed = pack(tensors, [FIRST] * 3).data
+    copies = repack([packed[2], packed[1]])
+    assert torch.equal(copies[0], packed[2])
+    assert torch.equal(copies[1], packed[1])
+    assert copies[0].untyped_storage().nbytes() < packed[1].nbytes + packed[2].nbytes + 32
+    assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr()
+    assert all(copy.storage_offset() % 16 == 0 for copy in copies)  # scales are read as float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for() -> None:
+    pairs = []
+    for numel in SIZES:
+        one, two = moments_of(numel, torch.float32, "cuda")
+        pairs.append(Moments(stored(one, FIRST), stored(two, SECOND), EPS))
+    update_direction_sums(pairs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update_direction_sums(pairs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
