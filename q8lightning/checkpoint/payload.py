@@ -7,9 +7,11 @@ to every file ever written.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
 
 _KEEP_ENCODED: ContextVar[bool] = ContextVar("keep_encoded", default=False)
+
+CHECKSUMS: ContextVar[Mapping[int, "Future[int]"]] = ContextVar("checksums", default=MappingProxyType({}))
+"""Checksums that other threads compute for payloads which are about to be pickled, by id."""
 
 
 class NewerFormatError(RuntimeError):
@@ -125,10 +130,16 @@ class QuantizedTensor:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The checksum is made here because here the bytes are on the host: in the thread that writes them.
         header = self.header
-        header[CHECKSUM_KEY] = checksum(header, self.data) if self.checksum is None else self.checksum
+        header[CHECKSUM_KEY] = self._checksum_to_save()
         return rebuild_v1, (header, self.data)
+
+    def _checksum_to_save(self) -> int:
+        # Made when it is saved because then the bytes are on the host, and training does not wait.
+        if self.checksum is not None:
+            return self.checksum
+        ahead = CHECKSUMS.get().get(id(self))
+        return checksum(self.header, self.data) if ahead is None else ahead.result()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
         """Copy it encoded; the default would go through ``__reduce__`` and decode."""

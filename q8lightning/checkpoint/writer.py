@@ -7,12 +7,14 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-import torch
+from q8lightning.checkpoint import zip_writer
+from q8lightning.checkpoint.payload_group import checksums_ahead
+from q8lightning.checkpoint.write_behind import WriteBehind
 
 if sys.platform != "win32":
     import fcntl
@@ -34,30 +36,43 @@ Each is announced as an audit event, ``q8lightning.save`` with the step and the 
 
 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``checkpoint`` with ``torch.save`` so that ``path`` holds either its old content or all of the new one.
+    """Write ``checkpoint`` as ``torch.save`` does so that ``path`` holds either its old content or all of the new one.
 
-    The content goes to a temporary file beside the target, without a second copy of it in memory, and is flushed to
-    the disk before it takes the target's name; the folder is flushed last. Missing folders are made; temporary files
-    that a killed writer left there are removed.
+    The content goes to the file without a second copy of it in memory; see :func:`write_durably`.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
         OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with checksums_ahead(checkpoint):
+            zip_writer.save(checkpoint, file)
+
+    write_durably(path, write)
+
+
+def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a file so that ``path`` holds either its old content or all of the new one.
+
+    The content goes to a temporary file beside the target, from there to the disk while more is written, and is flushed
+    before the file takes the target's name; the folder is flushed last. Missing folders are made; temporary files that
+    a killed writer left there are removed.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a directory.
+        OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was, as they
+            are after any other error of ``write``.
     """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"a checkpoint is a file, but {target} is a directory; choose another path")
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
-    with _temporary_beside(target) as file:
+    with _naming(target), _temporary_beside(target) as file:
         announce("opened", target)
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:
-            # When a write fails (a full disk), torch's zip writer reports its own confusion about it.
-            if isinstance(error.__context__, OSError):
-                raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
-            raise
+        with WriteBehind(file) as behind:
+            write(cast("IO[bytes]", behind))
         file.flush()
         announce("written", target)
         os.fsync(file.fileno())
@@ -66,6 +81,22 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
         announce("renamed", target)
     _flush_directory(target.parent)
     announce("durable", target)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let errors of the system, which know the number of a file at best, name the target."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)
+        raise
+    except RuntimeError as error:
+        # When a write fails (a full disk), torch's own zip writer reports its own confusion about it.
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
+        raise
 
 
 def announce(step: str, path: str | os.PathLike[str]) -> None:

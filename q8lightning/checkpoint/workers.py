@@ -1,0 +1,92 @@
+"""A few threads for work that releases Python's lock: reading, sums, and what torch computes."""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MOST = 8
+"""Threads at most: so many read and sum faster than a disk or one socket's memory delivers."""
+
+
+def count_workers(jobs: int) -> int:
+    """Return how many threads are worth starting for so many jobs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST, cores, jobs))
+
+
+class Workers:
+    """Threads that take jobs in the order in which they were submitted, from entering to leaving the context.
+
+    The executors of ``concurrent.futures`` take no more jobs once the interpreter shuts down, which is when the pending
+    save of a training that just ends is written. Leaving the context drops the jobs that nobody has begun and waits for
+    the others, so that no thread touches memory that the caller is about to free.
+
+    Args:
+        count: How many threads; each is started when there is a job for it. If the system has no thread left,
+            :meth:`submit` does the work itself.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._left = False
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Have ``function(*arguments)`` called; what it returns or raises is the future's."""
+        future: Future[T] = Future()
+        if len(self._threads) < self._count:
+            self._start()
+        self._jobs.put((future, function, arguments))
+        if not self._threads:
+            self._work_off()
+        return future
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="q8lightning worker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads; fewer do as well
+            self._count = len(self._threads)
+        else:
+            self._threads.append(thread)
+
+    def _work_off(self) -> None:
+        while not self._jobs.empty():
+            self._do(self._jobs.get())
+
+    def _work(self) -> None:
+        while self._do(self._jobs.get()):
+            pass
+
+    def _do(self, job: tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None) -> bool:
+        if job is None:
+            return False
+        future, function, arguments = job
+        if self._left:
+            future.cancel()
+            return True
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # it is the caller's
+            future.set_exception(error)
+        return True
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._left = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
