@@ -56,7 +56,7 @@ def encode_checkpoint(
     overlap others in memory without being the same, and tied ones whose paths ask for different codecs, are left as
     they are, so that they stay tied. Tensors that the codec cannot hold are left as they are, with a warning.
     """
-    leaves = list(_leaves(checkpoint, policy, names or _names_from(checkpoint)))
+    leaves = list(_leaves(checkpoint, policy, names or names_in(checkpoint)))
     replacements = _replacements(leaves)
     encoded = dict(_replace(checkpoint, replacements))
     encoded[SUMMARY_KEY] = {"format_version": FORMAT_VERSION}
@@ -66,7 +66,7 @@ def encode_checkpoint(
     return encoded
 
 
-def _names_from(checkpoint: Mapping[str, Any]) -> ModelNames:
+def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
     """Take what names the checkpoint has: those of optimizers that were made from named parameters."""
     optimizers = checkpoint.get("optimizer_states", ())
     return ModelNames(

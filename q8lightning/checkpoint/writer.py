@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -36,13 +36,25 @@ Each is announced as an audit event, ``q8lightning.save`` with the step and the 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """Write ``checkpoint`` with ``torch.save`` so that ``path`` holds either its old content or all of the new one.
 
-    The content goes to a temporary file beside the target, without a second copy of it in memory, and is flushed to
-    the disk before it takes the target's name; the folder is flushed last. Missing folders are made; temporary files
-    that a killed writer left there are removed.
+    The content goes to the file without a second copy of it in memory; see :func:`write_durably`.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
         OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was.
+    """
+    write_durably(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a file so that ``path`` holds either its old content or all of the new one.
+
+    The content goes to a temporary file beside the target and is flushed to the disk before it takes the target's name;
+    the folder is flushed last. Missing folders are made; temporary files that a killed writer left there are removed.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a directory.
+        OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was, as they
+            are after any other error of ``write``.
     """
     target = Path(path)
     if target.is_dir():
@@ -52,7 +64,7 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     with _temporary_beside(target) as file:
         announce("opened", target)
         try:
-            torch.save(checkpoint, file)
+            write(file)
         except RuntimeError as error:
             # When a write fails (a full disk), torch's zip writer reports its own confusion about it.
             if isinstance(error.__context__, OSError):

@@ -1,0 +1,23 @@
+"""``python -m q8lightning``: the command line."""
+
+import sys
+
+_EXTRA = ("jsonargparse", "rich", "yaml")
+"""What the extra ``cli`` brings."""
+
+
+def run() -> int:
+    """Run the command line, or say in one line what it needs."""
+    try:
+        from q8lightning.cli.main import main
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        remedy = 'pip install "q8lightning[cli]"'
+        print(f"q8lightning: error: the command line needs {error.name}; {remedy}", file=sys.stderr)
+        return 2
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())
