@@ -11,10 +11,11 @@ def run() -> int:
     try:
         from q8lightning.cli.main import main
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
         remedy = 'pip install "q8lightning[cli]"'
-        print(f"q8lightning: error: the command line needs {error.name}; {remedy}", file=sys.stderr)
+        print(f"q8lightning: error: the command line needs {missing}; {remedy}", file=sys.stderr)
         return 2
     return main()
 

@@ -2,7 +2,7 @@
 
 import os
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
 from q8lightning.cli.comparison import Comparison
-from q8lightning.cli.source import CommandError
+from q8lightning.cli.source import CommandError, Source, leaves, path_of
 
 
 def make_parser(commands: Mapping[str, Callable[[Namespace], int]]) -> ArgumentParser:
@@ -148,6 +148,17 @@ def _read(path: str) -> CheckpointPolicy:
         raise CommandError(f"{path} is not a policy: {error}") from error
 
 
+def check_kept(patterns: Sequence[str], source: Source) -> None:
+    """Raise CommandError for a pattern that keeps nothing: it was meant to."""
+    paths = [path_of(keys) for keys, _ in leaves(source.content)]
+    for pattern in patterns:
+        if not any(Rule(pattern).matches(path, None) for path in paths):
+            raise CommandError(
+                f"--keep {pattern!r} matches no tensor of {source.path}; patterns match whole paths, such as"
+                f" {paths[0] if paths else 'state_dict.weight'!r}"
+            )
+
+
 def plotter() -> Callable[[Comparison, Path, str], None]:
     """Return the function that draws.
 
@@ -157,6 +168,8 @@ def plotter() -> Callable[[Comparison, Path, str], None]:
     try:
         from q8lightning.cli.plot import plot_comparison
     except ModuleNotFoundError as error:
-        raise CommandError(f'--plot needs {error.name}; pip install "q8lightning[plot]"') from error
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        raise CommandError('--plot needs matplotlib; pip install "q8lightning[plot]"') from error
     plot: Callable[[Any, Path, str], None] = plot_comparison
     return plot

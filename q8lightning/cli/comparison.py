@@ -13,7 +13,7 @@ from q8lightning.checkpoint.state_dict import names_in
 from q8lightning.cli.inspection import label
 from q8lightning.cli.source import KINDS, CommandError, Keys, Source, kind_of, leaves, path_of
 
-CHUNK = 2**20
+CHUNK = 2**18
 """Elements that are compared at a time, in float64."""
 
 _Value = Tensor | QuantizedTensor

@@ -79,6 +79,8 @@ def _convert(
         write_durably(target, write)
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(error.what, source.path) from None  # it knows the tensor; add the file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error  # not every one knows the file
 
 
 def _why_nothing(source: Source, done: Conversion) -> str:

@@ -1,12 +1,13 @@
 """The commands: read the arguments, do it, print it; whatever a user got wrong is one line and a status."""
 
+import ctypes
 import json
 import os
 import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import NewerFormatError
 from q8lightning.cli import comparison, convert, inspection, report
-from q8lightning.cli.arguments import check_positive, files_of, make_parser, plotter, policy_of, refuse_existing
+from q8lightning.cli.arguments import (
+    check_kept,
+    check_positive,
+    files_of,
+    make_parser,
+    plotter,
+    policy_of,
+    refuse_existing,
+)
 from q8lightning.cli.encoder import Conversion
 from q8lightning.cli.source import CommandError, open_checkpoint
 from q8lightning.cli.verification import Verification, verify_file
@@ -37,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = make_parser(COMMANDS).parse_args(arguments)
+        _give_memory_back()
         return COMMANDS[options.command](options[options.command])
     except ArgumentError as error:
         return _fail(str(error), BAD_ARGUMENTS)
@@ -55,6 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"q8lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _give_memory_back() -> None:
+    """Let glibc return the memory of each tensor to the system.
+
+    By itself it raises the size from which it does to 32 MB as it sees large blocks freed, and then keeps what lies
+    between others: decompressing 300 MB grew the process by up to 200 MB, with a fixed size by less than the largest
+    tensor. Other C libraries have no such option.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 
 
 def _console() -> Console:
@@ -88,8 +113,10 @@ def compress(options: Namespace) -> int:
     policy = policy_of(options)
     source, target = files_of(options)
     begin = time.perf_counter()
+    checkpoint = open_checkpoint(source, options.trust)
+    check_kept(options.keep, checkpoint)
     with _progress("compress") as progress:
-        done = convert.compress(open_checkpoint(source, options.trust), target, policy, progress)
+        done = convert.compress(checkpoint, target, policy, progress)
     _print_done(done, "quantized", source, target, time.perf_counter() - begin)
     return 0
 
@@ -118,8 +145,8 @@ def verify(options: Namespace) -> int:
     bad = 0
     for path, result in found.items():
         for what in (result,) if isinstance(result, str) else result.damage:
-            text = what if isinstance(result, str) else f"{path}: {what} is damaged"
-            bad = _fail(text.replace(", is damaged", " is damaged"), BAD_FILE)
+            text = what if isinstance(result, str) else f"{path}: {what.removesuffix(',')} is damaged"
+            bad = _fail(text, BAD_FILE)
     return bad
 
 

@@ -32,7 +32,8 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
         if drawn:
             panels[kind] = drawn
     longest = max((len(rows) for rows in panels.values()), default=1)
-    figure = Figure(figsize=(3.8 * max(len(panels), 1), max(2.8, 1.2 + 0.17 * min(longest, _LABELS))), layout="constrained")
+    height = max(2.8, 1.2 + 0.17 * min(longest, _LABELS))
+    figure = Figure(figsize=(3.8 * max(len(panels), 1), height), layout="constrained")
     figure.suptitle(title, fontsize=10)
     all_axes = figure.subplots(1, max(len(panels), 1), sharex=True, squeeze=False)[0]
     for index, (axes, (kind, rows)) in enumerate(zip(all_axes, panels.items(), strict=False)):
