@@ -149,7 +149,8 @@ class Encoder(Work):
             if (entry := self._codes.get(name)) is not None and "codes" not in entry
         }
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            warnings.simplefilter("ignore")  # whatever else happens meanwhile, in any thread
+            warnings.simplefilter("always", UserWarning)
             encoded = encode_checkpoint(part, self._policy, ModelNames(frozenset(), self._parameters, codecs))
         self.done.warnings += [str(warning.message) for warning in caught]
         summary = encoded.pop(SUMMARY_KEY)

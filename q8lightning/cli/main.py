@@ -171,14 +171,20 @@ def compare(options: Namespace) -> int:
     return 0
 
 
+_WARNINGS = 5
+"""How many are printed; every tensor of a model that diverged has one."""
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def _print_done(done: Conversion, verb: str, source: Path, target: Path, seconds: float) -> None:
     before, after = source.stat().st_size, target.stat().st_size
-    for warning in done.warnings:
+    for warning in done.warnings[:_WARNINGS]:
         print(f"q8lightning: warning: {warning}", file=sys.stderr)
+    if len(done.warnings) > _WARNINGS:
+        print(f"q8lightning: warning: {len(done.warnings) - _WARNINGS} more of this kind", file=sys.stderr)
     kept = f", {done.kept} as they were" if done.kept else ""
     change = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
     print(f"{target}: {done.converted} tensors {verb}{kept}; {before:,} -> {after:,} bytes, {change}; {seconds:.1f} s")

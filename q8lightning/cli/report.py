@@ -130,7 +130,9 @@ def _grow(tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | N
     for key, below in branches.items():
         if depth == 1:
             encoded, decoded = (sum(getattr(entry, name) for _, entry in below) for name in ("bytes", "decoded_bytes"))
-            tree.add(f"{escape(key)}  [dim]{len(below):,} tensors, {encoded:,} bytes {ratio(decoded, encoded)}[/dim]")
+            many = "s" if len(below) > 1 else ""
+            summary = f"{len(below):,} tensor{many}, {encoded:,} bytes {ratio(decoded, encoded)}"
+            tree.add(f"{escape(key)}  [dim]{summary}[/dim]")
         else:
             _grow(tree.add(escape(key)), below, None if depth is None else depth - 1)
 

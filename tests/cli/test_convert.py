@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
+from q8lightning.checkpoint.state_dict import encode_checkpoint
 from q8lightning.checkpoint.writer import TEMPORARY_SUFFIX
-from q8lightning.cli import convert
+from q8lightning.cli import convert, encoder
 from q8lightning.cli.source import open_checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
@@ -391,6 +393,24 @@ def test_a_damaged_payload_is_not_decompressed(run: Run, by_callback: Path, tmp_
     assert done.status == 1
     assert f"the tensor state_dict.decoder.weight in {damaged} is damaged" in done.err
     assert content_of(tmp_path) == ["damaged.ckpt"]
+
+
+def test_a_model_that_diverged_does_not_fill_the_screen(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*arguments: Any) -> dict[str, Any]:
+        warnings.warn("somebody else's", ResourceWarning, stacklevel=2)
+        return encode_checkpoint(*arguments)
+
+    monkeypatch.setattr(encoder, "encode_checkpoint", encode)
+    state = {f"w{index}": torch.full((64, 64), torch.nan) for index in range(8)}
+    torch.save({"state_dict": state | {"w": torch.randn(64, 64)}}, tmp_path / "plain.ckpt")
+    done = run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt")
+    assert done.status == 0
+    assert [line.split(" (")[0].rpartition(" ")[2] for line in done.err.splitlines()[:5]] == [
+        f"state_dict.w{index}" for index in range(5)
+    ]
+    assert done.err.splitlines()[5:] == ["q8lightning: warning: 3 more of this kind"]
 
 
 @pytest.mark.parametrize("limit", [0, 4096, 100_000])
