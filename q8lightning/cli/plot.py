@@ -46,7 +46,7 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.set_title(kind.replace("_d", " d") if kind == UPDATE_DIRECTION else kind, fontsize=9)
         axes.set_xlabel("relative error", fontsize=8)
-        axes.tick_params(axis="x", labelsize=7)
+        axes.tick_params(axis="x", which="both", labelsize=7)
     if not panels:
         all_axes[0].set_axis_off()
         all_axes[0].text(0.5, 0.5, "no tensor differs", ha="center", va="center")

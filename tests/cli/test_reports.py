@@ -95,6 +95,9 @@ def test_tied_tensors_are_counted_once(run: Run, tmp_path: Path) -> None:
         found = described(run, tmp_path / f"{name}.ckpt")
         assert [each["tied_to"] for each in found["tensors"]] == [None, "state_dict.a"]
         assert found["sizes"]["weights"]["decoded_bytes"] == weight.nbytes
+        encoded = payloads_of(tmp_path / f"{name}.ckpt")
+        expected = encoded["state_dict.a"].nbytes if encoded else weight.nbytes
+        assert found["sizes"]["weights"]["bytes"] == expected
         assert "tied to state_dict.a" in run("inspect", tmp_path / f"{name}.ckpt").out
     assert not (tmp_path / "kept.ckpt").exists()
 
@@ -122,6 +125,7 @@ def test_the_tree_shows_names_as_they_are_and_ends_where_it_is_told(run: Run, tm
     text = run("inspect", tmp_path / "odd[bold].ckpt").out
     for part in ("blocks[0]", "[red]b", "odd[bold].ckpt", "weight  3 float32  12 bytes", "a  1 float32  4 bytes"):
         assert part in text
+    assert text.count("odd[bold].ckpt") == 2, "above, and at the root of the tree"
     short = run("inspect", tmp_path / "odd[bold].ckpt", "--depth", 1).out
     assert "state_dict  4 tensors, 44 bytes" in short
     assert "weight  3" not in short
