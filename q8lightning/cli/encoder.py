@@ -208,5 +208,17 @@ def _only(content: Any, wanted: Sequence[tuple[Keys, Tensor]]) -> Any:
     for (key, *keys), tensor in wanted:
         below.setdefault(key, []).append((tuple(keys), tensor))
     if isinstance(content, dict):
-        return {key: _only(content[key], items) for key, items in below.items()}
+        part = {key: _only(content[key], items) for key, items in below.items()}
+        if "param_groups" in content and "state" in part:  # whose options, such as eps, say what the states are for
+            part["param_groups"] = _groups_of(content["param_groups"], part["state"])
+        return part
     return [_only(content[index], below[index]) if index in below else {} for index in range(max(below) + 1)]
+
+
+def _groups_of(groups: Any, parameters: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer with only these of their parameters, and without tensors."""
+    return [
+        {key: value for key, value in group.items() if isinstance(value, int | float | str)}
+        | {"params": [key for key in group.get("params", ()) if key in parameters]}
+        for group in groups
+    ]

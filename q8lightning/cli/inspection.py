@@ -1,5 +1,6 @@
 """Say what a checkpoint holds, without decoding any of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -136,9 +137,36 @@ def summary_of(source: Source) -> dict[str, Any] | None:
     return summary
 
 
+def errors_by_kind(summary: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Return what the save lost by kind, as far as the summary says it, as ``{"weights": {"sqnr_db": ...}}``.
+
+    The summary has it in that form or by flat names, ``weights/sqnr_db``; ``update_direction_error`` and other figures
+    of the whole are not of a kind.
+    """
+    metrics = (summary or {}).get("metrics")
+    kinds: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+        if isinstance(value, Mapping):
+            kinds.setdefault(name, {}).update(value)
+        elif "/" in name:
+            kind, _, figure = name.rpartition("/")
+            kinds.setdefault(kind, {})[figure] = value
+    return kinds
+
+
+def error_of(summary: Mapping[str, Any] | None, path: str) -> float | None:
+    """Return the SQNR of a tensor in dB, None if the summary does not say it."""
+    tensors = (summary or {}).get("tensors")
+    figures = tensors.get(path) if isinstance(tensors, Mapping) else None
+    found = figures.get("sqnr_db") if isinstance(figures, Mapping) else None
+    return float(found) if isinstance(found, int | float) else None
+
+
 def _primitive(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _primitive(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_primitive(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no infinity: the SQNR of a tensor that lost nothing
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from q8lightning.cli.comparison import UPDATE_DIRECTION, Comparison, Difference, Row
-from q8lightning.cli.inspection import Entry, entries_of, sizes_of, summary_of
+from q8lightning.cli.inspection import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of
 from q8lightning.cli.source import Source
 from q8lightning.cli.verification import Verification
 
@@ -57,9 +57,9 @@ def print_inspection(console: Console, source: Source, depth: int | None) -> Non
     for line in _policy(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
-    console.print(_sizes(entries, size, (summary or {}).get("metrics")))
+    console.print(_sizes(entries, size, errors_by_kind(summary)))
     console.print()
-    console.print(_tree(entries, source.path.name, depth))
+    console.print(_tree(entries, source.path.name, depth, summary))
 
 
 def _format(summary: Mapping[str, Any]) -> str:
@@ -78,15 +78,14 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
     for rule in policy["rules"]:
         if isinstance(rule, Mapping):
             options = ", ".join(f"{key} {value}" for key, value in rule.items() if key != "pattern")
-            lines.append(f"  {'':12}{rule.get('pattern')}: {options or 'as it is'}")
+            lines.append(f"  {'':12}{rule.get('pattern')}: {options if rule.get('codec') else 'as it is'}")
         else:
             lines.append(f"  {'':12}{rule}")
     return lines
 
 
-def _sizes(entries: Sequence[Entry], file_size: int, metrics: Any) -> Table:
-    metrics = metrics if isinstance(metrics, Mapping) else {}
-    errors = sorted({name for values in metrics.values() if isinstance(values, Mapping) for name in values})
+def _sizes(entries: Sequence[Entry], file_size: int, metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    errors = sorted({name for values in metrics.values() for name in values})
     made = table("kind", "tensors", "bytes", "decoded", "smaller", "codecs", *errors)
     totals = [0, 0, 0]
     for kind, size in sizes_of(entries).items():
@@ -114,35 +113,38 @@ def _measured(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else ""
 
 
-def _tree(entries: Sequence[Entry], name: str, depth: int | None) -> Tree:
+def _tree(entries: Sequence[Entry], name: str, depth: int | None, summary: Mapping[str, Any] | None) -> Tree:
     tree = Tree(escape(name), highlight=False)
-    _grow(tree, [(entry.path.split("."), entry) for entry in entries], depth)
+    _grow(tree, [(entry.path.split("."), entry) for entry in entries], depth, summary)
     return tree
 
 
-def _grow(tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | None) -> None:
+def _grow(
+    tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | None, summary: Mapping[str, Any] | None
+) -> None:
     branches: dict[str, list[tuple[list[str], Entry]]] = {}
     for (key, *keys), entry in entries:
         if keys:
             branches.setdefault(key, []).append((keys, entry))
         else:
-            tree.add(_leaf(escape(key), entry))
+            tree.add(_leaf(escape(key), entry, error_of(summary, entry.path)))
     for key, below in branches.items():
         if depth == 1:
             encoded, decoded = (sum(getattr(entry, name) for _, entry in below) for name in ("bytes", "decoded_bytes"))
             many = "s" if len(below) > 1 else ""
-            summary = f"{len(below):,} tensor{many}, {encoded:,} bytes {ratio(decoded, encoded)}"
-            tree.add(f"{escape(key)}  [dim]{summary}[/dim]")
+            text = f"{len(below):,} tensor{many}, {encoded:,} bytes {ratio(decoded, encoded)}"
+            tree.add(f"{escape(key)}  [dim]{text}[/dim]")
         else:
-            _grow(tree.add(escape(key)), below, None if depth is None else depth - 1)
+            _grow(tree.add(escape(key)), below, None if depth is None else depth - 1, summary)
 
 
-def _leaf(key: str, entry: Entry) -> str:
+def _leaf(key: str, entry: Entry, sqnr: float | None) -> str:
     shape = "x".join(map(str, entry.shape)) or "scalar"
     if entry.tied_to is not None:
         return f"{key}  {shape} {entry.dtype}  [dim]tied to {escape(entry.tied_to)}[/dim]"
     codec = "" if entry.codec is None else f"  [cyan]{entry.codec}[/cyan]  {ratio(entry.decoded_bytes, entry.bytes)}"
-    return f"{key}  {shape} {entry.dtype}  {entry.bytes:,} bytes{codec}"
+    lost = "" if sqnr is None else f"  {decibels(sqnr)} dB"
+    return f"{key}  {shape} {entry.dtype}  {entry.bytes:,} bytes{codec}{lost}"
 
 
 def print_verifications(console: Console, found: Mapping[Path, Verification | str]) -> None:

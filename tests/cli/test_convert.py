@@ -413,6 +413,26 @@ def test_a_model_that_diverged_does_not_fill_the_screen(
     assert done.err.splitlines()[5:] == ["q8lightning: warning: 3 more of this kind"]
 
 
+def test_the_moments_of_a_parameter_are_encoded_together_with_its_options(
+    run: Run, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever judges an update direction needs both moments and eps."""
+    parts: list[Any] = []
+
+    def encode(part: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        parts.append(part)
+        return encode_checkpoint(part, *arguments)
+
+    monkeypatch.setattr(encoder, "encode_checkpoint", encode)
+    run("compress", plain, tmp_path / "out.ckpt")
+    optimizers = [part["optimizer_states"][0] for part in parts if "optimizer_states" in part]
+    assert [set(optimizer["state"]) for optimizer in optimizers] == [{index} for index in range(6)]
+    for index, optimizer in enumerate(optimizers):
+        assert set(optimizer["state"][index]) == {"step", "exp_avg", "exp_avg_sq"}
+        (group,) = optimizer["param_groups"]
+        assert (group["params"], group["eps"]) == ([index], 1e-8)
+
+
 @pytest.mark.parametrize("limit", [0, 4096, 100_000])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(limit: int, run: Run, plain: Path, tmp_path: Path) -> None:
     (tmp_path / "out.ckpt").write_bytes(b"old")

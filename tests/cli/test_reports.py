@@ -102,21 +102,32 @@ def test_tied_tensors_are_counted_once(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "kept.ckpt").exists()
 
 
-def test_the_summary_is_shown_with_what_was_measured(run: Run, by_callback: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_the_summary_is_shown_with_what_was_measured(flat: bool, run: Run, by_callback: Path, tmp_path: Path) -> None:
     content = load(by_callback)
+    metrics: dict[str, Any] = {"weights": {"sqnr_db": 43.21, "relative_error": 0.00123}}
+    if flat:
+        metrics = {f"weights/{name}": value for name, value in metrics["weights"].items()} | {"compression_ratio": 2.9}
+    rule = {"pattern": "state_dict.*", "codec": "softsign", "block_size": 64}
     content["q8lightning"] |= {
-        "policy": {"rules": [{"pattern": "state_dict.*", "codec": "softsign", "block_size": 64}], "min_numel": 77},
-        "metrics": {"weights": {"sqnr_db": 43.21, "relative_error": 0.00123}},
+        "policy": {"rules": [{"pattern": "*.mean", "codec": None, "block_size": 256}, rule], "min_numel": 77},
+        "metrics": metrics,
         "restored": 5,
+        "exact": {"sqnr_db": math.inf},
+        "tensors": {"state_dict.decoder.weight": {"sqnr_db": 98.76}},
     }
     torch.save(content, tmp_path / "a.ckpt")
     text = run("inspect", tmp_path / "a.ckpt").out
     assert "state_dict.*: codec softsign, block_size 64" in text
+    assert "*.mean: as it is" in text
     assert "min_numel 77" in text
-    assert "43.2" in text
-    assert "0.00123" in text
+    (weights,) = (line.split() for line in text.splitlines() if line.startswith("weights"))
+    assert weights[-2:] == ["0.00123", "43.2"]
     assert "5 times" in text
-    assert described(run, tmp_path / "a.ckpt")["summary"]["metrics"]["weights"]["sqnr_db"] == 43.21
+    (leaf,) = (line for line in text.splitlines() if line.endswith("98.8 dB"))
+    assert "weight  64x64" in leaf
+    summary = described(run, tmp_path / "a.ckpt")["summary"]
+    assert (summary["restored"], summary["exact"]["sqnr_db"]) == (5, None)
 
 
 def test_the_tree_shows_names_as_they_are_and_ends_where_it_is_told(run: Run, tmp_path: Path) -> None:
