@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A CPU build of torch, pinned here only: a bare `torch` drags in gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint types layers doctest unit format clean
+.PHONY: help demo test lint types layers doctest unit docs format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -47,6 +47,9 @@ doctest: $(READY)  ## the examples in docstrings
 unit: $(READY)  ## the tests, with the kernels interpreted on the CPU
 	@echo "== tests (kernels interpreted)"
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=10
+
+docs: $(READY)  ## renew what the commands print in docs/cli.md
+	@$(BIN)/python docs/capture.py
 
 format: $(READY)  ## rewrite the code in the house style
 	@$(BIN)/ruff check --fix .

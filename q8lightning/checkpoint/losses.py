@@ -111,6 +111,16 @@ class SaveReport:
     original_bytes: int = 0
     stored_bytes: int = 0
 
+    def __iadd__(self, other: "SaveReport") -> "SaveReport":
+        """Add what another part of the same checkpoint lost and takes."""
+        self.tensors += other.tensors
+        self.directions += other.directions
+        self.guarded += other.guarded
+        self.refused += other.refused
+        self.original_bytes += other.original_bytes
+        self.stored_bytes += other.stored_bytes
+        return self
+
     @property
     def metrics(self) -> dict[str, float]:
         """What was lost and saved by kind of tensor, under the names that loggers get it by, without their prefix."""

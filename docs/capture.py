@@ -1,0 +1,82 @@
+"""Run the commands of docs/cli.md and put what they print under them.
+
+    python docs/capture.py
+
+Trains the example language model for a moment, saves it with and without the callback, and runs every line of the page
+that begins with ``$ q8lightning`` in the folder of these files, in the order of the page. Each is to be in a block of
+its own, which is rewritten; a line ``...`` at the end of a block says that the rest of the output is not wanted there.
+"""
+
+import io
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "examples"))
+
+from char_lm import CharLM, PythonDocs  # noqa: E402
+
+from q8lightning import QuantizationCallback  # noqa: E402
+from q8lightning.cli.main import main  # noqa: E402
+
+BLOCK = re.compile(r"```console\n\$ (q8lightning [^\n]*)\n(.*?)```", re.DOTALL)
+SHOWN = 16
+"""Lines of an output that is not wanted as a whole."""
+
+
+def train(folder: Path) -> None:
+    """Save one state of the example model as ``plain.ckpt`` and, by the callback, as ``epoch1.ckpt``."""
+    for name, callbacks in (("plain.ckpt", []), ("epoch1.ckpt", [QuantizationCallback()])):
+        pl.seed_everything(1)
+        trainer = pl.Trainer(
+            max_steps=30, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(CharLM(width=64, depth=2, heads=2, decay_steps=60), PythonDocs())
+        trainer.save_checkpoint(folder / name)
+
+
+def output_of(command: str) -> str:
+    """Run a command in this process and return what it prints."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        main(shlex.split(command)[1:])
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+
+
+def renew(block: re.Match[str]) -> str:
+    """Return a block with the output that its command has now."""
+    command, before = block.groups()
+    output = output_of(command)
+    if before.endswith("\n...\n"):
+        output = "\n".join([*output.splitlines()[:SHOWN], "..."])
+    return f"```console\n$ {command}\n{output}\n```"
+
+
+def capture(page: Path) -> None:
+    """Renew the page, and the picture that it shows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(folder)
+        back = os.getcwd()
+        os.chdir(folder)  # so that the page shows names of files only
+        try:
+            text = BLOCK.sub(renew, page.read_text())
+        finally:
+            os.chdir(back)
+        shutil.copy(folder / "error.png", page.with_suffix(".png"))
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    capture(HERE / "cli.md")

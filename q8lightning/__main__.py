@@ -1,0 +1,24 @@
+"""``python -m q8lightning``: the command line."""
+
+import sys
+
+_EXTRA = ("jsonargparse", "rich", "yaml")
+"""What the extra ``cli`` brings."""
+
+
+def run() -> int:
+    """Run the command line, or say in one line what it needs."""
+    try:
+        from q8lightning.cli.main import main
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        remedy = 'pip install "q8lightning[cli]"'
+        print(f"q8lightning: error: the command line needs {missing}; {remedy}", file=sys.stderr)
+        return 2
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,1 @@
+"""The command line: look into checkpoints, convert, verify and compare them."""

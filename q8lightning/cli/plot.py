@@ -1,0 +1,59 @@
+"""Draw what two checkpoints differ by."""
+
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from q8lightning.cli.comparison import UPDATE_DIRECTION, Comparison
+from q8lightning.cli.source import KINDS
+
+_LABELS = 60
+"""Names that fit under each other; of more layers, only some are named."""
+
+
+def plot_comparison(result: Comparison, path: Path, title: str) -> None:
+    """Draw the relative error of each tensor: a panel for each kind, a line for each layer, in the model's order.
+
+    Tensors without a difference, or whose error is no number, are not drawn.
+
+    Args:
+        result: What was found.
+        path: The picture; its ending says of which kind it is.
+        title: Over the picture.
+
+    Raises:
+        ValueError: If matplotlib does not know the ending.
+    """
+    panels = {}
+    for kind in (*KINDS, UPDATE_DIRECTION):
+        rows = [(row.path, row.difference.relative_error) for row in result.rows if row.kind == kind]
+        drawn = [(name, error) for name, error in rows if error > 0 and math.isfinite(error)]
+        if drawn:
+            panels[kind] = drawn
+    longest = max((len(rows) for rows in panels.values()), default=1)
+    height = max(2.8, 1.2 + 0.17 * min(longest, _LABELS))
+    figure = Figure(figsize=(3.8 * max(len(panels), 1), height), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    all_axes = figure.subplots(1, max(len(panels), 1), sharex=True, squeeze=False)[0]
+    for index, (axes, (kind, rows)) in enumerate(zip(all_axes, panels.items(), strict=False)):
+        names, errors = zip(*rows, strict=True)
+        axes.plot(errors, range(len(rows)), "o", markersize=4, color=f"C{index}")
+        step = math.ceil(len(rows) / _LABELS)
+        axes.set_yticks(range(0, len(rows), step), [_shorten(name) for name in names[::step]], fontsize=7)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.set_title(kind.replace("_d", " d") if kind == UPDATE_DIRECTION else kind, fontsize=9)
+        axes.set_xlabel("relative error", fontsize=8)
+        axes.tick_params(axis="x", which="both", labelsize=7)
+    if not panels:
+        all_axes[0].set_axis_off()
+        all_axes[0].text(0.5, 0.5, "no tensor differs", ha="center", va="center")
+    figure.savefig(path, dpi=130)
+
+
+def _shorten(name: str) -> str:
+    for prefix in ("state_dict.", "optimizer_states."):
+        name = name.removeprefix(prefix)
+    return name if len(name) <= 48 else f"...{name[-45:]}"

@@ -1,0 +1,153 @@
+"""Open a checkpoint without reading more of it than is looked at: memory-mapped, its payloads encoded."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.leaves import WEIGHTS
+from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "other")
+"""What a tensor of a checkpoint is: of the model, a first or second moment of an optimizer, or anything else."""
+
+Keys = tuple[Any, ...]
+"""Keys and indices that lead to a tensor."""
+
+
+class CommandError(Exception):
+    """What a user asked for cannot be done; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open checkpoint.
+
+    Attributes:
+        path: The file.
+        content: What ``torch.load`` returns, all of it on the CPU, payloads as :class:`QuantizedTensor`.
+        locations: Where each storage was when it was saved, such as ``cuda:0``, by ``_cdata``.
+    """
+
+    path: Path
+    content: Any
+    locations: Mapping[int, str]
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What the checkpoint says about how it was quantized, empty if it says nothing."""
+        found = self.content.get(SUMMARY_KEY) if isinstance(self.content, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    def location(self, value: "Tensor | QuantizedTensor") -> str:
+        """Return where a tensor was when it was saved."""
+        data = value.data if isinstance(value, QuantizedTensor) else value
+        return self.locations.get(data.untyped_storage()._cdata, "cpu")
+
+
+def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
+    """Open a file that ``torch.save`` or the callback wrote. Files of torch's old format (before 1.6) are read whole.
+
+    Args:
+        path: The file.
+        trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
+            file.
+
+    Raises:
+        CommandError: If there is no such file or it cannot be read.
+        CorruptCheckpointError: If a tensor is damaged in a way that keeps the file from being opened.
+        NewerFormatError: If the file was written in a later format than this version reads.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CommandError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
+    locations: dict[int, str] = {}
+
+    def leave_on_cpu(storage: Any, location: str) -> Any:
+        locations[storage._cdata] = location
+        return storage
+
+    try:
+        with keep_encoded():
+            content = torch.load(path, map_location=leave_on_cpu, weights_only=not trust, mmap=zipfile.is_zipfile(path))
+    except (CorruptCheckpointError, NewerFormatError):
+        raise
+    except OSError as error:
+        raise CommandError(f"cannot open {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise _explain(path, str(error)) from error
+    except Exception as error:  # whatever a file that is something else makes torch and pickle raise
+        raise CommandError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})") from error
+    version = content.get(SUMMARY_KEY) if isinstance(content, Mapping) else None
+    if isinstance(version, Mapping) and version.get("format_version", 0) > FORMAT_VERSION:
+        raise NewerFormatError(version["format_version"])
+    return Source(path, content, locations)
+
+
+def _explain(path: Path, message: str) -> Exception:
+    if "q8lightning.checkpoint.payload.rebuild_v" in message:
+        return NewerFormatError("later than 1")
+    unknown = re.search(r"GLOBAL (\S+)", message)
+    if unknown is None:
+        return CommandError(f"{path} is not a checkpoint that torch.load can read")
+    return CommandError(
+        f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust if"
+        " you trust whoever wrote the file, because such objects can run code"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
+def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, "Tensor | QuantizedTensor"]]:
+    """Yield the tensors of nested dicts, lists and tuples, encoded where they are, with the keys that lead to them."""
+    if isinstance(value, Tensor | QuantizedTensor):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*keys, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*keys, index))
+
+
+def path_of(keys: Keys) -> str:
+    """Return the path by which policies and messages name a tensor."""
+    return ".".join(map(str, keys))
+
+
+def kind_of(keys: Keys, value: "Tensor | QuantizedTensor") -> str:
+    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats."""
+    if not keys or not (value.dtype.is_floating_point or value.dtype.is_complex):
+        return "other"
+    if keys[0] in WEIGHTS:
+        return "weights"
+    if keys[0] == "optimizer_states":
+        if keys[-1] in FIRST_MOMENTS:
+            return "exp_avg"
+        if keys[-1] in SECOND_MOMENTS:
+            return "exp_avg_sq"
+    return "other"
+
+
+def decoded_bytes(value: "Tensor | QuantizedTensor") -> int:
+    """Return the bytes of a tensor's values as they are in memory when it is loaded."""
+    if isinstance(value, QuantizedTensor):
+        numel = torch.Size(value.shape).numel()
+        return numel * value.dtype.itemsize
+    if value.layout == torch.strided:
+        return value.nbytes
+    if value.layout == torch.sparse_coo:
+        return value._indices().nbytes + value._values().nbytes
+    return value.values().nbytes

@@ -1,0 +1,226 @@
+"""What a user gets wrong is one line on stderr and a status; nothing is written, nothing is overwritten."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Autoencoder
+
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.cli.main import COMMANDS
+
+Run = Callable[..., Any]
+
+
+class Unknown:
+    """An object of a class that torch does not make from a file without being told to."""
+
+    def __init__(self) -> None:
+        self.lr = 0.1
+
+
+@pytest.fixture
+def files(plain: Path, packed: Path, tmp_path: Path) -> dict[str, Path]:
+    """Files of every kind, by name; ``new`` does not exist."""
+    made = {
+        name: tmp_path / name
+        for name in ("text", "empty", "short", "truncated", "zip", "object", "foreign", "newer", "later", "old", "yaml")
+    }
+    made["text"].write_text("epoch,loss\n1,2\n" * 100)
+    made["empty"].write_bytes(b"")
+    made["short"].write_bytes(b"PK")
+    made["truncated"].write_bytes(packed.read_bytes()[:-5000])
+    with zipfile.ZipFile(made["zip"], "w") as archive:
+        archive.writestr("word/document.xml", "<a/>" * 100)
+    torch.save(torch.ones(3), made["object"])
+    torch.save({"hyper_parameters": Unknown(), "state_dict": Autoencoder().state_dict()}, made["foreign"])
+    torch.save({"q8lightning": {"format_version": 2}}, made["newer"])
+    made["later"].write_bytes(packed.read_bytes().replace(b"rebuild_v1", b"rebuild_v2"))
+    made["old"].write_bytes(b"what was there")
+    made["yaml"].write_text("rules: {a: [")
+    return made | {
+        "plain": plain,
+        "packed": packed,
+        "folder": tmp_path,
+        "new": tmp_path / "new",
+        "nowhere": tmp_path / "no" / "new",
+        "link": _link(tmp_path / "link", plain),
+        "policy": _write(tmp_path / "policy", "rules: [{pattern: a, codec: mp3}]"),
+        "mapping": _write(tmp_path / "mapping", "resume"),
+        "missing": tmp_path / "missing",
+    }
+
+
+def _link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+WRONG = {
+    "inspect missing": (1, "cannot open {missing}: No such file"),
+    "inspect folder": (1, "{folder} is a directory; name a checkpoint file"),
+    "inspect text": (1, "{text} is not a checkpoint that torch.load can read"),
+    "inspect empty": (1, "{empty} is not a checkpoint that torch.load can read"),
+    "inspect short": (1, "{short} is not a checkpoint that torch.load can read"),
+    "inspect truncated": (1, "{truncated} is not a checkpoint that torch.load can read"),
+    "inspect zip": (1, "{zip} is not a checkpoint that torch.load can read"),
+    "inspect foreign": (1, "{foreign} holds an object of test_arguments.Unknown, which"),
+    "inspect newer": (1, "format version 2, but this installation reads up to 1; upgrade q8lightning"),
+    "inspect plain --depth 0": (2, "--depth must be at least 1, got 0"),
+    "inspect plain --depth deep": (2, "deep"),
+    "inspect": (2, "required: inspect.file"),
+    "inspect plain plain": (2, "unrecognized arguments"),
+    "compress missing new": (1, "cannot open {missing}: No such file"),
+    "compress object new": (1, "{object} holds Tensor, not the dict that a checkpoint is"),
+    "compress plain old": (1, "{old} exists; pass --force to overwrite it"),
+    "compress plain plain --force": (1, "{plain} is the file that is read"),
+    "compress plain link --force": (1, "{link} is the file that is read"),
+    "compress plain folder --force": (1, "{folder} is a directory; name the file to write"),
+    "compress plain nowhere": (1, "there is no folder"),
+    "compress plain new --preset best": (2, "invalid choice: 'best'"),
+    "compress plain new --preset resume --policy yaml": (2, "--preset and --policy exclude each other"),
+    "compress plain new --policy yaml": (1, "{yaml} is not YAML"),
+    "compress plain new --policy policy": (1, "{policy} is not a policy: rule for 'a': unknown codec"),
+    "compress plain new --policy mapping": (1, "{mapping} is not a policy; it needs `rules`"),
+    "compress plain new --policy missing": (1, "{missing}: No such file"),
+    "compress plain new --keep nothing.*": (1, "--keep 'nothing.*' matches no tensor of {plain}"),
+    "compress plain": (2, "required: compress.output"),
+    "decompress packed old": (1, "{old} exists; pass --force to overwrite it"),
+    "decompress packed packed": (1, "{packed} is the file that is read"),
+    "decompress later new": (1, "upgrade q8lightning to load it"),
+    "verify": (2, "required: verify.files"),
+    "verify missing": (1, "cannot open {missing}: No such file"),
+    "verify text": (1, "{text} is not a checkpoint that torch.load can read"),
+    "verify newer": (1, "upgrade q8lightning to load it"),
+    "compare plain missing": (1, "cannot open {missing}: No such file"),
+    "compare plain object": (1, "have no tensor in common"),
+    "compare plain packed --plot old": (1, "{old} exists; pass --force to overwrite it"),
+    "compare plain packed --plot nowhere": (1, "there is no folder"),
+    "compare plain packed --top 0": (2, "--top must be at least 1, got 0"),
+    "destroy plain": (2, "invalid choice: 'destroy'"),
+    "": (2, 'expected "command" to be one of'),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_one_line_and_a_status(line: str, run: Run, files: dict[str, Path]) -> None:
+    status, message = WRONG[line]
+    before = {path: path.read_bytes() for path in files["folder"].iterdir() if path.is_file()}
+    command, *arguments = line.split(" ")
+    done = run(*([command] if command else []), *(files.get(argument, argument) for argument in arguments))
+    assert done.status == status
+    assert message.format_map(files) in done.err
+    assert done.err.startswith("q8lightning: error: ")
+    assert len(done.err.splitlines()) == 1, done.err
+    assert command == "verify" or done.out == ""
+    assert {path: path.read_bytes() for path in files["folder"].iterdir() if path.is_file()} == before
+
+
+def test_a_plot_of_an_unknown_kind_is_refused(run: Run, files: dict[str, Path]) -> None:
+    done = run("compare", files["plain"], files["packed"], "--plot", files["folder"] / "plot.txt")
+    assert done.status == 2
+    assert "Format 'txt' is not supported" in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (files["folder"] / "plot.txt").exists()
+
+
+def test_force_overwrites(run: Run, files: dict[str, Path]) -> None:
+    assert run("compress", files["plain"], files["old"], "--force").status == 0
+    assert isinstance(torch.load(files["old"], weights_only=True), dict)
+    assert run("decompress", files["packed"], files["old"], "--force").status == 0
+
+
+def test_trust_makes_objects_of_unknown_classes(run: Run, files: dict[str, Path]) -> None:
+    assert "--trust" in run("compress", files["foreign"], files["new"]).err
+    assert run("compress", files["foreign"], files["new"], "--trust").status == 0
+    loaded = torch.load(files["new"], weights_only=False)
+    assert loaded["hyper_parameters"].lr == 0.1
+    assert run("verify", files["new"], "--trust").status == 0
+
+
+def test_a_closed_pipe_is_no_error_message(plain: Path) -> None:
+    command = f"{sys.executable} -m q8lightning inspect {plain} --json | head -c 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "{"
+    assert result.stderr == ""
+
+
+# Around the commands
+
+
+def test_help_names_every_command(run: Run) -> None:
+    done = run("--help")
+    assert done.status == 0
+    assert all(f"    {name} " in done.out for name in COMMANDS)
+    for name in COMMANDS:
+        assert run(name, "--help").out.startswith(f"usage: q8lightning [options] {name}")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_scripts_know_commands_and_options(shell: str, run: Run) -> None:
+    pytest.importorskip("shtab")
+    done = run("--print_completion", f"shtab-{shell}")
+    assert done.status == 0
+    assert "q8lightning" in done.out
+    assert "--preset" in done.out
+    assert all(name in done.out for name in COMMANDS)
+
+
+def start(*arguments: str, without: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own, where a module cannot be imported."""
+    code = "import sys, q8lightning\n"  # Lightning uses what is missing where it finds it
+    if without:
+        code += f"for name in list(sys.modules):\n    if name.split('.')[0] == {without!r}: sys.modules[name] = None\n"
+        code += f"sys.modules[{without!r}] = None\n"
+    code += "import runpy; runpy.run_module('q8lightning', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"COLUMNS": "120"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def test_python_dash_m_runs_it(plain: Path) -> None:
+    command = [sys.executable, "-m", "q8lightning", "inspect", str(plain)]
+    wrong = subprocess.run([*command, "--depth", "0"], capture_output=True, text=True, timeout=120, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "q8lightning: error: --depth must be at least 1, got 0; leave it out for everything\n"
+
+
+@pytest.mark.parametrize("module", ["rich", "jsonargparse"])
+def test_a_missing_extra_is_one_line_with_the_remedy(module: str) -> None:
+    result = start("inspect", "a.ckpt", without=module)
+    assert result.returncode == 2
+    assert result.stderr == f'q8lightning: error: the command line needs {module}; pip install "q8lightning[cli]"\n'
+
+
+def test_without_matplotlib_everything_works_but_plots(
+    run: Run, plain: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "q8lightning.cli.plot", raising=False)
+    assert run("compare", plain, packed).status == 0
+    done = run("compare", plain, packed, "--plot", tmp_path / "a.png")
+    assert done.status == 1
+    assert done.err == 'q8lightning: error: --plot needs matplotlib; pip install "q8lightning[plot]"\n'
+
+
+def test_looking_at_a_file_does_not_decode_it(run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: QuantizedTensor) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(QuantizedTensor, "decode", refuse)
+    monkeypatch.setattr(QuantizedTensor, "verify", refuse)
+    assert run("inspect", packed).status == 0
+    assert run("inspect", packed, "--json").status == 0
+    with pytest.raises(AssertionError, match="decoded"):
+        run("compare", packed, packed)

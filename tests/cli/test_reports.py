@@ -1,0 +1,394 @@
+"""``inspect``, ``verify`` and ``compare`` say what is in the files, checked against the files and NumPy."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Autoencoder
+from torch import Tensor, nn
+
+from q8lightning import QuantizedTensor
+from q8lightning.cli.source import KINDS
+
+sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
+from promises import load, payloads_of, tensors
+
+Run = Callable[..., Any]
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def described(run: Run, path: Path) -> dict[str, Any]:
+    done = run("inspect", path, "--json")
+    assert done.status == 0
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+# inspect
+
+
+def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
+    found = described(run, by_callback)
+    decoded, encoded = dict(tensors(load(by_callback))), payloads_of(by_callback)
+    assert [each["path"] for each in found["tensors"]] == [".".join(map(str, path)) for path in decoded]
+    for each, value in zip(found["tensors"], decoded.values(), strict=True):
+        payload = encoded.get(each["path"])
+        assert tuple(each["shape"]) == tuple(value.shape)
+        assert each["dtype"] == str(value.dtype).removeprefix("torch.")
+        assert each["decoded_bytes"] == value.nbytes
+        assert each["bytes"] == (value.nbytes if payload is None else payload.nbytes)
+        if payload is None:
+            assert each["codec"] is None
+        else:
+            residual = "+residual" if payload.codec.residual else ""
+            assert each["codec"] == f"{payload.codec.name}{residual}/{payload.codec.block_size}"
+    assert found["summary"]["format_version"] == 1
+    assert found["bytes"] == by_callback.stat().st_size
+    assert found["training"]["global_step"] == 2
+
+
+def test_sizes_add_up_by_kind(run: Run, by_callback: Path) -> None:
+    found = described(run, by_callback)
+    for kind in KINDS:
+        of_kind = [each for each in found["tensors"] if each["kind"] == kind]
+        assert found["sizes"][kind] == {
+            "tensors": len(of_kind),
+            "bytes": sum(each["bytes"] for each in of_kind),
+            "decoded_bytes": sum(each["decoded_bytes"] for each in of_kind),
+        }
+    parameters = sum(value.numel() for value in Autoencoder().parameters())
+    assert found["sizes"]["exp_avg"]["decoded_bytes"] == found["sizes"]["exp_avg_sq"]["decoded_bytes"]
+    assert found["sizes"]["exp_avg"]["decoded_bytes"] == 4 * parameters
+    kinds = {each["path"]: each["kind"] for each in found["tensors"]}
+    assert kinds["state_dict.counts"] == kinds["optimizer_states.0.state.0.step"] == "other"
+    assert kinds["state_dict.decoder.bias"] == "weights"
+
+
+def test_a_plain_checkpoint_has_no_format_and_no_codecs(run: Run, plain: Path) -> None:
+    found = described(run, plain)
+    assert found["summary"] is None
+    assert all(each["codec"] is None for each in found["tensors"])
+    assert "plain" in run("inspect", plain).out
+
+
+@pytest.mark.parametrize("name", ["resume_v1.ckpt", "compact_v1.ckpt", "resume_v1_checksums.ckpt"])
+def test_golden_files_are_described_and_verified(name: str, run: Run) -> None:
+    assert described(run, GOLDEN / name)["summary"]["format_version"] == 1
+    done = run("verify", GOLDEN / name)
+    assert done.status == 0
+    assert "whole" in done.out
+
+
+def test_tied_tensors_are_counted_once(run: Run, tmp_path: Path) -> None:
+    weight = torch.randn(100, 64)
+    torch.save({"state_dict": {"a": weight, "b": weight.view(100, 64), "c": weight[:50]}}, tmp_path / "tied.ckpt")
+    run("compress", tmp_path / "tied.ckpt", tmp_path / "kept.ckpt")  # c overlaps: nothing is quantized
+    torch.save({"state_dict": {"a": weight, "b": weight.view(100, 64)}}, tmp_path / "tied.ckpt")
+    run("compress", tmp_path / "tied.ckpt", tmp_path / "small.ckpt")
+    for name in ("tied", "small"):
+        found = described(run, tmp_path / f"{name}.ckpt")
+        assert [each["tied_to"] for each in found["tensors"]] == [None, "state_dict.a"]
+        assert found["sizes"]["weights"]["decoded_bytes"] == weight.nbytes
+        encoded = payloads_of(tmp_path / f"{name}.ckpt")
+        expected = encoded["state_dict.a"].nbytes if encoded else weight.nbytes
+        assert found["sizes"]["weights"]["bytes"] == expected
+        assert "tied to state_dict.a" in run("inspect", tmp_path / f"{name}.ckpt").out
+    assert not (tmp_path / "kept.ckpt").exists()
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_the_summary_is_shown_with_what_was_measured(flat: bool, run: Run, by_callback: Path, tmp_path: Path) -> None:
+    content = load(by_callback)
+    metrics: dict[str, Any] = {"weights": {"sqnr_db": 43.21, "relative_error": 0.00123}}
+    if flat:
+        metrics = {f"weights/{name}": value for name, value in metrics["weights"].items()} | {"compression_ratio": 2.9}
+    rule = {"pattern": "state_dict.*", "codec": "softsign", "block_size": 64}
+    content["q8lightning"] |= {
+        "policy": {"rules": [{"pattern": "*.mean", "codec": None, "block_size": 256}, rule], "min_numel": 77},
+        "metrics": metrics,
+        "restored": 5,
+        "exact": {"sqnr_db": math.inf},
+        "tensors": {"state_dict.decoder.weight": {"sqnr_db": 98.76}},
+    }
+    torch.save(content, tmp_path / "a.ckpt")
+    text = run("inspect", tmp_path / "a.ckpt").out
+    assert "state_dict.*: codec softsign, block_size 64" in text
+    assert "*.mean: as it is" in text
+    assert "min_numel 77" in text
+    (weights,) = (line.split() for line in text.splitlines() if line.startswith("weights"))
+    assert weights[-2:] == ["0.00123", "43.2"]
+    assert "5 times" in text
+    (leaf,) = (line for line in text.splitlines() if line.endswith("98.8 dB"))
+    assert "weight  64x64" in leaf
+    summary = described(run, tmp_path / "a.ckpt")["summary"]
+    assert (summary["restored"], summary["exact"]["sqnr_db"]) == (5, None)
+
+
+def test_the_tree_shows_names_as_they_are_and_ends_where_it_is_told(run: Run, tmp_path: Path) -> None:
+    state = {"blocks[0].weight": torch.ones(3), "[red]b.bias": torch.ones(5), "a": torch.ones(1), "a.b": torch.ones(2)}
+    torch.save({"state_dict": state, "a": [torch.ones(7)]}, tmp_path / "odd[bold].ckpt")
+    text = run("inspect", tmp_path / "odd[bold].ckpt").out
+    for part in ("blocks[0]", "[red]b", "odd[bold].ckpt", "weight  3 float32  12 bytes", "a  1 float32  4 bytes"):
+        assert part in text
+    assert text.count("odd[bold].ckpt") == 2, "above, and at the root of the tree"
+    short = run("inspect", tmp_path / "odd[bold].ckpt", "--depth", 1).out
+    assert "state_dict  4 tensors, 44 bytes" in short
+    assert "weight  3" not in short
+
+
+def test_files_of_any_content_can_be_looked_at(run: Run, tmp_path: Path) -> None:
+    torch.save(torch.ones(3, 2), tmp_path / "tensor.pt")
+    torch.save([1, {"x": torch.eye(3).to_sparse()}], tmp_path / "list.pt")
+    torch.save({"a": torch.ones(4)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name, path, size in (("tensor", "", 24), ("list", "1.x", 60), ("old", "a", 16)):
+        (each,) = described(run, tmp_path / f"{name}.pt")["tensors"]
+        assert (each["path"], each["bytes"]) == (path, size)
+        assert run("inspect", tmp_path / f"{name}.pt").status == 0
+
+
+# verify
+
+
+def damaged(path: Path, target: Path, of: Tensor) -> Path:
+    """Write a copy in which one bit of a tensor's bytes is another."""
+    content, part = bytearray(path.read_bytes()), of.contiguous().view(torch.uint8).numpy().tobytes()
+    at = content.find(part)
+    assert at > 0
+    content[at + len(part) // 2] ^= 4
+    target.write_bytes(content)
+    return target
+
+
+def test_whole_files_are_whole(run: Run, plain: Path, by_callback: Path) -> None:
+    done = run("verify", plain, by_callback)
+    assert done.status == 0
+    assert done.err == ""
+    assert done.out.count("whole") == 2
+    assert len(done.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("path", ["state_dict.decoder.weight", "optimizer_states.0.state.4.exp_avg_sq"])
+def test_a_damaged_payload_is_named(path: str, run: Run, by_callback: Path, tmp_path: Path) -> None:
+    bad = damaged(by_callback, tmp_path / "bad.ckpt", payloads_of(by_callback)[path].data)
+    done = run("verify", bad)
+    assert done.status == 1
+    assert done.err == f"q8lightning: error: {bad}: the tensor {path} is damaged\n"
+
+
+def test_all_damaged_payloads_are_named(run: Run, by_callback: Path, tmp_path: Path) -> None:
+    payloads = payloads_of(by_callback)
+    bad = damaged(by_callback, tmp_path / "bad.ckpt", payloads["state_dict.decoder.weight"].data)
+    bad = damaged(bad, bad, payloads["optimizer_states.0.state.0.exp_avg"].data)
+    done = run("verify", bad)
+    assert [line.split(": ")[-1] for line in done.err.splitlines()] == [
+        "the tensor state_dict.decoder.weight is damaged",
+        "the tensor optimizer_states.0.state.0.exp_avg is damaged",
+    ]
+    assert "2 damaged" in done.out
+
+
+def test_a_damaged_raw_tensor_is_named(run: Run, plain: Path, by_callback: Path, tmp_path: Path) -> None:
+    for index, path in enumerate((plain, by_callback)):
+        bad = damaged(path, tmp_path / f"{index}.ckpt", load(path)["state_dict"]["counts"])
+        done = run("verify", bad)
+        assert done.status == 1
+        assert f"{bad}: the tensor state_dict.counts is damaged" in done.err
+
+
+def test_one_bad_file_does_not_hide_the_others(run: Run, plain: Path, by_callback: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "cut.ckpt"
+    bad.write_bytes(plain.read_bytes()[:-3000])
+    done = run("verify", bad, tmp_path / "missing", by_callback)
+    assert done.status == 1
+    assert len(done.err.splitlines()) == 2
+    assert "whole" in done.out.splitlines()[-1]
+
+
+def test_payloads_without_a_checksum_must_decode_to_finite_values(run: Run, tmp_path: Path) -> None:
+    """Such a file was written before payloads had checksums; its record has the right sum."""
+    payload = payloads_of(GOLDEN / "compact_v1.ckpt")["state_dict.layer.weight"]
+    data = payload.data.clone()
+    data[:4] = torch.tensor([math.inf]).view(torch.uint8)
+    torch.save({"state_dict": {"w": Unchecked(payload.replace_data(data))}}, tmp_path / "a.ckpt")
+    done = run("verify", tmp_path / "a.ckpt")
+    assert done.status == 1
+    assert "the tensor state_dict.w, which decodes to values that are not finite, is damaged" not in done.err
+    assert "the tensor state_dict.w, which decodes to values that are not finite is damaged" in done.err
+
+
+class Unchecked:
+    """A payload that is written without its checksum."""
+
+    def __init__(self, payload: QuantizedTensor) -> None:
+        self.payload = payload
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, (header, data) = self.payload.__reduce__()
+        return function, ({key: value for key, value in header.items() if key != "xxh3_64"}, data)
+
+
+# compare
+
+
+def numpy_errors(a: Tensor, b: Tensor) -> tuple[float, float | None, float]:
+    """Return relative error, SQNR (None where it is infinite) and largest error, in float64."""
+    one, two = (value.detach().double().numpy().ravel() for value in (a, b))
+    lost, of = np.sum((two - one) ** 2), np.sum(one**2)
+    if lost == 0:
+        return 0.0, None, 0.0
+    return float(np.sqrt(lost / of)), float(10 * np.log10(of / lost)), float(np.abs(two - one).max())
+
+
+def compared(run: Run, *arguments: object) -> dict[str, Any]:
+    done = run("compare", *arguments, "--json")
+    assert done.status == 0, done.err
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+def assert_close(found: dict[str, Any], expected: tuple[float, float | None, float]) -> None:
+    for name, value in zip(("relative_error", "sqnr_db", "max_error"), expected, strict=True):
+        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["plain first", "quantized first"])
+def test_differences_equal_numpys(turned: bool, run: Run, plain: Path, by_callback: Path) -> None:
+    files = (by_callback, plain) if turned else (plain, by_callback)
+    found = compared(run, *files)
+    one, two = (dict(tensors(load(path))) for path in files)
+    rows = {each["path"]: each for each in found["tensors"] if each["kind"] != "update_direction"}
+    assert list(rows) == [".".join(map(str, path)) for path in one]
+    for path, value in one.items():
+        assert_close(rows[".".join(map(str, path))], numpy_errors(value, two[path]))
+    assert found["only_first"] == found["only_second"] == found["different_shapes"] == []
+    decoder = rows["state_dict.decoder.weight"]
+    encoded = payloads_of(by_callback)["state_dict.decoder.weight"].codec
+    assert decoder["second" if not turned else "first"].startswith(encoded.name)
+    assert decoder["first" if not turned else "second"] == "float32"
+
+
+def test_kinds_and_update_directions_equal_numpys(run: Run, plain: Path, by_callback: Path) -> None:
+    found = compared(run, plain, by_callback)
+    one, two = load(plain), load(by_callback)
+    for kind, key in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        flat = [
+            torch.cat([state[key].flatten() for state in checkpoint["optimizer_states"][0]["state"].values()])
+            for checkpoint in (one, two)
+        ]
+        assert_close(found["kinds"][kind], numpy_errors(*flat))
+
+    def direction(checkpoint: dict[str, Any], index: int) -> Tensor:
+        state = checkpoint["optimizer_states"][0]["state"][index]
+        return state["exp_avg"].double() / (state["exp_avg_sq"].double().sqrt() + 1e-8)
+
+    rows = [each for each in found["tensors"] if each["kind"] == "update_direction"]
+    assert [row["path"] for row in rows] == [f"optimizer_states.0.state.{index}" for index in range(6)]
+    for index, row in enumerate(rows):
+        assert_close(row, numpy_errors(direction(one, index), direction(two, index)))
+    whole = [torch.cat([direction(checkpoint, index).flatten() for index in range(6)]) for checkpoint in (one, two)]
+    assert_close(found["kinds"]["update_direction"], numpy_errors(*whole))
+
+
+def test_the_update_direction_has_the_optimizers_eps(run: Run, tmp_path: Path) -> None:
+    m, v = torch.randn(50), torch.rand(50)
+    for name, scale in (("a", 1.0), ("b", 1.5)):
+        state = {"state": {"layer.weight": {"exp_avg": m, "exp_avg_sq": v * scale}}}
+        group = {"params": ["layer.weight"], "eps": 0.5}
+        torch.save({"optimizer_states": [state | {"param_groups": [group]}]}, tmp_path / name)
+    found = compared(run, tmp_path / "a", tmp_path / "b")["kinds"]["update_direction"]
+    first, second = (m.double() / ((v * scale).double().sqrt() + 0.5) for scale in (1.0, 1.5))
+    assert_close(found, numpy_errors(first, second))
+
+
+def test_what_only_one_has_and_what_has_another_shape_is_listed(run: Run, tmp_path: Path) -> None:
+    same = torch.randn(4, 5)
+    torch.save({"state_dict": {"same": same, "gone": same, "shape": same}}, tmp_path / "a")
+    torch.save({"state_dict": {"same": same.double(), "shape": same.t(), "new": same}}, tmp_path / "b")
+    found = compared(run, tmp_path / "a", tmp_path / "b")
+    assert found["only_first"] == ["state_dict.gone"]
+    assert found["only_second"] == ["state_dict.new"]
+    assert found["different_shapes"] == [{"path": "state_dict.shape", "first": [4, 5], "second": [5, 4]}]
+    (row,) = found["tensors"]
+    assert (row["path"], row["relative_error"], row["sqnr_db"]) == ("state_dict.same", 0.0, None)
+    text = run("compare", tmp_path / "a", tmp_path / "b").out
+    for part in ("only in the first file: state_dict.gone", "only in the second file: state_dict.new", "(4, 5)"):
+        assert part in text
+
+
+def test_odd_values_have_numbers_that_mean_something(run: Run, tmp_path: Path) -> None:
+    inf, nan, zero = torch.tensor([math.inf, 1.0]), torch.tensor([math.nan, 1.0]), torch.zeros(2)
+    first = {"inf": inf, "nan": nan, "zero": zero, "from_zero": zero, "int": torch.tensor([5, 7]),
+             "bool": torch.tensor([True, False]), "complex": torch.tensor([3 + 4j]),
+             "empty": torch.ones(0)}  # fmt: skip
+    second = dict(first, from_zero=torch.ones(2), int=torch.tensor([5, 8]), complex=torch.tensor([3 + 3j]))
+    torch.save({"state_dict": first}, tmp_path / "a")
+    torch.save({"state_dict": second}, tmp_path / "b")
+    found = {row["path"].split(".")[1]: row for row in compared(run, tmp_path / "a", tmp_path / "b")["tensors"]}
+    for name in ("inf", "zero", "bool", "empty"):
+        assert (found[name]["relative_error"], found[name]["max_error"]) == (0.0, 0.0), name
+    assert (found["nan"]["relative_error"], found["nan"]["max_error"]) == (None, None)
+    assert (found["from_zero"]["relative_error"], found["from_zero"]["max_error"]) == (None, 1.0)
+    assert found["int"]["max_error"] == 1.0
+    assert found["complex"]["relative_error"] == pytest.approx(1 / 5)
+    assert run("compare", tmp_path / "a", tmp_path / "b").status == 0
+
+
+def test_the_table_shows_the_worst_first_if_it_is_to_be_short(run: Run, tmp_path: Path) -> None:
+    weights = {f"w{index}": torch.ones(3) for index in range(5)}
+    torch.save({"state_dict": weights}, tmp_path / "a")
+    torch.save({"state_dict": {n: w * (1 + int(n[1]) / 100) for n, w in weights.items()}}, tmp_path / "b")
+    text = run("compare", tmp_path / "a", tmp_path / "b", "--top", 2).out
+    assert text.index("state_dict.w4") < text.index("state_dict.w3")
+    assert "state_dict.w2" not in text
+    assert "4.0e-02" in text
+    assert "4 of 5 tensors differ" in text
+
+
+def test_large_tensors_are_compared_in_parts(run: Run, tmp_path: Path) -> None:
+    a = torch.randn(700, 1000)
+    b = a.clone()
+    b[-1, -1] += 1
+    torch.save({"state_dict": {"w": a}}, tmp_path / "a")
+    torch.save({"state_dict": {"w": b.t().contiguous().t()}}, tmp_path / "b")
+    (row,) = compared(run, tmp_path / "a", tmp_path / "b")["tensors"]
+    assert_close(row, numpy_errors(a, b))
+
+
+def test_a_plot_shows_every_tensor_that_differs(
+    run: Run, plain: Path, by_callback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
+    picture = tmp_path / "plot.png"
+    assert run("compare", plain, by_callback, "--plot", picture).status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    assert list(panels) == ["weights", "exp_avg", "exp_avg_sq", "update direction"]
+    found = compared(run, plain, by_callback)["tensors"]
+    for kind, axes in panels.items():
+        errors = [row["relative_error"] for row in found if row["kind"] == kind.replace(" ", "_")]
+        (line,) = axes.get_lines()
+        assert list(line.get_xdata()) == [error for error in errors if error]
+    names = [label.get_text() for label in panels["weights"].get_yticklabels()]
+    assert names == ["encoder.0.weight", "decoder.weight"]
+
+
+def test_a_plot_of_equal_files_says_so(run: Run, plain: Path, tmp_path: Path) -> None:
+    assert run("compare", plain, plain, "--plot", tmp_path / "same.png").status == 0
+    assert (tmp_path / "same.png").stat().st_size > 1000
+
+
+def test_modules_of_the_user_are_no_checkpoint(run: Run, tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 3), tmp_path / "module.pt")
+    done = run("inspect", tmp_path / "module.pt")
+    assert done.status == 1
+    assert "torch.nn.modules.linear.Linear" in done.err
