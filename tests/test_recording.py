@@ -371,7 +371,8 @@ def test_it_counts_how_often_the_run_was_restored(tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path, max_steps=steps, max_epochs=-1, limit_val_batches=1, callbacks=[callback])
         module = Autoencoder()
         trainer.fit(module, ckpt_path=ckpt_path)
-        trainer.validate(module, ckpt_path=ckpt_path, verbose=False)  # no restoring of the run
+        if ckpt_path is not None:  # no restoring of the run
+            trainer.validate(module, ckpt_path=tmp_path / "0.ckpt", verbose=False)
         trainer.save_checkpoint(tmp_path / name)
         return int(load(tmp_path / name).get("q8lightning", {}).get("restored", -1))
 
