@@ -33,9 +33,10 @@ class Settings(NamedTuple):
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
-    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 that benchmarks/tune.py, or the
-    # same comparison by hand, found on an H200. Few warps with 16 to 64 values a thread keep enough loads in flight
-    # without waiting for one another; kernels that measure hold sums as well and do better with 8 to 16.
+    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 in the comparison of
+    # benchmarks/tune.py on an H200 (for kernels that measure and for groups, among fewer candidates than it has). Few
+    # warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another; kernels that
+    # measure hold sums as well and do better with 8 to 16.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
