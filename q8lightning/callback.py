@@ -178,6 +178,7 @@ class QuantizationCallback(_QATHooks):
                 " give the policy to one of them and remove the other"
             )
         installed.describe_model = lambda: _names(trainer, self.codecs)
+        installed.optimizer_device = trainer.strategy.root_device if stage == "fit" else None
         if self.async_save:
             check_not_async(trainer.strategy.checkpoint_io)
             installed.async_save = True

@@ -44,12 +44,21 @@ def _scratch(numel: int, rows: int) -> Tensor:
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:
     """Return a new tensor, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
     values = torch.empty(numel, dtype=dtype)
-    madvise = _madvise()
-    if madvise is not None and values.nbytes >= HUGE:
-        start = -(-values.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (values.data_ptr() + values.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it returns makes no difference
+    _advise(values.data_ptr(), values.nbytes)
     return values
+
+
+def use_huge_pages(memory: memoryview) -> None:
+    """Ask for huge pages for memory that nobody has written to yet; no more than a hint."""
+    _advise(ctypes.addressof(ctypes.c_byte.from_buffer(memory)), memory.nbytes)
+
+
+def _advise(address: int, nbytes: int) -> None:
+    madvise = _madvise()
+    if madvise is not None and nbytes >= HUGE:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it returns makes no difference
 
 
 @cache
