@@ -59,7 +59,7 @@ def read_checkpoint(
 def _load_and_decode(
     load: Callable[[IO[bytes]], Any], file: IO[bytes], workers: Workers, optimizer_device: torch.device | None
 ) -> tuple[Any] | None:
-    """Load, then decode everything at once; None if an object in the checkpoint needs its tensors while it is loaded."""
+    """Load, then decode everything at once; None if an object needs its tensors while it is loaded."""
     with collect_encoded() as payloads:
         try:
             content = load(file)
