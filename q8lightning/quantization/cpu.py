@@ -141,16 +141,24 @@ class _Levels:
         self.name = codebook.name if codebook.spec in ("linear", "softsign") else None
         # Codes that the codebook lacks decode to 0, as in the reference.
         self.table = torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
+        self._integers = torch.empty(2, 0, dtype=torch.uint8)
 
     def look_up(self, codes: Tensor, spare: Tensor, out: Tensor) -> None:
         """Write the level of each of ``codes`` (flat, uint8) into ``out`` (float32); ``spare`` is like ``out``."""
         if self.name is None or bool(codes.max() == 255):
             torch.index_select(self.table, 0, spare.view(torch.int32).copy_(codes), out=out)
-        elif self.name == "linear":
-            out.copy_(codes).sub_(127.0).div_(127.0)
+            return
+        if self._integers.shape[1] < codes.numel():
+            self._integers = torch.empty(2, codes.numel(), dtype=torch.uint8)
+        # Bytes as long as possible: a pass over them takes a quarter of the time.
+        numerator, denominator = self._integers[:, : codes.numel()]
+        out.copy_(torch.sub(codes, 127, out=numerator).view(torch.int8))
+        if self.name == "linear":
+            out.div_(127.0)
         else:
-            out.copy_(codes).sub_(127.0)
-            out.div_(torch.abs(out, out=spare).neg_().add_(254.0))
+            torch.abs(numerator.view(torch.int8), out=denominator.view(torch.int8))
+            denominator.neg_().sub_(2)  # 254 - x, modulo 256
+            out.div_(spare.copy_(denominator))
 
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
@@ -195,7 +203,10 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
         ):
             levels.look_up(stage, spare, out=decoded)
             decoded.view(-1, width).mul_(stage_scale[:, None])
-        values[elements] = one.add_(two)
+        if dtype == torch.float32:
+            torch.add(one, two, out=values[elements])
+        else:
+            values[elements] = one.add_(two)
     return values.view(codes.shape)
 
 
