@@ -1,4 +1,4 @@
-"""Encode many tensors into one stretch of memory, on a GPU in one launch for each dtype and codec."""
+"""Encode many tensors into one stretch of memory and back, on a GPU in one launch for each dtype and codec."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -100,6 +100,57 @@ def repack(data: Sequence[Tensor]) -> list[Tensor]:
     _, copies = _allocate(_layout(tuple((0, each.nbytes) for each in data), data[0].device))
     torch._foreach_copy_(copies, list(data))
     return copies
+
+
+class Unpacking(NamedTuple):
+    """What :func:`unpack_on` decodes.
+
+    Attributes:
+        data: ``[nbytes]`` uint8, on any device, as :class:`Packed` has it.
+        codec: What it was encoded with.
+        numel: How many elements it has.
+        dtype: What to decode it to: float32, float16 or bfloat16.
+    """
+
+    data: Tensor
+    codec: Codec
+    numel: int
+    dtype: torch.dtype
+
+
+def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
+    """Decode on a GPU, in one launch for each dtype and codec, as :meth:`Codec.decode` does.
+
+    Args:
+        device: A GPU.
+        items: What to decode, at least one.
+
+    Returns:
+        ``[numel]`` values for each item, on the device.
+
+    Raises:
+        torch.OutOfMemoryError: If they do not fit there; see :func:`bytes_to_unpack`.
+    """
+    layout = _layout(_sizes(items), device)
+    starts, (buffer, data) = layout.starts, _allocate(layout)
+    for there, item in zip(data, items, strict=True):
+        there.copy_(item.data)
+    values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
+    groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.codec, item.dtype), []).append(index)
+    for (codec, _), members in groups.items():
+        grouped().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.coding)
+    return values
+
+
+def bytes_to_unpack(items: Sequence[Unpacking]) -> int:
+    """Return how much memory of the device :func:`unpack_on` needs."""
+    return _layout(_sizes(items), torch.device("cpu")).nbytes + sum(item.numel * item.dtype.itemsize for item in items)
+
+
+def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
+    return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
 
 
 def _encode(tensor: Tensor, codec: Codec, packed: Packed, index: int) -> None:
