@@ -1,4 +1,4 @@
-"""What a compressed file says about itself: the same as one of the callback, and of what stayed as it was, as before."""
+"""What a compressed file says about itself: what the callback would have said; of what stayed as it was, as before."""
 
 import math
 import sys

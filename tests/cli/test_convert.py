@@ -26,6 +26,7 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.checkpoint.state_dict import Encoded, encode_and_report
 from q8lightning.checkpoint.writer import TEMPORARY_SUFFIX
 from q8lightning.cli import convert, encoder
@@ -154,8 +155,11 @@ def test_what_was_converted_by_hand_loads_through_every_door(
         nn.init.zeros_(module.decoder.weight)
 
 
-def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, by_callback: Path, tmp_path: Path) -> None:
-    run("decompress", by_callback, tmp_path / "plain.ckpt")
+def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, plain: Path, tmp_path: Path) -> None:
+    names = [f"{preset}_{kind}" for preset in PRESETS for kind in ("undone", "small")]
+    for preset in PRESETS:
+        run("compress", plain, tmp_path / f"{preset}_small", "--preset", preset)
+        run("decompress", tmp_path / f"{preset}_small", tmp_path / f"{preset}_undone")
     code = (
         "import sys; sys.modules['q8lightning'] = None\n"
         "import torch\n"
@@ -165,11 +169,12 @@ def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, by_callback: P
         "    except Exception as error:\n"
         "        print(type(error).__name__)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "plain.ckpt"), str(by_callback)]
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
-    expected = load(by_callback)["state_dict"]["decoder.weight"].double().sum().item()
-    assert float(printed[0]) == expected
-    assert printed[1] == "UnpicklingError", "the test itself: the compressed one does need it"
+    for preset, undone, small in zip(PRESETS, printed[::2], printed[1::2], strict=True):
+        expected = load(tmp_path / f"{preset}_small")["state_dict"]["decoder.weight"].double().sum().item()
+        assert float(undone) == expected
+        assert small == "UnpicklingError", "the test itself: the compressed one does need it"
 
 
 # Tensors that share memory, lie oddly in it, or are no weights
