@@ -5,7 +5,7 @@ import runpy
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +151,14 @@ def test_trust_makes_objects_of_unknown_classes(run: Run, files: dict[str, Path]
     assert run("verify", files["new"], "--trust").status == 0
 
 
-def test_python_dash_m_runs_it_and_a_closed_pipe_is_no_error_message(plain: Path) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def piped(plain: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run the program into a reader that soon leaves; it has the time of the tests before the one that waits for it."""
     command = f"{sys.executable} -m q8lightning inspect {plain} --json | head -c 1"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout == "{"
-    assert result.stderr == ""
+    with subprocess.Popen(
+        ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
 
 
 # Around the commands
@@ -234,3 +237,7 @@ def test_looking_at_a_file_does_not_decode_it(run: Run, packed: Path, monkeypatc
     assert run("inspect", packed, "--json").status == 0
     with pytest.raises(AssertionError, match="decoded"):
         run("compare", packed, packed)
+
+
+def test_python_dash_m_runs_it_and_a_closed_pipe_is_no_error_message(piped: subprocess.Popen[str]) -> None:
+    assert piped.communicate(timeout=120) == ("{", "")
