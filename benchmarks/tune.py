@@ -2,8 +2,9 @@
 
     python benchmarks/tune.py [--only fake] [--numel 2**27]
 
-For each kernel and size of value, every tile and number of warps is timed at blocks of 64, 256 and 2048, and the one
-whose slowest fraction of the best is highest is printed. The winners are written into the table by hand.
+For each kernel and size of value, every tile and number of warps (of tiles and of registers, where that matters) is
+timed at blocks of 64, 256 and 2048, and the one whose slowest fraction of the best is highest is printed. The winners
+are written into the table by hand.
 """
 
 import argparse
@@ -20,18 +21,36 @@ from q8lightning.quantization.packing import pack
 
 BLOCKS = (64, 256, 2048)
 CHOICES = [
-    (256, 1),
-    (512, 1),
-    (1024, 1),
-    (1024, 2),
-    (2048, 1),
-    (2048, 2),
-    (2048, 4),
-    (4096, 2),
-    (4096, 4),
-    (4096, 8),
-    (8192, 8),
+    launch.Settings(*choice)
+    for choice in (
+        (256, 1),
+        (512, 1),
+        (1024, 1),
+        (1024, 2),
+        (2048, 1),
+        (2048, 2),
+        (2048, 4),
+        (4096, 2),
+        (4096, 4),
+        (4096, 8),
+        (8192, 8),
+    )
 ]
+# Kernels that work through several tiles, with as many as they have in short blocks and in long ones.
+LOOPED = [
+    launch.Settings(tile, warps, tiles, fewest=fewest)
+    for tile, warps in ((256, 1), (512, 1), (1024, 2), (2048, 4))
+    for tiles in (4, 6, 8, 12, 16)
+    for fewest in (1, tiles)
+]
+# For kernels with many values a thread: fewer registers, more programs on a processor.
+SQUEEZED = [launch.Settings(tile, warps, registers=96) for tile, warps in ((1024, 1), (2048, 1), (2048, 2), (4096, 2))]
+
+
+def choices_for(name: str) -> list[launch.Settings]:
+    if "measured" in name and "group" not in name:
+        return LOOPED
+    return CHOICES + SQUEEZED if name == "dequantize_log" else CHOICES
 
 
 def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
@@ -90,10 +109,10 @@ def main() -> None:
             continue
         for index, dtype in enumerate((torch.float32, torch.bfloat16)):
             x = torch.randn(arguments.numel, device="cuda").to(dtype)
-            times: dict[tuple[int, int], list[float]] = {}
-            for choice in CHOICES:
+            times: dict[launch.Settings, list[float]] = {}
+            for choice in choices_for(name):
                 chosen = list(settings)
-                chosen[index] = launch.Settings(*choice)
+                chosen[index] = choice
                 launch.SETTINGS[name] = (chosen[0], chosen[1])
                 work_list.launches.cache_clear()  # they depend on the settings
                 times[choice] = [median_ms(runs(name, x, block), 9) for block in BLOCKS]
@@ -101,10 +120,10 @@ def main() -> None:
             best = [min(column) for column in zip(*times.values(), strict=True)]
             worst = {c: min(b / t for b, t in zip(best, row, strict=True)) for c, row in times.items()}
             ranked = sorted(worst, key=lambda choice: -worst[choice])[:4]
-            now = tuple(settings[index])
+            now = settings[index]
             print(
-                f"{name:24} {str(dtype)[6:]:9} " + "  ".join(f"{c}: {worst[c]:.3f}" for c in ranked),
-                f"  now {now}: {worst.get(now, 0):.3f}; best ms {[round(b, 3) for b in best]}",
+                f"{name:24} {str(dtype)[6:]:9} " + "  ".join(f"{tuple(c)}: {worst[c]:.3f}" for c in ranked),
+                f"  now {tuple(now)}: {worst.get(now, 0):.3f}; best ms {[round(b, 3) for b in best]}",
                 flush=True,
             )
 

@@ -17,8 +17,8 @@ class SaveWatch:
     """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every process calls, and records the save.
 
     There is no hook after a save. This is the one place that all processes pass, before the barrier that ends every
-    save: the process that encodes knows the values, and the others need them if EarlyStopping or ModelCheckpoint watches
-    one.
+    save: the process that encodes knows the values, and the others need them if EarlyStopping or ModelCheckpoint
+    watches one.
     """
 
     def __init__(

@@ -16,6 +16,9 @@ from q8lightning.metrics.update_direction import UpdateDirectionError
 PREFIX = "q8"
 """What all names begin with."""
 
+ALONE = {"sync_on_compute": False}
+"""One process records a save, or each its own copy of the same weights: none must wait for the others to compute."""
+
 DETAILS = ("kind", "tensor", None)
 
 
@@ -125,7 +128,8 @@ class Recorder:
         values: dict[str, float] = {}
         for kind in dict.fromkeys(loss.kind for loss in losses):
             statistics = _float64([loss.statistics for loss in losses if loss.kind == kind])
-            for name, metric in (("sqnr_db", ReconstructionSQNR()), ("relative_error", RelativeReconstructionError())):
+            sqnr, error = ReconstructionSQNR(**ALONE), RelativeReconstructionError(**ALONE)
+            for name, metric in (("sqnr_db", sqnr), ("relative_error", error)):
                 metric.update_from_statistics(statistics)
                 values[f"{prefix}/{kind}/{name}"] = float(metric.compute())
         if self.detail == "tensor" and losses:
@@ -140,10 +144,10 @@ class Recorder:
         """Count a save and return all that is logged of it, by name."""
         values = self.losses(save.losses)
         if save.directions:
-            direction = UpdateDirectionError()
+            direction = UpdateDirectionError(**ALONE)
             direction.update_from_sums(_float64(save.directions))
             values[f"{PREFIX}/update_direction_error"] = float(direction.compute())
-        ratio = CompressionRatio()
+        ratio = CompressionRatio(**ALONE)
         ratio.update(save.original_bytes, save.stored_bytes)
         values[f"{PREFIX}/compression_ratio"] = float(ratio.compute())
         values[f"{PREFIX}/save_stall_ms"] = save.seconds * 1e3

@@ -82,6 +82,25 @@ class GroupedBackend(Protocol):
     ) -> None: ...
 
 
+class DirectionBackend(Protocol):
+    """Measures the update directions of many parameters in a launch; see ``kernels/update_direction.py``."""
+
+    def update_direction_sums(
+        self,
+        tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
+        starts: tuple[tuple[int, ...], tuple[int, ...]],
+        codings: tuple[Coding | None, Coding | None],
+        buffer: Tensor,
+        eps: float,
+        sums: Tensor,
+    ) -> None: ...
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the kernels for many tensors read and write such tensors."""
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
 def backend_of(x: Tensor) -> Backend:
     """Return what computes with ``x``."""
     if x.is_cuda:
@@ -101,3 +120,10 @@ def grouped() -> GroupedBackend:
     from q8lightning.quantization.kernels import grouped
 
     return grouped
+
+
+def update_directions() -> DirectionBackend:
+    """Return the kernels for update directions; with the first call Triton is imported."""
+    from q8lightning.quantization.kernels import update_direction
+
+    return update_direction

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from q8lightning.quantization.backend import grouped
+from q8lightning.quantization.backend import grouped, has_kernels
 from q8lightning.quantization.block_choice import chosen_blocks
 from q8lightning.quantization.reference import measure
 from q8lightning.quantization.weight_codec import WeightCodec
@@ -107,11 +107,6 @@ def batches(tensors: Sequence[Tensor], slots: Sequence[Tensor], codec: WeightCod
         *(_in_launch(indices, slots, fitted) for (_, fitted), indices in launched.items()),
         *(batch for (_, fitted), indices in others.items() for batch in _cut(indices, tensors, fitted)),
     ]
-
-
-def has_kernels(tensor: Tensor) -> bool:
-    """Whether the grouped kernels read and write such tensors."""
-    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _in_launch(indices: list[int], slots: Sequence[Tensor], codec: WeightCodec) -> InLaunch:

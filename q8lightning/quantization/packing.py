@@ -99,7 +99,7 @@ def _encode_group(
     failed = packed.failed.new_zeros(len(members))
     statistics = None if packed.statistics is None else packed.statistics.new_zeros(len(members), 5)
     grouped().encode(tensors, buffer, starts, codec.coding, failed, statistics)
-    where = _index(tuple(members), buffer.device)
+    where = kept_index(tuple(members), buffer.device)
     packed.failed[where] = failed
     if packed.statistics is not None and statistics is not None:
         packed.statistics[where] = statistics
@@ -125,5 +125,5 @@ def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[t
 
 
 @lru_cache(maxsize=16)
-def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
+def kept_index(members: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(members, device=device)  # kept, because to copy it there waits for the device

@@ -4,14 +4,16 @@ The error of a small second moment counts here as much as it changes the step; t
 cannot see it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backend import has_kernels, update_directions
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import unpack
+from q8lightning.quantization.coding import Coding
+from q8lightning.quantization.packing import kept_index, unpack
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
@@ -46,6 +48,11 @@ class Moments(NamedTuple):
     exp_avg_sq: StoredMoment
     eps: float = 1e-8
 
+    @property
+    def moments(self) -> tuple[StoredMoment, StoredMoment]:
+        """Both."""
+        return self[:2]
+
 
 def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
     """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
@@ -59,7 +66,49 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
         rate. Zeros for empty tensors; NaN where a moment has no numbers, or where both moments and ``eps`` are zero.
         Directions are float32 (float64 for moments that are), the sums float64.
     """
-    return torch.stack([_sums(pair) for pair in pairs])
+    sums = torch.empty(len(pairs), 2, dtype=torch.float64, device=pairs[0].exp_avg.values.device)
+    alike: dict[Hashable, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        alike.setdefault(_likeness(pair), []).append(index)
+    for likeness, members in alike.items():
+        chosen = [pairs[index] for index in members]
+        part = torch.stack([_sums(pair) for pair in chosen]) if likeness is None else _sums_in_a_launch(chosen)
+        sums[kept_index(tuple(members), sums.device)] = part
+    return sums
+
+
+def _likeness(pair: Moments) -> Hashable:
+    """Return what pairs of one launch have in common, None for those that no launch takes."""
+    memory = {each.data.untyped_storage()._cdata for each in pair.moments if each.data is not None}
+    if len(memory) > 1 or not all(has_kernels(each.values) and each.values.is_contiguous() for each in pair.moments):
+        return None
+    return *memory, *((each.values.dtype, each.codec) for each in pair.moments), pair.eps
+
+
+def _sums_in_a_launch(pairs: Sequence[Moments]) -> Tensor:
+    sums = torch.empty(len(pairs), 2, dtype=torch.float64, device=pairs[0].exp_avg.values.device)
+    stored = [each.data for each in pairs[0].moments if each.data is not None]
+    buffer = torch.empty(0, dtype=torch.uint8, device=sums.device)
+    if stored:
+        buffer.set_(stored[0].untyped_storage())
+    first, second = ([pair.moments[i] for pair in pairs] for i in range(2))
+    update_directions().update_direction_sums(
+        ([each.values for each in first], [each.values for each in second]),
+        (_starts(first), _starts(second)),
+        (_coding(first[0]), _coding(second[0])),
+        buffer,
+        pairs[0].eps,
+        sums,
+    )
+    return sums
+
+
+def _starts(moments: list[StoredMoment]) -> tuple[int, ...]:
+    return tuple(0 if each.data is None else int(each.data.storage_offset()) for each in moments)
+
+
+def _coding(moment: StoredMoment) -> Coding | None:
+    return None if moment.codec is None else moment.codec.coding
 
 
 def _sums(pair: Moments) -> Tensor:

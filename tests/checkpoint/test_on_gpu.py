@@ -12,7 +12,14 @@ from models import Shrink
 from promises import assert_same, load, tensors
 from torch import Tensor, nn
 
-from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, keep_encoded
+from q8lightning import (
+    CheckpointPolicy,
+    CorruptCheckpointError,
+    QuantizationCallback,
+    QuantizedCheckpointIO,
+    keep_encoded,
+)
+from q8lightning.checkpoint.state_dict import encode_and_report
 from q8lightning.quantization.codec import Codec
 
 pytestmark = [
@@ -211,3 +218,26 @@ def test_two_hundred_steps_with_a_save_at_each_train_the_same_weights(tmp_path: 
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
     assert_same(train(saving, QuantizationCallback(async_save=True)), train())
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=200.ckpt"]
+
+
+def test_to_encode_and_measure_waits_for_the_gpu_once() -> None:
+    """Whether tensors can be held, what they lose and how far the update direction is off come in one transfer."""
+    policy = CheckpointPolicy.of("resume")
+    moments = {
+        i: {"exp_avg": torch.randn(64, 128, device="cuda"), "exp_avg_sq": torch.rand(64, 128, device="cuda") + 0.1}
+        for i in range(3)
+    }
+    state = {f"w{i}": torch.randn(64, 128, device="cuda") for i in range(3)}
+    checkpoint = {"state_dict": state, "optimizer_states": [{"state": moments, "param_groups": []}]}
+    encode_and_report(checkpoint, policy)  # makes the work lists
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = encode_and_report(checkpoint, policy).report
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([each for each in caught if "synchroniz" in str(each.message)]) == 1
+    host = {"state_dict": {name: x.cpu() for name, x in state.items()}}
+    host |= {"optimizer_states": [{"state": {i: {k: x.cpu() for k, x in m.items()} for i, m in moments.items()}}]}
+    assert report.metrics == pytest.approx(encode_and_report(host, policy).report.metrics, rel=1e-4)

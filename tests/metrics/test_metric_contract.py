@@ -203,3 +203,12 @@ def test_metrics_in_a_collection_share_what_they_sum() -> None:
         assert_agrees(values[case.name], case.expected(case.batches()))
     groups = {frozenset(names) for names in collection.compute_groups.values()}
     assert frozenset({"ReconstructionSQNR", "RelativeReconstructionError"}) in groups
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.takes_floats], ids=lambda case: case.name)
+def test_reads_no_value_of_tensors(case: Case) -> None:
+    """On a GPU, that would wait for it; tensors of the meta device have none."""
+    metric = case.make().to("meta")
+    for batch in case.batches():
+        metric.update(*(part.to("meta") for part in batch))
+    assert metric.compute().is_meta

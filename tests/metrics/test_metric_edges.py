@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, assert_agrees, update_direction_error
+from cases import assert_agrees, update_direction_error
 from oracle import float64
 from torch import Tensor
 from torchmetrics import Metric
@@ -66,14 +66,21 @@ def test_limits(make: Callable[..., Metric], arguments: tuple[Any, ...], expecte
     assert_agrees(metric.compute(), expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_before_any_update_nothing_is_lost(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (ReconstructionSQNR, math.inf),
+        (RelativeReconstructionError, 0.0),
+        (MaxReconstructionError, 0.0),
+        (UpdateDirectionError, 0.0),
+        (CompressionRatio, 1.0),
+        (CodebookUsage, {"share_in_use": 0.0, "entropy_bits": 0.0}),
+    ],
+)
+def test_before_any_update_nothing_is_lost(make: Callable[..., Metric], expected: Any) -> None:
     with pytest.warns(UserWarning, match="before the ``update`` method"):
-        value = case.make().compute()
-    nothing = case.function(*(part[:0] for part in case.batches()[0]))
-    if isinstance(nothing, dict):
-        assert {key: float(value) for key, value in value.items()} == {"share_in_use": 0.0, "entropy_bits": 0.0}
-    assert_agrees(value, nothing)
+        value = make().compute()
+    assert_agrees(value, expected)
 
 
 def test_max_keeps_a_value_that_is_no_number() -> None:
@@ -93,11 +100,11 @@ def test_eps_is_the_optimizers(eps: float) -> None:
     assert_agrees(metric.compute(), expected)
 
 
-def test_bytes_may_be_ints_of_any_kind() -> None:
+def test_bytes_of_any_kind_of_int_are_added_exactly() -> None:
     metric = CompressionRatio()
-    metric.update(2**53, np.int64(3))
+    metric.update(2**52 + 1, np.int64(3))
     metric.update(torch.tensor([5, 6], dtype=torch.int32), torch.tensor(7, dtype=torch.uint8))
-    assert_agrees(metric.compute(), (2**53 + 11) / 10)
+    assert metric.sums.tolist() == [2**52 + 12, 10]
 
 
 STATISTICS = torch.zeros(5, dtype=torch.float64)

@@ -65,6 +65,18 @@ def test_counts_as_an_update(case: Case) -> None:
     assert_agrees(metric.compute(), case.expected([(decoded, x), more, (1.5 * x, x)]))
 
 
+def test_reads_no_value_of_statistics() -> None:
+    """On a GPU, that would wait for it; tensors of the meta device have none."""
+    statistics = torch.zeros(2, 5, dtype=torch.float64, device="meta")
+    for case in FROM_STATISTICS:
+        metric = case.make().to("meta")
+        metric.update_from_statistics(statistics)
+        assert metric.compute().is_meta
+    direction = UpdateDirectionError().to("meta")
+    direction.update_from_sums(statistics[:, :2])
+    assert direction.compute().is_meta
+
+
 def test_statistics_keep_no_graph() -> None:
     statistics = torch.ones(5, dtype=torch.float64, requires_grad=True)
     for metric in (ReconstructionSQNR(), MaxReconstructionError()):

@@ -152,3 +152,55 @@ def test_a_gpu_is_not_waited_for() -> None:
         update_direction_sums(pairs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), CUDA])
+def launching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where directions are measured by the kernels: on the CPU those are interpreted."""
+    if request.param == "cpu":
+        blockwise = pytest.importorskip("q8lightning.quantization.kernels.blockwise")
+        if not blockwise.INTERPRETED:
+            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
+        monkeypatch.setattr(update_direction, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "dtypes"),
+    [
+        (FIRST, SECOND, (torch.float32, torch.float32)),
+        (Codec("linear", 32, True), Codec("log", 4096), (torch.float16, torch.float32)),
+        (Codec("dynamic", 4096), None, (torch.float32, torch.float32)),
+        (None, SECOND, (torch.float32, torch.float16)),
+        (None, None, (torch.float32, torch.float32)),
+    ],
+    ids=str,
+)
+def test_one_launch_gives_the_sums_of_the_operators(
+    first: Codec | None,
+    second: Codec | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    launching: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = (4096, 5001, 1, 33, 0, 12_288)  # aligned ones, others, none
+    values, codecs = [], []
+    for numel in sizes:
+        for x, codec, dtype in zip(moments_of(numel, torch.float32, launching), (first, second), dtypes, strict=True):
+            values.append(x.to(dtype))
+            codecs.append(codec)
+    encoded = [i for i, codec in enumerate(codecs) if codec is not None]
+    data = pack([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
+    where = dict(zip(encoded, data, strict=True))
+    moments = [StoredMoment(x, codecs[i], where.get(i)) for i, x in enumerate(values)]
+    pairs = [Moments(*moments[i : i + 2], EPS) for i in range(0, len(moments), 2)]
+    calls = []
+    monkeypatch.setattr(update_direction, "_sums", lambda pair: calls.append(pair))
+    sums = update_direction_sums(pairs)
+    assert not calls
+    monkeypatch.undo()
+    if launching == "cuda":
+        expected_sums = torch.stack([update_direction._sums(pair) for pair in pairs])
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0.0)
+    else:  # torch.sqrt is an ulp off on some CPUs
+        assert all(map(close, sums, pairs))

@@ -20,6 +20,7 @@ class Settings(NamedTuple):
         tiles: Tiles of a program whose kernel loads one while it works on the one before, fewer where rows are longer:
             it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
             segments decide.
+        fewest: Tiles of a program however long the rows are.
         registers: The most that a thread may have; 0 for as many as the compiler likes. Fewer let more programs share
             a processor.
     """
@@ -28,16 +29,18 @@ class Settings(NamedTuple):
     warps: int
     tiles: int = 1
     registers: int = 0
+    fewest: int = 1
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
-    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 that benchmarks/tune.py, or the
-    # same comparison by hand, found on an H200. Few warps with 16 to 64 values a thread keep enough loads in flight
-    # without waiting for one another; kernels that measure hold sums as well and do better with 8 to 16.
+    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 in the comparison of
+    # benchmarks/tune.py on an H200 (for kernels that measure and for groups, among fewer candidates than it has). Few
+    # warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another; kernels that
+    # measure hold sums as well and do better with 8 to 16.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
-    "fake_quantize measured": (Settings(1024, 2, 4), Settings(1024, 2, 16)),
+    "fake_quantize measured": (Settings(1024, 2, 4), Settings(1024, 2, 6, fewest=6)),
     "fake_quantize in cells measured": (Settings(512, 1, 16), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(512, 1)),
     "dequantize": (Settings(1024, 2), Settings(2048, 1)),
@@ -89,8 +92,8 @@ def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
 
 def tiles_of(settings: str, elements: int, itemsize: int) -> int:
     """Return how many tiles of so many elements a program handles."""
-    tile, _, tiles, _ = SETTINGS[settings][itemsize < 4]
-    return max(tile * tiles // elements, 1)
+    chosen = SETTINGS[settings][itemsize < 4]
+    return max(chosen.tile * chosen.tiles // elements, chosen.fewest)
 
 
 def options_of(settings: str, itemsize: int) -> dict[str, int]:
