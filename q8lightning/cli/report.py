@@ -80,11 +80,16 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
     lines = [f"  {'policy':12}" + ", ".join(f"{key} {value}" for key, value in policy.items() if key != "rules")]
     for rule in policy["rules"]:
         if isinstance(rule, Mapping):
-            options = ", ".join(f"{key} {value}" for key, value in rule.items() if key != "pattern")
+            told = {key: value for key, value in rule.items() if key != "pattern" and _DEFAULTS.get(key) != value}
+            options = ", ".join(key if value is True else f"{key} {value}" for key, value in told.items())
             lines.append(f"  {'':12}{rule.get('pattern')}: {options if rule.get('codec') else 'as it is'}")
         else:
             lines.append(f"  {'':12}{rule}")
     return lines
+
+
+_DEFAULTS = {"residual": False, "parameter": "*"}
+"""Of a rule's arguments: those that say nothing."""
 
 
 def _exceptions(summary: Mapping[str, Any]) -> list[str]:
