@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -13,6 +14,12 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["models", "q8lightning"])
     return context
+
+
+def prepare() -> None:
+    """Start the server, which imports everything while the caller goes on."""
+    _context()
+    forkserver.ensure_running()
 
 
 def start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:

@@ -60,13 +60,18 @@ class Leaf(NamedTuple):
     @property
     def kind(self) -> str:
         """See :class:`~q8lightning.checkpoint.losses.TensorLoss`."""
-        if self.keys[0] in WEIGHTS:
-            return "weights"
-        return str(self.keys[-1] if _is_state(self.keys) else self.keys[0])
+        return kind_of(self.keys)
 
     def candidate(self, codec: Codec | None) -> Candidate:
         """Return it as something to encode with ``codec``."""
         return Candidate(self.path, self.kind, self.parameter or self.path, self.tensor, codec)
+
+
+def kind_of(keys: tuple[Any, ...]) -> str:
+    """Return the kind of the tensor that the keys lead to; see :class:`~q8lightning.checkpoint.losses.TensorLoss`."""
+    if keys[0] in WEIGHTS:
+        return "weights"
+    return str(keys[-1] if _is_state(keys) else keys[0])
 
 
 def names_from(checkpoint: Mapping[str, Any]) -> ModelNames:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.leaves import names_from
+from q8lightning.checkpoint.losses import relative_error, sqnr_db
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.inspection import label
 from q8lightning.cli.source import KINDS, CommandError, Keys, Source, kind_of, leaves, path_of
@@ -40,16 +41,12 @@ class Difference:
     @property
     def relative_error(self) -> float:
         """Norm of the difference over the norm of the first values; 0 where both are the same."""
-        if self.error == 0:
-            return 0.0
-        return math.sqrt(self.error / self.signal) if self.signal else math.inf
+        return relative_error(self.error, self.signal)
 
     @property
     def sqnr_db(self) -> float:
         """The same as a signal-to-noise ratio in dB; infinite where both are the same."""
-        if self.error == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.error) if self.signal else -math.inf
+        return sqnr_db(self.error, self.signal)
 
 
 @dataclass(frozen=True)

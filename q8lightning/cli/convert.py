@@ -46,7 +46,8 @@ def compress(source: Source, target: Path, policy: CheckpointPolicy, progress: P
 def decompress(source: Source, target: Path, progress: Progress = _silent) -> Conversion:
     """Write ``source`` with ordinary tensors, which ``torch.load`` reads without q8lightning.
 
-    What the checkpoint says about its encoding is left out, except how weights that were trained quantized are.
+    What the checkpoint says about its encoding is left out, except what stays true without it: how weights that were
+    trained quantized are, and how often the run was restored from a quantized checkpoint, unless that is never.
 
     Raises:
         CommandError: If nothing in it is encoded.
@@ -58,8 +59,9 @@ def decompress(source: Source, target: Path, progress: Progress = _silent) -> Co
     content = source.content
     if source.summary:
         content = without_summary(content)
-        if CODES_KEY in source.summary:
-            content[SUMMARY_KEY] = {"format_version": FORMAT_VERSION, CODES_KEY: source.summary[CODES_KEY]}
+        left = {key: source.summary[key] for key in ("restored", CODES_KEY) if source.summary.get(key)}
+        if left:
+            content[SUMMARY_KEY] = {"format_version": FORMAT_VERSION, "policy": None, "restored": 0, **left}
     decoder = _Decoder(source, progress)
     _convert(source, target, content, decoder)
     return decoder.done
@@ -89,6 +91,8 @@ def _why_nothing(source: Source, done: Conversion) -> str:
             f"nothing to compress: the {done.kept} quantized tensors of {source.path} are as small as the policy makes"
             " them, and it selects no others; use the file as it is"
         )
+    if done.warnings:
+        return f"nothing to compress: every tensor that the policy selects stays as it is; {done.warnings[0]}"
     return (
         f"nothing to compress: the policy selects no tensor of {source.path} that is large enough and finite (its"
         f" sections: {', '.join(map(str, list(source.content)[:8]))}); `q8lightning inspect` shows its paths, --policy"

@@ -137,29 +137,23 @@ def summary_of(source: Source) -> dict[str, Any] | None:
     return summary
 
 
-def errors_by_kind(summary: Mapping[str, Any] | None) -> dict[str, dict[str, float]]:
+def errors_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return what the save lost by kind, as far as the summary says it, as ``{"weights": {"sqnr_db": ...}}``.
 
-    The summary has it in that form or by flat names, ``weights/sqnr_db``; ``update_direction_error`` and other figures
-    of the whole are not of a kind.
+    The summary has it as ``weights/sqnr_db``; ``update_direction_error`` and other figures of the whole have no kind.
     """
-    metrics = (summary or {}).get("metrics")
     kinds: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
-        if isinstance(value, Mapping):
-            kinds.setdefault(name, {}).update(value)
-        elif "/" in name:
-            kind, _, figure = name.rpartition("/")
+    for name, value in (summary.get("metrics") or {}).items():
+        kind, _, figure = name.rpartition("/")
+        if kind:
             kinds.setdefault(kind, {})[figure] = value
     return kinds
 
 
-def error_of(summary: Mapping[str, Any] | None, path: str) -> float | None:
+def error_of(summary: Mapping[str, Any], path: str) -> float | None:
     """Return the SQNR of a tensor in dB, None if the summary does not say it."""
-    tensors = (summary or {}).get("tensors")
-    figures = tensors.get(path) if isinstance(tensors, Mapping) else None
-    found = figures.get("sqnr_db") if isinstance(figures, Mapping) else None
-    return float(found) if isinstance(found, int | float) else None
+    found = (summary.get("tensors") or {}).get(path, {}).get("sqnr_db")
+    return None if found is None else float(found)
 
 
 def _primitive(value: Any) -> Any:

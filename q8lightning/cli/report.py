@@ -52,14 +52,17 @@ def print_inspection(console: Console, source: Source, depth: int | None) -> Non
             about[name] = str(content[key])
     if summary is not None and "restored" in summary:
         about["restored"] = f"{summary['restored']} times from a quantized checkpoint"
+    direction = (source.summary.get("metrics") or {}).get("update_direction_error")
+    if direction is not None:
+        about["update"] = f"direction off by {direction:.2%}"
     for name, text in about.items():
         console.print(f"  {name:12}{text}", highlight=False, markup=False)
-    for line in _policy(summary):
+    for line in [*_policy(summary), *_exceptions(source.summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
-    console.print(_sizes(entries, size, errors_by_kind(summary)))
+    console.print(_sizes(entries, size, errors_by_kind(source.summary)))
     console.print()
-    console.print(_tree(entries, source.path.name, depth, summary))
+    console.print(_tree(entries, source.path.name, depth, source.summary))
 
 
 def _format(summary: Mapping[str, Any]) -> str:
@@ -77,11 +80,31 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
     lines = [f"  {'policy':12}" + ", ".join(f"{key} {value}" for key, value in policy.items() if key != "rules")]
     for rule in policy["rules"]:
         if isinstance(rule, Mapping):
-            options = ", ".join(f"{key} {value}" for key, value in rule.items() if key != "pattern")
+            told = {key: value for key, value in rule.items() if key != "pattern" and _DEFAULTS.get(key) != value}
+            options = ", ".join(key if value is True else f"{key} {value}" for key, value in told.items())
             lines.append(f"  {'':12}{rule.get('pattern')}: {options if rule.get('codec') else 'as it is'}")
         else:
             lines.append(f"  {'':12}{rule}")
     return lines
+
+
+_DEFAULTS = {"residual": False, "parameter": "*"}
+"""Of a rule's arguments: those that say nothing."""
+
+
+def _exceptions(summary: Mapping[str, Any]) -> list[str]:
+    """Name tensors that are not stored as their rules say, because they would lose too much or no codec holds them."""
+    guarded = summary.get("guarded") or {}
+    lines = [f"{path}: {each['found']}; {_REMEDIES.get(each['remedy'], '')}" for path, each in guarded.items()]
+    lines += [f"{text}; as it is" for text in summary.get("refused") or ()]
+    more = [f"and {len(lines) - _SHOWN} more; --json has them all"] if len(lines) > _SHOWN else []
+    return [f"  {'' if index else 'exceptions':12}{line}" for index, line in enumerate(lines[:_SHOWN] + more)]
+
+
+_REMEDIES = {"residual": "with a residual stage", "raw": "as it is"}
+
+_SHOWN = 5
+"""Exceptions that are shown; every tensor of a model that diverged is one."""
 
 
 def _sizes(entries: Sequence[Entry], file_size: int, metrics: Mapping[str, Mapping[str, float]]) -> Table:
@@ -113,14 +136,14 @@ def _measured(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else ""
 
 
-def _tree(entries: Sequence[Entry], name: str, depth: int | None, summary: Mapping[str, Any] | None) -> Tree:
+def _tree(entries: Sequence[Entry], name: str, depth: int | None, summary: Mapping[str, Any]) -> Tree:
     tree = Tree(escape(name), highlight=False)
     _grow(tree, [(entry.path.split("."), entry) for entry in entries], depth, summary)
     return tree
 
 
 def _grow(
-    tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | None, summary: Mapping[str, Any] | None
+    tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | None, summary: Mapping[str, Any]
 ) -> None:
     branches: dict[str, list[tuple[list[str], Entry]]] = {}
     for (key, *keys), entry in entries:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.leaves import WEIGHTS
+from q8lightning.checkpoint.leaves import kind_of as kind_by_keys
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 
-KINDS = ("weights", "exp_avg", "exp_avg_sq", "other")
-"""What a tensor of a checkpoint is: of the model, a first or second moment of an optimizer, or anything else."""
+KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
+"""What a tensor of a checkpoint is: of the model, a moment by its optimizer's name for it, or anything else."""
 
 Keys = tuple[Any, ...]
 """Keys and indices that lead to a tensor."""
@@ -131,14 +131,8 @@ def kind_of(keys: Keys, value: "Tensor | QuantizedTensor") -> str:
     """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats."""
     if not keys or not (value.dtype.is_floating_point or value.dtype.is_complex):
         return "other"
-    if keys[0] in WEIGHTS:
-        return "weights"
-    if keys[0] == "optimizer_states":
-        if keys[-1] in FIRST_MOMENTS:
-            return "exp_avg"
-        if keys[-1] in SECOND_MOMENTS:
-            return "exp_avg_sq"
-    return "other"
+    kind = kind_by_keys(keys)
+    return kind if kind in KINDS else "other"
 
 
 def decoded_bytes(value: "Tensor | QuantizedTensor") -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, UntypedStorage
 from torch.storage import TypedStorage
 
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.zip_writer import ZipWriter
 
 PROTOCOL = 2
 """Of the pickle: that of ``torch.save``, which every reader of weights knows."""
@@ -58,9 +59,7 @@ def write_stream(content: Any, file: IO[bytes], replace: Replace, location: Call
             same :class:`Stored`.
         location: Where a storage of ``content`` loads to, by ``_cdata``.
     """
-    # Private, because torch has no public way to write a record; the same in torch 2.6 to 2.13. It knows the options of
-    # each version: sums, alignment.
-    with torch.serialization._open_zipfile_writer(file) as archive:
+    with ZipWriter(file) as archive:
         # No ".format_version", by which torch.save promises that records are in the order of their numbers.
         archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         pickler = _Pickler(archive, replace, location)
@@ -72,7 +71,7 @@ def write_stream(content: Any, file: IO[bytes], replace: Replace, location: Call
 class _Pickler(pickle._Pickler):
     """The pickler in Python, because the one in C does not let an object be replaced by one that was pickled before."""
 
-    def __init__(self, archive: Any, replace: Replace, location: Callable[[int], str]) -> None:
+    def __init__(self, archive: ZipWriter, replace: Replace, location: Callable[[int], str]) -> None:
         self._buffer = io.BytesIO()
         super().__init__(self._buffer, protocol=PROTOCOL)
         self._archive = archive

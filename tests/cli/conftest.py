@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -25,6 +26,12 @@ def _seeded_and_quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _server() -> None:
+    """Have the processes of later tests ready by then."""
+    forked.prepare()
 
 
 @dataclass(frozen=True)

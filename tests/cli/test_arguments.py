@@ -1,13 +1,15 @@
 """What a user gets wrong is one line on stderr and a status; nothing is written, nothing is overwritten."""
 
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from models import Autoencoder
@@ -149,11 +151,14 @@ def test_trust_makes_objects_of_unknown_classes(run: Run, files: dict[str, Path]
     assert run("verify", files["new"], "--trust").status == 0
 
 
-def test_a_closed_pipe_is_no_error_message(plain: Path) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def piped(plain: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run the program into a reader that soon leaves; it has the time of the tests before the one that waits for it."""
     command = f"{sys.executable} -m q8lightning inspect {plain} --json | head -c 1"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout == "{"
-    assert result.stderr == ""
+    with subprocess.Popen(
+        ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
 
 
 # Around the commands
@@ -177,30 +182,38 @@ def test_completion_scripts_know_commands_and_options(shell: str, run: Run) -> N
     assert all(name in done.out for name in COMMANDS)
 
 
-def start(*arguments: str, without: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the program in a process of its own, where a module cannot be imported."""
-    code = "import sys, q8lightning\n"  # Lightning uses what is missing where it finds it
-    if without:
-        code += f"for name in list(sys.modules):\n    if name.split('.')[0] == {without!r}: sys.modules[name] = None\n"
-        code += f"sys.modules[{without!r}] = None\n"
-    code += "import runpy; runpy.run_module('q8lightning', run_name='__main__', alter_sys=True)"
-    command = [sys.executable, "-c", code, *arguments]
-    environment = os.environ | {"COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+def start(folder: Path, *arguments: str, without: str | None = None) -> tuple[int | None, str]:
+    """Run ``python -m q8lightning`` in a process of its own, where a module cannot be imported.
+
+    Returns:
+        The status and what is on stderr.
+    """
+    return forked.run(_start, folder, arguments, without), (folder / "stderr").read_text()
 
 
-def test_python_dash_m_runs_it(plain: Path) -> None:
-    command = [sys.executable, "-m", "q8lightning", "inspect", str(plain)]
-    wrong = subprocess.run([*command, "--depth", "0"], capture_output=True, text=True, timeout=120, check=False)
-    assert wrong.returncode == 2
-    assert wrong.stderr == "q8lightning: error: --depth must be at least 1, got 0; leave it out for everything\n"
+def _start(folder: Path, arguments: tuple[str, ...], without: str | None) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for name in list(sys.modules):
+        if name.startswith(("q8lightning.cli", "q8lightning.__main__")):
+            del sys.modules[name]
+        elif name.split(".")[0] == without:
+            sys.modules[name] = None  # type: ignore[assignment]
+    sys.modules.setdefault(without or "", None)  # type: ignore[arg-type]
+    sys.argv[1:] = arguments
+    runpy.run_module("q8lightning", run_name="__main__", alter_sys=True)
+
+
+def test_what_the_program_returns_is_its_status(plain: Path, tmp_path: Path) -> None:
+    message = "q8lightning: error: --depth must be at least 1, got 0; leave it out for everything\n"
+    assert start(tmp_path, "inspect", str(plain), "--depth", "0") == (2, message)
+    assert start(tmp_path, "inspect", str(plain)) == (0, "")
 
 
 @pytest.mark.parametrize("module", ["rich", "jsonargparse"])
-def test_a_missing_extra_is_one_line_with_the_remedy(module: str) -> None:
-    result = start("inspect", "a.ckpt", without=module)
-    assert result.returncode == 2
-    assert result.stderr == f'q8lightning: error: the command line needs {module}; pip install "q8lightning[cli]"\n'
+def test_a_missing_extra_is_one_line_with_the_remedy(module: str, tmp_path: Path) -> None:
+    message = f'q8lightning: error: the command line needs {module}; pip install "q8lightning[cli]"\n'
+    assert start(tmp_path, "inspect", "a.ckpt", without=module) == (2, message)
 
 
 def test_without_matplotlib_everything_works_but_plots(
@@ -224,3 +237,7 @@ def test_looking_at_a_file_does_not_decode_it(run: Run, packed: Path, monkeypatc
     assert run("inspect", packed, "--json").status == 0
     with pytest.raises(AssertionError, match="decoded"):
         run("compare", packed, packed)
+
+
+def test_python_dash_m_runs_it_and_a_closed_pipe_is_no_error_message(piped: subprocess.Popen[str]) -> None:
+    assert piped.communicate(timeout=120) == ("{", "")

@@ -26,7 +26,8 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
-from q8lightning.checkpoint.state_dict import encode_checkpoint
+from q8lightning.checkpoint.policy import PRESETS
+from q8lightning.checkpoint.state_dict import Encoded, encode_and_report
 from q8lightning.checkpoint.writer import TEMPORARY_SUFFIX
 from q8lightning.cli import convert, encoder
 from q8lightning.cli.source import open_checkpoint
@@ -39,6 +40,24 @@ Run = Callable[..., Any]
 
 def without_summary(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if key != "q8lightning"}
+
+
+def assert_same_content(after: Path, before: Path) -> None:
+    """Check that two files hold the same, and say the same about how they were encoded, to the rounding of floats."""
+    after, before = load(after), load(before)
+    assert_same(without_summary(after), without_summary(before))
+    assert_same_summary(after["q8lightning"], before["q8lightning"])
+
+
+def assert_same_summary(found: Any, expected: Any, path: str = "summary") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_same_summary(found[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=0, nan_ok=True), path
+    else:
+        assert found == expected, path
 
 
 def content_of(folder: Path) -> list[str]:
@@ -61,14 +80,21 @@ def test_compress_makes_the_codes_of_the_callback(
     assert list(made) == list(expected)
     assert all(same_parts(made[path], expected[path]) for path in expected)
     assert all(made[path].checksum == expected[path].checksum for path in expected)
-    assert_same(load(target), load(by_callback))
+    after, before = load(target), load(by_callback)
+    keep, *after["q8lightning"]["policy"]["rules"] = after["q8lightning"]["policy"]["rules"]
+    assert keep["pattern"] == "state_dict.table"
+    assert list(after) == list(before)
+    assert list(after["q8lightning"]) == list(before["q8lightning"])
+    assert set(after["q8lightning"]["tensors"]) == set(expected)
+    assert_same(without_summary(after), without_summary(before))
+    assert_same_summary(after["q8lightning"], before["q8lightning"])
 
 
 def test_without_a_model_buffers_count_as_weights(run: Run, plain: Path, preset: str, tmp_path: Path) -> None:
     run("compress", plain, tmp_path / "out.ckpt", "--preset", preset)
     QuantizedCheckpointIO(checkpoint=preset).save_checkpoint(load(plain), tmp_path / "io.ckpt")
     assert "state_dict.table" in payloads_of(tmp_path / "out.ckpt")
-    assert_same(load(tmp_path / "out.ckpt"), load(tmp_path / "io.ckpt"))
+    assert_same_content(tmp_path / "out.ckpt", tmp_path / "io.ckpt")
 
 
 def test_decompress_returns_what_the_callback_would_have_restored(
@@ -129,8 +155,11 @@ def test_what_was_converted_by_hand_loads_through_every_door(
         nn.init.zeros_(module.decoder.weight)
 
 
-def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, by_callback: Path, tmp_path: Path) -> None:
-    run("decompress", by_callback, tmp_path / "plain.ckpt")
+def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, plain: Path, tmp_path: Path) -> None:
+    names = [f"{preset}_{kind}" for preset in PRESETS for kind in ("undone", "small")]
+    for preset in PRESETS:
+        run("compress", plain, tmp_path / f"{preset}_small", "--preset", preset)
+        run("decompress", tmp_path / f"{preset}_small", tmp_path / f"{preset}_undone")
     code = (
         "import sys; sys.modules['q8lightning'] = None\n"
         "import torch\n"
@@ -140,11 +169,12 @@ def test_a_decompressed_checkpoint_needs_no_q8lightning(run: Run, by_callback: P
         "    except Exception as error:\n"
         "        print(type(error).__name__)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "plain.ckpt"), str(by_callback)]
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
-    expected = load(by_callback)["state_dict"]["decoder.weight"].double().sum().item()
-    assert float(printed[0]) == expected
-    assert printed[1] == "UnpicklingError", "the test itself: the compressed one does need it"
+    for preset, undone, small in zip(PRESETS, printed[::2], printed[1::2], strict=True):
+        expected = load(tmp_path / f"{preset}_small")["state_dict"]["decoder.weight"].double().sum().item()
+        assert float(undone) == expected
+        assert small == "UnpicklingError", "the test itself: the compressed one does need it"
 
 
 # Tensors that share memory, lie oddly in it, or are no weights
@@ -234,7 +264,9 @@ def test_special_tensors_are_what_the_plugin_makes_of_them(run: Run, preset: str
     after, reference = load(tmp_path / "out.ckpt"), load(tmp_path / "io.ckpt")
     sparse = [checkpoint["state_dict"].pop("sparse").coalesce() for checkpoint in (after, reference)]
     assert torch.equal(sparse[0].values(), sparse[1].values())
-    assert_same(after, reference)
+    assert_same(without_summary(after), without_summary(reference))
+    assert_same_summary(after["q8lightning"], reference["q8lightning"])
+    assert len(after["q8lightning"]["refused"]) == 2
     state = after["state_dict"]
     assert same_memory(state["first"], state["second"])
     assert same_memory(state["encoder"], state["decoder"])
@@ -282,7 +314,7 @@ def test_resume_becomes_compact_and_never_the_other_way_round(run: Run, plain: P
     resume, compact = payloads_of(tmp_path / "resume.ckpt"), payloads_of(tmp_path / "compact.ckpt")
     expected = load(tmp_path / "resume.ckpt")
     QuantizedCheckpointIO(checkpoint="compact").save_checkpoint(expected, tmp_path / "io.ckpt")
-    assert_same(load(tmp_path / "compact.ckpt"), load(tmp_path / "io.ckpt"))
+    assert_same(without_summary(load(tmp_path / "compact.ckpt")), without_summary(load(tmp_path / "io.ckpt")))
     moment = "optimizer_states.0.state.0.exp_avg"
     assert same_parts(resume[moment], compact[moment])
     assert (tmp_path / "compact.ckpt").stat().st_size < (tmp_path / "io.ckpt").stat().st_size + 2048
@@ -344,7 +376,7 @@ def test_a_policy_comes_from_a_file(run: Run, plain: Path, tmp_path: Path) -> No
     policy = CheckpointPolicy([Rule("state_dict.encoder.*"), Rule("state_dict.*", "softsign", 64)], min_numel=100)
     QuantizedCheckpointIO(checkpoint=policy).save_checkpoint(load(plain), tmp_path / "io.ckpt")
     assert set(payloads_of(tmp_path / "out.ckpt")) == {"state_dict.table", "state_dict.decoder.weight"}
-    assert_same(load(tmp_path / "out.ckpt"), load(tmp_path / "io.ckpt"))
+    assert_same_content(tmp_path / "out.ckpt", tmp_path / "io.ckpt")
 
 
 def test_rules_about_parameters_know_the_names_in_the_file(run: Run, tmp_path: Path) -> None:
@@ -398,11 +430,11 @@ def test_a_damaged_payload_is_not_decompressed(run: Run, by_callback: Path, tmp_
 def test_a_model_that_diverged_does_not_fill_the_screen(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(*arguments: Any) -> dict[str, Any]:
+    def encode(*arguments: Any) -> Encoded:
         warnings.warn("somebody else's", ResourceWarning, stacklevel=2)
-        return encode_checkpoint(*arguments)
+        return encode_and_report(*arguments)
 
-    monkeypatch.setattr(encoder, "encode_checkpoint", encode)
+    monkeypatch.setattr(encoder, "encode_and_report", encode)
     state = {f"w{index}": torch.full((64, 64), torch.nan) for index in range(8)}
     torch.save({"state_dict": state | {"w": torch.randn(64, 64)}}, tmp_path / "plain.ckpt")
     done = run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt")
@@ -419,11 +451,11 @@ def test_the_moments_of_a_parameter_are_encoded_together_with_its_options(
     """Whoever judges an update direction needs both moments and eps."""
     parts: list[Any] = []
 
-    def encode(part: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    def encode(part: dict[str, Any], *arguments: Any) -> Encoded:
         parts.append(part)
-        return encode_checkpoint(part, *arguments)
+        return encode_and_report(part, *arguments)
 
-    monkeypatch.setattr(encoder, "encode_checkpoint", encode)
+    monkeypatch.setattr(encoder, "encode_and_report", encode)
     run("compress", plain, tmp_path / "out.ckpt")
     optimizers = [part["optimizer_states"][0] for part in parts if "optimizer_states" in part]
     assert [set(optimizer["state"]) for optimizer in optimizers] == [{index} for index in range(6)]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Autoencoder
+from models import Autoencoder, TwoOptimizers, quiet_trainer
 from torch import Tensor, nn
 
-from q8lightning import QuantizedTensor
+from q8lightning import QuantizationCallback, QuantizedTensor
 from q8lightning.cli.source import KINDS
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
@@ -55,7 +55,8 @@ def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
 
 def test_sizes_add_up_by_kind(run: Run, by_callback: Path) -> None:
     found = described(run, by_callback)
-    for kind in KINDS:
+    assert set(found["sizes"]) == {each["kind"] for each in found["tensors"]} <= set(KINDS)
+    for kind in found["sizes"]:
         of_kind = [each for each in found["tensors"] if each["kind"] == kind]
         assert found["sizes"][kind] == {
             "tensors": len(of_kind),
@@ -102,32 +103,74 @@ def test_tied_tensors_are_counted_once(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "kept.ckpt").exists()
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-def test_the_summary_is_shown_with_what_was_measured(flat: bool, run: Run, by_callback: Path, tmp_path: Path) -> None:
-    content = load(by_callback)
-    metrics: dict[str, Any] = {"weights": {"sqnr_db": 43.21, "relative_error": 0.00123}}
-    if flat:
-        metrics = {f"weights/{name}": value for name, value in metrics["weights"].items()} | {"compression_ratio": 2.9}
-    rule = {"pattern": "state_dict.*", "codec": "softsign", "block_size": 64}
-    content["q8lightning"] |= {
-        "policy": {"rules": [{"pattern": "*.mean", "codec": None, "block_size": 256}, rule], "min_numel": 77},
-        "metrics": metrics,
-        "restored": 5,
-        "exact": {"sqnr_db": math.inf},
-        "tensors": {"state_dict.decoder.weight": {"sqnr_db": 98.76}},
-    }
-    torch.save(content, tmp_path / "a.ckpt")
-    text = run("inspect", tmp_path / "a.ckpt").out
-    assert "state_dict.*: codec softsign, block_size 64" in text
-    assert "*.mean: as it is" in text
-    assert "min_numel 77" in text
-    (weights,) = (line.split() for line in text.splitlines() if line.startswith("weights"))
-    assert weights[-2:] == ["0.00123", "43.2"]
-    assert "5 times" in text
-    (leaf,) = (line for line in text.splitlines() if line.endswith("98.8 dB"))
-    assert "weight  64x64" in leaf
-    summary = described(run, tmp_path / "a.ckpt")["summary"]
-    assert (summary["restored"], summary["exact"]["sqnr_db"]) == (5, None)
+@pytest.mark.parametrize("module", [Autoencoder, TwoOptimizers])
+def test_what_a_trainer_lost_is_shown(module: type[Autoencoder], run: Run, preset: str, tmp_path: Path) -> None:
+    for name, callbacks in (("plain", []), ("small", [QuantizationCallback(preset)])):
+        torch.manual_seed(5)
+        trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=callbacks)
+        trainer.fit(module())
+        trainer.save_checkpoint(tmp_path / name)
+    one, two = (
+        {".".join(map(str, path)): value for path, value in tensors(load(tmp_path / name))}
+        for name in ("plain", "small")
+    )
+    text = run("inspect", tmp_path / "small").out
+    found = described(run, tmp_path / "small")
+    kinds = {each["path"]: each["kind"] for each in found["tensors"]}
+    shown = iter(line for line in text.splitlines() if line.endswith(" dB"))
+    encoded = payloads_of(tmp_path / "small")
+    assert len(encoded) == (6 if module is Autoencoder else 5)
+    for path in encoded:
+        relative, sqnr, largest = numpy_errors(one[path], two[path])
+        assert_close(found["summary"]["tensors"][path], (relative, sqnr, largest))
+        line = next(shown)
+        assert f" {path.rpartition('.')[2]}  64x64 float32" in line
+        assert line.endswith(f"  {sqnr:.1f} dB")
+    assert next(shown, None) is None
+    header, *rows = (line.split() for line in text.splitlines() if line.startswith(("kind ", *KINDS)))
+    assert header[-3:] == ["max_error", "relative_error", "sqnr_db"]
+    expected = {"weights", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if module is TwoOptimizers else set())
+    assert {row[0] for row in rows} == expected | {"other"}
+    for kind, *_, largest, relative, sqnr in rows:
+        if kind != "other":
+            ours = [torch.cat([of[path].flatten() for path in encoded if kinds[path] == kind]) for of in (one, two)]
+            errors = numpy_errors(*ours)
+            assert_close(
+                {"relative_error": float(relative), "sqnr_db": float(sqnr), "max_error": float(largest)}, errors, 0.005
+            )
+            for name, value in zip(("relative_error", "sqnr_db", "max_error"), errors, strict=True):
+                assert found["summary"]["metrics"][f"{kind}/{name}"] == pytest.approx(value, rel=1e-6)
+    first = [path for path in encoded if path.endswith(".exp_avg")]
+    lost, of = 0.0, 0.0
+    for path in first:
+        d, e = (each[path].double() / (each[f"{path}_sq"].double().sqrt() + 1e-8) for each in (one, two))
+        lost, of = lost + float((e - d).square().sum()), of + float(d.square().sum())
+    off = math.sqrt(lost / of)
+    assert f"  update      direction off by {off:.2%}" in text.splitlines()
+    ratio = sum(value.nbytes for value in one.values()) / sum(each["bytes"] for each in found["tensors"])
+    assert found["summary"]["metrics"]["compression_ratio"] == pytest.approx(ratio)
+    for line in (f"state_dict.*: codec {'linear' if preset == 'resume' else 'softsign'}, block_size 256",
+                 "*.running_mean: as it is", "min_numel 4096", "restored    0 times"):  # fmt: skip
+        assert line in text
+
+
+def test_a_tensor_that_lost_nothing_has_an_infinite_ratio(run: Run, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.zeros(64, 64), "v": torch.randn(64, 64)}}, tmp_path / "plain")
+    run("compress", tmp_path / "plain", tmp_path / "a", "--preset", "compact")
+    (line,) = (line for line in run("inspect", tmp_path / "a").out.splitlines() if " w  64x64" in line)
+    assert line.endswith("  inf dB")
+    assert described(run, tmp_path / "a")["summary"]["tensors"]["state_dict.w"]["sqnr_db"] is None, "no JSON has it"
+
+
+def test_only_some_of_many_exceptions_are_shown(run: Run, tmp_path: Path) -> None:
+    state = {f"w{index}": torch.full((64, 64), torch.nan) for index in range(8)}
+    torch.save({"state_dict": state | {"w": torch.randn(64, 64)}}, tmp_path / "plain.ckpt")
+    run("compress", tmp_path / "plain.ckpt", tmp_path / "a.ckpt")
+    lines = run("inspect", tmp_path / "a.ckpt").out.splitlines()
+    at = lines.index("  exceptions  state_dict.w0 (it holds NaN or infinity); as it is")
+    assert [line.split()[0] for line in lines[at + 1 : at + 5]] == [f"state_dict.w{index}" for index in range(1, 5)]
+    assert lines[at + 5] == "              and 3 more; --json has them all"
+    assert len(described(run, tmp_path / "a.ckpt")["summary"]["refused"]) == 8
 
 
 def test_the_tree_shows_names_as_they_are_and_ends_where_it_is_told(run: Run, tmp_path: Path) -> None:
@@ -252,9 +295,9 @@ def compared(run: Run, *arguments: object) -> dict[str, Any]:
     return result
 
 
-def assert_close(found: dict[str, Any], expected: tuple[float, float | None, float]) -> None:
+def assert_close(found: dict[str, Any], expected: tuple[float, float | None, float], rel: float = 1e-6) -> None:
     for name, value in zip(("relative_error", "sqnr_db", "max_error"), expected, strict=True):
-        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
+        assert found[name] == (value if value is None else pytest.approx(value, rel=rel)), name
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["plain first", "quantized first"])
