@@ -1,7 +1,7 @@
 """All payloads of a checkpoint at once: checksums in several threads, decoding in few launches."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.integrity import checksum, verify
+from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
 from q8lightning.checkpoint.workers import Workers, count_workers
 from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, unpack_on
@@ -52,14 +52,11 @@ def checksums_ahead(content: Any) -> Iterator[None]:
             CHECKSUMS.reset(token)
 
 
-def decode_payloads(
-    payloads: Iterable[QuantizedTensor], workers: Workers, device: torch.device | None = None
-) -> dict[int, Tensor]:
-    """Decode loaded payloads, each verified by ``workers`` first.
+def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | None = None) -> dict[int, Tensor]:
+    """Decode loaded payloads, each verified before.
 
     Args:
         payloads: Each once.
-        workers: Threads that compare checksums while others decode.
         device: A GPU to decode on, all of them in few launches, if they fit; None for where they are.
 
     Returns:
@@ -68,24 +65,32 @@ def decode_payloads(
     Raises:
         CorruptCheckpointError: If a payload is not what was saved.
     """
-    pending = [
-        # Not payload.verify: threads would keep the payload alive for a moment longer, see reader.py.
-        (each, workers.submit(copy_context().run, verify, each.header, each.data, each.checksum))
-        for each in payloads
-    ]
+    total = sum(payload.nbytes for payload in payloads)
+    threads = 1 if total < WORTH_THREADS else min(torch.get_num_threads(), len(payloads))
     decoded: dict[int, Tensor] = {}
     if device is not None:
-        for _, verified in pending:
-            verified.result()
-        decoded = _decode_on(device, [payload for payload, _ in pending])
-    for payload, verified in pending:
-        if id(payload) not in decoded:
-            verified.result()
-            decoded[id(payload)] = payload.as_decoded(payload.codec.decode(payload.parts, payload.dtype))
+        with Workers(threads) as workers:
+            for verified in [workers.submit(copy_context().run, payload.verify) for payload in payloads]:
+                verified.result()
+        decoded = _decode_on(device, payloads)
+    left = [payload for payload in payloads if id(payload) not in decoded]
+    if threads == 1:
+        return decoded | {id(payload): payload.decode() for payload in left}
+    # One tensor a thread: threads that share each operation wait for each other at its end, thousands of times, and
+    # where others use the processor, too, that takes many times as long. What would keep one busy alone is shared.
+    shared = [payload for payload in left if payload.nbytes > total / threads]
+    decoded |= {id(payload): payload.decode() for payload in shared}
+    left = sorted((each for each in left if id(each) not in decoded), key=lambda each: each.nbytes, reverse=True)
+    try:
+        with Workers(threads, begin=lambda: torch.set_num_threads(1)) as workers:
+            pending = [(id(payload), workers.submit(copy_context().run, payload.decode)) for payload in left]
+            decoded |= {key: future.result() for key, future in pending}
+    finally:
+        torch.set_num_threads(torch.get_num_threads())  # what new threads begin with, which those have changed
     return decoded
 
 
-def _decode_on(device: torch.device, payloads: list[QuantizedTensor]) -> dict[int, Tensor]:
+def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
     chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
     items = [Unpacking(each.data, each.codec, math.prod(each.shape), each.dtype) for each in chosen]

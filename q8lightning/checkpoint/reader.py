@@ -49,7 +49,7 @@ def read_checkpoint(
         opened = cast("IO[bytes]", file)
         if stays_encoded():
             return load(opened)
-        loaded = _load_and_decode(load, opened, workers, optimizer_device)
+        loaded = _load_and_decode(load, opened, optimizer_device)
         if loaded is not None:
             return loaded[0]
         file.seek(0)
@@ -57,7 +57,7 @@ def read_checkpoint(
 
 
 def _load_and_decode(
-    load: Callable[[IO[bytes]], Any], file: IO[bytes], workers: Workers, optimizer_device: torch.device | None
+    load: Callable[[IO[bytes]], Any], file: IO[bytes], optimizer_device: torch.device | None
 ) -> tuple[Any] | None:
     """Load, then decode everything at once; None if an object needs its tensors while it is loaded."""
     with collect_encoded() as payloads:
@@ -67,7 +67,7 @@ def _load_and_decode(
             if payloads:
                 return None  # perhaps because of one; the other way will tell
             raise
-    content = replace_payloads(content, _decode(content, payloads, workers, optimizer_device))
+    content = replace_payloads(content, _decode(content, payloads, optimizer_device))
     # What still has a payload is an object that is no dict, list or tuple.
     return (content,) if _are_gone(payloads) else None
 
@@ -82,14 +82,14 @@ def _are_gone(payloads: list[QuantizedTensor]) -> bool:
 
 
 def _decode(
-    content: Any, payloads: list[QuantizedTensor], workers: Workers, optimizer_device: torch.device | None
+    content: Any, payloads: list[QuantizedTensor], optimizer_device: torch.device | None
 ) -> Mapping[int, Tensor]:
     if optimizer_device is None or not isinstance(content, dict):
-        return decode_payloads(payloads, workers)
+        return decode_payloads(payloads)
     there = {id(payload) for payload in payloads_in(content.get(OPTIMIZER_STATES))}
     here = {id(each) for key, section in content.items() if key != OPTIMIZER_STATES for each in payloads_in(section)}
     there -= here
     return {
-        **decode_payloads([each for each in payloads if id(each) in there], workers, optimizer_device),
-        **decode_payloads([each for each in payloads if id(each) not in there], workers),
+        **decode_payloads([each for each in payloads if id(each) in there], optimizer_device),
+        **decode_payloads([each for each in payloads if id(each) not in there]),
     }

@@ -30,10 +30,12 @@ class Workers:
     Args:
         count: How many threads; each is started when there is a job for it. If the system has no thread left,
             :meth:`submit` does the work itself.
+        begin: What each thread does first.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, begin: Callable[[], object] = lambda: None) -> None:
         self._count = count
+        self._begin = begin
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
         self._jobs = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -63,6 +65,7 @@ class Workers:
             self._do(self._jobs.get())
 
     def _work(self) -> None:
+        self._begin()
         while self._do(self._jobs.get()):
             pass
 

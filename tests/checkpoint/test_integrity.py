@@ -21,6 +21,7 @@ from q8lightning import (
     keep_encoded,
     without_verification,
 )
+from q8lightning.checkpoint import archive, summed_file
 from q8lightning.quantization.codec import Codec
 
 WEIGHT = "state_dict.decoder.weight"
@@ -214,8 +215,11 @@ def test_what_is_no_damage_is_not_called_damage(file: Path, tmp_path: Path) -> N
         QuantizedCheckpointIO().load_checkpoint(tmp_path / "c.ckpt")
 
 
-def test_no_damage_is_silent(file: Path, whole: bytes) -> None:
+@pytest.mark.parametrize("long", [summed_file.LONG, 500], ids=["short records", "long records"])
+def test_no_damage_is_silent(long: int, file: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits flipped anywhere, more of them where there is structure, and truncations: the same values, or an error."""
+    monkeypatch.setattr(summed_file, "LONG", long)
+    monkeypatch.setattr(archive, "LONG", long)
     expected = load(file)
     io, chance, noticed = QuantizedCheckpointIO(), random.Random(0), 0
     data = position_of(file, "data/0")

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,34 @@ def test_an_interrupt_leaves_no_thread(path: Path, monkeypatch: pytest.MonkeyPat
     assert threads() == []
 
 
+def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where: dict[str, tuple[str, int]] = {}
+    real = QuantizedTensor.decode
+
+    def decode(self: QuantizedTensor) -> Tensor:
+        where[self.name] = threading.current_thread().name, torch.get_num_threads()
+        return real(self)
+
+    monkeypatch.setattr(QuantizedTensor, "decode", decode)
+    payloads = [payload(str(index)) for index in range(9)]
+    payloads.insert(4, QuantizedTensor.encode(torch.randn(200_000), Codec("softsign"), "large"))
+    with using(3, monkeypatch):
+        decoded = decode_payloads(payloads)
+        assert torch.get_num_threads() == 3
+        after: list[int] = []
+        thread = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert after == [3], "other threads keep what they had"
+    assert where.pop("large") == ("MainThread", 3)
+    assert set(where.values()) == {("q8lightning worker", 1)}
+    for each in payloads:
+        assert same_bits(decoded[id(each)], real(each))
+    assert threads() == []
+
+
 # Damage
 
 
@@ -275,18 +304,32 @@ def test_a_header_that_was_damaged_is_noticed(path: Path) -> None:
     read(path)
 
 
-def test_without_verification_reaches_the_threads(path: Path) -> None:
+@contextmanager
+def using(threads: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have torch use so many threads, and payloads of any size be worth them."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(payload_group, "WORTH_THREADS", 0)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_verification_reaches_the_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, _ = long_records(path)[1]
     flip(path, start)
     with pytest.raises(CorruptCheckpointError, match="the tensor large "):
         read(path)
     read(path, verify=False)
-    with without_verification(), Workers(2) as workers:
-        damaged = payload()
-        damaged.checksum = 7
-        decode_payloads([damaged], workers)
-    with Workers(2) as workers, pytest.raises(CorruptCheckpointError, match="the tensor x "):
-        decode_payloads([damaged], workers)
+    damaged = [payload(), payload()]
+    damaged[1].checksum = 7
+    for threads in (1, 2):
+        with using(threads, monkeypatch):
+            with without_verification():
+                decode_payloads(damaged)
+            with pytest.raises(CorruptCheckpointError, match="the tensor x "):
+                decode_payloads(damaged)
 
 
 def test_the_command_line_still_verifies_long_records_by_itself(path: Path) -> None:
