@@ -9,7 +9,8 @@
 trains 20 more; what saves in the background then saves once more and is waited for. "stall" is the time of the call,
 with the device synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the
 time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache and, after it
-was dropped, from the disk. Medians of the rounds after the first. One file is on the disk at a time.
+was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and optimizer, which
+are on the device. Medians of the rounds after the first. One file is on the disk at a time.
 """
 
 import argparse
@@ -85,6 +86,16 @@ class Training:
         self.synchronize()
         return time.perf_counter() - start
 
+    def resume(self, load: Callable[[Path], Any], path: Path) -> float:
+        """Load a checkpoint into model and optimizer as a Trainer does; return the seconds it took."""
+        self.synchronize()
+        start = time.perf_counter()
+        checkpoint = load(path)
+        self.model.load_state_dict(checkpoint["state_dict"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        self.synchronize()
+        return time.perf_counter() - start
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -110,7 +121,9 @@ class Contender:
 
     save: Callable[[dict[str, Any], Path], object]
     wait: Callable[[], object] | None
-    load: Callable[[Path], object] | None
+    load: Callable[[Path], Any] | None
+    load_for: Callable[[torch.device], object] | None = None
+    """Tells the IO where a training that resumes has its optimizer, as the callback does."""
 
 
 def of_lightning(asynchronous: bool) -> Contender:
@@ -120,8 +133,12 @@ def of_lightning(asynchronous: bool) -> Contender:
 
 def of_ours(checkpoint: str, async_save: bool = False) -> Contender:
     io = q8lightning.QuantizedCheckpointIO(checkpoint=checkpoint, async_save=async_save)
+
+    def load_for(device: torch.device) -> None:
+        io.optimizer_device = device
+
     # No teardown: memory is kept between saves.
-    return Contender(io.save_checkpoint, io._wait if async_save else None, io.load_checkpoint)
+    return Contender(io.save_checkpoint, io._wait if async_save else None, io.load_checkpoint, load_for)
 
 
 def of_dcp() -> Contender:
@@ -162,12 +179,15 @@ class Result:
     load_from_disk: float | None
     device_memory: int | None
     host_memory: int
+    resume: float | None = None
 
 
 def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
     contender = CONTENDERS[name][1]()
     path = folder / f"{name}.ckpt"
-    columns: dict[str, list[float]] = {key: [] for key in ("stall", "before", "next", "durable", "load", "disk")}
+    columns: dict[str, list[float]] = {
+        key: [] for key in ("stall", "before", "next", "durable", "load", "resume", "disk")
+    }
     size, device_memory = 0, 0
     rss = _host_memory("VmRSS")
     _reset_host_peak()
@@ -203,6 +223,11 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
         peak = _host_memory("VmHWM")
         if contender.load is not None:
             columns["load"].append(_seconds(contender.load, path))
+            if contender.load_for is not None:
+                contender.load_for(training.device)
+            columns["resume"].append(training.resume(contender.load, path))
+            if contender.load_for is not None:
+                contender.load_for(torch.device("cpu"))
             _drop_from_memory(path)
             columns["disk"].append(_seconds(contender.load, path))
         _remove(path)
@@ -223,6 +248,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
         load_from_disk=medians["disk"],
         device_memory=device_memory if training.device.type == "cuda" else None,
         host_memory=max(0, peak - rss),
+        resume=medians["resume"],
     )
 
 
@@ -284,6 +310,7 @@ def show(results: list[Result]) -> None:
         "durable after",
         "file",
         "load",
+        "resume",
         "GPU memory",
         "host memory",
     ):
@@ -303,6 +330,7 @@ def show(results: list[Result]) -> None:
                 f"{each.durable:.2f} s" + ratio(each.durable, plain and plain.durable),
                 f"{each.size / 1e6:,.1f} MB" + ratio(each.size, plain and plain.size),
                 "" if each.load is None else f"{each.load:.2f} s, {each.load_from_disk:.2f} s from disk",
+                "" if each.resume is None else f"{each.resume:.2f} s" + ratio(each.resume, plain and plain.resume),
                 "" if each.device_memory is None else f"{each.device_memory / each.parameters:.2f} B/param",
                 f"{each.host_memory / each.parameters:.2f} B/param",
             ]

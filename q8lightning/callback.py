@@ -82,6 +82,7 @@ class QuantizationCallback(QATCallback):
             installed = self._install(trainer, installed)
         if installed is not None:  # this one or the user's own
             installed.describe_model = lambda: _names(trainer, self.codecs, self.restored)
+            installed.optimizer_device = trainer.strategy.root_device if stage == "fit" else None
             watch_saves(trainer, installed, self.recorder)
 
     def _install(self, trainer: pl.Trainer, installed: QuantizedCheckpointIO | None) -> QuantizedCheckpointIO:

@@ -6,6 +6,7 @@ learning rate or a key of the state dict would load without a word.
 
 import os
 import pickle
+import struct
 import threading
 import zipfile
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.summed_file import LONG, SummedFile
 
 CHUNK = 2**20
 """Bytes that are read at a time: they stay in the cache between the reading and the sum."""
@@ -22,6 +24,9 @@ THREADS = 4
 """Reading and CRC32 (about 2.5 GB a second a thread) release Python's lock."""
 
 
+_HEADER, _NAME_LENGTH = 30, 26
+"""Bytes of a record's header before its name, and where in it the lengths of the name and of the extra fields are."""
+
 _FOLDER = 0x10
 """An attribute of a record that makes torch take it for a folder and return memory that nobody has written to."""
 
@@ -29,17 +34,21 @@ _CONTENTS = "the table of contents at the end of the file"
 
 
 @contextmanager
-def verified(path: str | os.PathLike[str]) -> Iterator[None]:
+def verified(path: str | os.PathLike[str], file: SummedFile | None = None) -> Iterator[None]:
     """Verify the file at ``path`` in other threads while the block loads it.
 
     A file that is no zip, or one whose writer was told to leave the sums out (``set_crc32_options(False)``), has
     nothing to verify.
 
+    Args:
+        path: The file.
+        file: What the block reads it through, if it does: long records are then not read once more.
+
     Raises:
         CorruptCheckpointError: If a record is not what was written. An error of the block about a file that is damaged
             becomes its cause.
     """
-    verification = _Verification(path)
+    verification = _Verification(path, file)
     try:
         yield
     except CorruptCheckpointError:
@@ -58,9 +67,12 @@ def verified(path: str | os.PathLike[str]) -> Iterator[None]:
 class _Verification:
     """Threads that share the records of a file. They never keep the process alive."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: SummedFile | None) -> None:
         self._stopped = False
         self._path = path
+        self._file = file
+        self._long: list[zipfile.ZipInfo] = []
+        """Records that the file sums when they are read."""
         self._damage: list[str] = []
         self._threads: list[threading.Thread] = []
         try:
@@ -68,6 +80,9 @@ class _Verification:
         except _DamagedArchive as error:
             self._damage.append(str(error))
             return
+        if file is not None:
+            self._long = [record for record in records if record.file_size >= LONG]
+            records = [record for record in records if record.file_size < LONG]
         records.sort(key=lambda record: record.file_size, reverse=True)
         count = min(THREADS, max(1, (os.cpu_count() or 1) // 2), len(records))  # the rest of the cores decodes
         for start in range(count):
@@ -91,16 +106,30 @@ class _Verification:
             return False
         try:
             with archive.open(record) as content:
+                found = self._sum_as_read(record)
+                if found is not None:
+                    return found == record.CRC
                 while not self._stopped and content.read(CHUNK):
                     pass
         except Exception:  # a wrong sum, or any of the ways in which a damaged header surfaces
             return False
         return True
 
+    def _sum_as_read(self, record: zipfile.ZipInfo) -> int | None:
+        """Return the CRC32 of what the file read where torch looks for the record, None if it did not."""
+        if self._file is None or record.compress_type != zipfile.ZIP_STORED:
+            return None
+        with open(self._path, "rb") as file:
+            file.seek(record.header_offset + _NAME_LENGTH)
+            name, extra = struct.unpack("<2H", file.read(4))
+        return self._file.sum_of(record.header_offset + _HEADER + name + extra, record.file_size)
+
     def check(self, cause: Exception | None = None) -> None:
         """Wait for the threads; raise CorruptCheckpointError if the file is damaged."""
         for thread in self._threads:
             thread.join()
+        if self._long and not self._damage:
+            self._verify(self._long)
         if self._damage:
             raise CorruptCheckpointError(self._damage[0], self._path) from cause
 
@@ -152,8 +181,12 @@ def _describe(archive: zipfile.ZipFile, damaged: zipfile.ZipInfo) -> str:
 class _Anything:
     """Stands for every object of a checkpoint that is neither a container nor a primitive; runs no code of the file."""
 
-    def __init__(self, *parts: Any) -> None:
-        self.parts: tuple[Any, ...] = parts
+    parts: tuple[Any, ...]
+
+    def __new__(cls, *parts: Any) -> "_Anything":  # some objects are unpickled without __init__
+        self = super().__new__(cls)
+        self.parts = parts
+        return self
 
     def __setstate__(self, state: Any) -> None:
         self.parts += (state,)

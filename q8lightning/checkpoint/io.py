@@ -3,10 +3,11 @@
 import os
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
+import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
@@ -23,6 +24,7 @@ from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
 from q8lightning.checkpoint.writer import announce, write_checkpoint
@@ -51,6 +53,19 @@ class DurableCheckpointIO(TorchCheckpointIO):
             write_checkpoint(checkpoint, local_path)
         else:
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
+
+    def load_checkpoint(self, path: str | os.PathLike[str] | IO[bytes], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load as Lightning's CheckpointIO does, also from an open file."""
+        if isinstance(path, str | os.PathLike):
+            return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
+        return self._load_file(path, *args, **kwargs)
+
+    @staticmethod
+    def _load_file(
+        file: IO[bytes], map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
+        return checkpoint
 
 
 class QuantizedCheckpointIO(_WrappingCheckpointIO):
@@ -87,6 +102,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self.verify = verify
         self.describe_model: Callable[[], ModelNames] | None = None
         """Asked at each save for what only the model knows; set by the callback."""
+        self.optimizer_device: torch.device | None = None
+        """Where optimizer states are decoded when they are loaded, and stay, if it is a GPU; set by the callback."""
         self.waits: list[float] = []
         """Seconds for which saves in the background held training up, each until the one before it was written."""
         self.last_report: SaveReport | None = None
@@ -158,23 +175,34 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             BackgroundSaveError: If a save in the background failed.
         """
         self._wait()
-        local_path = _local(path)
-        with ExitStack() as stack:
-            if not self.verify:
-                stack.enter_context(without_verification())
-            elif local_path is not None and os.path.isfile(local_path):
-                stack.enter_context(verified(local_path))
-            try:
-                checkpoint = self.base.load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
-            except pickle.UnpicklingError as error:
-                if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
-                    raise NewerFormatError("later than 1") from error
-                raise
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(error.what, path) from None  # it knows the tensor; add the file
+        try:
+            checkpoint = self._load(path, _local(path), *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
+                raise NewerFormatError("later than 1") from error
+            raise
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(error.what, path) from None  # it knows the tensor; add the file
         summary = checkpoint.get(SUMMARY_KEY)
         if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
             raise NewerFormatError(summary["format_version"])
+        return checkpoint
+
+    def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        load: Callable[..., dict[str, Any]] = self.base.load_checkpoint
+        if local_path is None or not os.path.isfile(local_path):
+            with nullcontext() if self.verify else without_verification():
+                return load(path, *args, **kwargs)
+        if type(self.base) is not DurableCheckpointIO:  # it may do something with the tensors
+            with verified(local_path) if self.verify else without_verification():
+                return load(path, *args, **kwargs)
+        device = self.optimizer_device
+        checkpoint: dict[str, Any] = read_checkpoint(
+            local_path,
+            lambda file: load(file, *args, **kwargs),
+            self.verify,
+            device if device is not None and device.type == "cuda" else None,
+        )
         return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

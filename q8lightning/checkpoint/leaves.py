@@ -47,6 +47,7 @@ class Leaf(NamedTuple):
         parameter: The name of the parameter that it is or belongs to, None if nobody knows.
         tensor: The tensor.
         codec: What the policy wants for it, None to store it as it is.
+        storage: The same for tensors that share memory; None for one that has none to look at.
     """
 
     keys: tuple[Any, ...]
@@ -54,6 +55,7 @@ class Leaf(NamedTuple):
     parameter: str | None
     tensor: Tensor
     codec: Codec | None
+    storage: tuple[torch.device, int] | None
 
     @property
     def kind(self) -> str:
@@ -90,24 +92,36 @@ def leaves_of(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: Mo
     for keys, tensor in tensors_of(checkpoint):
         path = ".".join(map(str, keys))
         parameter = _parameter_of(keys, names)
-        wanted = None
-        if _eligible(tensor, policy.min_numel) and not (keys[0] in known and parameter not in names.parameters):
-            wanted = policy.codec_for(path, parameter)
-            if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
-                wanted = None
-        yield Leaf(keys, path, parameter, tensor, wanted)
+        wanted = storage = None
+        if is_ordinary(tensor):
+            storage = tensor.device, tensor.untyped_storage().data_ptr()
+            if (
+                tensor.numel() >= policy.min_numel
+                and not (keys[0] in known and parameter not in names.parameters)
+                and _is_encodable(tensor)
+            ):
+                wanted = policy.codec_for(path, parameter)
+                if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+                    wanted = None
+        yield Leaf(keys, path, parameter, tensor, wanted, storage)
 
 
-def tensors_of(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Yield the tensors in nested dicts, lists and tuples with the keys that lead to them."""
+def tensors_of(value: Any, keys: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Return the tensors in nested dicts, lists and tuples with the keys that lead to them."""
+    found: list[tuple[tuple[Any, ...], Tensor]] = []
+    _collect(value, keys, found)
+    return found
+
+
+def _collect(value: Any, keys: tuple[Any, ...], found: list[tuple[tuple[Any, ...], Tensor]]) -> None:
     if isinstance(value, Tensor):
-        yield keys, value
+        found.append((keys, value))
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from tensors_of(item, (*keys, key))
+            _collect(item, (*keys, key), found)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from tensors_of(item, (*keys, index))
+            _collect(item, (*keys, index), found)
 
 
 def _parameter_of(keys: tuple[Any, ...], names: ModelNames) -> str | None:
@@ -139,11 +153,10 @@ def is_ordinary(tensor: Tensor) -> bool:
     )
 
 
-def _eligible(tensor: Tensor, min_numel: int = 1) -> bool:
+def _is_encodable(tensor: Tensor) -> bool:
+    """Whether a codec can take an ordinary tensor."""
     return (
-        is_ordinary(tensor)
-        and tensor.numel() >= min_numel
-        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         and not tensor.requires_grad
         and not tensor.is_neg()
         and tensor.ndim > 0
@@ -168,18 +181,18 @@ def pairs_of(
     """Yield the two moments of each parameter of which one is a candidate and whose elements correspond."""
     moments = {leaf.keys: leaf for leaf in leaves if _is_state(leaf.keys) and leaf.keys[-1] in MOMENTS}
     for keys, first in moments.items():
-        second = moments.get((*keys[:-1], MOMENTS[1]))
-        if keys[-1] != MOMENTS[0] or second is None or not _correspond(first.tensor, second.tensor):
+        second = moments.get((*keys[:-1], MOMENTS[1])) if keys[-1] == MOMENTS[0] else None
+        if second is None or not _correspond(first, second):
             continue
         one, two = (candidates.get(id(leaf.tensor)) or leaf.candidate(None) for leaf in (first, second))
         if one.codec is not None or two.codec is not None:
             yield Pair(one, two, epsilons.get(keys[:-1], 1e-8))
 
 
-def _correspond(first: Tensor, second: Tensor) -> bool:
+def _correspond(first: Leaf, second: Leaf) -> bool:
     """Whether elements at the same place in memory have the same index."""
-    return (
-        _eligible(first)
-        and _eligible(second)
-        and (first.shape, first.stride(), first.device) == (second.shape, second.stride(), second.device)
-    )
+    for leaf in (first, second):
+        if leaf.codec is None and not (leaf.storage and leaf.tensor.numel() and _is_encodable(leaf.tensor)):
+            return False
+    one, two = first.tensor, second.tensor
+    return one.shape == two.shape and one.stride() == two.stride() and one.device == two.device

@@ -24,7 +24,8 @@ from q8lightning.quantization.packing import pack, unpack
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
 
-_KEEP_ENCODED: ContextVar[bool] = ContextVar("keep_encoded", default=False)
+_ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", default=None)
+"""The payloads that have been loaded to stay encoded; None where they are decoded at once."""
 
 CHECKSUMS: ContextVar[Mapping[int, "Future[int]"]] = ContextVar("checksums", default=MappingProxyType({}))
 """Checksums that other threads compute for payloads which are about to be pickled, by id."""
@@ -59,7 +60,7 @@ class QuantizedTensor:
             loaded payload is saved again, so that damage in between does not go unnoticed.
     """
 
-    __slots__ = ("checksum", "codec", "data", "dtype", "name", "shape", "stride")
+    __slots__ = ("__weakref__", "checksum", "codec", "data", "dtype", "name", "shape", "stride")
 
     def __init__(
         self,
@@ -96,7 +97,11 @@ class QuantizedTensor:
             CorruptCheckpointError: If the payload was loaded and is not what was saved.
         """
         self.verify()
-        return self.codec.decode(self.parts, self.dtype).as_strided(self.shape, self.stride)
+        return self.as_decoded(self.codec.decode(self.parts, self.dtype))
+
+    def as_decoded(self, values: Tensor) -> Tensor:
+        """Return decoded values, ``[numel]`` in the order of memory, with shape and strides of the original."""
+        return values.as_strided(self.shape, self.stride)
 
     def verify(self) -> None:
         """Compare the payload with the checksum that its file has; nothing to do if there is none.
@@ -219,7 +224,11 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
         header["name"],
         header.get(CHECKSUM_KEY),
     )
-    return payload if _KEEP_ENCODED.get() else payload.decode()
+    encoded = _ENCODED.get()
+    if encoded is None:
+        return payload.decode()
+    encoded.append(payload)
+    return payload
 
 
 torch.serialization.add_safe_globals([rebuild_v1])
@@ -235,11 +244,24 @@ def __getattr__(name: str) -> Any:
 @contextmanager
 def keep_encoded() -> Iterator[None]:
     """Within this context, loading a checkpoint returns :class:`QuantizedTensor` objects instead of decoding them."""
-    token = _KEEP_ENCODED.set(True)
-    try:
+    with collect_encoded():
         yield
+
+
+@contextmanager
+def collect_encoded() -> Iterator[list[QuantizedTensor]]:
+    """As :func:`keep_encoded`; gives the list to which every payload is added that is loaded."""
+    encoded: list[QuantizedTensor] = []
+    token = _ENCODED.set(encoded)
+    try:
+        yield encoded
     finally:
-        _KEEP_ENCODED.reset(token)
+        _ENCODED.reset(token)
+
+
+def stays_encoded() -> bool:
+    """Whether payloads that are loaded now stay encoded."""
+    return _ENCODED.get() is not None
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -1,12 +1,18 @@
-"""All payloads of a checkpoint at once: in several threads."""
+"""All payloads of a checkpoint at once: checksums in several threads, decoding in few launches."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
-from q8lightning.checkpoint.integrity import checksum
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.integrity import checksum, verify
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
 from q8lightning.checkpoint.workers import Workers, count_workers
+from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, unpack_on
 
 WORTH_THREADS = 2**22
 """Bytes of payloads from which on threads are started for them: they take as long as starting a few."""
@@ -44,3 +50,86 @@ def checksums_ahead(content: Any) -> Iterator[None]:
             yield
         finally:
             CHECKSUMS.reset(token)
+
+
+def decode_payloads(
+    payloads: Iterable[QuantizedTensor], workers: Workers, device: torch.device | None = None
+) -> dict[int, Tensor]:
+    """Decode loaded payloads, each verified by ``workers`` first.
+
+    Args:
+        payloads: Each once.
+        workers: Threads that compare checksums while others decode.
+        device: A GPU to decode on, all of them in few launches, if they fit; None for where they are.
+
+    Returns:
+        The tensors by the payloads' ids.
+
+    Raises:
+        CorruptCheckpointError: If a payload is not what was saved.
+    """
+    pending = [
+        # Not payload.verify: threads would keep the payload alive for a moment longer, see reader.py.
+        (each, workers.submit(copy_context().run, verify, each.header, each.data, each.checksum))
+        for each in payloads
+    ]
+    decoded: dict[int, Tensor] = {}
+    if device is not None:
+        for _, verified in pending:
+            verified.result()
+        decoded = _decode_on(device, [payload for payload, _ in pending])
+    for payload, verified in pending:
+        if id(payload) not in decoded:
+            verified.result()
+            decoded[id(payload)] = payload.as_decoded(payload.codec.decode(payload.parts, payload.dtype))
+    return decoded
+
+
+def _decode_on(device: torch.device, payloads: list[QuantizedTensor]) -> dict[int, Tensor]:
+    """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
+    chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
+    items = [Unpacking(each.data, each.codec, math.prod(each.shape), each.dtype) for each in chosen]
+    if not items or bytes_to_unpack(items) > _free_bytes(device):
+        return {}
+    try:
+        values = unpack_on(device, items)
+    except torch.OutOfMemoryError:  # somebody else was faster
+        return {}
+    return {id(payload): payload.as_decoded(each) for payload, each in zip(chosen, values, strict=True)}
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return how many bytes of a GPU may be used: some remain for a training that goes on there."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - total // 20
+
+
+def replace_payloads(content: Any, decoded: Mapping[int, Tensor]) -> Any:
+    """Put tensors in the place of payloads in dicts, lists and tuples, changing them where they can be changed.
+
+    Args:
+        content: A checkpoint that nobody else has.
+        decoded: The tensors by the payloads' ids.
+    """
+    seen: dict[int, Any] = {}
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, QuantizedTensor):
+            return decoded[id(value)]
+        if type(value) is not tuple and not isinstance(value, dict | list):
+            return value
+        if id(value) in seen:
+            return seen[id(value)]
+        if isinstance(value, tuple):
+            items = [replace(item) for item in value]
+            result = value if all(new is old for new, old in zip(items, value, strict=True)) else tuple(items)
+            seen[id(value)] = result
+            return result
+        seen[id(value)] = value
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if (new := replace(item)) is not item:
+                value[key] = new
+        return value
+
+    return replace(content)

@@ -98,6 +98,9 @@ class CheckpointPolicy:
     min_sqnr_db: float | None = 30.0
     max_update_direction_error: float | None = 0.2
     _rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+    _found: dict[tuple[str, str | None], Codec | None] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         rules = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in self.rules)
@@ -137,9 +140,12 @@ class CheckpointPolicy:
 
     def codec_for(self, path: str, parameter: str | None = None) -> Codec | None:
         """Return the codec of the first rule that matches, None for raw storage."""
-        if path.split(".", 1)[0] in NEVER:
-            return None
-        return next((rule.resolve() for rule in self._rules if rule.matches(path, parameter)), None)
+        key = path, parameter
+        if key not in self._found:  # the same paths come again with every save
+            never = path.split(".", 1)[0] in NEVER
+            rules = () if never else self._rules
+            self._found[key] = next((rule.resolve() for rule in rules if rule.matches(path, parameter)), None)
+        return self._found[key]
 
     def check_matches(self, parameters: Iterable[str]) -> None:
         """Raise ValueError if no rule can ever quantize anything of a model with these parameters."""

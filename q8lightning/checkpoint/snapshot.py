@@ -158,11 +158,15 @@ class _Copier:
         if on_host and not self._live:
             return tensor
         storage, (key, place) = tensor.untyped_storage(), _locate(tensor)
-        result = torch.empty(0, dtype=tensor.dtype)
-        if on_host:
-            if key not in self._clones:
-                self._clones[key] = storage.clone()  # type: ignore[no-untyped-call]
-            result.set_(self._clones[key], *place)
+        if on_host and key not in self._clones and storage.nbytes() == tensor.nbytes and tensor.is_contiguous():
+            result = tensor.detach().clone()  # the whole storage, which takes a third of the time of the other way
+            self._clones[key] = result.untyped_storage()
+        else:
+            result = torch.empty(0, dtype=tensor.dtype)
+            if on_host:
+                if key not in self._clones:
+                    self._clones[key] = storage.clone()  # type: ignore[no-untyped-call]
+                result.set_(self._clones[key], *place)
         if tensor.requires_grad:
             result.requires_grad_()
         if type(tensor) is nn.Parameter:

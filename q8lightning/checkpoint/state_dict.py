@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.candidates import Candidate
@@ -16,7 +15,6 @@ from q8lightning.checkpoint.leaves import (
     Leaf,
     ModelNames,
     epsilons_of,
-    is_ordinary,
     leaves_of,
     names_from,
     pairs_of,
@@ -131,31 +129,24 @@ def _count_bytes(leaves: list[Leaf], replacements: Mapping[int, Any]) -> tuple[i
     original: dict[Any, int] = {}
     stored: dict[Any, int] = {id(value): value.nbytes for value in replacements.values()}
     for leaf in leaves:
-        if is_ordinary(leaf.tensor):
-            storage = _storage(leaf.tensor)
-            if storage not in original:
-                original[storage] = leaf.tensor.untyped_storage().nbytes()
+        if leaf.storage is not None:
+            if leaf.storage not in original:
+                original[leaf.storage] = leaf.tensor.untyped_storage().nbytes()
             if id(leaf.tensor) not in replacements:
-                stored[storage] = original[storage]
+                stored[leaf.storage] = original[leaf.storage]
     return sum(original.values()), sum(stored.values())
 
 
 def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
     """Return the leaves of each storage in which one is to be encoded."""
-    storages: dict[tuple[torch.device, int], list[Leaf]] = {}
+    storages: dict[Any, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.codec is not None:
-            storages.setdefault(_storage(leaf.tensor), []).append(leaf)
+            storages.setdefault(leaf.storage, []).append(leaf)
     for leaf in leaves:
-        if leaf.codec is None and is_ordinary(leaf.tensor) and leaf.tensor.numel():
-            members = storages.get(_storage(leaf.tensor))
-            if members is not None:
-                members.append(leaf)
+        if leaf.codec is None and leaf.storage in storages and leaf.tensor.numel():
+            storages[leaf.storage].append(leaf)
     return list(storages.values())
-
-
-def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _views(leaves: list[Leaf]) -> list[list[Leaf]]:

@@ -57,7 +57,7 @@ class MeasuringBackend(Backend, Protocol):
 
 
 class GroupedBackend(Protocol):
-    """Handles many tensors in few launches; see ``kernels/grouped.py``."""
+    """Encodes, decodes and fake-quantizes many tensors in few launches; see ``kernels/grouped.py``."""
 
     def encode(
         self,
@@ -68,6 +68,7 @@ class GroupedBackend(Protocol):
         failed: Tensor,
         statistics: Tensor | None = None,
     ) -> None: ...
+    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None: ...
     def fake_quantize(
         self,
         tensors: Sequence[Tensor],

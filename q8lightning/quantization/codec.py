@@ -1,6 +1,7 @@
 """Codecs: how a tensor becomes codes and back, chosen by name, block size and residual stage."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Codec:
         """Whether only values that are not negative can be encoded."""
         return self.name == LOG or not get_codebook(self.name).signed
 
-    @property
+    @cached_property
     def coding(self) -> Coding:
         """The codec in the terms of the backends."""
         if self.name == LOG:

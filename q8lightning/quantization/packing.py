@@ -1,4 +1,4 @@
-"""Encode many tensors into one stretch of memory, on a GPU in one launch for each dtype and codec."""
+"""Encode many tensors into one stretch of memory and back, on a GPU in one launch for each dtype and codec."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,6 +31,22 @@ class Packed(NamedTuple):
     statistics: Tensor | None
 
 
+class _Layout(NamedTuple):
+    """Where the data of several tensors lies in one buffer.
+
+    Attributes:
+        starts: Where that of each begins, in bytes.
+        nbytes: Where the last ends.
+        gaps: int64 on the device: the bytes between them.
+        cuts: The sizes of all gaps and data, in turns.
+    """
+
+    starts: tuple[int, ...]
+    nbytes: int
+    gaps: Tensor
+    cuts: list[int]
+
+
 def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> Packed:
     """Encode each tensor with its codec, as :meth:`Codec.encode` does; on a GPU without waiting for it.
 
@@ -44,10 +60,8 @@ def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = Fal
         (codec.scale_bytes(tensor.numel()), codec.encoded_bytes(tensor.numel()))
         for tensor, codec in zip(tensors, codecs, strict=True)
     )
-    starts, total, gaps = _layout(sizes, device)
-    buffer = torch.empty(total, dtype=torch.uint8, device=device)
-    buffer.index_fill_(0, gaps, 0)  # or they would carry into the file whatever was in memory before
-    data = [buffer[start : start + size] for start, (_, size) in zip(starts, sizes, strict=True)]
+    layout = _layout(sizes, device)
+    starts, (buffer, data) = layout.starts, _allocate(layout)
     failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
     statistics = torch.zeros(len(tensors), 5, dtype=torch.float64, device=device) if measure else None
     packed = Packed(data, failed, statistics)
@@ -63,6 +77,13 @@ def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = Fal
     return packed
 
 
+def _allocate(layout: _Layout) -> tuple[Tensor, list[Tensor]]:
+    """Return a new buffer and its stretches of data."""
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
+    buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
+    return buffer, list(buffer.split_with_sizes(layout.cuts)[1::2])  # in one call: each slice would take a microsecond
+
+
 def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
     """Return what :meth:`Codec.encode` returned for a tensor of ``numel`` elements, as views of its packed ``data``."""
     scales = data[: codec.scale_bytes(numel)].view(torch.float32)
@@ -76,12 +97,60 @@ def repack(data: Sequence[Tensor]) -> list[Tensor]:
     Args:
         data: ``[nbytes]`` uint8 each, as :class:`Packed` has it; at least one.
     """
-    starts, total, gaps = _layout(tuple((0, each.nbytes) for each in data), data[0].device)
-    buffer = torch.empty(total, dtype=torch.uint8, device=data[0].device)
-    buffer.index_fill_(0, gaps, 0)
-    copies = [buffer[start : start + each.nbytes] for start, each in zip(starts, data, strict=True)]
+    _, copies = _allocate(_layout(tuple((0, each.nbytes) for each in data), data[0].device))
     torch._foreach_copy_(copies, list(data))
     return copies
+
+
+class Unpacking(NamedTuple):
+    """What :func:`unpack_on` decodes.
+
+    Attributes:
+        data: ``[nbytes]`` uint8, on any device, as :class:`Packed` has it.
+        codec: What it was encoded with.
+        numel: How many elements it has.
+        dtype: What to decode it to: float32, float16 or bfloat16.
+    """
+
+    data: Tensor
+    codec: Codec
+    numel: int
+    dtype: torch.dtype
+
+
+def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
+    """Decode on a GPU, in one launch for each dtype and codec, as :meth:`Codec.decode` does.
+
+    Args:
+        device: A GPU.
+        items: What to decode, at least one.
+
+    Returns:
+        ``[numel]`` values for each item, on the device.
+
+    Raises:
+        torch.OutOfMemoryError: If they do not fit there; see :func:`bytes_to_unpack`.
+    """
+    layout = _layout(_sizes(items), device)
+    starts, (buffer, data) = layout.starts, _allocate(layout)
+    for there, item in zip(data, items, strict=True):
+        there.copy_(item.data)
+    values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
+    groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.codec, item.dtype), []).append(index)
+    for (codec, _), members in groups.items():
+        grouped().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.coding)
+    return values
+
+
+def bytes_to_unpack(items: Sequence[Unpacking]) -> int:
+    """Return how much memory of the device :func:`unpack_on` needs."""
+    return _layout(_sizes(items), torch.device("cpu")).nbytes + sum(item.numel * item.dtype.itemsize for item in items)
+
+
+def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
+    return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
 
 
 def _encode(tensor: Tensor, codec: Codec, packed: Packed, index: int) -> None:
@@ -106,8 +175,8 @@ def _encode_group(
 
 
 @lru_cache(maxsize=16)
-def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[tuple[int, ...], int, Tensor]:
-    """Return where each tensor's data begins, so that its codes are aligned, where the last ends, and the gaps' bytes.
+def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> _Layout:
+    """Lay out the data of tensors so that their codes are aligned.
 
     Args:
         sizes: For each tensor the bytes of its scales and of all its data.
@@ -115,13 +184,15 @@ def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[t
     """
     starts: list[int] = []
     gaps: list[int] = []
+    cuts: list[int] = []
     end = 0
     for scale_bytes, size in sizes:
         start = end + -(end + scale_bytes) % _ALIGNMENT
         starts.append(start)
         gaps += range(end, start)
+        cuts += (start - end, size)
         end = start + size
-    return tuple(starts), end, torch.tensor(gaps, dtype=torch.int64, device=device)
+    return _Layout(tuple(starts), end, torch.tensor(gaps, dtype=torch.int64, device=device), cuts)
 
 
 @lru_cache(maxsize=16)

@@ -241,3 +241,20 @@ def test_to_encode_and_measure_waits_for_the_gpu_once() -> None:
     host = {"state_dict": {name: x.cpu() for name, x in state.items()}}
     host |= {"optimizer_states": [{"state": {i: {k: x.cpu() for k, x in m.items()} for i, m in moments.items()}}]}
     assert report.metrics == pytest.approx(encode_and_report(host, policy).report.metrics, rel=1e-4)
+
+
+def test_a_trainer_resumes_with_optimizer_states_that_were_decoded_on_the_gpu(tmp_path: Path) -> None:
+    path, io = tmp_path / "a.ckpt", QuantizedCheckpointIO()
+    torch.manual_seed(0)
+    state = {"exp_avg": torch.randn(300, 300), "exp_avg_sq": torch.rand(300, 300), "step": torch.tensor(3.0)}
+    content = {"state_dict": {"net.weight": torch.randn(300, 300)}, "optimizer_states": [{"state": {0: state}}]}
+    io.save_checkpoint(content, path)
+    expected = load(path)
+    io.optimizer_device = torch.device("cuda", 0)
+    found = io.load_checkpoint(path)
+    assert not found["state_dict"]["net.weight"].is_cuda
+    assert torch.equal(found["state_dict"]["net.weight"], expected["state_dict"]["net.weight"])
+    for name, value in expected["optimizer_states"][0]["state"][0].items():
+        there = found["optimizer_states"][0]["state"][0][name]
+        assert there.is_cuda == (name != "step")
+        torch.testing.assert_close(there.cpu(), value, rtol=5e-7 if name == "exp_avg_sq" else 0, atol=0)

@@ -161,6 +161,8 @@ def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
             archive.write_record(f"data/{number}", b"x", 1)
     with zipfile.ZipFile(tmp_path / "a.ckpt") as opened:
         assert len(opened.infolist()) == 2**16 + 5
+    ending = struct.unpack("<4s4H2IH", (tmp_path / "a.ckpt").read_bytes()[-22:])
+    assert ending[3:5] == (0xFFFF, 0xFFFF), "which says that the count is elsewhere"
 
 
 # Where torch is not as we know it
@@ -275,8 +277,11 @@ def test_a_payload_that_was_loaded_keeps_its_checksum(monkeypatch: pytest.Monkey
     monkeypatch.setattr("q8lightning.checkpoint.payload_group.WORTH_THREADS", 0)
     payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
     payload.checksum = 7
+    made: list[Any] = []
+    monkeypatch.setattr("q8lightning.checkpoint.payload_group.checksum", lambda *a: made.append(a))
     with checksums_ahead([payload]):
         assert payload.__reduce__()[1][0]["xxh3_64"] == 7
+    assert made == []
 
 
 # When something goes wrong: the error is itself, no thread and no file is left
@@ -395,6 +400,21 @@ def test_what_is_written_is_sent_to_the_disk_meanwhile(
     with open(tmp_path / "b", "wb") as file, WriteBehind(file) as behind:
         behind.write(bytes(write_behind.STEP - 1))
     assert sent == [], "a small file needs no thread"
+
+
+def test_the_file_is_not_closed_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, closed = threading.Event(), []
+
+    def send_range(*_: int) -> None:
+        began.set()
+        time.sleep(0.1)
+        closed.append(file.closed)
+
+    monkeypatch.setattr(write_behind, "_sync_file_range", lambda: send_range)
+    with open(tmp_path / "a", "wb") as file, WriteBehind(file) as behind:
+        behind.write(bytes(write_behind.STEP))
+        assert began.wait(20)
+    assert closed == [False]
 
 
 # Threads

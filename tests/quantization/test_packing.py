@@ -5,7 +5,7 @@ import torch
 
 from q8lightning.quantization import reference
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, pack, unpack_on
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -77,3 +77,24 @@ def test_packing_on_a_gpu_does_not_wait_for_it() -> None:
         pack(tensors, codecs, measure=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@each_device
+def test_they_are_unpacked_together_as_they_are_one_by_one(device: str) -> None:
+    """On the CPU the kernels are interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    tensors, codecs = _state("cpu")
+    data = pack(tensors, codecs).data
+    # The interpreter truncates to bfloat16 where it should round.
+    without = (torch.float64, torch.bfloat16) if device == "cpu" else (torch.float64,)
+    chosen = [i for i, x in enumerate(tensors) if x.dtype not in without and (x.numel() <= 8192 or device == "cuda")]
+    items = [Unpacking(data[i], codecs[i], tensors[i].numel(), tensors[i].dtype) for i in chosen]
+    values = unpack_on(torch.device(device), items)
+    for i, item, found in zip(chosen, items, values, strict=True):
+        codes, scales, *residual = codecs[i].encode(tensors[i])
+        expected = codecs[i].decode((codes, scales, *residual), item.dtype)
+        assert found.device.type == device
+        assert found.dtype == item.dtype
+        assert torch.equal(found.cpu(), expected)
+    decoded = sum(value.nbytes for value in values)
+    assert decoded < bytes_to_unpack(items) <= decoded + sum(item.data.nbytes for item in items) + 16 * len(items)
