@@ -144,6 +144,52 @@ def test_a_kept_moment_is_judged_beside_a_new_one(run: Run, plain: Path, tmp_pat
     assert expected[FIRST]["sqnr_db"] == math.inf, "the test itself: alone it would have lost nothing"
 
 
+def test_what_was_tried_in_vain_says_what_it_said(run: Run, tmp_path: Path) -> None:
+    """Neither what the guard would have done for it, nor that a codec cannot hold it, is true of the file."""
+    make = torch.Generator().manual_seed(0)
+    kept, new = (torch.randn(64, 64, generator=make) for _ in range(2))
+    torch.save({"state_dict": {"kept": kept, "new": new.abs()}}, tmp_path / "plain")
+    run("compress", tmp_path / "plain", tmp_path / "half", "--keep", "*.new")  # linear with a residual stage
+    before = summary_of(tmp_path / "half")
+    for name, rule, limit in (("log", Rule("state_dict.*", "log", 128), 30), ("linear", Rule("*", "linear", 256), 60)):
+        policy = written(CheckpointPolicy([rule], min_sqnr_db=limit), tmp_path / "yaml")
+        done = run("compress", tmp_path / "half", tmp_path / name, "--policy", policy)
+        assert "1 tensors quantized, 1 as they were" in done.out
+        after = summary_of(tmp_path / name)
+        assert after["tensors"]["state_dict.kept"] == before["tensors"]["state_dict.kept"]
+        assert after["refused"] == []
+        assert list(after["guarded"]) == (["state_dict.new"] if name == "linear" else [])
+        assert "state_dict.kept" not in done.err
+        assert len(done.err.splitlines()) == len(after["guarded"])
+
+
+def test_what_the_guard_did_for_a_tensor_that_stays_is_still_said(run: Run, tmp_path: Path) -> None:
+    weights = {name: hard_to_encode()["state_dict"][name] for name in ("easy", "outlier")}
+    torch.save({"state_dict": weights}, tmp_path / "plain")
+    policy = written(CheckpointPolicy([Rule("state_dict.*", "linear", 4096)]), tmp_path / "yaml")
+    run("compress", tmp_path / "plain", tmp_path / "half", "--policy", policy, "--keep", "*.easy")
+    before = summary_of(tmp_path / "half")["guarded"]
+    assert list(before) == ["state_dict.outlier"]
+    done = run("compress", tmp_path / "half", tmp_path / "all", "--policy", policy, "--keep", "*.outlier")
+    assert summary_of(tmp_path / "all")["guarded"] == before
+    assert done.err == "", "it was said before"
+
+
+def test_a_direction_of_kept_moments_stays_what_it_was(run: Run, tmp_path: Path) -> None:
+    """Where another state of the same parameter is encoded again."""
+    checkpoint = hard_to_encode()["optimizer_states"][0]
+    state = checkpoint["state"][0]
+    state["max_exp_avg_sq"] = 2 * state["exp_avg_sq"]
+    torch.save({"optimizer_states": [{**checkpoint, "state": {0: state}}]}, tmp_path / "plain")
+    run("compress", tmp_path / "plain", tmp_path / "a")
+    policy = CheckpointPolicy([Rule("*.max_exp_avg_sq", "log", 1024), *CheckpointPolicy.of("resume").rules])
+    done = run("compress", tmp_path / "a", tmp_path / "b", "--policy", written(policy, tmp_path / "yaml"))
+    assert "1 tensors quantized, 2 as they were" in done.out
+    before, after = (summary_of(tmp_path / name) for name in ("a", "b"))
+    assert after["tensors"][FIRST] == before["tensors"][FIRST]
+    assert after["metrics"]["update_direction_error"] == before["metrics"]["update_direction_error"] > 0
+
+
 def test_bytes_are_those_of_what_is_in_the_file(run: Run, plain: Path, tmp_path: Path) -> None:
     """Also where a tensor is encoded in vain, kept by a pattern, or never looked at."""
     run("compress", plain, tmp_path / "compact.ckpt", "--preset", "compact")
