@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -82,7 +83,7 @@ class QuantizationCallback(QATCallback):
             installed = self._install(trainer, installed)
         if installed is not None:  # this one or the user's own
             installed.describe_model = lambda: _names(trainer, self.codecs, self.restored)
-            installed.optimizer_device = trainer.strategy.root_device if stage == "fit" else None
+            installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
             watch_saves(trainer, installed, self.recorder)
 
     def _install(self, trainer: pl.Trainer, installed: QuantizedCheckpointIO | None) -> QuantizedCheckpointIO:
@@ -168,6 +169,11 @@ def _check_strategy(strategy: Strategy) -> None:
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
             f" quantized; {remedy}, or remove the QuantizationCallback (or pass it checkpoint=None)"
         )
+
+
+def _optimizer_device(strategy: Strategy) -> torch.device | None:
+    """Return where a strategy wants optimizer states as they are in the file; None if it distributes them itself."""
+    return None if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else strategy.root_device
 
 
 def _names(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec], restored: int) -> ModelNames:
