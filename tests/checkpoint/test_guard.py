@@ -355,3 +355,12 @@ def test_limits_are_part_of_a_policy_and_of_what_a_file_says_about_it(tmp_path: 
     assert policy != CheckpointPolicy(policy.rules)
     after, _ = saved({"state_dict": {"w": torch.randn(64, 64)}}, policy, tmp_path / "a.ckpt")
     assert CheckpointPolicy(**after["q8lightning"]["policy"]) == policy
+
+
+def test_moments_whose_elements_lie_in_another_order_are_no_pair() -> None:
+    exp_avg, exp_avg_sq = torch.randn(64, 128), torch.rand(128, 64).t()
+    report = encode_and_report(adam(exp_avg, exp_avg_sq), CheckpointPolicy.of("resume")).report
+    assert {loss.kind for loss in report.tensors} == {"exp_avg", "exp_avg_sq"}
+    assert not report.directions
+    report = encode_and_report(adam(exp_avg, exp_avg_sq.contiguous()), CheckpointPolicy.of("resume")).report
+    assert len(report.directions) == 1

@@ -238,3 +238,18 @@ def test_copies_are_saved_under_the_location_of_what_they_are_copies_of(
     torch.save(content, tmp_path / "b.ckpt")
     torch.load(tmp_path / "b.ckpt", map_location=remember)
     assert seen[2:] == ["cpu", "cpu"], "it outlives the save"
+
+
+def test_views_of_a_tensor_that_is_copied_as_a_whole_stay_its_views() -> None:
+    whole = torch.arange(12.0)
+    content = content_of({"whole": whole, "part": whole[2:5], "table": whole.view(3, 4)})
+    assert memory_of(content["whole"]) == memory_of(content["part"]) == memory_of(content["table"]) != memory_of(whole)
+    content["whole"][2] = -1
+    assert content["part"][0] == content["table"][0, 2] == -1
+
+
+def test_a_tensor_with_gaps_as_large_as_its_memory_keeps_its_strides() -> None:
+    tensor = torch.arange(4.0).as_strided((2, 2), (2, 0))  # as many elements as the storage, not the same ones
+    copied = content_of({"x": tensor})["x"]
+    assert copied.stride() == tensor.stride()
+    assert torch.equal(copied, tensor)

@@ -1,8 +1,7 @@
 """Checkpoints of real Trainers, and a way to run commands in this process."""
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from models import Autoencoder, quiet_trainer
+from quiet import seeded_and_quiet as seeded_and_quiet
 
 from q8lightning import QuantizationCallback
 from q8lightning.cli.main import main
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))  # promises.py
-
-
-@pytest.fixture(autouse=True)
-def _seeded_and_quiet() -> Iterator[None]:
-    """Start every test at the same random numbers and without Lightning's advice."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
 
 
 @pytest.fixture(scope="package", autouse=True)

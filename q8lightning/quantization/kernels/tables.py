@@ -50,7 +50,7 @@ def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, de
     if closed_form in _CLOSED_FORMS:
         return Tables(_CLOSED_FORMS[closed_form], torch.empty(0, dtype=torch.int32, device=device), 0, 0, levels)
     for shift in (17, 16):  # 6 mantissa bits, or 7: one threshold a cell
-        cells = _cells(thresholds, shift, codebook.zero_code)
+        cells = _cells(thresholds, shift)
         if cells is not None:
             return Tables("cells", cells.to(device), shift, 0, levels)
     bits = thresholds.numel().bit_length()
@@ -58,8 +58,8 @@ def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, de
     return Tables("thresholds", padded.view(torch.int32).to(device), 0, bits, levels)
 
 
-def _cells(thresholds: Tensor, shift: int, zero: int) -> Tensor | None:
-    """Return the table; None if a cell would need two thresholds. Cells of NaN and infinity have the code ``zero``."""
+def _cells(thresholds: Tensor, shift: int) -> Tensor | None:
+    """Return the table; None if a cell would need two thresholds. Cells of NaN and infinity have the code of 0."""
     if bool((thresholds.view(torch.int32) & 0xFF).any()):
         return None
     first_pattern = torch.arange(2 ** (31 - shift), dtype=torch.int32) << shift
@@ -71,4 +71,4 @@ def _cells(thresholds: Tensor, shift: int, zero: int) -> Tensor | None:
     if bool((met - below > 1).any()):
         return None
     threshold = torch.where(met > below, thresholds[below.clamp(max=thresholds.numel() - 1)], torch.inf)
-    return threshold.view(torch.int32) | below.where(finite.repeat(2), zero).int()
+    return threshold.view(torch.int32) | below.int()
