@@ -77,12 +77,12 @@ class CheckpointPolicy:
         rules: Rules, or mappings of their arguments (as YAML gives them).
         min_numel: Tensors with fewer elements are stored as they are.
         min_sqnr_db: The smallest signal-to-quantization-noise ratio in dB; None for no limit. The default, an error of
-            3% of the tensor's norm, is below what trained weights have under any codec of 8 bits (31.6 dB under
-            ``fp8_e4m3``, 38 to 44 under the others) and above that of 4 bits (20 dB). It does not apply to second
-            moments, whose small elements this ratio cannot see, nor to a first moment that the other limit judges.
+            3% of the tensor's norm, is below what trained weights have under any codec of 8 bits and above that of
+            4 bits. It does not apply to second moments, whose small elements this ratio cannot see, nor to a first
+            moment that the other limit judges.
         max_update_direction_error: How far one encoded moment may turn Adam's update direction,
-            ``exp_avg / (sqrt(exp_avg_sq) + eps)``, relative to its norm; None for no limit. The presets come to 0.01 in
-            training and to 0.09 after the very first step; where a codec fails, it is 0.7 and more.
+            ``exp_avg / (sqrt(exp_avg_sq) + eps)``, relative to its norm; None for no limit. The presets stay
+            well below the default in training (docs/metrics.md); where a codec fails, it is far above.
 
     Raises:
         ValueError: If there is no rule with a codec, a rule is wrong, or a limit is no number that can be kept.
