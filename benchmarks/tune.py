@@ -1,6 +1,6 @@
 """Find the launch settings of the kernels: the table ``SETTINGS`` of ``quantization/kernels/launch.py``.
 
-    python benchmarks/tune.py [--only fake] [--numel 2**27]
+    python benchmarks/tune.py [--only fake] [--dtypes bfloat16] [--numel 134217728]
 
 For each kernel and size of value, every tile and number of warps (of tiles and of registers, where that matters) is
 timed at blocks of 64, 256 and 2048, and the one whose slowest fraction of the best is highest is printed. The winners
@@ -101,6 +101,7 @@ def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="kernels whose name contains one of these")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--numel", type=int, default=2**27)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -108,6 +109,8 @@ def main() -> None:
         if not any(part in name for part in arguments.only):
             continue
         for index, dtype in enumerate((torch.float32, torch.bfloat16)):
+            if str(dtype)[6:] not in arguments.dtypes:
+                continue
             x = torch.randn(arguments.numel, device="cuda").to(dtype)
             times: dict[launch.Settings, list[float]] = {}
             for choice in choices_for(name):
