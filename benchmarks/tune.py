@@ -95,7 +95,8 @@ def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
     starts = tuple(data.storage_offset() for data in packed.data)
     if "decode" in name:
         return lambda: grouped.decode(buffer, starts, tensors, codec.coding)
-    return lambda: grouped.encode(tensors, buffer, starts, codec.coding, packed.failed)
+    lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
+    return lambda: grouped.encode(tensors, buffer, starts, codec.coding, packed.failed, lost)
 
 
 def main() -> None:
