@@ -1,12 +1,14 @@
 """The error of Adam's update direction is that of NumPy in float64, and that of the metric of the same name."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
-from q8lightning.quantization import update_direction
+from q8lightning.quantization import sampling, update_direction
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import pack, repack
 from q8lightning.quantization.update_direction import Moments, StoredMoment, update_direction_sums
@@ -163,6 +165,67 @@ def launching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
             pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
         monkeypatch.setattr(update_direction, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
     return str(request.param)
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets tensors of a hundred thousand elements count as large."""
+    monkeypatch.setattr(sampling, "WHOLE", 2**16)
+    sampling.stretches_of.cache_clear()
+    yield
+    sampling.stretches_of.cache_clear()
+
+
+def test_of_a_large_tensor_one_stretch_in_four_is_looked_at() -> None:
+    assert sampling.stretches_of(sampling.WHOLE) is None
+    numel = sampling.WHOLE + 4 * sampling.STRETCH + 5
+    taken = sampling.stretches_of(numel)
+    assert taken is not None
+    assert torch.equal(taken // 4, torch.arange(numel // (4 * sampling.STRETCH)))
+    assert set((taken % 4).tolist()) == {0, 1, 2, 3}
+    assert int(taken.max() + 1) * sampling.STRETCH <= numel
+    assert sampling.weight_of(numel) == numel / (len(taken) * sampling.STRETCH)
+    assert sampling.weight_of(sampling.WHOLE) == 1.0
+
+
+def taken_of(pair: Moments) -> Moments:
+    """The stretches of both moments that are looked at, decoded with the rest and stored as they are."""
+    taken = sampling.stretches_of(pair.exp_avg.values.numel())
+    assert taken is not None
+    index = (taken[:, None] * sampling.STRETCH + torch.arange(sampling.STRETCH)).flatten()
+    return Moments(*(StoredMoment(each.values[index], each.codec, each.data) for each in pair.moments), pair.eps)
+
+
+@each_device
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("second", [SECOND, Codec("dynamic_unsigned", 4096)], ids=str)
+def test_sums_of_a_large_tensor_are_those_of_its_stretches_and_stand_for_all_of_it(second: Codec, device: str) -> None:
+    numel = 400_007
+    torch.manual_seed(0)
+    one, two = torch.randn(numel).to(device), (torch.randn(numel).square() + 0.01).to(device)
+    pair = Moments(stored(one, FIRST), stored(two, second), EPS)
+    sums = update_direction_sums([pair])[0].cpu()
+    # Blocks divide stretches, so these encode by themselves as they do within the whole.
+    part = taken_of(Moments(*(StoredMoment(each.values.cpu(), each.codec) for each in pair.moments), EPS))
+    weight = sampling.weight_of(numel)
+    assert close(sums / weight, part)
+    error, squares = expected(pair)
+    assert float(sums[0]) == pytest.approx(error, rel=0.05)
+    assert float(sums[1]) == pytest.approx(squares, rel=0.02)
+
+
+@pytest.mark.usefixtures("sampled")
+def test_one_launch_looks_at_the_same_stretches(launching: str) -> None:
+    pairs = []
+    for numel in (400_007, 262_144, 5001):
+        one, two = moments_of(numel, torch.float32, launching)
+        pairs.append((one, two))
+    data = iter(pack([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
+    moments = [
+        Moments(StoredMoment(one, FIRST, next(data)), StoredMoment(two, SECOND, next(data)), EPS) for one, two in pairs
+    ]
+    expected_sums = torch.stack([update_direction._sums(pair) for pair in moments])
+    torch.testing.assert_close(update_direction_sums(moments), expected_sums, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize(

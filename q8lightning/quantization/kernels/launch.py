@@ -33,10 +33,10 @@ class Settings(NamedTuple):
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
-    # Each for 4-byte and for 2-byte values: the fastest over blocks of 64, 256 and 2048 in the comparison of
-    # benchmarks/tune.py on an H200 (for kernels that measure and for groups, among fewer candidates than it has). Few
-    # warps with 16 to 64 values a thread keep enough loads in flight without waiting for one another; kernels that
-    # measure hold sums as well and do better with 8 to 16.
+    # Each for 4-byte and for 2-byte values: the winners of benchmarks/tune.py on an H200, over blocks of 64, 256 and
+    # 2048 (an earlier one stays where it is within 1% of the winner). Few warps with 16 to 64 values a thread keep
+    # enough loads in flight without waiting for one another; kernels that measure hold sums as well and do better with
+    # 8 to 16.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
@@ -57,7 +57,6 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "group log": (Settings(2048, 1), Settings(2048, 1)),
     "group decode": (Settings(1024, 2), Settings(4096, 2)),
     "group decode log": (Settings(2048, 1), Settings(2048, 1)),
-    # Found for kernels that also copied what they read; not tuned again since.
     "group fake_quantize": (Settings(512, 1), Settings(2048, 2)),
     "group fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
     "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),

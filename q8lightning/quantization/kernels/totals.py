@@ -74,7 +74,7 @@ def total(partials: Tensor, statistics: Tensor) -> None:
     """Add all programs of one tensor up: ``[6, programs]`` into ``[5]`` float64."""
     programs = partials.shape[1]
     parts = torch.empty(5, triton.cdiv(programs, 1024), dtype=torch.float64, device=partials.device)
-    with torch.cuda.device_of(partials):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(partials):
         if programs:
             _parts_kernel[(5, parts.shape[1])](partials, programs, parts, PROGRAMS=1024)
         _total_kernel[(5,)](parts, parts.shape[1], statistics, WIDTH=256)
@@ -90,5 +90,5 @@ def totals(partials: Tensor, first: Tensor, used: Tensor, rows: Tensor, statisti
         rows: ``[tensors]`` int64, which row of the statistics is each tensor's; others stay as they are.
         statistics: ``[any, 5]`` float64, written to.
     """
-    with torch.cuda.device_of(partials):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(partials):
         _totals_kernel[(5, len(first))](partials, partials.shape[1], first, used, rows, statistics, WIDTH=1024)

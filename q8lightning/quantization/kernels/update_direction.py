@@ -1,7 +1,7 @@
 """How far stored moments turn the direction in which Adam steps: one launch for all parameters that are stored alike.
 
-Work lists, alignment and launches are as in ``grouped.py``, with two tensors to a row. Sums are float64 and added up in
-a fixed order.
+Work lists, alignment and launches are as in ``grouped.py``, with two tensors to a row; of large ones, a quarter of the
+segments is in the list (``sampling.py``). Sums are float64 and added up in a fixed order.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -23,9 +23,10 @@ from q8lightning.quantization.kernels.launch import LOG_ROW
 from q8lightning.quantization.kernels.tables import tables_of
 from q8lightning.quantization.kernels.tiles import load_code, load_float
 from q8lightning.quantization.kernels.work_list import SEGMENT
+from q8lightning.quantization.sampling import STRETCH, stretches_of, weight_of
 
-TILE = 512
-"""Elements of a tile, unless blocks are longer; a warp for each of them."""
+TILE = STRETCH // SEGMENT
+"""Elements of a tile, 512: a warp for each of them."""
 
 _SEGMENT = tl.constexpr(SEGMENT)
 
@@ -61,13 +62,18 @@ class _Place(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Parameters of one alignment: which, and their work list as in ``work_list.Launch``."""
+    """Parameters of one alignment: which, and their work list as in ``work_list.Launch``.
+
+    Attributes:
+        weights: ``[members]`` float64: what their sums are to be multiplied by.
+    """
 
     aligned: bool
     work: Tensor
     first: Tensor
     used: Tensor
     members: Tensor
+    weights: Tensor
 
 
 @triton.jit
@@ -137,13 +143,13 @@ def _sums_kernel(
 
 
 @triton.jit
-def _totals_kernel(partials, first, used, members, sums, WIDTH: tl.constexpr):
+def _totals_kernel(partials, first, used, members, weights, sums, WIDTH: tl.constexpr):
     item, member = tl.program_id(0), tl.program_id(1)
     start, count, lanes = tl.load(first + member), tl.load(used + member), tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float64)
     for at in range(0, count, WIDTH):
         total += tl.load(partials + (start + at + lanes) * 2 + item, at + lanes < count, 0.0)
-    tl.store(sums + tl.load(members + member) * 2 + item, tl.sum(total, axis=0))
+    tl.store(sums + tl.load(members + member) * 2 + item, tl.sum(total, axis=0) * tl.load(weights + member))
 
 
 def update_direction_sums(
@@ -182,7 +188,7 @@ def update_direction_sums(
             f"{name}_SEARCH": "linear" if tables.search == "linear" else "table",
         }
     numels = tuple(x.numel() for x in tensors[0])
-    for launch in _launches(*places, numels, rows * row, buffer.device):
+    for launch in _launches(*places, numels, buffer.device):
         members = tensors[0][0], tensors[1][0]
         partials = torch.empty(len(launch.work), 2, dtype=torch.float64, device=buffer.device)
         multiples = {
@@ -195,8 +201,8 @@ def update_direction_sums(
                 ALIGNED=launch.aligned, **multiples, **constants, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             _totals_kernel[(2, len(launch.members))](
-                partials, launch.first, launch.used, launch.members, sums, WIDTH=1024
-            )
+                partials, launch.first, launch.used, launch.members, launch.weights, sums, WIDTH=1024
+            )  # fmt: skip
 
 
 def _codebook(coding: Coding | None) -> Codebook:
@@ -204,9 +210,7 @@ def _codebook(coding: Coding | None) -> Codebook:
 
 
 @lru_cache(maxsize=32)
-def _launches(
-    first: _Place, second: _Place, numels: tuple[int, ...], tile: int, device: torch.device
-) -> tuple[_Launch, ...]:
+def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: torch.device) -> tuple[_Launch, ...]:
     kinds: dict[bool, list[int]] = {}
     for index, numel in enumerate(numels):
         if numel:
@@ -214,19 +218,25 @@ def _launches(
             # Offsets count from the first tensors, whose own alignment the compiler sees.
             base = not (first.addresses[0] % 16 or second.addresses[0] % 16)
             kinds.setdefault(aligned and base, []).append(index)
-    segment = tile * SEGMENT
-    advance = torch.tensor([-segment, *first.advance(segment), *second.advance(segment)], device=device)
+    advance = torch.tensor([-STRETCH, *first.advance(STRETCH), *second.advance(STRETCH)], device=device)
     launches = []
     for aligned, members in kinds.items():
         columns = [(numels[i], *first.columns(i, numels[i]), *second.columns(i, numels[i])) for i in members]
-        table = torch.tensor(columns, dtype=torch.int64)
-        used = (table[:, 0] + segment - 1) // segment
+        taken = [_stretches(numels[i]) for i in members]
+        used = torch.tensor([len(each) for each in taken])
         begins = used.cumsum(0) - used
-        start = torch.cat([table, begins[:, None], used[:, None]], dim=1).to(device)
-        rows = torch.repeat_interleave(start[:, :-1], start[:, -1], dim=0, output_size=int(used.sum()))
-        nth = torch.arange(len(rows), device=device) - rows[:, -1]
-        work = (rows[:, :-1] + nth[:, None] * advance).contiguous()
+        start = torch.tensor(columns, dtype=torch.int64).to(device)
+        nth = torch.cat(taken).to(device)
+        rows = torch.repeat_interleave(start, used.to(device), dim=0, output_size=len(nth))
+        work = (rows + nth[:, None] * advance).contiguous()
+        weights = torch.tensor([weight_of(numels[i]) for i in members], dtype=torch.float64, device=device)
         launches.append(
-            _Launch(aligned, work, begins.to(device), used.to(device), torch.tensor(members, device=device))
+            _Launch(aligned, work, begins.to(device), used.to(device), torch.tensor(members, device=device), weights)
         )
     return tuple(launches)
+
+
+def _stretches(numel: int) -> Tensor:
+    """Return the numbers of the stretches of a tensor that are looked at."""
+    taken = stretches_of(numel)
+    return torch.arange(-(-numel // STRETCH)) if taken is None else taken
