@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backend import grouped
+from q8lightning.quantization.backend import grouped, has_kernels
 from q8lightning.quantization.codec import Codec
 
 _ALIGNMENT = 16
@@ -18,17 +18,23 @@ class Packed(NamedTuple):
     """Tensors encoded into one buffer.
 
     Attributes:
-        data: For each tensor ``[nbytes]`` uint8, a view of the buffer: the scales' bytes, then the codes, then the
-            residual's codes if the codec has that stage.
+        buffer: uint8.
+        cuts: The sizes of its stretches in bytes, of gaps and data in turns.
         failed: ``[tensors]`` int32 on their device, 1 where the codec cannot hold a block of the tensor and its scales
             are not finite.
         statistics: ``[tensors, 5]`` float64 on their device if they were wanted: the fields of
             :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
     """
 
-    data: list[Tensor]
+    buffer: Tensor
+    cuts: list[int]
     failed: Tensor
     statistics: Tensor | None
+
+    @property
+    def data(self) -> list[Tensor]:
+        """For each tensor ``[nbytes]`` uint8, a view of the buffer: scales, codes and, if there are, residual codes."""
+        return _data(self.buffer, self.cuts)
 
 
 class _Layout(NamedTuple):
@@ -47,41 +53,72 @@ class _Layout(NamedTuple):
     cuts: list[int]
 
 
-def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> Packed:
-    """Encode each tensor with its codec, as :meth:`Codec.encode` does; on a GPU without waiting for it.
+class Packing:
+    """How tensors of certain sizes, dtypes and codecs are encoded into one buffer, found out once.
 
     Args:
-        tensors: ``[numel]`` float32, float16, bfloat16 or float64 each, contiguous, all on one device; at least one.
+        tensors: Of float32, float16, bfloat16 or float64 each, dense in memory, all on one device; at least one. They
+            are not kept.
         codecs: One for each.
-        measure: Whether to measure what is lost.
     """
-    device = tensors[0].device
-    sizes = tuple(
-        (codec.scale_bytes(tensor.numel()), codec.encoded_bytes(tensor.numel()))
-        for tensor, codec in zip(tensors, codecs, strict=True)
-    )
-    layout = _layout(sizes, device)
-    starts, (buffer, data) = layout.starts, _allocate(layout)
-    failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
-    statistics = torch.zeros(len(tensors), 5, dtype=torch.float64, device=device) if measure else None
-    packed = Packed(data, failed, statistics)
 
-    groups: dict[Codec, list[int]] = {}
-    for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
-        if tensor.is_cuda and tensor.dtype != torch.float64:
-            groups.setdefault(codec, []).append(index)
-        else:
-            _encode(tensor, codec, packed, index)
-    for codec, members in groups.items():
-        _encode_group([tensors[i] for i in members], codec, buffer, tuple(starts[i] for i in members), packed, members)
-    return packed
+    def __init__(self, tensors: Sequence[Tensor], codecs: Sequence[Codec]) -> None:
+        sizes = tuple(
+            (codec.scale_bytes(tensor.numel()), codec.encoded_bytes(tensor.numel()))
+            for tensor, codec in zip(tensors, codecs, strict=True)
+        )
+        self._layout = _layout(sizes, tensors[0].device)
+        self._alone: list[tuple[int, Codec]] = []
+        groups: dict[Codec, list[int]] = {}
+        for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
+            if has_kernels(tensor):
+                groups.setdefault(codec, []).append(index)
+            else:
+                self._alone.append((index, codec))
+        self._groups = {codec: tuple(members) for codec, members in groups.items()}
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where in the buffer the data of each tensor begins, in bytes."""
+        return self._layout.starts
+
+    def encode(self, tensors: Sequence[Tensor], measure: bool = False) -> Packed:
+        """Encode such tensors, each as :meth:`Codec.encode` does its elements in the order of memory.
+
+        A GPU is not waited for.
+
+        Args:
+            tensors: Of the sizes and dtypes, and on the device, that were given.
+            measure: Whether to measure what is lost.
+        """
+        count, device = len(tensors), tensors[0].device
+        failed = torch.zeros(count, dtype=torch.int32, device=device)
+        statistics = torch.zeros(count, 5, dtype=torch.float64, device=device) if measure else None
+        packed = Packed(_allocate(self._layout), self._layout.cuts, failed, statistics)
+        for codec, members in self._groups.items():
+            starts = tuple(self.starts[i] for i in members)
+            _encode_group([tensors[i] for i in members], codec, starts, packed, members)
+        data = packed.data if self._alone else []
+        for index, codec in self._alone:
+            flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
+            _encode(flat, codec, packed, data[index], index)
+        return packed
 
 
-def _allocate(layout: _Layout) -> tuple[Tensor, list[Tensor]]:
-    """Return a new buffer and its stretches of data."""
+def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> Packed:
+    """Encode each tensor with its codec into one buffer; see :class:`Packing`."""
+    return Packing(tensors, codecs).encode(tensors, measure)
+
+
+def _allocate(layout: _Layout) -> Tensor:
+    """Return a new buffer."""
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
-    buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
-    return buffer, list(buffer.split_with_sizes(layout.cuts)[1::2])  # in one call: each slice would take a microsecond
+    return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
+
+
+def _data(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
+    """Return the stretches of data."""
+    return list(buffer.split_with_sizes(cuts)[1::2])  # in one call: each slice would take a microsecond
 
 
 def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
@@ -97,7 +134,8 @@ def repack(data: Sequence[Tensor]) -> list[Tensor]:
     Args:
         data: ``[nbytes]`` uint8 each, as :class:`Packed` has it; at least one.
     """
-    _, copies = _allocate(_layout(tuple((0, each.nbytes) for each in data), data[0].device))
+    layout = _layout(tuple((0, each.nbytes) for each in data), data[0].device)
+    copies = _data(_allocate(layout), layout.cuts)
     torch._foreach_copy_(copies, list(data))
     return copies
 
@@ -132,8 +170,8 @@ def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
         torch.OutOfMemoryError: If they do not fit there; see :func:`bytes_to_unpack`.
     """
     layout = _layout(_sizes(items), device)
-    starts, (buffer, data) = layout.starts, _allocate(layout)
-    for there, item in zip(data, items, strict=True):
+    starts, buffer = layout.starts, _allocate(layout)
+    for there, item in zip(_data(buffer, layout.cuts), items, strict=True):
         there.copy_(item.data)
     values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
     groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
@@ -153,22 +191,22 @@ def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
     return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
 
 
-def _encode(tensor: Tensor, codec: Codec, packed: Packed, index: int) -> None:
+def _encode(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
     if packed.statistics is None:
-        codes, scales, *residual = codec.encode(tensor)
+        codes, scales, *residual = codec.encode(flat)
     else:
-        (codes, scales, *residual), packed.statistics[index] = codec.encode_and_measure(tensor)
-    torch.cat([scales.view(-1).view(torch.uint8), codes, *residual], out=packed.data[index])
+        (codes, scales, *residual), packed.statistics[index] = codec.encode_and_measure(flat)
+    torch.cat([scales.view(-1).view(torch.uint8), codes, *residual], out=data)
     packed.failed[index] = ~scales.isfinite().all()
 
 
 def _encode_group(
-    tensors: list[Tensor], codec: Codec, buffer: Tensor, starts: tuple[int, ...], packed: Packed, members: list[int]
+    tensors: list[Tensor], codec: Codec, starts: tuple[int, ...], packed: Packed, members: tuple[int, ...]
 ) -> None:
     failed = packed.failed.new_zeros(len(members))
     statistics = None if packed.statistics is None else packed.statistics.new_zeros(len(members), 5)
-    grouped().encode(tensors, buffer, starts, codec.coding, failed, statistics)
-    where = kept_index(tuple(members), buffer.device)
+    grouped().encode(tensors, packed.buffer, starts, codec.coding, failed, statistics)
+    where = kept_index(members, packed.buffer.device)
     packed.failed[where] = failed
     if packed.statistics is not None and statistics is not None:
         packed.statistics[where] = statistics

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from q8lightning.quantization.backend import has_kernels, update_directions
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.packing import kept_index, unpack
 from q8lightning.quantization.sampling import STRETCH, stretches_of, weight_of
 
@@ -56,6 +55,38 @@ class Moments(NamedTuple):
         return self[:2]
 
 
+class Alike(NamedTuple):
+    """Pairs of moments that one launch measures.
+
+    Attributes:
+        members: Which of the pairs.
+        codecs: How all first and all second moments are encoded; None for those that are stored as they are.
+        starts: Where in the buffer the data of each first and of each second moment begins, in bytes; 0 for none.
+        eps: The optimizer's.
+    """
+
+    members: tuple[int, ...]
+    codecs: tuple[Codec | None, Codec | None]
+    starts: tuple[tuple[int, ...], tuple[int, ...]]
+    eps: float
+
+    def measure(self, firsts: Sequence[Tensor], seconds: Sequence[Tensor], buffer: Tensor, sums: Tensor) -> None:
+        """Write the rows of the pairs in what :func:`update_direction_sums` returns.
+
+        Args:
+            firsts: The first moment of each pair, dense in memory, in the same order of memory as the second.
+            seconds: The second moment of each.
+            buffer: uint8, where the data of all is.
+            sums: ``[pairs, 2]`` float64.
+        """
+        first, second = (None if codec is None else codec.coding for codec in self.codecs)
+        part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
+        update_directions().update_direction_sums(
+            (firsts, seconds), self.starts, (first, second), buffer, self.eps, part
+        )
+        sums[kept_index(self.members, sums.device)] = part
+
+
 def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
     """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
 
@@ -74,8 +105,10 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
         alike.setdefault(_likeness(pair), []).append(index)
     for likeness, members in alike.items():
         chosen = [pairs[index] for index in members]
-        part = torch.stack([_sums(pair) for pair in chosen]) if likeness is None else _sums_in_a_launch(chosen)
-        sums[kept_index(tuple(members), sums.device)] = part
+        if likeness is None:
+            sums[kept_index(tuple(members), sums.device)] = torch.stack([_sums(pair) for pair in chosen])
+        else:
+            _measure_in_a_launch(tuple(members), chosen, sums)
     return sums
 
 
@@ -87,30 +120,18 @@ def _likeness(pair: Moments) -> Hashable:
     return *memory, *((each.values.dtype, each.codec) for each in pair.moments), pair.eps
 
 
-def _sums_in_a_launch(pairs: Sequence[Moments]) -> Tensor:
-    sums = torch.empty(len(pairs), 2, dtype=torch.float64, device=pairs[0].exp_avg.values.device)
+def _measure_in_a_launch(members: tuple[int, ...], pairs: Sequence[Moments], sums: Tensor) -> None:
     stored = [each.data for each in pairs[0].moments if each.data is not None]
     buffer = torch.empty(0, dtype=torch.uint8, device=sums.device)
     if stored:
         buffer.set_(stored[0].untyped_storage())
     first, second = ([pair.moments[i] for pair in pairs] for i in range(2))
-    update_directions().update_direction_sums(
-        ([each.values for each in first], [each.values for each in second]),
-        (_starts(first), _starts(second)),
-        (_coding(first[0]), _coding(second[0])),
-        buffer,
-        pairs[0].eps,
-        sums,
-    )
-    return sums
+    alike = Alike(members, (first[0].codec, second[0].codec), (_starts(first), _starts(second)), pairs[0].eps)
+    alike.measure([each.values for each in first], [each.values for each in second], buffer, sums)
 
 
 def _starts(moments: list[StoredMoment]) -> tuple[int, ...]:
     return tuple(0 if each.data is None else int(each.data.storage_offset()) for each in moments)
-
-
-def _coding(moment: StoredMoment) -> Coding | None:
-    return None if moment.codec is None else moment.codec.coding
 
 
 def _sums(pair: Moments) -> Tensor:
