@@ -7,7 +7,7 @@
 
 20 transformer blocks with AdamW in float32: 240 parameters, 720 large tensors. Each round trains 20 steps, saves, and
 trains 20 more; what saves in the background then saves once more and is waited for. "stall" is the time of the call,
-with the device synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the
+with the stream that trains synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the
 time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache and, after it
 was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and optimizer, which
 are on the device. Medians of the rounds after the first. One file is on the disk at a time.
@@ -97,8 +97,9 @@ class Training:
         return time.perf_counter() - start
 
     def synchronize(self) -> None:
+        """Wait for what trains, not for copies in the background on streams of their own."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def checkpoint(self) -> dict[str, Any]:
         return {

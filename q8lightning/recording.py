@@ -37,15 +37,15 @@ class SaveWatch:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Save, then record."""
         strategy = self._trainer.strategy
-        self._io.last_report = None
+        self._io.report = None
         start = time.perf_counter()
         if self.save is None:
             type(strategy).save_checkpoint(strategy, *args, **kwargs)
         else:
             self.save(*args, **kwargs)
         seconds = time.perf_counter() - start
-        report: SaveReport | None = self._io.last_report  # none of what is not encoded, or in another process
-        values = {} if report is None else self._recorder.save(_describe(report, seconds))
+        report: Callable[[], SaveReport] | None = self._io.report  # none of what is not encoded, or in another process
+        values = {} if report is None else self._recorder.save(_describe(report(), seconds))
         if self._recorder.detail is None:
             return
         if self._trainer.world_size > 1:

@@ -119,6 +119,12 @@ def encode_and_measure(candidates: Sequence[Candidate], pairs: Sequence[Pair]) -
     ]
 
 
+def is_held_unless_it_failed(tensor: Tensor, codec: Codec) -> bool:
+    """Whether finite scales say that the payload may take the tensor's place, whatever its values are."""
+    unsigned = codec.unsigned and codec.name != LOG
+    return not (unsigned or tensor.dtype == torch.float64 or _may_be_too_coarse(tensor, codec))
+
+
 def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, held: bool) -> str | None:
     """Say why the payload must not take the tensor's place, None if it may; ``held``: whether its scales are finite."""
     codec = payload.codec
@@ -131,13 +137,20 @@ def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, held: bool) -> st
         return f"it holds a negative value, which {codec.label} has no code for"
     if tensor.dtype == torch.float64 and bool(_vanished(tensor, payload).any()):
         return "it holds nonzero values that are zero in float32"
-    # A 16-bit float can be too coarse for a codebook's finest levels: rounding to it would make the next save find
-    # other codes. The codecs of the presets are stable in bfloat16 (tests/checkpoint/test_saving_again.py).
-    if tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and codec.name not in _STABLE_IN_BFLOAT16):
+    if _may_be_too_coarse(tensor, codec):
         again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
         if not torch.equal(payload.data, again.data):
             return f"{tensor.dtype} is too coarse for {codec.label} at its magnitude"
     return None
+
+
+def _may_be_too_coarse(tensor: Tensor, codec: Codec) -> bool:
+    """Whether rounding what is decoded to the tensor's dtype could make the next save find other codes.
+
+    A 16-bit float can be too coarse for a codebook's finest levels. The codecs of the presets are stable in bfloat16
+    (tests/checkpoint/test_saving_again.py).
+    """
+    return tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and codec.name not in _STABLE_IN_BFLOAT16)
 
 
 def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:

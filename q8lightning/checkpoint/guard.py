@@ -11,8 +11,10 @@ Whatever has to be looked at a second time waits for the device; that is rare.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from q8lightning.checkpoint.candidates import Candidate, Pair, encode_and_measure, reason_to_refuse
 from q8lightning.checkpoint.losses import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
@@ -94,6 +96,50 @@ def _guard(candidates: list[Candidate], pairs: Sequence[Pair], policy: Checkpoin
         for candidate in candidates:
             if candidate not in judged and candidate.kind not in SECOND_MOMENTS:
                 _hold(candidate, limit, lambda _, statistics: relative_error(*statistics[:2]), _as_sqnr, report)
+
+
+class Watched(NamedTuple):
+    """Which of many candidates the guard would look at, to tell at a glance whether it has to.
+
+    Attributes:
+        second_moments: ``[any]`` int64, the candidates that are second moments.
+        by_sqnr: ``[any]`` int64, those that the limit of the SQNR applies to.
+        policy: Its limits.
+    """
+
+    second_moments: Tensor
+    by_sqnr: Tensor
+    policy: CheckpointPolicy
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate], pairs: Sequence[Pair], policy: CheckpointPolicy) -> "Watched":
+        """Return which these are."""
+        judged: set[Candidate] = set()
+        if policy.max_update_direction_error is not None:
+            judged = {moment for pair in pairs for moment in (pair.exp_avg, pair.exp_avg_sq)}
+        second = [i for i, each in enumerate(candidates) if each.kind in SECOND_MOMENTS]
+        others = [i for i, each in enumerate(candidates) if each.kind not in SECOND_MOMENTS and each not in judged]
+        return cls(torch.tensor(second, dtype=torch.int64), torch.tensor(others, dtype=torch.int64), policy)
+
+    def nothing_to_do(self, statistics: Tensor, directions: Tensor) -> bool:
+        """Whether the guard would leave all candidates as they are; False where that is not sure.
+
+        Args:
+            statistics: ``[candidates, 5]`` float64 on the CPU, what each loses.
+            directions: ``[pairs, 2]`` float64 on the CPU, the sums of :func:`update_direction_sums`.
+        """
+        limit, min_sqnr = self.policy.max_update_direction_error, self.policy.min_sqnr_db
+        clear = not statistics[self.second_moments, 4].any()
+        if limit is not None:
+            clear &= not _beyond(directions, limit / 2)
+        if min_sqnr is not None:
+            clear &= not _beyond(statistics[self.by_sqnr, :2], 10 ** (-min_sqnr / 20) * (1 - MARGIN))
+        return clear
+
+
+def _beyond(sums: Tensor, limit: float) -> bool:
+    """Whether a relative error, from sums of squared errors and of squares, may be greater than ``limit``."""
+    return bool((sums[:, 0] > limit**2 * (1 - 1e-9) * sums[:, 1]).any())
 
 
 NAMED = 20

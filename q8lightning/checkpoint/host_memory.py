@@ -115,6 +115,15 @@ class Transfer:
         else:
             self._live[key] = storage
 
+    def add_frozen(self, frozen: Tensor, parts: list[tuple[int, int]]) -> None:
+        """Have a tensor taken along that nobody else has.
+
+        Args:
+            frozen: Contiguous, on this device.
+            parts: What it consists of, one after the other: a key for each part, and its bytes.
+        """
+        self._sources.append((_bytes_of(frozen.untyped_storage()), parts))
+
     def start(self) -> None:
         """Freeze what was added."""
         if self._live:

@@ -25,6 +25,7 @@ from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.reader import read_checkpoint
+from q8lightning.checkpoint.repeat import Outline, Repeated, Routine, outline_of, routine_of
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
 from q8lightning.checkpoint.writer import announce, write_checkpoint
@@ -106,11 +107,13 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Where optimizer states are decoded when they are loaded, and stay, if it is a GPU; set by the callback."""
         self.waits: list[float] = []
         """Seconds for which saves in the background held training up, each until the one before it was written."""
-        self.last_report: SaveReport | None = None
-        """What the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self.report: Callable[[], SaveReport] | None = None
+        """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
         self._warned: set[tuple[str, str]] = set()
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
         self._memory = PinnedMemory()
+        self._routine: Routine | None = None
+        self._outline: Outline | None = None
         _make_durable(self)
         if async_save:
             check_not_async(self)
@@ -136,10 +139,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             return
         self._wait_for_room(path)
         names = self.describe_model() if self.describe_model is not None else None
-        encoded, report = encode_and_report(checkpoint, self.policy, names)
-        self._warn(report)
-        self.last_report = report
-        snapshot = Snapshot(encoded, live=self.async_save)
+        snapshot = self._freeze(checkpoint, names)
         announce("frozen", path)
         write = partial(self._write, snapshot, path, storage_options)
         if not self.async_save:
@@ -151,13 +151,36 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if name.startswith(_URGENT):
             self._wait()
 
+    def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
+        """Encode; return the checkpoint as it is now."""
+        if self._routine is not None and self.async_save:
+            repeated = self._routine.save(checkpoint, names)
+            if repeated is not None:
+                self.report = repeated.report
+                return repeated
+        encoded, report = encode_and_report(checkpoint, self.policy, names)
+        self._warn(report)
+        self.report = lambda: report
+        snapshot = Snapshot(encoded, live=self.async_save)
+        if self.async_save:
+            self._learn(checkpoint, names, report)
+        return snapshot
+
+    def _learn(self, checkpoint: dict[str, Any], names: ModelNames | None, report: SaveReport) -> None:
+        """Find out how to save the same tensors again: after the first save, and after two of the same tensors."""
+        described = outline_of(checkpoint)
+        outline = None if described is None else described[0]
+        if self._outline in (None, outline):
+            self._routine = routine_of(checkpoint, self.policy, names, report)
+        self._outline = outline
+
     def _warn(self, report: SaveReport) -> None:
         """Warn of what the guard did, of each tensor once."""
         new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
         self._warned |= {(each.path, each.remedy) for each in new}
         warn_of_guarded(new)
 
-    def _write(self, snapshot: Snapshot, path: str | os.PathLike[str], storage_options: Any | None) -> None:
+    def _write(self, snapshot: Snapshot | Repeated, path: str | os.PathLike[str], storage_options: Any | None) -> None:
         # Any other CheckpointIO may keep what it is given, or write it later.
         memory = self._memory if type(self.base) is DurableCheckpointIO else None
         with snapshot.fetch(memory) as content:
@@ -227,6 +250,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             self._wait()
         finally:
             self._background = None
+            self._routine = self._outline = None
             self._memory.release()
 
     def teardown(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -16,7 +16,7 @@ from torch import Tensor, UntypedStorage, nn
 from q8lightning.checkpoint.host_memory import PinnedMemory, Transfer
 from q8lightning.checkpoint.payload import QuantizedTensor
 
-_IMMUTABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+_IMMUTABLE = frozenset((int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size))
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -34,13 +34,9 @@ class Snapshot:
     """
 
     def __init__(self, checkpoint: Any, live: bool) -> None:
-        copier = _Copier(live)
-        self._content = copier.copy(checkpoint)
-        self._transfers = copier.transfers
-        self._tensors = copier.on_device
-        self._payloads = copier.payloads
-        for transfer in self._transfers.values():
-            transfer.start()
+        self._copier = Copier(live)
+        self._content = self._copier.copy(checkpoint)
+        self._copier.start()
 
     @contextmanager
     def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
@@ -52,32 +48,30 @@ class Snapshot:
             memory: Where copies go that are not needed after this context; None for memory of their own.
         """
         # In a function of its own: no variable keeps the device's memory alive while the file is written.
-        token = _TAGS.set(self._fetch(memory))
-        try:
+        with tagged(self._copier.fetch(memory).tags):
             yield self._content
-        finally:
-            _TAGS.reset(token)
 
-    def _fetch(self, memory: PinnedMemory | None) -> dict[int, str]:
-        """Put everything on the host; return the former locations by the copies' addresses."""
-        for payload in self._payloads:
-            storage = payload.data.untyped_storage()
-            self._transfers[storage.device].add(storage, private=True)
-        space = _space(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
-        copies: dict[int, UntypedStorage] = {}
-        tags: dict[int, str] = {}
-        for transfer in self._transfers.values():
-            nbytes = transfer.nbytes
-            for key, copied in transfer.finish(space[:nbytes]).items():
-                copies[key] = copied
-                tags[copied.data_ptr()] = transfer.location
-            space = space[nbytes:]
-        for tensor, key, place in self._tensors:
-            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies[key], *place)
-        for payload in self._payloads:
-            key, place = _locate(payload.data)
-            payload.data = torch.empty(0, dtype=torch.uint8).set_(copies[key], *place)
-        return tags
+
+class Copies(NamedTuple):
+    """What came from devices.
+
+    Attributes:
+        storages: The copies, by the keys of what they are copies of.
+        tags: Where that was, by the copies' addresses.
+    """
+
+    storages: dict[int, UntypedStorage]
+    tags: dict[int, str]
+
+
+@contextmanager
+def tagged(tags: Mapping[int, str]) -> Iterator[None]:
+    """Save tensors on the host, within this context, with the location that the tags say."""
+    token = _TAGS.set(tags)
+    try:
+        yield
+    finally:
+        _TAGS.reset(token)
 
 
 def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
@@ -90,36 +84,74 @@ def _locate(tensor: Tensor) -> tuple[int, _Place]:
     return tensor.untyped_storage()._cdata, place
 
 
-class _Copier:
-    """Copies containers, tensors and anything else, each object once, so that what was shared stays shared."""
+class Copier:
+    """Copies containers, tensors and anything else, each object once, so that what was shared stays shared.
 
-    def __init__(self, live: bool) -> None:
-        self.transfers: dict[torch.device, Transfer] = {}
-        self.on_device: list[tuple[Tensor, int, _Place]] = []
-        self.payloads: list[QuantizedTensor] = []
+    Args:
+        live: Copy what training could change; otherwise only what is on a device.
+        known: Tensors that are not copied but stay where they are, for the caller to replace.
+    """
+
+    def __init__(self, live: bool, known: Iterable[Tensor] = ()) -> None:
         self._live = live
+        self._known = set(map(id, known))
+        self._transfers: dict[torch.device, Transfer] = {}
+        self._on_device: list[tuple[Tensor, int, _Place]] = []
+        self._payloads: list[QuantizedTensor] = []
         self._clones: dict[int, UntypedStorage] = {}
         # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
         # copies of its tensors.
         self._memo: dict[Any, Any] = {"torch": self._clones}
 
     def copy(self, value: Any) -> Any:
-        if isinstance(value, _IMMUTABLE):
+        """Return a copy; of tensors on a device, one that :meth:`fetch` fills."""
+        if type(value) in _IMMUTABLE or id(value) in self._known:
             return value
         if id(value) not in self._memo:
             self._memo[id(value)] = self._copy(value)
         return self._memo[id(value)]
 
+    def transfer_of(self, storage: UntypedStorage) -> Transfer:
+        """Return what takes the memory of a storage's device to the host."""
+        if storage.device not in self._transfers:
+            self._transfers[storage.device] = Transfer(storage.device, torch.serialization.location_tag(storage))
+        return self._transfers[storage.device]
+
+    def start(self) -> None:
+        """Freeze what is on devices."""
+        for transfer in self._transfers.values():
+            transfer.start()
+
+    def fetch(self, memory: PinnedMemory | None) -> Copies:
+        """Put everything on the host and let the copies show it."""
+        for payload in self._payloads:
+            storage = payload.data.untyped_storage()
+            self._transfers[storage.device].add(storage, private=True)
+        space = _space(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
+        copies = Copies({}, {})
+        for transfer in self._transfers.values():
+            nbytes = transfer.nbytes
+            for key, copied in transfer.finish(space[:nbytes]).items():
+                copies.storages[key] = copied
+                copies.tags[copied.data_ptr()] = transfer.location
+            space = space[nbytes:]
+        for tensor, key, place in self._on_device:
+            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies.storages[key], *place)
+        for payload in self._payloads:
+            key, place = _locate(payload.data)
+            payload.data = torch.empty(0, dtype=torch.uint8).set_(copies.storages[key], *place)
+        return copies
+
     def _copy(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            copies = {key: item if type(item) in _IMMUTABLE else self.copy(item) for key, item in value.items()}
+            return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
         if isinstance(value, QuantizedTensor):
             return self._payload(value)
         if isinstance(value, Tensor):
-            return self._tensor(value) if _is_plain(value) else self._other(value)
-        if isinstance(value, dict):
-            copies = {key: self.copy(item) for key, item in value.items()}
-            return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
+            return self._tensor(value) if is_plain(value) else self._other(value)
         if type(value) in (list, tuple):
-            items = [self.copy(item) for item in value]
+            items = [item if type(item) in _IMMUTABLE else self.copy(item) for item in value]
             return type(value)(items) if self._is_changed(value, items) else value
         return self._other(value)
 
@@ -132,7 +164,8 @@ class _Copier:
         result = copy.copy(value)  # keeps the subclass and its attributes, such as _metadata
         result.update(copies)
         for name, attribute in getattr(result, "__dict__", {}).items():
-            setattr(result, name, self._other(attribute))
+            # The versions of a model's modules: a dict that copy.deepcopy would take milliseconds for.
+            setattr(result, name, self.copy(attribute) if isinstance(attribute, dict) else self._other(attribute))
         return result
 
     def _other(self, value: Any) -> Any:
@@ -149,8 +182,8 @@ class _Copier:
         if _on_host(payload.data):
             return payload
         payload = payload.replace_data(payload.data)  # the rest is done when it is fetched: nobody changes it
-        self._transfer(payload.data.untyped_storage())
-        self.payloads.append(payload)
+        self.transfer_of(payload.data.untyped_storage())
+        self._payloads.append(payload)
         return payload
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -172,21 +205,16 @@ class _Copier:
         if type(tensor) is nn.Parameter:
             result = nn.Parameter(result, tensor.requires_grad)
         if not on_host:
-            self._transfer(storage).add(storage, private=not self._live)
-            self.on_device.append((result, key, place))
+            self.transfer_of(storage).add(storage, private=not self._live)
+            self._on_device.append((result, key, place))
         return result
-
-    def _transfer(self, storage: UntypedStorage) -> Transfer:
-        if storage.device not in self.transfers:
-            self.transfers[storage.device] = Transfer(storage.device, torch.serialization.location_tag(storage))
-        return self.transfers[storage.device]
 
 
 def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but a view of a storage."""
     return (
         type(tensor) in (Tensor, nn.Parameter)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from q8lightning.checkpoint.candidates import Candidate
+from q8lightning.checkpoint.candidates import Candidate, Pair
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
 from q8lightning.checkpoint.guard import encode_candidates, warn_of_guarded
 from q8lightning.checkpoint.leaves import (
@@ -56,27 +56,34 @@ def encode_and_report(
 ) -> Encoded:
     """As :func:`encode_checkpoint`; leave it to the caller to warn of what the guard did."""
     known = names or names_from(checkpoint)
-    leaves = list(leaves_of(checkpoint, policy, known))
-    replacements, report = _replacements(leaves, epsilons_of(checkpoint), policy)
+    found = find(checkpoint, policy, known)
+    report = encode_candidates(found.distinct, found.pairs, policy)
+    _warn_of_refused(report.refused)
+    replacements = _replacements(found)
     encoded = dict(_replace(checkpoint, replacements))
     codes: dict[str, dict[str, Any]] = {}
     if known.quantized and "state_dict" in checkpoint:
         codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], known.quantized)
-    report.original_bytes, report.stored_bytes = _count_bytes(leaves, replacements)
+    report.original_bytes, report.stored_bytes = _count_bytes(found.leaves, replacements)
     report.stored_bytes += sum(tensor.nbytes for _, tensor in tensors_of(codes))
     before = checkpoint.get(SUMMARY_KEY)
     if report.tensors or not isinstance(before, Mapping) or not _holds_payload(checkpoint):
         restored = known.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)
-        encoded[SUMMARY_KEY] = {
-            "format_version": FORMAT_VERSION,
-            "policy": policy.as_primitives(),
-            "restored": restored,
-            **report.summary(),
-        }
+        encoded[SUMMARY_KEY] = summary_of(report, policy, restored)
     # Otherwise it was loaded encoded and stays so, and what it says about itself stays true.
     if codes:
         encoded[SUMMARY_KEY] = {**encoded[SUMMARY_KEY], CODES_KEY: codes}
     return Encoded(encoded, report)
+
+
+def summary_of(report: SaveReport, policy: CheckpointPolicy, restored: int) -> dict[str, Any]:
+    """Return what a checkpoint says under ``SUMMARY_KEY``."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "policy": policy.as_primitives(),
+        "restored": restored,
+        **report.summary(),
+    }
 
 
 def _holds_payload(value: Any) -> bool:
@@ -90,21 +97,45 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _replacements(
-    leaves: list[Leaf], epsilons: Mapping[tuple[Any, ...], float], policy: CheckpointPolicy
-) -> tuple[dict[int, Any], SaveReport]:
-    """Return what to put in the place of each tensor that changes, by the tensor's id, and what that loses."""
+class Found(NamedTuple):
+    """What there is to encode in a checkpoint.
+
+    Attributes:
+        leaves: All its tensors.
+        views: For each stretch of memory in which one is to be encoded, the leaves in it; those that show the same of
+            it together.
+        candidates: What may be encoded, by the ids of the tensors; tied ones have the same.
+        pairs: The moments of which one is a candidate.
+    """
+
+    leaves: list[Leaf]
+    views: list[list[list[Leaf]]]
+    candidates: dict[int, Candidate]
+    pairs: list[Pair]
+
+    @property
+    def distinct(self) -> list[Candidate]:
+        """The candidates, each once."""
+        return list(dict.fromkeys(self.candidates.values()))
+
+
+def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Found:
+    """Find what the policy wants encoded and what can be."""
+    leaves = list(leaves_of(checkpoint, policy, names))
     views = [_views(members) for members in _by_storage(leaves)]
     candidates: dict[int, Candidate] = {}
     for first, *others in (group for separate in map(_separate, views) for group in separate):
         if first.codec is not None and all(other.codec == first.codec for other in others):
             candidate = first.candidate(first.codec)
             candidates |= {id(leaf.tensor): candidate for leaf in (first, *others)}
-    pairs = list(pairs_of(leaves, candidates, epsilons))
-    report = encode_candidates(list(dict.fromkeys(candidates.values())), pairs, policy)
-    payloads = {key: each.payload for key, each in candidates.items() if each.payload is not None}
+    return Found(leaves, views, candidates, list(pairs_of(leaves, candidates, epsilons_of(checkpoint))))
+
+
+def _replacements(found: Found) -> dict[int, Any]:
+    """Return what to put in the place of each tensor that changes, by the tensor's id."""
+    payloads = {key: each.payload for key, each in found.candidates.items() if each.payload is not None}
     replacements: dict[int, Any] = {}
-    for groups in views:
+    for groups in found.views:
         any_encoded = any(id(group[0].tensor) in payloads for group in groups)
         for group in groups:
             value: Any = payloads.get(id(group[0].tensor))
@@ -115,13 +146,16 @@ def _replacements(
             if value is not None:
                 for leaf in group:
                     replacements[id(leaf.tensor)] = value
-    if report.refused:
+    return replacements
+
+
+def _warn_of_refused(refused: list[str]) -> None:
+    if refused:
         warnings.warn(
-            f"stored as they are, not quantized: {'; '.join(report.refused)}. The checkpoint is complete but larger;"
+            f"stored as they are, not quantized: {'; '.join(refused)}. The checkpoint is complete but larger;"
             " values that are not finite usually mean that training has diverged",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return replacements, report
 
 
 def _count_bytes(leaves: list[Leaf], replacements: Mapping[int, Any]) -> tuple[int, int]:

@@ -1,0 +1,395 @@
+"""A save of the same tensors as the one before, in the same places: what was found out then need not be again.
+
+To find what there is to encode, to lay out what it becomes, and to look at what each tensor lost takes Python longer
+than a GPU takes to encode a billion numbers. A :class:`Routine` is what such a save has found out. It does the least
+that has to be done while training waits, and most of that while the GPU encodes; payloads, the summary and the content
+of the file are made on the thread that writes. The file is the same, byte for byte.
+
+Whatever is not as it was, or must be looked at more closely, is left to the usual way.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from q8lightning.checkpoint.candidates import Candidate, Pair, is_held_unless_it_failed
+from q8lightning.checkpoint.guard import Watched
+from q8lightning.checkpoint.host_memory import PinnedMemory
+from q8lightning.checkpoint.leaves import MOMENTS, ModelNames, epsilons_of, is_ordinary, names_from
+from q8lightning.checkpoint.losses import DirectionLoss, SaveReport, TensorLoss
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.snapshot import Copier, is_plain, tagged
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, find, summary_of
+from q8lightning.quantization.backend import has_kernels
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.packing import Packed, Packing
+from q8lightning.quantization.update_direction import Alike
+
+_ATOMS = frozenset((int, float, str, bool, type(None)))
+
+_PROPERTIES = attrgetter("shape", "dtype", "device", "requires_grad")
+
+
+class Outline(NamedTuple):
+    """What a checkpoint looks like; equal outlines have the same tensors under the same keys, in the same places.
+
+    Attributes:
+        structure: Types and keys of its containers, and the types of what is in them.
+        places: For each tensor where it begins, its strides, and what else tells how it is saved.
+    """
+
+    structure: list[Any]
+    places: list[tuple[Any, ...]]
+
+
+def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | None:
+    """Return the outline and the tensors of a checkpoint; None if one has no place in memory."""
+    structure: list[Any] = []
+    tensors: list[Tensor] = []
+    _outline(checkpoint, structure, tensors)
+    try:
+        addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
+    except (RuntimeError, NotImplementedError):  # sparse, nested
+        return None
+    return Outline(structure, list(zip(addresses, strides, map(_PROPERTIES, tensors), strict=True))), tensors
+
+
+def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> None:
+    items = container
+    if isinstance(container, dict):
+        structure.append(list(container))
+        items = list(container.values())
+    kinds = list(map(type, items))
+    structure.append(type(container))
+    structure.append(kinds)
+    for item, kind in zip(items, kinds, strict=True):
+        if kind in _ATOMS:
+            continue
+        if kind is Tensor or kind is nn.Parameter:
+            tensors.append(item)
+        elif isinstance(item, dict | list | tuple):
+            _outline(item, structure, tensors)
+
+
+class _Encoding(NamedTuple):
+    """What is encoded, on one device.
+
+    Attributes:
+        members: Which of the checkpoint's tensors.
+        packing: How.
+        alike: Pairs of moments that are measured together, and the numbers of the first and of the second ones.
+        watched: What the guard would look at.
+        losses: What is reported of each member, but for what it loses.
+        directions: What is reported of each pair of moments, likewise.
+    """
+
+    members: tuple[int, ...]
+    packing: Packing
+    alike: list[tuple[Alike, tuple[int, ...], tuple[int, ...]]]
+    watched: Watched
+    losses: list[TensorLoss]
+    directions: list[DirectionLoss]
+
+    def start(self, tensors: Sequence[Tensor]) -> tuple[Packed, Tensor]:
+        """Encode and measure; return what was encoded, and all that was measured in one tensor on the device."""
+        packed = self.packing.encode([tensors[i] for i in self.members], measure=True)
+        assert packed.statistics is not None
+        sums = packed.statistics.new_empty(len(self.directions), 2)
+        for alike, firsts, seconds in self.alike:
+            alike.measure([tensors[i] for i in firsts], [tensors[i] for i in seconds], packed.buffer, sums)
+        return packed, torch.cat([packed.failed.double(), packed.statistics.view(-1), sums.view(-1)])
+
+    def measured(self, numbers: Tensor) -> "_Measured":
+        """Return what was measured by itself again."""
+        count = len(self.members)
+        failed, statistics, sums = torch.split(numbers, [count, 5 * count, 2 * len(self.directions)])
+        return _Measured(failed, statistics.view(-1, 5), sums.view(-1, 2))
+
+    def report(self, measured: "_Measured", original_bytes: int, stored_bytes: int) -> SaveReport:
+        """Return what the usual way would report."""
+        losses = zip(self.losses, measured.statistics.tolist(), strict=True)
+        sums = zip(self.directions, measured.directions.tolist(), strict=True)
+        return SaveReport(
+            tensors=[TensorLoss(*loss[:5], *statistics) for loss, statistics in losses],
+            directions=[DirectionLoss(*each[:2], *pair) for each, pair in sums if not math.isnan(pair[0])],
+            original_bytes=original_bytes,
+            stored_bytes=stored_bytes,
+        )
+
+
+class _Measured(NamedTuple):
+    """What was measured, on the host: ``[members]``, ``[members, 5]`` and ``[pairs, 2]`` float64."""
+
+    failed: Tensor
+    statistics: Tensor
+    directions: Tensor
+
+
+class _Raw(NamedTuple):
+    """Tensors of one device and dtype that are stored as they are, each in memory of its own.
+
+    Attributes:
+        members: Which of the checkpoint's tensors.
+        scalars: Whether they have no dimensions; otherwise all of them have some.
+    """
+
+    members: tuple[int, ...]
+    scalars: bool
+
+    def freeze(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return a copy of all, one after the other."""
+        own = [tensors[i].detach() if tensors[i].requires_grad else tensors[i] for i in self.members]
+        return torch.stack(own) if self.scalars else torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in own])
+
+
+class Routine:
+    """What a save has found out, for those that follow; it keeps no tensor of the checkpoint alive.
+
+    Args:
+        outline: Of the checkpoint.
+        names: What is known of the model.
+        epsilons: Of its optimizers.
+        encoding: What is encoded.
+        raws: What is stored as it is and copied in one piece.
+        payloads: For each encoded tensor the codec of its payload and its number among the members of the encoding;
+            tied tensors have the same.
+        report: What the save before reported.
+        policy: By which it was encoded.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        names: ModelNames,
+        epsilons: Mapping[tuple[Any, ...], float],
+        encoding: _Encoding,
+        raws: list[_Raw],
+        payloads: dict[int, tuple[Codec, int]],
+        report: SaveReport,
+        policy: CheckpointPolicy,
+    ) -> None:
+        self.outline = outline
+        self.names = names
+        self.epsilons = epsilons
+        self.encoding = encoding
+        self.raws = raws
+        self.payloads = payloads
+        self.bytes = report.original_bytes, report.stored_bytes
+        self.policy = policy
+        self._known = [*payloads, *(i for raw in raws for i in raw.members)]
+
+    def save(self, checkpoint: Mapping[str, Any], names: ModelNames | None) -> "Repeated | None":
+        """Encode and freeze a checkpoint like the one before; None if it is not, or needs a closer look.
+
+        Waits for the device once.
+        """
+        described = outline_of(checkpoint)
+        if described is None or described[0] != self.outline:
+            return None
+        if (names or names_from(checkpoint)) != self.names or epsilons_of(checkpoint) != self.epsilons:
+            return None
+        tensors = described[1]
+        packed, numbers = self.encoding.start(tensors)
+        # What follows takes the host about as long as the device encodes.
+        copier = Copier(live=True, known=[tensors[i] for i in self._known])
+        copier.transfer_of(packed.buffer.untyped_storage()).add(packed.buffer.untyped_storage(), private=True)
+        frozen = [raw.freeze(tensors) for raw in self.raws]
+        for raw, copy in zip(self.raws, frozen, strict=True):
+            if copy.device.type != "cpu":
+                parts = [(_key(i), tensors[i].nbytes) for i in raw.members]
+                copier.transfer_of(copy.untyped_storage()).add_frozen(copy, parts)
+        content = copier.copy(checkpoint)
+        copier.start()
+        measured = self.encoding.measured(numbers.cpu())
+        if measured.failed.any() or not self.encoding.watched.nothing_to_do(measured.statistics, measured.directions):
+            return None
+        return Repeated(self, copier, content, tensors, packed, frozen, measured)
+
+
+class Repeated:
+    """A save of a :class:`Routine`: what it lost, and its content once it is fetched.
+
+    Args:
+        routine: Which has made it.
+        copier: Copies what the routine does not know, and brings everything to the host.
+        content: A copy of the checkpoint in which the tensors that the routine knows are still those of the training.
+        tensors: Those of the checkpoint, kept until they are replaced so that their ids are theirs alone.
+        packed: Those that are encoded.
+        frozen: Copies of the others that the routine knows.
+        measured: What is lost.
+    """
+
+    def __init__(
+        self,
+        routine: Routine,
+        copier: Copier,
+        content: Any,
+        tensors: list[Tensor],
+        packed: Packed,
+        frozen: list[Tensor],
+        measured: _Measured,
+    ) -> None:
+        self._routine = routine
+        self._copier = copier
+        self._content = content
+        self._tensors = tensors
+        self._packed: Packed | None = packed
+        self._frozen = frozen
+        self.report: Callable[[], SaveReport] = cache(lambda: routine.encoding.report(measured, *routine.bytes))
+        """Returns what was lost; made when it is first asked for."""
+
+    @contextmanager
+    def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
+        """As :meth:`q8lightning.checkpoint.snapshot.Snapshot.fetch`."""
+        with tagged(self._fill(memory)):
+            yield self._content
+
+    def _fill(self, memory: PinnedMemory | None) -> dict[int, str]:
+        """Put on the host what is not there, and into the content what belongs there; return the locations."""
+        packed, self._packed = self._packed, None
+        assert packed is not None
+        key, cuts = packed.buffer.untyped_storage()._cdata, packed.cuts
+        del packed  # the device's memory goes as soon as the copy is complete
+        copies = self._copier.fetch(memory)
+        data = torch.empty(0, dtype=torch.uint8).set_(copies.storages[key]).split_with_sizes(cuts)[1::2]
+        replacements: dict[int, Any] = {}
+        payloads: dict[int, QuantizedTensor] = {}
+        for i, (codec, member) in self._routine.payloads.items():
+            tensor = self._tensors[i]
+            if member not in payloads:
+                name = self._routine.encoding.losses[member].path  # the same string as in the summary
+                payloads[member] = QuantizedTensor(
+                    codec, data[member], tuple(tensor.shape), tensor.stride(), tensor.dtype, name
+                )
+            replacements[id(tensor)] = payloads[member]
+        for raw, frozen in zip(self._routine.raws, self._frozen, strict=True):
+            own = torch.split(frozen.view(-1), [self._tensors[i].numel() for i in raw.members])
+            for i, part in zip(raw.members, own, strict=True):
+                replacements[id(self._tensors[i])] = _like(self._tensors[i], copies.storages.get(_key(i)), part)
+        _put(self._content, replacements)
+        self._tensors.clear()
+        self._frozen.clear()
+        routine = self._routine
+        self._content[SUMMARY_KEY] = summary_of(self.report(), routine.policy, routine.names.restored)
+        return copies.tags
+
+
+def _key(number: int) -> int:
+    """Return what a tensor's bytes are called among the copies: no address, as the keys of storages are."""
+    return -1 - number
+
+
+def _like(tensor: Tensor, storage: UntypedStorage | None, part: Tensor) -> Tensor:
+    """Return a tensor with the bytes of a storage or, if there is none, a copy of ``part``; it is as ``tensor`` is."""
+    result = part.clone().view(tensor.shape)
+    if storage is not None:
+        result = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(result, tensor.requires_grad)
+    return result.requires_grad_(tensor.requires_grad)
+
+
+def _put(container: Any, replacements: Mapping[int, Any]) -> Any:
+    """Replace tensors in containers, by their ids; return the container, or a tuple in its place."""
+    if type(container) is tuple:
+        return tuple(_replaced(item, replacements) for item in container)
+    for key, item in list(container.items() if isinstance(container, dict) else enumerate(container)):
+        if type(item) not in _ATOMS:
+            container[key] = _replaced(item, replacements)
+    return container
+
+
+def _replaced(item: Any, replacements: Mapping[int, Any]) -> Any:
+    if isinstance(item, Tensor):
+        return replacements.get(id(item), item)
+    return _put(item, replacements) if isinstance(item, dict) or type(item) in (list, tuple) else item
+
+
+def routine_of(
+    checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None, report: SaveReport
+) -> Routine | None:
+    """Return how to save a checkpoint like this one again, None if that would not be faster or not the same.
+
+    Args:
+        checkpoint: As it was saved.
+        policy: By which it was encoded.
+        names: What is known of the model.
+        report: What that save reported.
+    """
+    known = names or names_from(checkpoint)
+    described = outline_of(checkpoint)
+    if described is None or report.guarded or report.refused or known.quantized or SUMMARY_KEY in checkpoint:
+        return None
+    outline, tensors = described
+    found = find(checkpoint, policy, known)
+    candidates, numbers = found.distinct, {id(tensor): i for i, tensor in enumerate(tensors)}
+    moments = [moment for pair in found.pairs for moment in (pair.exp_avg, pair.exp_avg_sq)]
+    if (
+        len({each.tensor.device for each in (*candidates, *moments)}) != 1
+        or not all(has_kernels(each.tensor) for each in (*candidates, *moments))
+        or not all(each.codec and is_held_unless_it_failed(each.tensor, each.codec) for each in candidates)
+    ):
+        return None
+    places = {each: i for i, each in enumerate(candidates)}
+    encoded = {i: found.candidates[id(x)] for i, x in enumerate(tensors) if id(x) in found.candidates}
+    raws = _raws_of(tensors, encoded)
+    if raws is None:
+        return None
+    packing = Packing([each.tensor for each in candidates], [each.codec for each in candidates if each.codec])
+    encoding = _Encoding(
+        tuple(numbers[id(each.tensor)] for each in candidates),
+        packing,
+        _alike(found.pairs, places, packing.starts, numbers),
+        Watched.of(candidates, found.pairs, policy),
+        report.tensors,
+        [DirectionLoss(pair.exp_avg.path, pair.exp_avg.parameter, 0.0, 0.0) for pair in found.pairs],
+    )
+    payloads = {i: (each.codec, places[each]) for i, each in encoded.items() if each.codec}
+    return Routine(outline, known, epsilons_of(checkpoint), encoding, raws, payloads, report, policy)
+
+
+def _alike(
+    pairs: Sequence[Pair], places: Mapping[Candidate, int], starts: Sequence[int], numbers: Mapping[int, int]
+) -> list[tuple[Alike, tuple[int, ...], tuple[int, ...]]]:
+    """Sort pairs by the launch that measures them."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (first, second, eps) in enumerate((pair.exp_avg, pair.exp_avg_sq, pair.eps) for pair in pairs):
+        groups.setdefault((first.tensor.dtype, first.codec, second.tensor.dtype, second.codec, eps), []).append(i)
+    result = []
+    for members in groups.values():
+        sides = [[getattr(pairs[i], side) for i in members] for side in MOMENTS]
+        begin = [tuple(0 if each.codec is None else starts[places[each]] for each in side) for side in sides]
+        alike = Alike(
+            tuple(members), (sides[0][0].codec, sides[1][0].codec), (begin[0], begin[1]), pairs[members[0]].eps
+        )
+        which = [tuple(numbers[id(each.tensor)] for each in side) for side in sides]
+        result.append((alike, which[0], which[1]))
+    return result
+
+
+def _raws_of(tensors: Sequence[Tensor], encoded: Mapping[int, Candidate]) -> list[_Raw] | None:
+    """Sort tensors that are stored as they are by how they are copied; leave out those that share memory.
+
+    None if one shares memory with an encoded tensor.
+    """
+    ordinary = {i: x for i, x in enumerate(tensors) if is_ordinary(x) and x.numel()}
+    users = Counter(x.untyped_storage().data_ptr() for x in ordinary.values())
+    with_encoded = {tensors[i].untyped_storage().data_ptr() for i in encoded}
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for i, x in ordinary.items():
+        storage = x.untyped_storage()
+        if i in encoded:
+            continue
+        if storage.data_ptr() in with_encoded:
+            return None
+        if users[storage.data_ptr()] == 1 and storage.nbytes() == x.nbytes and is_plain(x) and x.is_contiguous():
+            groups.setdefault((x.device, x.dtype, x.ndim == 0), []).append(i)
+    return [_Raw(tuple(members), scalars) for (_, _, scalars), members in groups.items()]
