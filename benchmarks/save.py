@@ -7,10 +7,10 @@
 
 20 transformer blocks with AdamW in float32: 240 parameters, 720 large tensors. Each round trains 20 steps, saves, and
 trains 20 more; what saves in the background then saves once more and is waited for. "stall" is the time of the call,
-with the stream that trains synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the
-time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache and, after it
-was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and optimizer, which
-are on the device. Medians of the rounds after the first. One file is on the disk at a time.
+with the stream that trains synchronized before and after; "next 20 steps" what they took longer than those before;
+"durable" the time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache
+and, after it was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and
+optimizer, which are on the device. Medians of the rounds after the first. One file is on the disk at a time.
 """
 
 import argparse
