@@ -14,8 +14,12 @@ ALIGNMENT = 64
 """Every copy starts at a multiple of this many bytes, as ``torch.save`` aligns records."""
 
 
+_SPARE = 32
+"""One part in so many is added: the next save may need a little more, and to lock memory takes a second."""
+
+
 class PinnedMemory:
-    """One stretch of page-locked host memory that is kept from save to save, as large as the largest of them.
+    """One stretch of page-locked host memory that is kept from save to save, a little larger than the largest needs.
 
     It is registered memory rather than torch's own pinned memory, which is rounded up to a power of two and cached
     until the process ends. Its pages are its own: registered memory that shares a page with other memory, or that is
@@ -35,7 +39,7 @@ class PinnedMemory:
         """Return ``[nbytes]`` uint8; what an earlier call returned is no longer valid."""
         if self._memory is None or self._memory.nbytes < nbytes:
             self.release()
-            pages = mmap.mmap(-1, nbytes)
+            pages = mmap.mmap(-1, nbytes + nbytes // _SPARE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a wish: huge pages are locked in a fraction of the time
                     pages.madvise(mmap.MADV_HUGEPAGE)

@@ -1,9 +1,10 @@
 """The door that every save of a Trainer passes: encode what the policy selects, hand the rest of the work on."""
 
+import gc
 import os
 import pickle
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import IO, Any
 
@@ -154,7 +155,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
         if self._routine is not None and self.async_save:
-            repeated = self._routine.save(checkpoint, names)
+            with _without_collection():
+                repeated = self._routine.save(checkpoint, names)
             if repeated is not None:
                 self.report = repeated.report
                 return repeated
@@ -278,6 +280,18 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
                 f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
                 " written; save less often, or to a faster disk, if that is too long"
             )
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage, which can take longer than all else that training waits for."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:

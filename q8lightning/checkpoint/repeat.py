@@ -43,11 +43,15 @@ class Outline(NamedTuple):
 
     Attributes:
         structure: Types and keys of its containers, and the types of what is in them.
-        places: For each tensor where it begins, its strides, and what else tells how it is saved.
+        addresses: Where each tensor begins.
+        strides: Of each tensor.
+        properties: What else tells how each tensor is saved.
     """
 
     structure: list[Any]
-    places: list[tuple[Any, ...]]
+    addresses: list[int]
+    strides: list[tuple[int, ...]]
+    properties: list[tuple[Any, ...]]
 
 
 def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | None:
@@ -59,7 +63,7 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | 
         addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
     except (RuntimeError, NotImplementedError):  # sparse, nested
         return None
-    return Outline(structure, list(zip(addresses, strides, map(_PROPERTIES, tensors), strict=True))), tensors
+    return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
 
 
 def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> None:

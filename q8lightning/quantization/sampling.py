@@ -1,4 +1,4 @@
-"""Which part of a large tensor is looked at where all of it would take too long: a quarter, in stretches, by a hash.
+"""Which part of a large tensor is looked at where all of it would take too long: an eighth, in stretches, by a hash.
 
 The same on every device, and from save to save.
 """
@@ -13,7 +13,7 @@ from q8lightning.quantization.block_choice import mix
 STRETCH = 8192
 """Elements in a row that are taken or left together; a multiple of every block size."""
 
-ONE_IN = 4
+ONE_IN = 8
 """Of so many stretches in a row, one is taken."""
 
 WHOLE = 2**20

@@ -1,8 +1,8 @@
 """How far stored moments turn the direction in which Adam steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
 
 The error of a small second moment counts here as much as it changes the step; the error of the tensors themselves
-cannot see it. Of large tensors a quarter is looked at (``sampling.py``): training stands still meanwhile, and their
-ratio of error to signal is known to well under a percent from that.
+cannot see it. Of large tensors an eighth is looked at (``sampling.py``): training stands still meanwhile, and a
+hundred thousand elements tell the ratio of error to signal as well as all of them.
 """
 
 from collections.abc import Hashable, Sequence

@@ -183,8 +183,10 @@ def test_pinned_memory_is_kept_for_the_next_save_and_given_back_at_the_end() -> 
     memory = PinnedMemory()
     first = memory.take(1000)
     assert memory.take(500).data_ptr() == first.data_ptr()
-    assert memory.nbytes == 1000
-    assert memory.take(2000).nbytes == memory.nbytes == 2000
+    assert 1000 < memory.nbytes < 1100
+    assert memory.take(memory.nbytes).data_ptr() == first.data_ptr()
+    assert memory.take(2000).nbytes == 2000
+    assert 2000 < memory.nbytes < 2200
     memory.release()
     assert memory.nbytes == 0
 

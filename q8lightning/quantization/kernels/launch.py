@@ -62,8 +62,8 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),
     "measured group fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
     "measured group codebook": (Settings(512, 1), Settings(512, 1)),
-    "measured group in cells": (Settings(512, 1), Settings(512, 1)),
-    "measured group residual": (Settings(512, 1), Settings(512, 1)),
+    "measured group in cells": (Settings(256, 1), Settings(512, 1)),
+    "measured group residual": (Settings(1024, 1), Settings(512, 1)),
     "measured group log": (Settings(512, 1), Settings(512, 1)),
 }
 
