@@ -10,7 +10,8 @@ trains 20 more; what saves in the background then saves once more and is waited 
 with the stream that trains synchronized before and after; "next 20 steps" what they took longer than those before;
 "durable" the time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache
 and, after it was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and
-optimizer, which are on the device. Medians of the rounds after the first. One file is on the disk at a time.
+optimizer, which are on the device. Medians of the rounds after the first, in which kernels are compiled and memory
+is made ready: its stall stands behind the others'. One file is on the disk at a time.
 """
 
 import argparse
@@ -129,7 +130,10 @@ class Contender:
 
 def of_lightning(asynchronous: bool) -> Contender:
     io = AsyncCheckpointIO(TorchCheckpointIO()) if asynchronous else TorchCheckpointIO()
-    return Contender(io.save_checkpoint, io.teardown if asynchronous else None, io.load_checkpoint)
+    # What it writes in the background is the same file, which need not be loaded twice.
+    return Contender(
+        io.save_checkpoint, io.teardown if asynchronous else None, None if asynchronous else io.load_checkpoint
+    )
 
 
 def of_ours(checkpoint: str, async_save: bool = False) -> Contender:
@@ -192,7 +196,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
     size, device_memory = 0, 0
     rss = _host_memory("VmRSS")
     _reset_host_peak()
-    for _ in range(rounds + 1):
+    for counts in [False] + [True] * rounds:
         columns["before"].append(training.steps())
         checkpoint = training.checkpoint()
         training.synchronize()
@@ -205,13 +209,14 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
         columns["stall"].append(time.perf_counter() - start)
         if training.device.type == "cuda":
             device_memory = max(device_memory, torch.cuda.max_memory_allocated() - allocated)
-        if contender.wait is None:
+        if contender.wait is None and counts:
             _flush(path)
             columns["durable"].append(time.perf_counter() - start)
         del checkpoint
         columns["next"].append(training.steps())
         if contender.wait is not None:
             contender.wait()
+        if contender.wait is not None and counts:
             _remove(path)
             checkpoint = training.checkpoint()
             start = time.perf_counter()
@@ -222,7 +227,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
             del checkpoint
         size = _size(path)
         peak = _host_memory("VmHWM")
-        if contender.load is not None:
+        if contender.load is not None and counts:
             columns["load"].append(_seconds(contender.load, path))
             if contender.load_for is not None:
                 contender.load_for(training.device)
@@ -233,7 +238,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
             columns["disk"].append(_seconds(contender.load, path))
         _remove(path)
         gc.collect()
-    medians = {key: statistics.median(values[1:]) if values else None for key, values in columns.items()}
+    medians = {key: statistics.median(values[-rounds:]) if values else None for key, values in columns.items()}
     return Result(
         contender=name,
         machine=_machine(training.device),
@@ -326,7 +331,9 @@ def show(results: list[Result]) -> None:
         rows.append(
             [
                 CONTENDERS[each.contender][0],
-                f"{each.stall * 1e3:,.1f} ms" + ratio(each.stall, plain and plain.stall),
+                f"{each.stall * 1e3:,.1f} ms"
+                + ratio(each.stall, plain and plain.stall)
+                + ("" if each is plain else f"; first {each.first_stall * 1e3:,.0f} ms"),
                 f"{slower * 1e3:+,.0f} ms ({slower / each.steps_before:+.0%})",
                 f"{each.durable:.2f} s" + ratio(each.durable, plain and plain.durable),
                 f"{each.size / 1e6:,.1f} MB" + ratio(each.size, plain and plain.size),
