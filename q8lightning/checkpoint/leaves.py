@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.candidates import Candidate, Pair
-from q8lightning.checkpoint.payload import is_dense
+from q8lightning.checkpoint.payload import is_dense, is_ordinary
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.weight_codec import WeightCodec
@@ -141,16 +141,6 @@ def _parameter_of(keys: tuple[Any, ...], names: ModelNames) -> str | None:
 def _is_state(keys: tuple[Any, ...]) -> bool:
     """Whether the keys lead to what an optimizer remembers of one parameter."""
     return keys[0] == "optimizer_states" and len(keys) == 5 and keys[2] == "state"
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own that can be looked at: no subclass, nothing sparse, nested or on meta."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-    )
 
 
 def _is_encodable(tensor: Tensor) -> bool:

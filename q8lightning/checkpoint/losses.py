@@ -135,11 +135,11 @@ class SaveReport:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Return what a checkpoint says about itself: dicts, numbers and strings."""
-        tensors = {loss.path: loss.figures for loss in self.tensors}
+        """Return what a checkpoint says about itself: dicts, numbers and strings. Figures of tensors have 7 digits."""
+        tensors = {loss.path: {name: _rounded(value) for name, value in loss.figures.items()} for loss in self.tensors}
         for direction in self.directions:
             error = relative_error(direction.squared_error, direction.squares)
-            tensors.setdefault(direction.path, {})["update_direction_error"] = error
+            tensors.setdefault(direction.path, {})["update_direction_error"] = _rounded(error)
         return {
             "metrics": self.metrics,
             "bytes": {
@@ -157,6 +157,14 @@ class SaveReport:
 def _sums(losses: Iterable[TensorLoss | DirectionLoss]) -> tuple[float, float]:
     pairs = [(loss.squared_error, loss.squares) for loss in losses]
     return math.fsum(error for error, _ in pairs), math.fsum(squares for _, squares in pairs)
+
+
+def _rounded(value: float) -> float:
+    """Return a number with no more digits than float32 has: what is zero then takes nothing in a compressed file."""
+    if not math.isfinite(value):
+        return value
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
 
 
 def _figures(losses: list[TensorLoss]) -> dict[str, float]:

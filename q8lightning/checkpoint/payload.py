@@ -2,12 +2,12 @@
 
 A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
 therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
-importing this module registers the function as safe. The import path of ``rebuild_v1`` and its arguments are a promise
-to every file ever written.
+importing this module registers the function as safe. The import paths of ``rebuild_v1`` and ``rebuild_v1_apart`` and
+their arguments are a promise to every file ever written.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +26,9 @@ FORMAT_VERSION = 1
 
 _ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", default=None)
 """The payloads that have been loaded to stay encoded; None where they are decoded at once."""
+
+_WATCHER: ContextVar["Callable[[Tensor, Tensor], None] | None"] = ContextVar("watcher", default=None)
+"""Told of each tensor that was stored together with others."""
 
 CHECKSUMS: ContextVar[Mapping[int, "Future[int]"]] = ContextVar("checksums", default=MappingProxyType({}))
 """Checksums that other threads compute for payloads which are about to be pickled, by id."""
@@ -231,7 +234,20 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
     return payload
 
 
-torch.serialization.add_safe_globals([rebuild_v1])
+def rebuild_v1_apart(view: Tensor) -> Tensor:
+    """Return a tensor that was stored together with others, in memory of its own.
+
+    Its import path is as much of a promise as that of :func:`rebuild_v1`; the name makes versions that do not have it
+    say that the format is newer than they are.
+    """
+    tensor = view.clone()
+    watcher = _WATCHER.get()
+    if watcher is not None:
+        watcher(view, tensor)
+    return tensor
+
+
+torch.serialization.add_safe_globals([rebuild_v1, rebuild_v1_apart])
 
 
 def __getattr__(name: str) -> Any:
@@ -259,6 +275,16 @@ def collect_encoded() -> Iterator[list[QuantizedTensor]]:
         _ENCODED.reset(token)
 
 
+@contextmanager
+def watch_apart(watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Within this context, ``watcher`` gets what was stored together with others, as it was and as it is loaded."""
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
 def stays_encoded() -> bool:
     """Whether payloads that are loaded now stay encoded."""
     return _ENCODED.get() is not None
@@ -267,3 +293,13 @@ def stays_encoded() -> bool:
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their stretch of memory once each, in whatever order of dimensions."""
     return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own that can be looked at: no subclass, nothing sparse, nested or on meta."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not tensor.is_meta
+    )

@@ -34,20 +34,21 @@ def payloads_in(content: Any) -> list[QuantizedTensor]:
 
 
 @contextmanager
-def checksums_ahead(content: Any) -> Iterator[None]:
+def checksums_ahead(content: Any) -> Iterator[list[QuantizedTensor]]:
     """Within this context, threads compute the checksums that the payloads of ``content`` are pickled with.
 
-    The payloads must not change meanwhile.
+    Gives the payloads, which must not change meanwhile.
     """
-    payloads = [each for each in payloads_in(content) if each.checksum is None and each.data.device.type == "cpu"]
-    if sum(payload.nbytes for payload in payloads) < WORTH_THREADS:
-        yield
+    payloads = payloads_in(content)
+    unsummed = [each for each in payloads if each.checksum is None and each.data.device.type == "cpu"]
+    if sum(payload.nbytes for payload in unsummed) < WORTH_THREADS:
+        yield payloads
         return
-    with Workers(count_workers(len(payloads))) as workers:
-        sums = {id(payload): workers.submit(checksum, payload.header, payload.data) for payload in payloads}
+    with Workers(count_workers(len(unsummed))) as workers:
+        sums = {id(payload): workers.submit(checksum, payload.header, payload.data) for payload in unsummed}
         token = CHECKSUMS.set(sums)
         try:
-            yield
+            yield payloads
         finally:
             CHECKSUMS.reset(token)
 

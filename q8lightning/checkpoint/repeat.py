@@ -22,11 +22,12 @@ from torch import Tensor, UntypedStorage, nn
 from q8lightning.checkpoint.candidates import Candidate, Pair, is_held_unless_it_failed
 from q8lightning.checkpoint.guard import Watched
 from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.leaves import MOMENTS, ModelNames, epsilons_of, is_ordinary, names_from
+from q8lightning.checkpoint.leaves import MOMENTS, ModelNames, epsilons_of, names_from
+from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.losses import DirectionLoss, SaveReport, TensorLoss
-from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.payload import QuantizedTensor, is_ordinary
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.snapshot import Copier, is_plain, tagged
+from q8lightning.checkpoint.snapshot import Copier, is_plain
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, find, summary_of
 from q8lightning.quantization.backend import has_kernels
 from q8lightning.quantization.codec import Codec
@@ -253,7 +254,7 @@ class Repeated:
     @contextmanager
     def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
         """As :meth:`q8lightning.checkpoint.snapshot.Snapshot.fetch`."""
-        with tagged(self._fill(memory)):
+        with located(self._fill(memory)):
             yield self._content
 
     def _fill(self, memory: PinnedMemory | None) -> dict[int, str]:

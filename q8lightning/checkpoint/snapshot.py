@@ -4,16 +4,15 @@ Tensors are copied storage by storage, as ``torch.save`` writes them, so that ti
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning.checkpoint.host_memory import PinnedMemory, Transfer
+from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 
 _IMMUTABLE = frozenset((int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size))
@@ -48,7 +47,7 @@ class Snapshot:
             memory: Where copies go that are not needed after this context; None for memory of their own.
         """
         # In a function of its own: no variable keeps the device's memory alive while the file is written.
-        with tagged(self._copier.fetch(memory).tags):
+        with located(self._copier.fetch(memory).tags):
             yield self._content
 
 
@@ -62,16 +61,6 @@ class Copies(NamedTuple):
 
     storages: dict[int, UntypedStorage]
     tags: dict[int, str]
-
-
-@contextmanager
-def tagged(tags: Mapping[int, str]) -> Iterator[None]:
-    """Save tensors on the host, within this context, with the location that the tags say."""
-    token = _TAGS.set(tags)
-    try:
-        yield
-    finally:
-        _TAGS.reset(token)
 
 
 def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
@@ -223,15 +212,3 @@ def is_plain(tensor: Tensor) -> bool:
         and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
         and not tensor.__dict__
     )
-
-
-_TAGS: ContextVar[Mapping[int, str]] = ContextVar("tags", default=MappingProxyType({}))
-"""Where tensors were whose copies on the host are being saved, by the address of the copy."""
-
-
-def _tag(storage: Any) -> str | None:
-    return _TAGS.get().get(storage.data_ptr()) if storage.device.type == "cpu" else None
-
-
-# Before torch's own, which begin at 10. It has no say in where a file is loaded to.
-torch.serialization.register_package(7, _tag, lambda storage, location: None)

@@ -38,7 +38,8 @@ Each is announced as an audit event, ``q8lightning.save`` with the step and the 
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """Write ``checkpoint`` as ``torch.save`` does so that ``path`` holds either its old content or all of the new one.
 
-    The content goes to the file without a second copy of it in memory; see :func:`write_durably`.
+    The content goes to the file without a second copy of it in memory; see :func:`write_durably`. If it holds payloads,
+    and so needs q8lightning to be loaded, then it takes less room than ``torch.save`` would need for the rest.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
@@ -46,8 +47,8 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """
 
     def write(file: IO[bytes]) -> None:
-        with checksums_ahead(checkpoint):
-            zip_writer.save(checkpoint, file)
+        with checksums_ahead(checkpoint) as payloads:
+            zip_writer.save(checkpoint, file, compact=bool(payloads))
 
     write_durably(path, write)
 

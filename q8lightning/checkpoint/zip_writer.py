@@ -1,4 +1,4 @@
-"""The zip file of a checkpoint, byte for byte as ``torch.save`` lays it out, but summed while it is written.
+"""The zip file of a checkpoint, as ``torch.save`` lays it out to the byte, or in fewer, but summed while it is written.
 
 ``torch.save`` computes the CRC32 of a record before it writes it, so that the processor waits for the disk and the disk
 for the processor. Here threads sum a stretch while it and the ones after it are written.
@@ -8,6 +8,7 @@ import pickle
 import struct
 import zlib
 from collections import deque
+from collections.abc import Collection
 from concurrent.futures import Future
 from inspect import signature
 from typing import IO, Any
@@ -15,7 +16,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from q8lightning.checkpoint.compact_pickle import PICKLE, WORTHWHILE, compact_pickle, deflate
 from q8lightning.checkpoint.crc32 import combine
+from q8lightning.checkpoint.locations import located
+from q8lightning.checkpoint.small_tensors import SmallTensors
 from q8lightning.checkpoint.workers import Workers, count_workers
 
 CHUNK = 2**22
@@ -33,34 +37,53 @@ _ARCHIVE = "archive"
 _VERSION = "3"
 """Of torch's format for zip files, the same since torch 1.6."""
 
+_DEFLATED = 8
+"""The number of the method by which a zip's records are compressed; 0 stands for none."""
+
 _NAME_IS_UTF8, _SUM_FOLLOWS = 0x0800, 0x0008
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _END64, _END64_LOCATOR, _END = b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"
 
 
-def save(obj: Any, file: IO[bytes]) -> None:
+def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
     """Write ``obj`` to an open file as ``torch.save`` does, with the same bytes except the file's random-looking id.
 
     Where the installed torch has no such inner function as this needs, or an option is set that this does not know,
     ``torch.save`` itself does it.
 
+    Args:
+        obj: What to save.
+        file: Where to.
+        compact: Take less room than ``torch.save``: small tensors lie together, which only q8lightning takes apart when
+            they are loaded, and the pickle is compressed, as a zip's records may be. If memory that they share with an
+            object that is no container would not be shared any more, they lie apart.
+
     Raises:
         OSError: If the file cannot be written.
     """
-    if not _knows_torch():
-        torch.save(obj, file)
-        return
     start = file.tell()
-    try:
-        with ZipWriter(file, torch.serialization._get_storage_alignment()) as archive:
-            # Private: pickles, and calls write_record(name, data, nbytes) for the pickle and then for each storage. The
-            # same in torch 2.6 to 2.13, checked by _knows_torch.
-            serialization: Any = torch.serialization
-            serialization._save(obj, archive, pickle, serialization.DEFAULT_PROTOCOL, False)
-    except UnknownRequest:
-        file.seek(start)
-        file.truncate()
-        torch.save(obj, file)
+    for small in (SmallTensors(obj), None) if compact else (None,):
+        try:
+            if _knows_torch():
+                _save(obj, file, compact, small)
+                return
+        except (UnknownRequest, SharedMemory):
+            file.seek(start)
+            file.truncate()
+    torch.save(obj, file)
+
+
+def _save(obj: Any, file: IO[bytes], compact: bool, small: SmallTensors | None) -> None:
+    # Private: pickles, and calls write_record(name, data, nbytes) for the pickle and then for each storage. The same in
+    # torch 2.6 to 2.13, checked by _knows_torch.
+    serialization: Any = torch.serialization
+    module = compact_pickle(small) if compact else pickle
+    compressed, unwanted = {PICKLE} if compact else set[str](), small.originals if small else set[int]()
+    with (
+        located(small.tags if small else {}),
+        ZipWriter(file, serialization._get_storage_alignment(), compressed, unwanted) as archive,
+    ):
+        serialization._save(obj, archive, module, serialization.DEFAULT_PROTOCOL, False)
 
 
 def _knows_torch() -> bool:
@@ -79,6 +102,10 @@ class UnknownRequest(AttributeError):
     """A later torch asks its zip writer for something that this one does not have."""
 
 
+class SharedMemory(Exception):
+    """Something else that is saved shares the memory of a small tensor."""
+
+
 class ZipWriter:
     """Writes records one after the other; what ``torch.serialization`` knows as a ``PyTorchFileWriter``.
 
@@ -87,11 +114,17 @@ class ZipWriter:
     Args:
         file: Open for writing, at the place where the archive begins.
         alignment: The data of every record begins at a multiple of so many bytes, so that it can be memory-mapped.
+        compressed: The names of records to compress, which cannot be memory-mapped.
+        unwanted: Addresses of storages that must not be written.
     """
 
-    def __init__(self, file: IO[bytes], alignment: int = 64) -> None:
+    def __init__(
+        self, file: IO[bytes], alignment: int = 64, compressed: Collection[str] = (), unwanted: Collection[int] = ()
+    ) -> None:
         self._file = file
         self._alignment = alignment
+        self._compressed = compressed
+        self._unwanted = unwanted
         self._workers = Workers(count_workers(SUMMING_THREADS))
         self._position = 0
         self._directory: list[bytes] = []
@@ -119,23 +152,32 @@ class ZipWriter:
 
         Raises:
             OSError: If the file cannot be written.
+            SharedMemory: If the data is an unwanted storage.
         """
+        if isinstance(data, UntypedStorage) and data.data_ptr() in self._unwanted:
+            raise SharedMemory
         path, start, content = f"{_ARCHIVE}/{name}".encode(), self._position, _bytes_of(data)[:nbytes]
+        compressed = deflate(content) if name in self._compressed and 0 < nbytes <= WORTHWHILE else None
         size64, offset64 = nbytes >= ZIP64_LIMIT, start >= ZIP64_LIMIT
         offset = struct.pack("<Q", start) if offset64 else b""
         local = _zip64(struct.pack("<QQ", nbytes, 0) if size64 else b"", offset)
         before = start + 30 + len(path) + len(local) + 4
         local += _padding(-before % self._alignment)
         flags = _NAME_IS_UTF8 | (_SUM_FOLLOWS if nbytes else 0)
-        fixed = (0, 0, flags, 0, 0, 0)  # versions, flags, no compression, no time: the same content, the same file
+        method = 0 if compressed is None else _DEFLATED
+        fixed = (0, 0, flags, method, 0, 0)  # versions, flags, method, no time: the same content, the same file
         self._write(_LOCAL + struct.pack("<5H3I2H", *fixed[1:], 0, 0, 0, len(path), len(local)) + path + local)
-        crc = self._write_and_sum(content)
+        if compressed is None:
+            stored, crc = nbytes, self._write_and_sum(content)
+        else:
+            stored, crc = len(compressed), zlib.crc32(content)
+            self._write(compressed)
         if nbytes:
             layout = "<I2Q" if size64 or offset64 else "<3I"
-            self._write(_DESCRIPTOR + struct.pack(layout, crc, nbytes, nbytes))
-        central = _zip64(struct.pack("<QQ", nbytes, nbytes) if size64 else b"", offset)
-        size, lengths = min(nbytes, ZIP64_LIMIT), (len(path), len(central), 0)
-        entry = struct.pack("<6H3I3H2H2I", *fixed, crc, size, size, *lengths, 0, 0, 0, min(start, ZIP64_LIMIT))
+            self._write(_DESCRIPTOR + struct.pack(layout, crc, stored, nbytes))
+        central = _zip64(struct.pack("<QQ", nbytes, stored) if size64 else b"", offset)
+        sizes, lengths = (min(stored, ZIP64_LIMIT), min(nbytes, ZIP64_LIMIT)), (len(path), len(central), 0)
+        entry = struct.pack("<6H3I3H2H2I", *fixed, crc, *sizes, *lengths, 0, 0, 0, min(start, ZIP64_LIMIT))
         self._directory.append(_CENTRAL + entry + path + central)
         self._names = zlib.crc32(path, self._names)
         self._sums = zlib.crc32(struct.pack("<I", crc), self._sums)

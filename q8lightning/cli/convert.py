@@ -9,8 +9,10 @@ from q8lightning.checkpoint.codes import CODES_KEY
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.small_tensors import SmallTensors
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.writer import write_durably
+from q8lightning.checkpoint.zip_writer import SharedMemory
 from q8lightning.cli.encoder import Conversion, Encoder, Progress, Work, without_summary
 from q8lightning.cli.source import CommandError, Source, leaves
 from q8lightning.cli.stream import Replace, Store, Stored, write_stream
@@ -33,13 +35,23 @@ def compress(source: Source, target: Path, policy: CheckpointPolicy, progress: P
     """
     if not isinstance(source.content, Mapping):
         raise CommandError(f"{source.path} holds {type(source.content).__name__}, not the dict that a checkpoint is")
+    small = SmallTensors(source.content, policy.min_numel, lambda storage: source.locations.get(storage._cdata, "cpu"))
+    try:
+        return _compress(source, target, policy, progress, small)
+    except SharedMemory:
+        return _compress(source, target, policy, progress, SmallTensors(()))
+
+
+def _compress(
+    source: Source, target: Path, policy: CheckpointPolicy, progress: Progress, small: SmallTensors
+) -> Conversion:
     encoder = Encoder(source, policy, progress)
 
     def check() -> None:
         if not encoder.done.converted:
             raise CommandError(_why_nothing(source, encoder.done))
 
-    _convert(source, target, encoder.content, encoder, check)
+    _convert(source, target, encoder.content, encoder, check, small)
     return encoder.done
 
 
@@ -68,13 +80,18 @@ def decompress(source: Source, target: Path, progress: Progress = _silent) -> Co
 
 
 def _convert(
-    source: Source, target: Path, content: Any, replace: Replace, check: Callable[[], None] = lambda: None
+    source: Source,
+    target: Path,
+    content: Any,
+    replace: Replace,
+    check: Callable[[], None] = lambda: None,
+    small: SmallTensors | None = None,
 ) -> None:
     """Write ``content``; ``check`` runs before the file takes its name."""
 
     def write(file: IO[bytes]) -> None:
         with verified(source.path):  # or damage would get a new sum, and never be found
-            write_stream(content, file, replace, lambda storage: source.locations.get(storage, "cpu"))
+            write_stream(content, file, replace, lambda storage: source.locations.get(storage, "cpu"), small)
         check()
 
     try:

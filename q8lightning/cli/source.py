@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.leaves import kind_of as kind_by_keys
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded, watch_apart
 from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 
@@ -76,8 +76,11 @@ def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
         locations[storage._cdata] = location
         return storage
 
+    def locate_apart(view: Tensor, tensor: Tensor) -> None:
+        locations[tensor.untyped_storage()._cdata] = locations.get(view.untyped_storage()._cdata, "cpu")
+
     try:
-        with keep_encoded():
+        with keep_encoded(), watch_apart(locate_apart):
             content = torch.load(path, map_location=leave_on_cpu, weights_only=not trust, mmap=zipfile.is_zipfile(path))
     except (CorruptCheckpointError, NewerFormatError):
         raise

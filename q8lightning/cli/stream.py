@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.storage import TypedStorage
 
+from q8lightning.checkpoint.compact_pickle import PICKLE, shorten
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.small_tensors import SmallTensors
 from q8lightning.checkpoint.zip_writer import ZipWriter
 
 PROTOCOL = 2
@@ -49,7 +51,13 @@ class _Record:
         self.persistent_id = persistent_id
 
 
-def write_stream(content: Any, file: IO[bytes], replace: Replace, location: Callable[[int], str]) -> None:
+def write_stream(
+    content: Any,
+    file: IO[bytes],
+    replace: Replace,
+    location: Callable[[int], str],
+    small: SmallTensors | None = None,
+) -> None:
     """Write ``content`` so that ``torch.load`` reads it, replacing objects as they come.
 
     Args:
@@ -58,25 +66,34 @@ def write_stream(content: Any, file: IO[bytes], replace: Replace, location: Call
         replace: Asked for every object that is pickled. An object that it stored twice loads as one if it returns the
             same :class:`Stored`.
         location: Where a storage of ``content`` loads to, by ``_cdata``.
+        small: Tensors of ``content`` to store together, in a file that is as small as the callback's; None for one that
+            needs no q8lightning.
+
+    Raises:
+        SharedMemory: If something else shares memory with one of those.
     """
-    with ZipWriter(file) as archive:
+    originals = small.originals if small is not None else set[int]()
+    with ZipWriter(file, compressed=set[str]() if small is None else {PICKLE}, unwanted=originals) as archive:
         # No ".format_version", by which torch.save promises that records are in the order of their numbers.
         archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
-        pickler = _Pickler(archive, replace, location)
+        pickler = _Pickler(archive, replace, location, small)
         pickler.dump(content)
-        pickled = pickler.pickled
-        archive.write_record("data.pkl", pickled, len(pickled))
+        pickled = pickler.pickled if small is None else shorten(pickler.pickled)
+        archive.write_record(PICKLE, pickled, len(pickled))
 
 
 class _Pickler(pickle._Pickler):
     """The pickler in Python, because the one in C does not let an object be replaced by one that was pickled before."""
 
-    def __init__(self, archive: ZipWriter, replace: Replace, location: Callable[[int], str]) -> None:
+    def __init__(
+        self, archive: ZipWriter, replace: Replace, location: Callable[[int], str], small: SmallTensors | None
+    ) -> None:
         self._buffer = io.BytesIO()
         super().__init__(self._buffer, protocol=PROTOCOL)
         self._archive = archive
         self._replace = replace
         self._location = location
+        self._small = small
         self._count = 0
         self._written: dict[int, tuple[UntypedStorage, str, str]] = {}
         """Storages of the content, which live as long as it, with their record's number and location."""
@@ -89,6 +106,10 @@ class _Pickler(pickle._Pickler):
         """Pickle an object of the content, or what takes its place."""
         super().save(self._replace(obj, self.store), save_persistent_id)  # type: ignore[misc]  # not in typeshed
 
+    def reducer_override(self, obj: Any) -> Any:
+        """Let a small tensor be the view of the storage that it shares with others in the file."""
+        return NotImplemented if self._small is None else self._small.reduce(obj)
+
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         """Write a storage when the pickle gets to it."""
         if isinstance(obj, _Record):
@@ -96,7 +117,9 @@ class _Pickler(pickle._Pickler):
         if isinstance(obj, TypedStorage | UntypedStorage):
             storage = _untyped(obj)
             if storage._cdata not in self._written:
-                self._written[storage._cdata] = (storage, self._write(storage), self._location(storage._cdata))
+                tag = None if self._small is None else self._small.tags.get(storage.data_ptr())
+                location = self._location(storage._cdata) if tag is None else tag
+                self._written[storage._cdata] = (storage, self._write(storage), location)
             return _describe(obj, *self._written[storage._cdata][1:])
         return None
 

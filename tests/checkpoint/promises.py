@@ -3,6 +3,9 @@
 Nothing here asks the package's policy, walk or payload; values come from the reference, which specifies the codecs.
 """
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,21 @@ def promised(path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = fro
     """Return the values that loading must give for a tensor of a checkpoint."""
     codec = codec_of(path, tensor, preset, raw)
     return tensor if codec is None else stored(tensor, *codec)
+
+
+def edit_pickle(path: Path, old: bytes, new: bytes, keep_sum: bool = False) -> None:
+    """Replace bytes in the pickle of a file; with ``keep_sum``, leave the sum of it as it was."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(each.filename, each.compress_type, archive.read(each)) for each in archive.infolist()]
+    (pickled,) = (content for name, _, content in records if name.endswith("/data.pkl"))
+    assert old in pickled
+    edited = pickled.replace(old, new)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, method, content in records:
+            archive.writestr(name, edited if content is pickled else content, method)
+    if keep_sum:
+        before, after = (struct.pack("<I", zlib.crc32(content)) for content in (pickled, edited))
+        path.write_bytes(path.read_bytes().replace(after, before))
 
 
 def tensors(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Tensor]]:

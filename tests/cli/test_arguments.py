@@ -13,6 +13,7 @@ import forked
 import pytest
 import torch
 from models import Autoencoder
+from promises import edit_pickle
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.main import COMMANDS
@@ -43,7 +44,8 @@ def files(plain: Path, packed: Path, tmp_path: Path) -> dict[str, Path]:
     torch.save(torch.ones(3), made["object"])
     torch.save({"hyper_parameters": Unknown(), "state_dict": Autoencoder().state_dict()}, made["foreign"])
     torch.save({"q8lightning": {"format_version": 2}}, made["newer"])
-    made["later"].write_bytes(packed.read_bytes().replace(b"rebuild_v1", b"rebuild_v2"))
+    made["later"].write_bytes(packed.read_bytes())
+    edit_pickle(made["later"], b"rebuild_v1", b"rebuild_v2")
     made["old"].write_bytes(b"what was there")
     made["yaml"].write_text("rules: {a: [")
     return made | {

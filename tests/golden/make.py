@@ -1,10 +1,11 @@
 """Write the golden files of checkpoint format 1: checkpoints of both presets and the values that they stand for.
 
-    python tests/golden/make.py [--force] [--checksums]
+    python tests/golden/make.py [--force] [--again checksums|small]
 
 Run once for each format version and never again: the files hold what users have on their disks, and later versions of
 q8lightning must read them. ``--force`` replaces them, which is right only as long as format 1 has not been released.
-``--checksums`` writes the first files again as they are saved since payloads have checksums.
+``--again`` writes the first files again as they are saved since payloads have checksums (``checksums``) and since small
+tensors lie together (``small``).
 
 The values in ``expected_v1.pt`` come from the reference, not from loading what was written.
 """
@@ -84,12 +85,12 @@ def write(preset: str, known: list[Tensor]) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
-    parser.add_argument("--checksums", action="store_true", help="write *_v1_checksums.ckpt, from the files without")
+    parser.add_argument("--again", choices=["checksums", "small"], help="write *_v1_AGAIN.ckpt, from the first files")
     arguments = parser.parse_args()
     force = arguments.force
-    if arguments.checksums:
+    if arguments.again:
         for preset in ("resume", "compact"):
-            target = HERE / f"{preset}_v1_checksums.ckpt"
+            target = HERE / f"{preset}_v1_{arguments.again}.ckpt"
             if target.exists() and not force:
                 parser.error(f"{target.name} exists and is a promise")
             io = QuantizedCheckpointIO(checkpoint=preset)

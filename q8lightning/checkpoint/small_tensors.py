@@ -1,0 +1,83 @@
+"""Small tensors, stored together: by itself each would take the file some two hundred bytes beside its own.
+
+They are what no policy quantizes: biases and norms, their moments, steps, statistics. In the file those of one dtype
+and location are views of one storage; loaded, each has memory of its own, as it had when it was saved.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from q8lightning.checkpoint.payload import in_memory_order, is_dense, is_ordinary, rebuild_v1_apart
+
+SMALL = 2**14
+"""Bytes, at most: a float32 tensor that is too small to be quantized."""
+
+
+class SmallTensors:
+    """Copies of the small tensors on the host in the containers of a checkpoint.
+
+    Not of those that share memory with another one in the containers, nor of those that are more than their values.
+
+    Args:
+        content: The checkpoint.
+        fewer_than: Leave out tensors of so many elements or more.
+        location: Where a storage loads to.
+
+    Attributes:
+        tags: Where each storage of copies is to load to, by its address.
+        originals: The addresses of what was copied. Whatever else is saved must have none of them: it would not share
+            the memory any more when it is loaded.
+    """
+
+    def __init__(
+        self,
+        content: Any,
+        fewer_than: float = math.inf,
+        location: Callable[[UntypedStorage], str] = torch.serialization.location_tag,
+    ) -> None:
+        tensors = {id(tensor): tensor for tensor in _tensors_in(content)}
+        used = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+        pools: dict[tuple[torch.dtype, str], list[Tensor]] = {}
+        for tensor in tensors.values():
+            if _is_small(tensor) and tensor.numel() < fewer_than and used[tensor.data_ptr()] == 1:
+                pools.setdefault((tensor.dtype, location(tensor.untyped_storage())), []).append(tensor)
+        self.tags: dict[int, str] = {}
+        self.originals: set[int] = set()
+        self._views: dict[int, Tensor] = {}
+        for (_, tag), members in pools.items():
+            pool = torch.cat([in_memory_order(tensor) for tensor in members])
+            self.tags[pool.data_ptr()] = tag
+            for tensor, view in zip(members, torch.split(pool, [each.numel() for each in members]), strict=True):
+                self.originals.add(tensor.data_ptr())
+                self._views[id(tensor)] = view.as_strided(tensor.shape, tensor.stride())
+
+    def reduce(self, value: Any) -> Any:
+        """Return what a small tensor pickles as; what a pickler's ``reducer_override`` wants for anything else."""
+        view = self._views.get(id(value))
+        return NotImplemented if view is None else (rebuild_v1_apart, (view,))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if is_ordinary(value) and value.device.type == "cpu":
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor is small, has a storage to itself, and is nothing but its values."""
+    return (
+        type(tensor) is Tensor
+        and 0 < tensor.nbytes <= SMALL
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and is_dense(tensor)
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
+        and not tensor.__dict__
+    )
