@@ -6,24 +6,26 @@
     python benchmarks/save.py --table save.jsonl                    # the table of all that was measured
 
 20 transformer blocks with AdamW in float32: 240 parameters, 720 large tensors. Each round trains 20 steps, saves, and
-trains 20 more; what saves in the background then saves once more and is waited for. "stall" is the time of the call,
-with the stream that trains synchronized before and after; "next 20 steps" what they took longer than those before;
-"durable" the time until the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache
-and, after it was dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and
-optimizer, which are on the device. Medians of the rounds after the first, in which kernels are compiled and memory
-is made ready: its stall stands behind the others'. One file is on the disk at a time.
+trains 20 more while what saves in the background is watched. "stall" is the time of the call, with the stream that
+trains synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the time until
+the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache and, after it was
+dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and optimizer, which are
+on the device. Medians of the rounds after the first, in which kernels are compiled and memory is made ready: its stall
+stands behind the others'. One file is on the disk at a time.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import shutil
 import statistics
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ import q8lightning
 
 console = Console(width=130)
 BLOCKS, STEPS = 20, 20
+LOADS = ("load", "resume", "disk")
 
 
 class Block(nn.Module):
@@ -187,17 +190,17 @@ class Result:
     resume: float | None = None
 
 
-def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
+def measure(name: str, training: Training, folder: Path, rounds: int, loads: Collection[str]) -> Result:
     contender = CONTENDERS[name][1]()
     path = folder / f"{name}.ckpt"
-    columns: dict[str, list[float]] = {
-        key: [] for key in ("stall", "before", "next", "durable", "load", "resume", "disk")
-    }
-    size, device_memory = 0, 0
+    columns: dict[str, list[float]] = {key: [] for key in ("stall", "before", "next", "durable", *LOADS)}
+    device_memory = 0
     rss = _host_memory("VmRSS")
     _reset_host_peak()
     for counts in [False] + [True] * rounds:
-        columns["before"].append(training.steps())
+        if counts:
+            _remove(path)
+            columns["before"].append(training.steps())
         checkpoint = training.checkpoint()
         training.synchronize()
         if training.device.type == "cuda":
@@ -209,35 +212,20 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
         columns["stall"].append(time.perf_counter() - start)
         if training.device.type == "cuda":
             device_memory = max(device_memory, torch.cuda.max_memory_allocated() - allocated)
-        if contender.wait is None and counts:
-            _flush(path)
-            columns["durable"].append(time.perf_counter() - start)
         del checkpoint
-        columns["next"].append(training.steps())
-        if contender.wait is not None:
-            contender.wait()
-        if contender.wait is not None and counts:
-            _remove(path)
-            checkpoint = training.checkpoint()
-            start = time.perf_counter()
-            contender.save(checkpoint, path)
-            contender.wait()
-            _flush(path)
-            columns["durable"].append(time.perf_counter() - start)
-            del checkpoint
-        size = _size(path)
-        peak = _host_memory("VmHWM")
-        if contender.load is not None and counts:
-            columns["load"].append(_seconds(contender.load, path))
-            if contender.load_for is not None:
-                contender.load_for(training.device)
-            columns["resume"].append(training.resume(contender.load, path))
-            if contender.load_for is not None:
-                contender.load_for(torch.device("cpu"))
-            _drop_from_memory(path)
-            columns["disk"].append(_seconds(contender.load, path))
-        _remove(path)
+        watcher = threading.Thread(target=_watch, args=(contender, path, start, columns["durable"]))
+        watcher.start()
+        if contender.wait is None:
+            watcher.join()
+        if counts:
+            columns["next"].append(training.steps())
+        watcher.join()
         gc.collect()
+    size, host_memory = _size(path), max(0, _host_memory("VmHWM") - rss)
+    if contender.load is not None:
+        for _ in range(rounds):
+            load(contender, training, path, loads, columns)
+    _remove(path)
     medians = {key: statistics.median(values[-rounds:]) if values else None for key, values in columns.items()}
     return Result(
         contender=name,
@@ -253,9 +241,35 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> Result:
         load=medians["load"],
         load_from_disk=medians["disk"],
         device_memory=device_memory if training.device.type == "cuda" else None,
-        host_memory=max(0, peak - rss),
+        host_memory=host_memory,
         resume=medians["resume"],
     )
+
+
+def load(
+    contender: Contender, training: Training, path: Path, loads: Collection[str], columns: dict[str, list[float]]
+) -> None:
+    """Load a file in the ways that are wanted; it is in the page cache, and at the end it is not."""
+    assert contender.load is not None
+    if "load" in loads:
+        columns["load"].append(_seconds(contender.load, path))
+    if "resume" in loads:
+        if contender.load_for is not None:
+            contender.load_for(training.device)
+        columns["resume"].append(training.resume(contender.load, path))
+        if contender.load_for is not None:
+            contender.load_for(torch.device("cpu"))
+    if "disk" in loads:
+        _drop_from_memory(path)
+        columns["disk"].append(_seconds(contender.load, path))
+
+
+def _watch(contender: Contender, path: Path, start: float, durable: list[float]) -> None:
+    """Note when a checkpoint is on the disk, while training goes on."""
+    if contender.wait is not None:
+        contender.wait()
+    _flush(path)
+    durable.append(time.perf_counter() - start)
 
 
 def _flush(path: Path) -> None:
@@ -337,7 +351,7 @@ def show(results: list[Result]) -> None:
                 f"{slower * 1e3:+,.0f} ms ({slower / each.steps_before:+.0%})",
                 f"{each.durable:.2f} s" + ratio(each.durable, plain and plain.durable),
                 f"{each.size / 1e6:,.1f} MB" + ratio(each.size, plain and plain.size),
-                "" if each.load is None else f"{each.load:.2f} s, {each.load_from_disk:.2f} s from disk",
+                "" if each.load is None else f"{each.load:.2f} s, {each.load_from_disk or math.nan:.2f} s from disk",
                 "" if each.resume is None else f"{each.resume:.2f} s" + ratio(each.resume, plain and plain.resume),
                 "" if each.device_memory is None else f"{each.device_memory / each.parameters:.2f} B/param",
                 f"{each.host_memory / each.parameters:.2f} B/param",
@@ -355,6 +369,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=1.007e9)
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count; one more comes first")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="names, with commas: %(default)s")
+    parser.add_argument("--loads", default=",".join(LOADS), help="how to load, with commas: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--folder", type=Path, default=Path("runs/save"), help="where checkpoints go, and are removed")
     parser.add_argument("--output", type=Path, help="append results to this file")
@@ -373,7 +388,7 @@ def main() -> None:
     training.steps()
     results = []
     for name in arguments.only.split(","):
-        results.append(measure(name, training, arguments.folder, arguments.repeats))
+        results.append(measure(name, training, arguments.folder, arguments.repeats, arguments.loads.split(",")))
         if arguments.output:
             with arguments.output.open("a") as file:
                 file.write(json.dumps(asdict(results[-1])) + "\n")
