@@ -119,7 +119,7 @@ class Docs:
     """Python's own documentation, character by character."""
 
     metrics = ("loss",)
-    steps, tuning_steps = 900, 400
+    steps, tuning_steps = 1500, 1000
     rates = (2e-3, 5e-4)
 
     def __init__(self) -> None:
