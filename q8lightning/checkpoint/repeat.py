@@ -36,7 +36,7 @@ from q8lightning.quantization.update_direction import Alike
 
 _ATOMS = frozenset((int, float, str, bool, type(None)))
 
-_PROPERTIES = attrgetter("shape", "dtype", "device", "requires_grad")
+_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
 
 
 class Outline(NamedTuple):
@@ -75,6 +75,9 @@ def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> Non
     kinds = list(map(type, items))
     structure.append(type(container))
     structure.append(kinds)
+    if kinds.count(Tensor) == len(kinds):  # a state dict, or what an optimizer remembers of a parameter
+        tensors += items
+        return
     for item, kind in zip(items, kinds, strict=True):
         if kind in _ATOMS:
             continue

@@ -133,7 +133,11 @@ class Copier:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, dict):
-            copies = {key: item if type(item) in _IMMUTABLE else self.copy(item) for key, item in value.items()}
+            known = self._known
+            copies = {
+                key: item if type(item) in _IMMUTABLE or id(item) in known else self.copy(item)
+                for key, item in value.items()
+            }
             return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
         if isinstance(value, QuantizedTensor):
             return self._payload(value)
