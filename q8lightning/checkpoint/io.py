@@ -119,6 +119,10 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if async_save:
             check_not_async(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the last save lost and found out: a Trainer is pickled for spawn."""
+        return {**self.__dict__, "report": None, "_routine": None, "_outline": None}
+
     @property
     def base(self) -> CheckpointIO:
         """The wrapped CheckpointIO."""

@@ -434,6 +434,16 @@ def test_a_trainer_that_has_not_begun_can_be_pickled(io: QuantizedCheckpointIO, 
     assert value_of(tmp_path / "a.ckpt") == 4
 
 
+def test_what_has_saved_can_be_pickled(tmp_path: Path) -> None:
+    io = QuantizedCheckpointIO()
+    io.save_checkpoint({"state_dict": {"weight": torch.ones(64, 64)}}, tmp_path / "a.ckpt")
+    again = pickle.loads(pickle.dumps(io))
+    again.save_checkpoint({"state_dict": {"weight": torch.ones(64, 64)}}, tmp_path / "b.ckpt")
+    assert io.report is not None
+    assert again.report is not None
+    assert again.report() == io.report()
+
+
 def test_tied_tensors_are_tied_in_the_file(io: QuantizedCheckpointIO, tmp_path: Path) -> None:
     memory = torch.arange(300.0)
     state: dict[str, Tensor] = {"a": memory[:200], "b": memory[100:].view(10, 20), "c": memory[:200]}
