@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,8 @@ from torch import Tensor
 
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
-from q8lightning.checkpoint.workers import Workers, count_workers
 from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, unpack_on
-
-WORTH_THREADS = 2**22
-"""Bytes of payloads from which on threads are started for them: they take as long as starting a few."""
+from q8lightning.quantization.workers import WORTH_THREADS, Workers, count_workers, share_out
 
 
 def payloads_in(content: Any) -> list[QuantizedTensor]:
@@ -66,29 +64,13 @@ def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | 
     Raises:
         CorruptCheckpointError: If a payload is not what was saved.
     """
-    total = sum(payload.nbytes for payload in payloads)
-    threads = 1 if total < WORTH_THREADS else min(torch.get_num_threads(), len(payloads))
     decoded: dict[int, Tensor] = {}
     if device is not None:
-        with Workers(threads) as workers:
-            for verified in [workers.submit(copy_context().run, payload.verify) for payload in payloads]:
-                verified.result()
+        share_out([partial(copy_context().run, each.verify) for each in payloads], [each.nbytes for each in payloads])
         decoded = _decode_on(device, payloads)
     left = [payload for payload in payloads if id(payload) not in decoded]
-    if threads == 1:
-        return decoded | {id(payload): payload.decode() for payload in left}
-    # One tensor a thread: threads that share each operation wait for each other at its end, thousands of times, and
-    # where others use the processor, too, that takes many times as long. What would keep one busy alone is shared.
-    shared = [payload for payload in left if payload.nbytes > total / threads]
-    decoded |= {id(payload): payload.decode() for payload in shared}
-    left = sorted((each for each in left if id(each) not in decoded), key=lambda each: each.nbytes, reverse=True)
-    try:
-        with Workers(threads, begin=lambda: torch.set_num_threads(1)) as workers:
-            pending = [(id(payload), workers.submit(copy_context().run, payload.decode)) for payload in left]
-            decoded |= {key: future.result() for key, future in pending}
-    finally:
-        torch.set_num_threads(torch.get_num_threads())  # what new threads begin with, which those have changed
-    return decoded
+    values = share_out([partial(copy_context().run, each.decode) for each in left], [each.nbytes for each in left])
+    return decoded | {id(payload): each for payload, each in zip(left, values, strict=True)}
 
 
 def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:

@@ -15,7 +15,7 @@ from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
 from q8lightning.checkpoint.payload_group import decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.summed_file import SummedFile
-from q8lightning.checkpoint.workers import MOST, Workers, count_workers
+from q8lightning.quantization.workers import MOST, Workers, count_workers
 
 OPTIMIZER_STATES = "optimizer_states"
 """The section of a checkpoint that may be decoded elsewhere than the rest."""

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from q8lightning.checkpoint.crc32 import combine
-from q8lightning.checkpoint.workers import Workers
 from q8lightning.quantization.cpu import use_huge_pages
+from q8lightning.quantization.workers import Workers
 
 LONG = 2**22
 """Bytes from which on a stretch is read by threads."""

@@ -20,7 +20,7 @@ from q8lightning.checkpoint.compact_pickle import PICKLE, WORTHWHILE, compact_pi
 from q8lightning.checkpoint.crc32 import combine
 from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.small_tensors import SmallTensors
-from q8lightning.checkpoint.workers import Workers, count_workers
+from q8lightning.quantization.workers import Workers, count_workers
 
 CHUNK = 2**22
 """Bytes that are summed and written at a time: few enough to stay in the cache between the two."""

@@ -1,7 +1,7 @@
 """Encode many tensors into one stretch of memory and back, on a GPU in one launch for each dtype and codec."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization.backend import grouped, has_kernels
 from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.workers import share_out
 
 _ALIGNMENT = 16
 """Bytes. Codes begin at multiples of it, because kernels write so many at once."""
@@ -99,9 +100,11 @@ class Packing:
             starts = tuple(self.starts[i] for i in members)
             _encode_group([tensors[i] for i in members], codec, starts, packed, members)
         data = packed.data if self._alone else []
+        jobs = []
         for index, codec in self._alone:
             flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
-            _encode(flat, codec, packed, data[index], index)
+            jobs.append(partial(_encode, flat, codec, packed, data[index], index))
+        share_out(jobs, [tensors[index].nbytes if device.type == "cpu" else 0 for index, _ in self._alone])
         return packed
 
 

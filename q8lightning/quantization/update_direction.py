@@ -6,6 +6,7 @@ hundred thousand elements tell the ratio of error to signal as well as all of th
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from q8lightning.quantization.backend import has_kernels, update_directions
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import kept_index, unpack
 from q8lightning.quantization.sampling import STRETCH, stretches_of, weight_of
+from q8lightning.quantization.workers import share_out
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
@@ -106,7 +108,9 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
     for likeness, members in alike.items():
         chosen = [pairs[index] for index in members]
         if likeness is None:
-            sums[kept_index(tuple(members), sums.device)] = torch.stack([_sums(pair) for pair in chosen])
+            sizes = [pair.exp_avg.values.nbytes if sums.device.type == "cpu" else 0 for pair in chosen]
+            each = share_out([partial(_sums, pair) for pair in chosen], sizes)
+            sums[kept_index(tuple(members), sums.device)] = torch.stack(each)
         else:
             _measure_in_a_launch(tuple(members), chosen, sums)
     return sums

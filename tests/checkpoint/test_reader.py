@@ -30,10 +30,11 @@ from q8lightning.checkpoint.io import DurableCheckpointIO
 from q8lightning.checkpoint.payload_group import decode_payloads, replace_payloads
 from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.summed_file import LONG, SummedFile
-from q8lightning.checkpoint.workers import Workers
 from q8lightning.checkpoint.writer import write_checkpoint
+from q8lightning.quantization import workers
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import Unpacking
+from q8lightning.quantization.workers import Workers
 
 Pair = namedtuple("Pair", ["one", "two"])
 
@@ -308,7 +309,7 @@ def test_a_header_that_was_damaged_is_noticed(path: Path) -> None:
 def using(threads: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have torch use so many threads, and payloads of any size be worth them."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(payload_group, "WORTH_THREADS", 0)
+    monkeypatch.setattr(workers, "WORTH_THREADS", 0)
     torch.set_num_threads(threads)
     try:
         yield

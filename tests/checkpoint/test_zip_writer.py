@@ -25,14 +25,15 @@ from promises import assert_same
 from test_special_tensors import ODD
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint import workers, write_behind, writer, zip_writer
+from q8lightning.checkpoint import write_behind, writer, zip_writer
 from q8lightning.checkpoint.crc32 import combine
 from q8lightning.checkpoint.payload import CHECKSUMS
 from q8lightning.checkpoint.payload_group import checksums_ahead, payloads_in
-from q8lightning.checkpoint.workers import Workers
 from q8lightning.checkpoint.write_behind import WriteBehind
 from q8lightning.checkpoint.zip_writer import CHUNK, ZipWriter
+from q8lightning.quantization import workers
 from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.workers import Workers
 
 
 def written(save: Callable[[Any, IO[bytes]], None], content: Any) -> bytes:

@@ -3,15 +3,23 @@
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 MOST = 8
 """Threads at most: so many read and sum faster than a disk or one socket's memory delivers."""
+
+MOST_THAT_COMPUTE = 16
+"""Threads at most that call operators: more would wait for Python's lock."""
+
+WORTH_THREADS = 2**22
+"""Bytes from which on threads are started to compute with them: they take as long as starting a few."""
 
 
 def count_workers(jobs: int) -> int:
@@ -93,3 +101,37 @@ class Workers:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+
+
+def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
+    """Call functions that compute with tensors on the CPU, each in one thread, several at a time.
+
+    Threads that share an operation wait for each other at its end, thousands of times, and where somebody else uses the
+    processor, too, that takes many times as long. What would keep one thread busy alone is shared all the same.
+
+    Args:
+        jobs: Without side effects on each other.
+        sizes: How many bytes each has to do with.
+
+    Returns:
+        What they return, in their order.
+    """
+    total, count = sum(sizes), len(jobs)
+    threads = min(torch.get_num_threads(), MOST_THAT_COMPUTE, count)
+    if threads <= 1 or total < WORTH_THREADS:
+        return [job() for job in jobs]
+    results: dict[int, T] = {i: jobs[i]() for i in range(count) if sizes[i] > total / threads}
+    inference = torch.is_inference_mode_enabled()
+
+    def run(job: Callable[[], T]) -> T:
+        with torch.inference_mode(inference), torch.no_grad():  # both are a thread's own
+            return job()
+
+    left = sorted((i for i in range(count) if i not in results), key=lambda i: sizes[i], reverse=True)
+    try:
+        with Workers(threads, begin=lambda: torch.set_num_threads(1)) as workers:
+            pending = [(i, workers.submit(run, jobs[i])) for i in left]
+            results |= {i: future.result() for i, future in pending}
+    finally:
+        torch.set_num_threads(torch.get_num_threads())  # what new threads begin with, which those have changed
+    return [results[i] for i in range(count)]
