@@ -158,7 +158,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
-        if self._routine is not None and self.async_save:
+        if self._routine is not None and self._routine.policy is self.policy and self.async_save:
             with _without_collection():
                 repeated = self._routine.save(checkpoint, names)
             if repeated is not None:

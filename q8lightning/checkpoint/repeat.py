@@ -270,22 +270,24 @@ class Repeated:
         data = torch.empty(0, dtype=torch.uint8).set_(copies.storages[key]).split_with_sizes(cuts)[1::2]
         replacements: dict[int, Any] = {}
         payloads: dict[int, QuantizedTensor] = {}
-        for i, (codec, member) in self._routine.payloads.items():
-            tensor = self._tensors[i]
+        routine = self._routine
+        outline = routine.outline  # what the tensors were: training may have changed even their shapes
+        for i, (codec, member) in routine.payloads.items():
             if member not in payloads:
-                name = self._routine.encoding.losses[member].path  # the same string as in the summary
-                payloads[member] = QuantizedTensor(
-                    codec, data[member], tuple(tensor.shape), tensor.stride(), tensor.dtype, name
-                )
-            replacements[id(tensor)] = payloads[member]
-        for raw, frozen in zip(self._routine.raws, self._frozen, strict=True):
-            own = torch.split(frozen.view(-1), [self._tensors[i].numel() for i in raw.members])
+                name = routine.encoding.losses[member].path  # the same string as in the summary
+                shape, dtype, _ = outline.properties[i]
+                payloads[member] = QuantizedTensor(codec, data[member], tuple(shape), outline.strides[i], dtype, name)
+            replacements[id(self._tensors[i])] = payloads[member]
+        for raw, frozen in zip(routine.raws, self._frozen, strict=True):
+            own = torch.split(frozen.view(-1), [outline.properties[i][0].numel() for i in raw.members])
             for i, part in zip(raw.members, own, strict=True):
-                replacements[id(self._tensors[i])] = _like(self._tensors[i], copies.storages.get(_key(i)), part)
+                tensor = _restored(outline, i, copies.storages.get(_key(i)), part)
+                if type(self._tensors[i]) is nn.Parameter:
+                    tensor = nn.Parameter(tensor, tensor.requires_grad)
+                replacements[id(self._tensors[i])] = tensor
         _put(self._content, replacements)
         self._tensors.clear()
         self._frozen.clear()
-        routine = self._routine
         self._content[SUMMARY_KEY] = summary_of(self.report(), routine.policy, routine.names.restored)
         return copies.tags
 
@@ -295,14 +297,14 @@ def _key(number: int) -> int:
     return -1 - number
 
 
-def _like(tensor: Tensor, storage: UntypedStorage | None, part: Tensor) -> Tensor:
-    """Return a tensor with the bytes of a storage or, if there is none, a copy of ``part``; it is as ``tensor`` is."""
-    result = part.clone().view(tensor.shape)
-    if storage is not None:
-        result = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-    if type(tensor) is nn.Parameter:
-        return nn.Parameter(result, tensor.requires_grad)
-    return result.requires_grad_(tensor.requires_grad)
+def _restored(outline: Outline, number: int, storage: UntypedStorage | None, part: Tensor) -> Tensor:
+    """Return a tensor as it was, with the bytes of a storage or, if there is none, with a copy of ``part``."""
+    shape, dtype, requires_grad = outline.properties[number]
+    if storage is None:
+        result = part.clone().as_strided(shape, outline.strides[number])
+    else:
+        result = torch.empty(0, dtype=dtype).set_(storage, 0, shape, outline.strides[number])
+    return result.requires_grad_(requires_grad)
 
 
 def _put(container: Any, replacements: Mapping[int, Any]) -> Any:

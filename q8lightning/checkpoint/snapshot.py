@@ -155,10 +155,12 @@ class Copier:
         if type(value) is dict:
             return copies
         result = copy.copy(value)  # keeps the subclass and its attributes, such as _metadata
-        result.update(copies)
+        dict.update(result, copies)  # a Counter's own would add them up
+        known, self._known = self._known, set()  # whoever replaces those looks at items, not at attributes
         for name, attribute in getattr(result, "__dict__", {}).items():
             # The versions of a model's modules: a dict that copy.deepcopy would take milliseconds for.
             setattr(result, name, self.copy(attribute) if isinstance(attribute, dict) else self._other(attribute))
+        self._known = known
         return result
 
     def _other(self, value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
@@ -66,6 +67,7 @@ class Net(nn.Module):
         self.register_buffer("two", memory[20:])
         self.register_buffer("none", torch.empty(0, 3))
         self.register_buffer("count", torch.arange(5))
+        self.register_buffer("pointwise", torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last))
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.embed(index)
@@ -160,6 +162,68 @@ def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
     assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
     io.finish()
+
+
+class Bag(dict[str, Any]):
+    """A dict with attributes."""
+
+
+def freeze(tensor: Tensor) -> None:
+    tensor.requires_grad_(False)
+
+
+def shrink(tensor: Tensor) -> None:
+    tensor.data = torch.zeros(3, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("change", [freeze, shrink], ids=lambda f: f.__name__)
+def test_tensors_that_become_something_else_before_they_are_written_are_saved_as_they_were(
+    change: Callable[[Tensor], None], device: str, repeated: list[bool], steps: Steps, tmp_path: Path
+) -> None:
+    """A parameter that a callback freezes; a state whose memory an optimizer replaces."""
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    live = {"small": nn.Parameter(torch.randn(8, device=device)), "large": torch.randn(16, 32, device=device)}
+    training.more["current_model_state"] = live
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    expected = written(training.checkpoint, tmp_path / "b.ckpt", RESUME)
+    gate = steps.hold("removing")
+    io.remove_checkpoint(tmp_path / "none.ckpt")
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    for tensor in live.values():
+        change(tensor)
+    gate.set()
+    io.finish()
+    assert repeated == [True]
+    assert (tmp_path / "a.ckpt").read_bytes() == expected
+
+
+def test_attributes_of_containers_have_copies(device: str, repeated: list[bool], steps: Steps, tmp_path: Path) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    live = torch.ones(8, device=device)
+    training.more["bag"] = bag = Bag(tensor=live)
+    bag.same = {"tensor": live}  # type: ignore[attr-defined]
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io._wait()
+    gate = steps.hold("removing")
+    io.remove_checkpoint(tmp_path / "none.ckpt")
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    live.zero_()
+    gate.set()
+    io.finish()
+    assert repeated == [True]
+    found = torch.load(tmp_path / "a.ckpt", weights_only=False)["bag"]
+    assert found["tensor"].tolist() == found.same["tensor"].tolist() == [1] * 8
+
+
+def test_another_policy_is_followed_at_once(device: str, repeated: list[bool], tmp_path: Path) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io.policy = COMPACT
+    for _ in range(2):
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io.finish()
+    assert repeated == [True]
+    assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ Copies from a device are tested here with the CPU in its place, and on a GPU in 
 import copy
 import gc
 import weakref
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def everything() -> dict[str, Any]:
         "dtypes": [torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.int8, torch.bfloat16, torch.complex64)],
         "odd": (torch.empty(0, 3), torch.tensor(1.5), torch.randn(4, 4).to_sparse_csr().values()),
         "containers": [Pair([1], torch.ones(2)), defaultdict(list, {"x": [torch.ones(2)]}), AttributeDict(y=[3])],
+        "milestones": Counter({30: 1, 80: 2}),  # of MultiStepLR
         "others": ({1, 2}, b"bytes", 1.5, None, torch.float32, "word", range(3)),
     }
 
