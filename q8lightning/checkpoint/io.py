@@ -176,7 +176,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Find out how to save the same tensors again: after the first save, and after two of the same tensors."""
         described = outline_of(checkpoint)
         outline = None if described is None else described[0]
-        if self._outline in (None, outline):
+        if self._outline is None or self._outline.is_that_of(outline):
             self._routine = routine_of(checkpoint, self.policy, names, report)
         self._outline = outline
 

@@ -54,6 +54,13 @@ class Outline(NamedTuple):
     strides: list[tuple[int, ...]]
     properties: list[tuple[Any, ...]]
 
+    def is_that_of(self, other: "Outline | None") -> bool:
+        """Whether both are equal; not if that cannot be said, as of keys that are tensors."""
+        try:
+            return self == other
+        except RuntimeError:
+            return False
+
 
 def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | None:
     """Return the outline and the tensors of a checkpoint; None if one has no place in memory."""
@@ -200,7 +207,7 @@ class Routine:
         Waits for the device once.
         """
         described = outline_of(checkpoint)
-        if described is None or described[0] != self.outline:
+        if described is None or not self.outline.is_that_of(described[0]):
             return None
         if (names or names_from(checkpoint)) != self.names or epsilons_of(checkpoint) != self.epsilons:
             return None
@@ -339,6 +346,8 @@ def routine_of(
     if described is None or report.guarded or report.refused or known.quantized or SUMMARY_KEY in checkpoint:
         return None
     outline, tensors = described
+    if not any(map(has_kernels, tensors)):
+        return None  # before everything is looked at, at every save
     found = find(checkpoint, policy, known)
     candidates, numbers = found.distinct, {id(tensor): i for i, tensor in enumerate(tensors)}
     moments = [moment for pair in found.pairs for moment in (pair.exp_avg, pair.exp_avg_sq)]

@@ -286,6 +286,15 @@ def test_what_is_not_as_before_is_saved_in_the_usual_way(
     io.finish()
 
 
+def test_keys_that_are_tensors_do_not_compare(device: str, repeated: list[bool], tmp_path: Path) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
+    for _ in range(2):
+        training.more["by tensor"] = {torch.ones(2): 1}
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    assert repeated == [False]
+    io.finish()
+
+
 def test_two_saves_of_the_same_tensors_make_a_new_routine(device: str, repeated: list[bool], tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
