@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.leaves import MOMENTS, ModelNames, epsilons_of, names_from
 from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.losses import DirectionLoss, SaveReport, TensorLoss
+from q8lightning.checkpoint.outline import ATOMS, Outline, outline_of
 from q8lightning.checkpoint.payload import QuantizedTensor, is_ordinary
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.snapshot import Copier, is_plain
@@ -33,65 +33,6 @@ from q8lightning.quantization.backend import has_kernels
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import Packed, Packing
 from q8lightning.quantization.update_direction import Alike
-
-_ATOMS = frozenset((int, float, str, bool, type(None)))
-
-_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
-
-
-class Outline(NamedTuple):
-    """What a checkpoint looks like; equal outlines have the same tensors under the same keys, in the same places.
-
-    Attributes:
-        structure: Types and keys of its containers, and the types of what is in them.
-        addresses: Where each tensor begins.
-        strides: Of each tensor.
-        properties: What else tells how each tensor is saved.
-    """
-
-    structure: list[Any]
-    addresses: list[int]
-    strides: list[tuple[int, ...]]
-    properties: list[tuple[Any, ...]]
-
-    def is_that_of(self, other: "Outline | None") -> bool:
-        """Whether both are equal; not if that cannot be said, as of keys that are tensors."""
-        try:
-            return self == other
-        except RuntimeError:
-            return False
-
-
-def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | None:
-    """Return the outline and the tensors of a checkpoint; None if one has no place in memory."""
-    structure: list[Any] = []
-    tensors: list[Tensor] = []
-    _outline(checkpoint, structure, tensors)
-    try:
-        addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
-    except (RuntimeError, NotImplementedError):  # sparse, nested
-        return None
-    return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
-
-
-def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> None:
-    items = container
-    if isinstance(container, dict):
-        structure.append(list(container))
-        items = list(container.values())
-    kinds = list(map(type, items))
-    structure.append(type(container))
-    structure.append(kinds)
-    if kinds.count(Tensor) == len(kinds):  # a state dict, or what an optimizer remembers of a parameter
-        tensors += items
-        return
-    for item, kind in zip(items, kinds, strict=True):
-        if kind in _ATOMS:
-            continue
-        if kind is Tensor or kind is nn.Parameter:
-            tensors.append(item)
-        elif isinstance(item, dict | list | tuple):
-            _outline(item, structure, tensors)
 
 
 class _Encoding(NamedTuple):
@@ -319,7 +260,7 @@ def _put(container: Any, replacements: Mapping[int, Any]) -> Any:
     if type(container) is tuple:
         return tuple(_replaced(item, replacements) for item in container)
     for key, item in list(container.items() if isinstance(container, dict) else enumerate(container)):
-        if type(item) not in _ATOMS:
+        if type(item) not in ATOMS:
             container[key] = _replaced(item, replacements)
     return container
 
