@@ -260,19 +260,21 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     scratch = _scratch(flat.numel(), 2 if dtype == torch.float32 else 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         code = flat[elements].view(-1, width)
-        has_zeros = bool(code.min() == 0)  # not amin, which takes longer
+        has_zeros = bool(code.amin() == 0)
         one, two = scratch[:2, : code.numel()].view(2, -1, width)
         part = values[elements] if dtype == torch.float32 else scratch[2, : code.numel()]
         decoded = part.view(torch.int32).view(-1, width)
+        # In place wherever it can be: to write to other memory takes longer.
         position, fraction = one.view(torch.int32), two.view(torch.int32)
-        position.copy_(code).mul_(grid.step[rows, None]).add_(grid.origin[rows, None])
-        torch.bitwise_and(position, logarithm.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
+        fraction.copy_(code).mul_(grid.step[rows, None]).add_(grid.origin[rows, None])
+        position.copy_(fraction)
+        fraction.bitwise_and_(logarithm.OCTAVE - 1).bitwise_or_(0x3F800000)
         # The octave of the position, with the power's mantissa in the place of the fraction's.
-        torch.sub(position, fraction, out=decoded)
-        _polynomial(two, *logarithm.EXP2_POLYNOMIAL, out=one)
-        pattern = one.view(torch.int32).add_(decoded)
-        torch.maximum(pattern, low[rows, None], out=pattern)
-        torch.minimum(pattern, high[rows, None], out=decoded)
+        octave = position.sub_(fraction)
+        _polynomial(two, *logarithm.EXP2_POLYNOMIAL, out=part.view(-1, width))
+        decoded.add_(octave)
+        torch.maximum(decoded, low[rows, None], out=decoded)
+        torch.minimum(decoded, high[rows, None], out=decoded)
         if has_zeros:
             decoded.mul_(position.copy_(code.clamp(max=1)))  # a comparison would take eight times as long
         if dtype != torch.float32:
