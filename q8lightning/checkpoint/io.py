@@ -21,13 +21,14 @@ from q8lightning.checkpoint.background import BackgroundSaves
 from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.learn import routine_of
 from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.outline import Outline, outline_of
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.reader import read_checkpoint
-from q8lightning.checkpoint.repeat import Repeated, Routine, routine_of
+from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
 from q8lightning.checkpoint.writer import announce, write_checkpoint

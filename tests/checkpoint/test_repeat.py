@@ -13,7 +13,7 @@ from steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint import repeat
+from q8lightning.checkpoint import learn
 from q8lightning.checkpoint.repeat import Routine
 from q8lightning.quantization import packing, update_direction
 
@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         blockwise = pytest.importorskip("q8lightning.quantization.kernels.blockwise")
         if not blockwise.INTERPRETED:
             pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        for module in (packing, update_direction, repeat):
+        for module in (packing, update_direction, learn):
             monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
     return str(request.param)
 
