@@ -9,12 +9,14 @@
 trains 20 more while what saves in the background is watched. "stall" is the time of the call, with the stream that
 trains synchronized before and after; "next 20 steps" what they took longer than those before; "durable" the time until
 the file is written and flushed to the disk, by us or by the IO; "load" is from the page cache and, after it was
-dropped, from the disk; "resume" what a Trainer does: load from the page cache, then into model and optimizer, which are
-on the device. Medians of the rounds after the first, in which kernels are compiled and memory is made ready: its stall
-stands behind the others'. One file is on the disk at a time.
+dropped, from the disk, into memory that the process has used before; "resume" is what a Trainer does in a process that
+has just begun: load from the page cache, then into model and optimizer, which are on the device. Medians of the rounds
+after the first, in which kernels are compiled and memory is made ready: its stall stands behind the others'. One file
+is on the disk at a time.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -22,6 +24,8 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -92,6 +96,8 @@ class Training:
 
     def resume(self, load: Callable[[Path], Any], path: Path) -> float:
         """Load a checkpoint into model and optimizer as a Trainer does; return the seconds it took."""
+        with torch.no_grad():
+            self.model(self.batch)  # makes the device ready
         self.synchronize()
         start = time.perf_counter()
         checkpoint = load(path)
@@ -121,11 +127,13 @@ class Contender:
 
     Attributes:
         wait: Returns when what was saved is written; None if it is when ``save`` returns.
+        end: Gives memory back that was kept from save to save.
         load: None where it is not measured.
     """
 
     save: Callable[[dict[str, Any], Path], object]
     wait: Callable[[], object] | None
+    end: Callable[[], object]
     load: Callable[[Path], Any] | None
     load_for: Callable[[torch.device], object] | None = None
     """Tells the IO where a training that resumes has its optimizer, as the callback does."""
@@ -135,7 +143,10 @@ def of_lightning(asynchronous: bool) -> Contender:
     io = AsyncCheckpointIO(TorchCheckpointIO()) if asynchronous else TorchCheckpointIO()
     # What it writes in the background is the same file, which need not be loaded twice.
     return Contender(
-        io.save_checkpoint, io.teardown if asynchronous else None, None if asynchronous else io.load_checkpoint
+        io.save_checkpoint,
+        io.teardown if asynchronous else None,
+        io.teardown,
+        None if asynchronous else io.load_checkpoint,
     )
 
 
@@ -145,8 +156,7 @@ def of_ours(checkpoint: str, async_save: bool = False) -> Contender:
     def load_for(device: torch.device) -> None:
         io.optimizer_device = device
 
-    # No teardown: memory is kept between saves.
-    return Contender(io.save_checkpoint, io._wait if async_save else None, io.load_checkpoint, load_for)
+    return Contender(io.save_checkpoint, io._wait if async_save else None, io.teardown, io.load_checkpoint, load_for)
 
 
 def of_dcp() -> Contender:
@@ -155,7 +165,7 @@ def of_dcp() -> Contender:
     def save(checkpoint: dict[str, Any], path: Path) -> None:
         pending.append(dcp.async_save(checkpoint, checkpoint_id=path))
 
-    return Contender(save, lambda: pending.pop().result(), None)
+    return Contender(save, lambda: pending.pop().result(), lambda: None, None)
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[], Contender]]] = {
@@ -195,6 +205,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int, loads: Col
     path = folder / f"{name}.ckpt"
     columns: dict[str, list[float]] = {key: [] for key in ("stall", "before", "next", "durable", *LOADS)}
     device_memory = 0
+    _release_host_memory()
     rss = _host_memory("VmRSS")
     _reset_host_peak()
     for counts in [False] + [True] * rounds:
@@ -222,6 +233,7 @@ def measure(name: str, training: Training, folder: Path, rounds: int, loads: Col
         watcher.join()
         gc.collect()
     size, host_memory = _size(path), max(0, _host_memory("VmHWM") - rss)
+    contender.end()
     if contender.load is not None:
         for _ in range(rounds):
             load(contender, training, path, loads, columns)
@@ -254,14 +266,31 @@ def load(
     if "load" in loads:
         columns["load"].append(_seconds(contender.load, path))
     if "resume" in loads:
-        if contender.load_for is not None:
-            contender.load_for(training.device)
-        columns["resume"].append(training.resume(contender.load, path))
-        if contender.load_for is not None:
-            contender.load_for(torch.device("cpu"))
+        columns["resume"].append(_resume_elsewhere(path, training))
     if "disk" in loads:
         _drop_from_memory(path)
         columns["disk"].append(_seconds(contender.load, path))
+
+
+def _resume_elsewhere(path: Path, training: Training) -> float:
+    """Resume in a process of its own, as a training that starts again does; return the seconds of loading."""
+    arguments = {
+        "--device": training.device,
+        "--parameters": training.parameters,
+        "--threads": torch.get_num_threads(),
+        "--resume": path,
+    }
+    command = [sys.executable, __file__, *(str(part) for pair in arguments.items() for part in pair)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def resume(path: Path, training: Training) -> float:
+    """Resume from a file that is named after the contender that wrote it; return the seconds of loading."""
+    contender = CONTENDERS[path.stem][1]()
+    assert contender.load is not None
+    if contender.load_for is not None:
+        contender.load_for(training.device)
+    return training.resume(contender.load, path)
 
 
 def _watch(contender: Contender, path: Path, start: float, durable: list[float]) -> None:
@@ -304,6 +333,14 @@ def _host_memory(key: str) -> int:
     """Return the resident memory of this process, or its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _release_host_memory() -> None:
+    """Give back what contenders before have freed, so that the next one is seen to take it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()  # private: pinned memory
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_host_peak() -> None:
@@ -373,6 +410,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--folder", type=Path, default=Path("runs/save"), help="where checkpoints go, and are removed")
     parser.add_argument("--output", type=Path, help="append results to this file")
+    parser.add_argument("--resume", type=Path, help="print how long resuming from this file takes and end")
     parser.add_argument("--table", type=Path, help="print the table of such a file and end")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -383,8 +421,11 @@ def main() -> None:
         parser.error(f"no such contender: {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
     training = Training(torch.device(arguments.device), arguments.parameters)
+    if arguments.resume:
+        print(resume(arguments.resume, training))
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     training.steps()
     results = []
     for name in arguments.only.split(","):

@@ -169,7 +169,7 @@ def _describe(archive: zipfile.ZipFile, damaged: zipfile.ZipInfo) -> str:
     if folder:
         try:
             with archive.open(f"{folder}/data.pkl") as content:
-                names = list(_tensors_in(_Outline(content).load(), key, ()))
+                names = list(_tensors_in(_Outline(content).load(), _Holders(key), ()))
         except Exception:
             names = []
         if names:
@@ -215,17 +215,29 @@ class _Storage(str):
     """The key of a storage."""
 
 
-def _tensors_in(value: Any, key: str, path: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of the tensors whose storage has this key."""
-    if isinstance(value, _Storage):
-        if value == key:
-            yield ".".join(path)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _tensors_in(item, key, (*path, str(name)))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _tensors_in(item, key, (*path, str(index)))
-    elif isinstance(value, tuple | _Anything):
-        for item in value.parts if isinstance(value, _Anything) else value:
-            yield from _tensors_in(item, key, path)
+class _Holders:
+    """Tells whether objects have a storage in them; each is looked at once, since many may share one."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._known: dict[int, bool] = {}
+
+    def has(self, value: Any) -> bool:
+        if isinstance(value, _Storage):
+            return value == self._key
+        if not isinstance(value, dict | list | tuple | _Anything):
+            return False
+        if id(value) not in self._known:
+            self._known[id(value)] = False  # while its parts are looked at, of which it may be one
+            parts = value.parts if isinstance(value, _Anything) else value
+            self._known[id(value)] = any(map(self.has, parts.values() if isinstance(parts, dict) else parts))
+        return self._known[id(value)]
+
+
+def _tensors_in(value: Any, holders: _Holders, path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths of the tensors that have the storage."""
+    if isinstance(value, dict | list | tuple):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(item, holders, (*path, str(name)))
+    elif holders.has(value):
+        yield ".".join(path)

@@ -2,8 +2,8 @@
 
 A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
 therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
-importing this module registers the function as safe. The import paths of ``rebuild_v1`` and ``rebuild_v1_apart`` and
-their arguments are a promise to every file ever written.
+importing this module registers the function as safe. The import paths of the functions whose names begin with
+``rebuild_v1`` and their arguments are a promise to every file ever written.
 """
 
 import math
@@ -234,11 +234,38 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
     return payload
 
 
-def rebuild_v1_apart(view: Tensor) -> Tensor:
-    """Return a tensor that was stored together with others, in memory of its own.
+def rebuild_v1_small(
+    data: Tensor, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...] | None]
+) -> tuple[Tensor, ...]:
+    """Return the tensors that were stored together, each in memory of its own; files name them by their numbers.
 
-    Its import path is as much of a promise as that of :func:`rebuild_v1`; the name makes versions that do not have it
-    say that the format is newer than they are.
+    Their names make versions that do not have these functions say that the format is newer than they are.
+
+    Args:
+        data: ``[numel]``, the elements of all, each tensor's in the order of memory.
+        shapes: Their shapes.
+        strides: Their strides, in elements; None for a contiguous tensor.
+    """
+    watcher = _WATCHER.get()
+    result = []
+    parts = torch.split(data, [math.prod(shape) for shape in shapes])
+    for part, shape, stride in zip(parts, shapes, strides, strict=True):
+        tensor = part.clone()
+        if watcher is not None:
+            watcher(part, tensor)
+        result.append(tensor.view(shape) if stride is None else tensor.as_strided(shape, stride))
+    return tuple(result)
+
+
+def rebuild_v1_item(tensors: tuple[Tensor, ...], number: int) -> Tensor:
+    """Return one of the tensors that were stored together."""
+    return tensors[number]
+
+
+def rebuild_v1_apart(view: Tensor) -> Tensor:
+    """Return a tensor, given as a view of the storage of several, in memory of its own.
+
+    Early files have one call for each small tensor; later ones have :func:`rebuild_v1_small`.
     """
     tensor = view.clone()
     watcher = _WATCHER.get()
@@ -247,7 +274,7 @@ def rebuild_v1_apart(view: Tensor) -> Tensor:
     return tensor
 
 
-torch.serialization.add_safe_globals([rebuild_v1, rebuild_v1_apart])
+torch.serialization.add_safe_globals([rebuild_v1, rebuild_v1_small, rebuild_v1_item, rebuild_v1_apart])
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
-from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, unpack_on
+from q8lightning.quantization.packing import Unpacking, batches, bytes_to_unpack, unpack_on, unpack_together
 from q8lightning.quantization.workers import WORTH_THREADS, Workers, count_workers, share_out
 
 
@@ -69,14 +69,32 @@ def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | 
         share_out([partial(copy_context().run, each.verify) for each in payloads], [each.nbytes for each in payloads])
         decoded = _decode_on(device, payloads)
     left = [payload for payload in payloads if id(payload) not in decoded]
-    values = share_out([partial(copy_context().run, each.decode) for each in left], [each.nbytes for each in left])
-    return decoded | {id(payload): each for payload, each in zip(left, values, strict=True)}
+    jobs, sizes = [], []
+    for batch in batches([_unpacking(payload) for payload in left], torch.get_num_threads()):
+        members = [left[index] for index in batch]
+        jobs.append(partial(copy_context().run, _decode_together, members))
+        sizes.append(sum(payload.nbytes for payload in members))
+    for values in share_out(jobs, sizes):
+        decoded |= values
+    return decoded
+
+
+def _decode_together(payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
+    """Verify and decode what may be decoded in one go; return the tensors by the payloads' ids."""
+    for payload in payloads:
+        payload.verify()
+    values = unpack_together([_unpacking(payload) for payload in payloads])
+    return {id(payload): payload.as_decoded(each) for payload, each in zip(payloads, values, strict=True)}
+
+
+def _unpacking(payload: QuantizedTensor) -> Unpacking:
+    return Unpacking(payload.data, payload.codec, math.prod(payload.shape), payload.dtype)
 
 
 def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
     chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
-    items = [Unpacking(each.data, each.codec, math.prod(each.shape), each.dtype) for each in chosen]
+    items = [_unpacking(each) for each in chosen]
     if not items or bytes_to_unpack(items) > _free_bytes(device):
         return {}
     try:

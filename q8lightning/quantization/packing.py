@@ -1,6 +1,6 @@
 """Encode many tensors into one stretch of memory and back, on a GPU in one launch for each dtype and codec."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -13,6 +13,10 @@ from q8lightning.quantization.workers import share_out
 
 _ALIGNMENT = 16
 """Bytes. Codes begin at multiples of it, because kernels write so many at once."""
+
+_TOGETHER = 2**19
+"""Elements up to which tensors are decoded in one go on the CPU: as many as its codecs work on at a time. Threads that
+call operators on less wait for Python's lock more than they compute."""
 
 
 class Packed(NamedTuple):
@@ -144,19 +148,63 @@ def repack(data: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Unpacking(NamedTuple):
-    """What :func:`unpack_on` decodes.
+    """What :func:`unpack_on` and :func:`unpack_together` decode.
 
     Attributes:
         data: ``[nbytes]`` uint8, on any device, as :class:`Packed` has it.
         codec: What it was encoded with.
         numel: How many elements it has.
-        dtype: What to decode it to: float32, float16 or bfloat16.
+        dtype: What to decode it to: float32, float16, bfloat16 or, not on a GPU, float64.
     """
 
     data: Tensor
     codec: Codec
     numel: int
     dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What :meth:`Codec.encode` returned."""
+        return unpack(self.data, self.codec, self.numel)
+
+
+def batches(items: Sequence[Unpacking], threads: int) -> Iterator[list[int]]:
+    """Yield the indices of items that :func:`unpack_together` may decode, such that several threads have enough to do.
+
+    Items that are large or empty, not on the CPU, or end within a block come alone.
+    """
+    most = min(_TOGETHER, sum(item.numel for item in items) // (4 * threads))
+    open_batches: dict[tuple[Codec, torch.dtype], list[int]] = {}
+    sizes: dict[tuple[Codec, torch.dtype], int] = {}
+    for index, (data, codec, numel, dtype) in enumerate(items):
+        if data.device.type != "cpu" or numel % codec.block_size or not 0 < numel <= most:
+            yield [index]
+            continue
+        key = codec, dtype
+        size = sizes.get(key, 0) + numel
+        if size > most:
+            yield open_batches.pop(key)
+            size = numel
+        open_batches.setdefault(key, []).append(index)
+        sizes[key] = size
+    yield from open_batches.values()
+
+
+def unpack_together(items: Sequence[Unpacking]) -> list[Tensor]:
+    """Decode as :meth:`Codec.decode` does, on the CPU many small tensors in one go.
+
+    Args:
+        items: One, or several whose codecs and dtypes are the same and which are whole blocks, all on the CPU.
+
+    Returns:
+        ``[numel]`` values for each item, in memory of its own, where the item is.
+    """
+    codec, dtype = items[0].codec, items[0].dtype
+    if len(items) == 1:
+        return [codec.decode(items[0].parts, dtype)]
+    parts = tuple(torch.cat(part) for part in zip(*(item.parts for item in items), strict=True))
+    values = codec.decode(parts, dtype)
+    return [each.clone() for each in torch.split(values, [item.numel for item in items])]
 
 
 def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:

@@ -45,12 +45,20 @@ FIRST_VALUES: dict[str, dict[str, list[float]]] = {
 CHECKSUMS = {"resume": 13621835731285095455, "compact": 2877949218341502240}
 """Of ``state_dict.layer.weight``."""
 REBUILD = "q8lightning.checkpoint.payload rebuild_v1"
+CALLS = {
+    "v1": [REBUILD],
+    "v1_checksums": [REBUILD],
+    "v1_small": [REBUILD, f"{REBUILD}_apart"],
+    "v1_pooled": [REBUILD, f"{REBUILD}_item", f"{REBUILD}_small"],
+}
+"""What each file calls: as it was first, since payloads have checksums, since small tensors lie together, and since the
+pickle has only a number for each of these."""
 WEIGHTS = {"resume": ("linear", 256, True), "compact": ("softsign", 256, False)}
 
 
-@pytest.fixture(params=["v1", "v1_checksums", "v1_small"])
+@pytest.fixture(params=list(CALLS))
 def golden(preset: str, request: pytest.FixtureRequest) -> Path:
-    """A file of a preset, as it was first, since payloads have checksums, and since small tensors lie together."""
+    """A file of a preset."""
     return GOLDEN / f"{preset}_{request.param}.ckpt"
 
 
@@ -114,11 +122,11 @@ def test_saving_them_again_writes_the_same_payloads(preset: str, tmp_path: Path,
         (old_header, *old_data), (new_header, *new_data) = old_arguments, new_arguments
         assert old_header == new_header, name
         assert all(same_bits(*pair) for pair in zip(old_data, new_data, strict=True)), name
-    assert calls_of(tmp_path / "again.ckpt") == [REBUILD, f"{REBUILD}_apart"]
+    assert calls_of(tmp_path / "again.ckpt") == CALLS["v1_pooled"]
 
 
 def test_a_file_names_no_more_of_the_package_than_is_promised(golden: Path) -> None:
-    assert calls_of(golden) == ([REBUILD, f"{REBUILD}_apart"] if golden.stem.endswith("small") else [REBUILD])
+    assert calls_of(golden) == CALLS[golden.stem.partition("_")[2]]
 
 
 def test_small_tensors_have_memory_of_their_own(golden: Path) -> None:
@@ -135,7 +143,7 @@ def test_the_summary_is_the_last_entry(golden: Path) -> None:
     assert list(checkpoint)[-1] == "q8lightning"
     summary = checkpoint["q8lightning"]
     assert summary["format_version"] == 1
-    assert golden.stem.endswith("small") or list(summary) == ["format_version"]
+    assert golden.stem.endswith(("small", "pooled")) or list(summary) == ["format_version"]
 
 
 def test_the_header_of_a_payload_is_primitives(preset: str, golden: Path) -> None:

@@ -197,13 +197,13 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     where: dict[str, tuple[str, int]] = {}
-    real = QuantizedTensor.decode
+    real = QuantizedTensor.verify
 
-    def decode(self: QuantizedTensor) -> Tensor:
+    def verify(self: QuantizedTensor) -> None:
         where[self.name] = threading.current_thread().name, torch.get_num_threads()
-        return real(self)
+        real(self)
 
-    monkeypatch.setattr(QuantizedTensor, "decode", decode)
+    monkeypatch.setattr(QuantizedTensor, "verify", verify)
     payloads = [payload(str(index)) for index in range(9)]
     payloads.insert(4, QuantizedTensor.encode(torch.randn(200_000), Codec("softsign"), "large"))
     with using(3, monkeypatch):
@@ -217,8 +217,31 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
     assert where.pop("large") == ("MainThread", 3)
     assert set(where.values()) == {("q8lightning worker", 1)}
     for each in payloads:
-        assert same_bits(decoded[id(each)], real(each))
+        assert same_bits(decoded[id(each)], each.decode())
     assert threads() == []
+
+
+def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    codecs = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("dynamic", 64)]
+    payloads = []
+    # Some end within a block, one has no element, one is larger than what is decoded together.
+    for index, numel in enumerate((256, 4096, 300, 0, 5120, 70_000, 512, 4096, 129, 8192)):
+        for codec in codecs:
+            dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float64)[index % 4]
+            tensor = torch.randn(numel, generator=generator).abs().to(dtype)
+            payloads.append(QuantizedTensor.encode(tensor.view(2, -1).t() if numel == 4096 else tensor, codec, "x"))
+    with using(2, monkeypatch):
+        sizes = [len(batch) for batch in payload_group.batches([payload_group._unpacking(x) for x in payloads], 2)]
+        decoded = decode_payloads(payloads)
+    assert sum(sizes) == len(payloads) > len(sizes) > 4
+    for each in payloads:
+        found, expected = decoded[id(each)], each.decode()
+        assert same_bits(found, expected)
+        assert found.stride() == expected.stride()
+        assert found.untyped_storage().nbytes() == found.nbytes, "memory of its own"
 
 
 # Damage

@@ -18,7 +18,6 @@ from q8lightning.checkpoint.payload import is_dense
 from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.small_tensors import SMALL, SmallTensors
 from q8lightning.checkpoint.writer import write_checkpoint
-from q8lightning.cli.main import main
 
 
 class Holder:
@@ -170,6 +169,7 @@ def test_the_fast_reader_reads_it_too(file: Path) -> None:
 
 
 def test_compress_makes_the_same_of_a_plain_file(file: Path, tmp_path: Path) -> None:
+    main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
     torch.save(checkpoint(), tmp_path / "plain.ckpt")
     main(["compress", str(tmp_path / "plain.ckpt"), str(tmp_path / "b.ckpt"), "--preset", "compact"])
     assert_same(load(tmp_path / "b.ckpt"), load(file))
@@ -183,6 +183,7 @@ def test_compress_makes_the_same_of_a_plain_file(file: Path, tmp_path: Path) -> 
 def test_compress_keeps_memory_shared_that_an_object_shares(tmp_path: Path) -> None:
     content = checkpoint()
     content["holder"] = Holder(content["state_dict"]["bias"].view(64))
+    main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
     torch.save(content, tmp_path / "plain.ckpt")
     main(["compress", "--trust", str(tmp_path / "plain.ckpt"), str(tmp_path / "b.ckpt")])
     found = torch.load(tmp_path / "b.ckpt", weights_only=False)

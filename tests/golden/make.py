@@ -1,11 +1,11 @@
 """Write the golden files of checkpoint format 1: checkpoints of both presets and the values that they stand for.
 
-    python tests/golden/make.py [--force] [--again checksums|small]
+    python tests/golden/make.py [--force] [--again checksums|small|pooled]
 
 Run once for each format version and never again: the files hold what users have on their disks, and later versions of
 q8lightning must read them. ``--force`` replaces them, which is right only as long as format 1 has not been released.
-``--again`` writes the first files again as they are saved since payloads have checksums (``checksums``) and since small
-tensors lie together (``small``).
+``--again`` writes the first files again as they are saved since payloads have checksums (``checksums``), since small
+tensors lie together (``small``), and since the pickle has only a number for each of these (``pooled``).
 
 The values in ``expected_v1.pt`` come from the reference, not from loading what was written.
 """
@@ -85,7 +85,8 @@ def write(preset: str, known: list[Tensor]) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
-    parser.add_argument("--again", choices=["checksums", "small"], help="write *_v1_AGAIN.ckpt, from the first files")
+    again = ["checksums", "small", "pooled"]
+    parser.add_argument("--again", choices=again, help="write *_v1_AGAIN.ckpt, from the first files")
     arguments = parser.parse_args()
     force = arguments.force
     if arguments.again:
