@@ -18,11 +18,11 @@ from torch import Tensor
 from q8lightning.quantization import logarithm, reference
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 
-CHUNK = 2**19
-"""Elements per chunk: two megabytes of float32, so that the passes over a chunk stay in the caches
+CHUNK = 2**20
+"""Elements per chunk: four megabytes of float32, so that the passes over a chunk stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
-HUGE = 2**25
+HUGE = 2**23
 """Bytes from which on memory is asked for in huge pages; less is often in memory that was freed before."""
 
 
