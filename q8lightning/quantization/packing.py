@@ -15,8 +15,8 @@ _ALIGNMENT = 16
 """Bytes. Codes begin at multiples of it, because kernels write so many at once."""
 
 _TOGETHER = 2**19
-"""Elements up to which tensors are decoded in one go on the CPU: as many as its codecs work on at a time. Threads that
-call operators on less wait for Python's lock more than they compute."""
+"""Elements up to which tensors are decoded in one go on the CPU. Threads that call operators on many fewer wait for
+Python's lock more than they compute; the scratch of more would be in new memory each time."""
 
 
 class Packed(NamedTuple):
