@@ -282,7 +282,8 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
 
     Args:
         code: A built-in name or one of :data:`ALIASES`, a :attr:`Codebook.spec`, a codebook, or 2 to 256 increasing
-            levels in [-1, 1] with 0. Levels on a GPU are copied to the host, which synchronizes; make a :class:`Codebook` once to avoid that.
+            levels in [-1, 1] with 0. Levels on a GPU are copied to the host, which synchronizes; make a
+            :class:`Codebook` once to avoid that.
 
     Raises:
         ValueError: If the name is unknown or the levels are no codebook.
