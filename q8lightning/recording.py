@@ -75,7 +75,9 @@ def publish(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """
     if not values:
         return
-    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()})
+    trainer.callback_metrics.update(
+        {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
+    )
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)

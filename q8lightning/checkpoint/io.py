@@ -30,7 +30,7 @@ from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_refused
 from q8lightning.checkpoint.writer import announce, write_checkpoint
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
@@ -113,6 +113,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self.report: Callable[[], SaveReport] | None = None
         """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
         self._warned: set[tuple[str, str]] = set()
+        self._unsaid: SaveReport | None = None
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
         self._memory = PinnedMemory()
         self._routine: Routine | None = None
@@ -149,14 +150,15 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         snapshot = self._freeze(checkpoint, names)
         announce("frozen", path)
         write = partial(self._write, snapshot, path, storage_options)
-        if not self.async_save:
+        if self.async_save:
+            if self._background is None:
+                self._background = BackgroundSaves()
+            self._background.save(path, write)
+            if name.startswith(_URGENT):
+                self._wait()
+        else:
             write()
-            return
-        if self._background is None:
-            self._background = BackgroundSaves()
-        self._background.save(path, write)
-        if name.startswith(_URGENT):
-            self._wait()
+        self._warn()
 
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
@@ -167,7 +169,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
                 self.report = repeated.report
                 return repeated
         encoded, report = encode_and_report(checkpoint, self.policy, names)
-        self._warn(report)
+        self._unsaid = report
         self.report = lambda: report
         snapshot = Snapshot(encoded, live=self.async_save)
         if self.async_save:
@@ -182,8 +184,15 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             self._routine = routine_of(checkpoint, self.policy, names, report)
         self._outline = outline
 
-    def _warn(self, report: SaveReport) -> None:
-        """Warn of what the guard did, of each tensor once."""
+    def _warn(self) -> None:
+        """Warn of what was stored otherwise, after the checkpoint was written or queued: warnings may be errors.
+
+        Of what the guard did, each tensor is named once.
+        """
+        report, self._unsaid = self._unsaid, None
+        if report is None:
+            return
+        warn_of_refused(report.refused)
         new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
         self._warned |= {(each.path, each.remedy) for each in new}
         warn_of_guarded(new)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
 from q8lightning.quantization.packing import Unpacking, batches, bytes_to_unpack, unpack_on, unpack_together
@@ -51,6 +52,7 @@ def checksums_ahead(content: Any) -> Iterator[list[QuantizedTensor]]:
             CHECKSUMS.reset(token)
 
 
+@neutral()
 def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | None = None) -> dict[int, Tensor]:
     """Decode loaded payloads, each verified before.
 

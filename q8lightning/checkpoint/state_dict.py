@@ -47,6 +47,7 @@ def encode_checkpoint(
     that would lose more than the policy allows are stored better, with another one (``guard.py``).
     """
     encoded, report = encode_and_report(checkpoint, policy, names)
+    warn_of_refused(report.refused)
     warn_of_guarded(report.guarded)
     return encoded
 
@@ -54,11 +55,10 @@ def encode_checkpoint(
 def encode_and_report(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
 ) -> Encoded:
-    """As :func:`encode_checkpoint`; leave it to the caller to warn of what the guard did."""
+    """As :func:`encode_checkpoint`; leave the warnings to the caller."""
     known = names or names_from(checkpoint)
     found = find(checkpoint, policy, known)
     report = encode_candidates(found.distinct, found.pairs, policy)
-    _warn_of_refused(report.refused)
     replacements = _replacements(found)
     encoded = dict(_replace(checkpoint, replacements))
     codes: dict[str, dict[str, Any]] = {}
@@ -149,7 +149,8 @@ def _replacements(found: Found) -> dict[int, Any]:
     return replacements
 
 
-def _warn_of_refused(refused: list[str]) -> None:
+def warn_of_refused(refused: list[str]) -> None:
+    """Name tensors that no codec can hold, in one warning; none if there are none."""
     if refused:
         warnings.warn(
             f"stored as they are, not quantized: {'; '.join(refused)}. The checkpoint is complete but larger;"

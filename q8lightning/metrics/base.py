@@ -47,7 +47,7 @@ class SquaredErrorMetric(QuantizationMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
 
     def _add(self, sums: Tensor) -> None:
         self.sums = self.sums + sums

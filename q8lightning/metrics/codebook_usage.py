@@ -46,7 +46,9 @@ class CodebookUsage(QuantizationMetric):
         check_num_levels(num_levels)
         super().__init__(**kwargs)
         self.num_levels = num_levels
-        self.add_state("counts", default=torch.zeros(num_levels, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", default=torch.zeros(num_levels, dtype=torch.float64, device=self.device), dist_reduce_fx="sum"
+        )
 
     def update(self, codes: Tensor) -> None:
         """Count ``[*shape]`` uint8; ValueError if they are not, or one is not below ``num_levels``."""

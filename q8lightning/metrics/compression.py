@@ -37,7 +37,7 @@ class CompressionRatio(QuantizationMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
 
     def update(self, original_bytes: int | Tensor, stored_bytes: int | Tensor) -> None:
         """Add what was there and what is stored, in bytes; ValueError if one is negative or not whole."""

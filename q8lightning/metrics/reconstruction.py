@@ -113,7 +113,9 @@ class MaxReconstructionError(QuantizationMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("max_error", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state(
+            "max_error", default=torch.zeros((), dtype=torch.float64, device=self.device), dist_reduce_fx="max"
+        )
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Look at decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""

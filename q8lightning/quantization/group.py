@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.group_batches import Batch, InLaunch, batches
 from q8lightning.quantization.weight_codec import WeightCodec
@@ -60,6 +61,7 @@ class FakeQuantizeGroup:
         self._batches: list[Batch | InLaunch] = []
         self._find()
 
+    @neutral()
     @torch.no_grad()
     def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor | None:
         """Let the tensors show the quantized values of their masters.
@@ -79,7 +81,7 @@ class FakeQuantizeGroup:
         self._find()
         statistics = None
         if measure:
-            device = self._own[0].device if self._own else None
+            device = self._own[0].device if self._own else torch.device("cpu")
             statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=device)
         for batch in self._batches:
             batch.write(self._own, self._slots, share, seed, statistics)
