@@ -111,8 +111,9 @@ class Codebook:
         """A string that :func:`get_codebook` turns into this codebook: its name, or its levels in hexadecimal."""
         if BUILTIN.get(self.name) == self:
             return self.name
-        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
-        return _CUSTOM_PREFIX + bytes(levels.view(torch.uint8).tolist()).hex()
+        with neutral():
+            levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+            return _CUSTOM_PREFIX + bytes(levels.view(torch.uint8).tolist()).hex()
 
     @cached_property
     @lasting()
@@ -303,7 +304,8 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
         return code
     if isinstance(code, str):
         return _parse(code)
-    levels = code.detach().flatten().tolist() if isinstance(code, Tensor) else code
+    with neutral():
+        levels = code.detach().flatten().tolist() if isinstance(code, Tensor) else code
     try:
         numbers = tuple(float(level) for level in levels)
     except (TypeError, ValueError):
