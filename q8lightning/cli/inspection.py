@@ -108,7 +108,7 @@ def describe(source: Source) -> dict[str, Any]:
     content = source.content
     return {
         "file": str(source.path),
-        "bytes": source.path.stat().st_size,
+        "bytes": source.file.size,
         "sections": [str(key) for key in content] if isinstance(content, Mapping) else [],
         "training": {key: content[key] for key in _PROGRESS if isinstance(content, Mapping) and key in content},
         "summary": summary_of(source),

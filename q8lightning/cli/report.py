@@ -43,7 +43,7 @@ def print_inspection(console: Console, source: Source, depth: int | None) -> Non
     """Print what a checkpoint is, its sizes by kind, and the tree of its tensors down to ``depth`` levels."""
     entries = entries_of(source)
     summary = summary_of(source)
-    size = source.path.stat().st_size
+    size = source.file.size
     console.print(f"[bold]{escape(str(source.path))}[/bold]", highlight=False, soft_wrap=True)
     content = source.content if isinstance(source.content, Mapping) else {}
     about = {"size": f"{size:,} bytes", "format": "plain" if summary is None else _format(summary)}
