@@ -30,7 +30,10 @@ def _stand_in(name: str) -> Callable[..., Any]:
     """Return a function that does what the package's function of this name does."""
 
     def rebuild(*arguments: Any) -> Any:
-        from q8lightning.checkpoint import payload
+        import torch
+
+        with torch.device("cpu"):  # the package makes tables; whoever loads may be about to make things elsewhere
+            from q8lightning.checkpoint import payload
 
         return getattr(payload, name)(*arguments)
 

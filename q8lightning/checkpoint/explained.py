@@ -14,7 +14,8 @@ CONTENTS = "the table of contents at the end of the file, which was cut off or c
 _NO_PICKLE = ("Invalid magic number", "invalid load key", "pickle data was truncated")
 """What torch and pickle say of bytes that ``torch.save`` did not write."""
 
-_OPERANDS = {each.code for each in pickletools.opcodes}
+_OPERANDS = {each.code for each in pickletools.opcodes} - {"P"}
+"""What a pickle of torch may consist of. With a P begins a zip, of which no more than that may be left."""
 
 
 @contextmanager
