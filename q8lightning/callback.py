@@ -124,8 +124,8 @@ class QuantizationCallback(QATCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say how weights are quantized in checkpoints that no CheckpointIO encodes."""
-        if self.policy is None and self.codecs:
-            state = checkpoint["state_dict"]
+        state = checkpoint.get("state_dict")
+        if self.policy is None and self.codecs and isinstance(state, Mapping):  # a hook may have put anything there
             described = describe_codes(state, state, self.codecs)
             checkpoint[SUMMARY_KEY] = {
                 "format_version": FORMAT_VERSION,
