@@ -87,19 +87,14 @@ def names_from(checkpoint: Mapping[str, Any]) -> ModelNames:
         optimizer_parameters=tuple(
             tuple(name for group in groups for name in _listed(group.get("param_names")))
             for groups in _param_groups(checkpoint)
-            if groups is not None
         )
     )
 
 
-def _param_groups(checkpoint: Mapping[str, Any]) -> list[list[Mapping[str, Any]] | None]:
-    """Return the groups of each optimizer, None in the place of what is none; a hook may have put anything there."""
-    return [
-        [group for group in _listed(optimizer.get("param_groups")) if isinstance(group, Mapping)]
-        if isinstance(optimizer, Mapping)
-        else None
-        for optimizer in _listed(checkpoint.get("optimizer_states"))
-    ]
+def _param_groups(checkpoint: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
+    """Return the groups of each optimizer, none of what is no optimizer's state; a hook may have put anything there."""
+    states = [each if isinstance(each, Mapping) else {} for each in _listed(checkpoint.get("optimizer_states"))]
+    return [[group for group in _listed(state.get("param_groups")) if isinstance(group, Mapping)] for state in states]
 
 
 def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
@@ -193,7 +188,7 @@ def epsilons_of(checkpoint: Mapping[str, Any]) -> dict[tuple[Any, ...], float]:
     """Return the eps of each optimizer's groups, by what precedes the key of their parameters' states."""
     epsilons: dict[tuple[Any, ...], float] = {}
     for index, groups in enumerate(_param_groups(checkpoint)):
-        for group in groups or ():
+        for group in groups:
             if isinstance(eps := group.get("eps"), float):
                 epsilons |= {("optimizer_states", index, "state", key): eps for key in _listed(group.get("params"))}
     return epsilons

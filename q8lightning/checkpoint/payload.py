@@ -66,18 +66,16 @@ class QuantizedTensor:
     """
 
     __slots__ = (
-        *(
-            "__weakref__",
-            "checksum",
-            "codec",
-            "data",
-            "dtype",
-            "is_parameter",
-            "name",
-            "requires_grad",
-            "shape",
-            "stride",
-        ),
+        "__weakref__",
+        "checksum",
+        "codec",
+        "data",
+        "dtype",
+        "is_parameter",
+        "name",
+        "requires_grad",
+        "shape",
+        "stride",
     )
 
     def __init__(

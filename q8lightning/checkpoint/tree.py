@@ -9,6 +9,7 @@ Each container is visited once, however many paths lead to it, and nothing here 
 they like, share each other and hold themselves.
 """
 
+import copyreg
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -61,7 +62,7 @@ def is_unpickled_plainly(container: Any) -> bool:
 @lru_cache(maxsize=256)
 def _pickles_as_its_base(kind: Any) -> bool:
     has_slots = any(vars(each).get("__slots__") for each in kind.__mro__ if each not in _BASES)
-    return not has_slots and _inherits(kind, _PICKLING)
+    return not has_slots and kind not in copyreg.dispatch_table and _inherits(kind, _PICKLING)
 
 
 @lru_cache(maxsize=256)

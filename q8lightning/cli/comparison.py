@@ -128,7 +128,7 @@ def compare(first: Source, second: Source, progress: Callable[[int, int], None] 
 
 def values(value: _Value) -> Tensor:
     """Return the values of a tensor, decoded if need be."""
-    return value.decode() if isinstance(value, QuantizedTensor) else value.detach()
+    return (value.decode() if isinstance(value, QuantizedTensor) else value).detach()
 
 
 def _stored_as(value: _Value) -> str:

@@ -3,6 +3,7 @@
 Graphs of containers are made at random, with shared containers and with cycles.
 """
 
+import copyreg
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from functools import reduce
@@ -232,7 +233,14 @@ class Mirror(dict):  # type: ignore[type-arg]
         self.__dict__ = self
 
 
+class Registered(Row):
+    __slots__ = ()
+
+
+copyreg.pickle(Registered, lambda row: (Registered, (list(row),)))
+
 WHOLE = {
+    "pickled by a function": Registered([1]),
     "pickles itself": Reducing(x=1),
     "has slots": Slotted(x=1),
     "iterates otherwise": Listing([1]),
