@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,18 +15,18 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.background import BackgroundSaves
+from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.learn import routine_of
 from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.outline import Outline, outline_of
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.reader import read_checkpoint
+from q8lightning.checkpoint.reader import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_passed_over
@@ -215,14 +214,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             BackgroundSaveError: If a save in the background failed.
         """
         self._wait()
-        try:
+        with explained(path):
             checkpoint = self._load(path, _local(path), *args, **kwargs)
-        except pickle.UnpicklingError as error:
-            if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
-                raise NewerFormatError("later than 1") from error
-            raise
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(error.what, path) from None  # it knows the tensor; add the file
         summary = checkpoint.get(SUMMARY_KEY)
         if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
             raise NewerFormatError(summary["format_version"])
@@ -234,10 +227,13 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             with nullcontext() if self.verify else without_verification():
                 return load(path, *args, **kwargs)
         if type(self.base) is not DurableCheckpointIO:  # it may do something with the tensors
-            with verified(local_path) if self.verify else without_verification():
+            if self.verify:
+                checkpoint: dict[str, Any] = read_elsewhere(local_path, partial(load, path, *args, **kwargs))
+                return checkpoint
+            with without_verification():
                 return load(path, *args, **kwargs)
         device = self.optimizer_device
-        checkpoint: dict[str, Any] = read_checkpoint(
+        checkpoint = read_checkpoint(
             local_path,
             lambda file: load(file, *args, **kwargs),
             self.verify,

@@ -2,7 +2,8 @@
 
 A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
 therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
-importing this module registers the function as safe. The import paths of the functions whose names begin with
+the function is registered as safe: by ``q8lightning_autoload`` when torch is imported, where the package is installed,
+and by importing this module. The import paths of the functions whose names begin with
 ``rebuild_v1`` and their arguments are a promise to every file ever written.
 """
 
@@ -315,7 +316,27 @@ def rebuild_v1_apart(view: Tensor) -> Tensor:
     return tensor
 
 
-torch.serialization.add_safe_globals([rebuild_v1, rebuild_v1_small, rebuild_v1_item, rebuild_v1_apart])
+FUNCTIONS = (rebuild_v1, rebuild_v1_small, rebuild_v1_item, rebuild_v1_apart)
+"""All that files of this format call."""
+
+LATER = tuple(f"rebuild_v{version}" for version in range(FORMAT_VERSION + 1, 10))
+"""What files of later formats will call: these names raise that this version is too old."""
+
+
+def register_functions() -> None:
+    """Let ``torch.load(weights_only=True)`` call the functions that files name, if it may not yet.
+
+    Those that ``q8lightning_autoload`` registered stay: the load that is going on may have met one of them already, and
+    torch would refuse it if another function had its name now.
+    """
+    known = {each[1] for each in torch.serialization.get_safe_globals() if isinstance(each, tuple)}
+    functions = {function.__name__: function for function in FUNCTIONS} | {name: _refusing(name) for name in LATER}
+    named = [(function, f"{__name__}.{name}") for name, function in functions.items()]
+    torch.serialization.add_safe_globals([each for each in named if each[1] not in known])
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    return lambda *_: __getattr__(name)
 
 
 def __getattr__(name: str) -> Any:
@@ -323,6 +344,9 @@ def __getattr__(name: str) -> Any:
     if name.startswith("rebuild_v"):
         raise NewerFormatError(name.removeprefix("rebuild_v"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_functions()
 
 
 @contextmanager

@@ -120,15 +120,10 @@ def compare(first: Source, second: Source, progress: Callable[[int, int], None] 
         if tuple(a.shape) != tuple(b.shape):
             result.reshaped.append((path, tuple(a.shape), tuple(b.shape)))
             continue
-        difference = _sum(_differences(values(a), values(b)))
+        difference = _sum(_differences(first.values(a).detach(), second.values(b).detach()))
         result.rows.append(Row(path, kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
     result.rows.extend(_update_directions(first, second))
     return result
-
-
-def values(value: _Value) -> Tensor:
-    """Return the values of a tensor, decoded if need be."""
-    return (value.decode() if isinstance(value, QuantizedTensor) else value).detach()
 
 
 def _stored_as(value: _Value) -> str:
@@ -175,7 +170,11 @@ def _update_directions(first: Source, second: Source) -> Iterator[Row]:
             if moments[0] is None or moments[1] is None or moments[0][0].shape != moments[1][0].shape:
                 continue
             eps = _eps(one, key)
-            directions = [_direction(values(pair[0]), values(pair[1]), eps) for pair in moments if pair]
+            directions = [
+                _direction(source.values(pair[0]).detach(), source.values(pair[1]).detach(), eps)
+                for source, pair in zip((first, second), moments, strict=True)
+                if pair
+            ]
             difference = _sum(_difference(a, b) for a, b in zip(*directions, strict=True))
             known = names[index] if index < len(names) else ()
             name = known[key] if isinstance(key, int) and key < len(known) else str(key)

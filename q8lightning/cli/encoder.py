@@ -138,7 +138,7 @@ class Encoder(Work):
             if isinstance(value, Tensor):
                 tensors[id(value)] = value
             elif some_may_change and id(value) not in tensors:
-                tensors[id(value)] = value.decode()
+                tensors[id(value)] = self._source.values(value)
         return tensors
 
     def _is_as_wanted(self, keys: Keys, payload: QuantizedTensor) -> bool:
