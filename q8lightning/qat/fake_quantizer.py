@@ -1,7 +1,8 @@
 """A model whose selected weights hold quantized values while it is engaged, and their masters at every other time."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +10,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.config import QATConfig
+from q8lightning.qat.lost_write import LostWriteError
 from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.group import FakeQuantizeGroup
 from q8lightning.quantization.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
+
+Place = tuple[FakeQuantizeGroup, int]
+"""A group, and which of its tensors."""
+
+_open: "weakref.WeakSet[FakeQuantizer]" = weakref.WeakSet()
 
 
 class FakeQuantizer:
@@ -41,14 +48,26 @@ class FakeQuantizer:
     """
 
     def __init__(self, module: nn.Module, config: QATConfig) -> None:
+        self.module = module
         self.config = config
         self.weights = select_weights(module, config)
         self._activations: list[_Activation] = []
         self._handles: list[RemovableHandle] = []
         self._frozen = select_frozen(module, config)
         self._groups = _groups(self.weights)
-        self._places = {id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)}
+        self.places: dict[int, Place] = {
+            id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)
+        }
+        """Where each selected parameter is, by its identity."""
         self._state: tuple[float, int] | None = None
+        self._held = 0
+        self.busy = False
+        """Whether the quantizer itself is at work, in operators that are not the user's."""
+        self.generation = 0
+        """Grows whenever a weight may have got other memory."""
+        self.compares = False
+        """Whether a release compares the weights with what was written into them, bit by bit."""
+        self._sums: dict[int, Tensor] = {}
         self._statistics: dict[str, ErrorStatistics] = {}
         for _, each, rule in select_modules(module, config):
             self._activations.append(_Activation(rule.codebook, rule.per == "tensor"))
@@ -57,6 +76,7 @@ class FakeQuantizer:
         for owner in module.modules():
             if not selected.isdisjoint(owner.parameters(recurse=False)):
                 self._handles += _StateDictHooks(self).attach(owner)
+        _open.add(self)
 
     @property
     def codecs(self) -> dict[str, WeightCodec]:
@@ -84,6 +104,8 @@ class FakeQuantizer:
         Returns:
             Whether the weights are quantized now.
         """
+        if self._held:
+            return False
         share, seed = 1.0, 0
         if step is not None:
             share = self.config.share(step) if training else float(self.config.active(step))
@@ -95,12 +117,58 @@ class FakeQuantizer:
         return self.engaged
 
     def release(self) -> None:
-        """Put the masters back, bit for bit; nothing happens if they are there."""
-        for group in self._groups:
-            group.release()
+        """Put the masters back, bit for bit; nothing happens if they are there.
+
+        Raises:
+            RuntimeError: With the masters back, if somebody wrote to a weight while it held its quantized values.
+        """
+        with self._at_work():
+            lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()] or self._altered()
+        self.restore()
+        if lost:
+            raise LostWriteError(self.names(lost))
+
+    def restore(self) -> None:
+        """Put the masters back as :meth:`release` does, whatever was written in between; for errors on their way."""
+        with self._at_work():
+            for group in self._groups:
+                group.release()
         self._state = None
+        self._sums = {}
         for activation in self._activations:
             activation.enabled = False
+
+    def settle(self) -> None:
+        """Quantize those masters again that were written to since they were quantized."""
+        if self._state is not None and any(group.written for group in self._groups):
+            with self._at_work():
+                weights = [weight for weight, (group, index) in self.places.items() if index in group.written]
+                for group in self._groups:
+                    group.settle(*self._state)
+                self._sum(weights)
+
+    def wrote(self, parameter: int) -> None:
+        """Take down that the master of a weight, given by its identity, was written to; :meth:`settle` quantizes it."""
+        group, index = self.places[parameter]
+        group.wrote(index)
+
+    @contextmanager
+    def masters(self) -> Iterator[None]:
+        """Put the masters back for a while; what is in them at the end is quantized, if they were."""
+        interrupted = self._state
+        self.release()
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if interrupted is not None and not self._held:
+            self._write(*interrupted, measure=False)
+
+    def names(self, parameters: Iterable[int]) -> list[str]:
+        """Return the first names of parameters that are given by their identity."""
+        known = {id(weight.parameter): weight.names[0] for weight in self.weights}
+        return [known[each] for each in parameters]
 
     def drop_frozen_gradients(self, step: int) -> None:
         """Forget the gradients of parameters that are frozen at a step: optimizers pass over what has none."""
@@ -108,27 +176,58 @@ class FakeQuantizer:
             if step >= first:
                 parameter.grad = None
 
-    def master(self, parameter: nn.Parameter) -> Tensor | None:
+    def master(self, parameter: Tensor) -> Tensor | None:
         """Return the master of a weight that holds quantized values now; None for others."""
-        if not self.engaged or id(parameter) not in self._places:
+        if not self.engaged or id(parameter) not in self.places:
             return None
-        group, index = self._places[id(parameter)]
+        group, index = self.places[id(parameter)]
         return group.masters[index].detach()  # another tensor, whose owner may change what it points at
 
     def close(self) -> None:
-        """Release the weights and take all hooks off the model."""
-        self.release()
+        """Put the masters back and take all hooks off the model."""
+        self.restore()
+        _open.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _write(self, share: float, seed: int, measure: bool) -> None:
+    @torch.no_grad()
+    def _sum(self, weights: Iterable[int]) -> None:
+        """Take down sums over the bits of weights, if they are to be compared."""
+        for weight in weights if self.compares else ():
+            group, index = self.places[weight]
+            self._sums[weight] = _bits(group.tensors[index])
+
+    @torch.no_grad()
+    def _altered(self) -> list[int]:
+        """Return the weights whose bits are not those that were written into them."""
+        places = {weight: self.places[weight] for weight in self._sums}
+        pairs = [
+            (weight, self._sums[weight] != _bits(group.tensors[index]))
+            for weight, (group, index) in places.items()
+            if index not in group.written
+        ]
+        return [weight for weight, altered in pairs if altered]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        outer, self.busy = self.busy, True
+        self.generation += 1
         try:
-            measured = [group.engage(share, seed, measure) for group in self._groups]
+            yield
+        finally:
+            self.busy = outer
+
+    def _write(self, share: float, seed: int, measure: bool) -> None:
+        self.release()
+        try:
+            with self._at_work():
+                measured = [group.engage(share, seed, measure) for group in self._groups]
         except BaseException:
-            self.release()  # those groups that got so far
+            self.restore()  # those groups that got so far
             raise
         self._state = (share, seed)
+        self._sum(self.places)
         for activation in self._activations:
             activation.enabled = True
         if measure:
@@ -141,6 +240,32 @@ class FakeQuantizer:
             }
 
 
+@contextmanager
+def masters(module: nn.Module) -> Iterator[None]:
+    """Put the masters into the parameters of a module, inside a step of a training with quantized weights.
+
+    What is written to them there is what the next forward pass quantizes; what runs a forward pass there runs in full
+    precision. Where no weight is quantized, and without QAT, nothing happens, so the model may always use it. All
+    quantized weights of the training are released, also those outside of ``module``.
+
+    Args:
+        module: The model, or a part of it.
+
+    Raises:
+        RuntimeError: If somebody wrote to a weight before, while it held its quantized values.
+
+    Example:
+        >>> model = nn.Linear(64, 64)
+        >>> with masters(model), torch.no_grad():
+        ...     _ = model.weight.clamp_(-0.1, 0.1)
+    """
+    identities = {id(parameter) for parameter in module.parameters()}
+    with ExitStack() as stack:
+        for quantizer in [each for each in _open if not identities.isdisjoint(each.places)]:
+            stack.enter_context(quantizer.masters())
+        yield
+
+
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     """Group weights by codec and device: each group is quantized in one launch."""
     together: dict[tuple[WeightCodec, torch.device], list[Tensor]] = {}
@@ -149,6 +274,11 @@ def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     return [
         FakeQuantizeGroup(tensors, codec.book, codec.block_size, codec.axis) for (codec, _), tensors in together.items()
     ]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(integers[tensor.element_size()]).sum()
 
 
 class _Activation:

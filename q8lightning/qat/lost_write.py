@@ -1,0 +1,32 @@
+"""What stops a training before a write to a quantized weight is lost."""
+
+from collections.abc import Sequence
+
+REMEDIES = (
+    "write in a hook that sees the masters, such as on_train_batch_end or on_before_zero_grad, or inside"
+    " `with q8lightning.masters(module):`, or leave the parameter as it is with QATConfig(exclude=[...])"
+)
+
+
+class LostWriteError(RuntimeError):
+    """Somebody wrote to a weight inside a step, and the write cannot reach the master.
+
+    Args:
+        names: The weights' names.
+        why: What is special about the write; by default that nobody followed it.
+    """
+
+    def __init__(self, names: Sequence[str], why: str = "") -> None:
+        several = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        why = why or (
+            "it was found only afterwards: writes are followed from the first steps on, and not in compiled modules"
+        )
+        super().__init__(
+            f"{several} was written to inside a step, while it held its quantized values, and the write would not reach"
+            f" its master as it should ({why}); {REMEDIES}"
+        )
+        self.names = list(names)
+        self.why = why
+
+    def __reduce__(self) -> tuple[type["LostWriteError"], tuple[list[str], str]]:
+        return LostWriteError, (self.names, self.why)

@@ -1,0 +1,270 @@
+"""Writes to quantized weights that reach the masters, and what they are computed from.
+
+While weights are engaged there are two worlds: the one that everybody sees, in which a weight is its quantized value,
+and the one of the masters, in which the user's writes have to happen. What is computed from weights has a value in
+both: a shadow beside the tensor that the user holds. A write to a weight happens in the world of the masters, with
+shadows for its inputs; the weight is quantized again when somebody reads it. What a layer returns (a linear map, a
+convolution, an embedding, attention) is the same in both, because layers compute with quantized weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.operators import (
+    ACCESSORS,
+    ALIASES,
+    LAYERS,
+    LAZY,
+    NUMBERS,
+    PLAIN,
+    RESHAPING,
+    mapped,
+    name_of,
+    random_states,
+    same_numbers,
+    set_random_states,
+    storage_of,
+    targets_of,
+    tensors_in,
+    version_of,
+)
+
+
+@dataclass(frozen=True)
+class _Shadow:
+    """The value of a tensor in the world of the masters.
+
+    Attributes:
+        of: The tensor.
+        value: What it would be.
+        weight: The identity of the weight whose memory the tensor looks at; None for a tensor of its own.
+    """
+
+    of: weakref.ref[Any]
+    value: Tensor
+    weight: int | None
+
+
+class TwoWorlds(TorchFunctionMode):
+    """While it is active, every write to an engaged weight reaches its master, or raises.
+
+    Args:
+        quantizer: Whose weights.
+    """
+
+    def __init__(self, quantizer: FakeQuantizer) -> None:
+        super().__init__()
+        self.wrote: set[int] = set()
+        """The identities of weights whose masters were written to."""
+        self.paused = False
+        self._quantizer = quantizer
+        self._shadows: dict[int, _Shadow] = {}
+        self._spoiled: dict[int, weakref.ref[Any]] = {}
+        self._number = ""
+        self._generation = -1
+        self._lie_in: dict[int, list[int]] = {}
+        self._show: dict[int, list[int]] = {}
+
+    def begin(self) -> None:
+        """Begin a step: what Python took from weights in an earlier one is forgotten."""
+        self._number = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or self.paused or self._quantizer.busy:
+            return func(*args, **kwargs)
+        name = name_of(func)
+        if name in PLAIN or (name in ACCESSORS and getattr(func.__self__, "__name__", "") not in ALIASES):
+            return func(*args, **kwargs)
+        tensors = list(tensors_in((args, kwargs)))
+        if not any(self._value(each) is not None for each in tensors):
+            return self._without(func, name, args, kwargs, tensors)
+        targets = targets_of(name, args, kwargs)
+        if not self._quantizer.engaged:
+            return self._released(func, args, kwargs, targets)
+        weights = [weight for each in targets if (weight := self._weight(each)) is not None]
+        legal = not (torch.is_grad_enabled() and any(each.requires_grad for each in targets))
+        if weights and legal and name not in RESHAPING:
+            return self._write(func, args, kwargs, tensors, weights)
+        if name not in LAZY and any(self._is_stale(each) for each in tensors):
+            self._quantizer.settle()
+        if name in LAYERS and any(self._value(each) is None for each in tensors):
+            return self._layer(func, args, kwargs, tensors)
+        return self._both(func, name, args, kwargs, tensors, targets)
+
+    def _write(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], weights: list[int]) -> Any:
+        """Run it in the world of the masters only, so that what a graph has saved of the other stays as it is."""
+        self._check(weights, tensors)
+        with torch.no_grad():
+            result = func(*self._there(args), **self._there(kwargs))
+        for weight in weights:
+            self._take_down(weight)
+        back = {id(self._there(each)): each for each in tensors}
+        return mapped(result, lambda each: back.get(id(each), each))
+
+    def _released(self, func: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> Any:
+        """Write to a master that is in place, with what was read when it was not."""
+        if any(id(each) in self._quantizer.places for each in targets):
+            return func(*self._there(args), **self._there(kwargs))
+        return func(*args, **kwargs)
+
+    def _layer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        before = [version_of(each) for each in tensors]
+        result = func(*args, **kwargs)
+        moved = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version]
+        self._refuse([weight for each in moved if (weight := self._weight(each)) is not None], "by a layer's function")
+        return result
+
+    def _both(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]) -> Any:
+        """Run it in the world that is seen, then, with the same random numbers, in that of the masters."""
+        before, random = [version_of(each) for each in tensors], random_states(tensors)
+        result = func(*args, **kwargs)
+        moved = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version]
+        weights = [weight for each in moved if (weight := self._weight(each)) is not None]
+        others = [each for each in (*moved, *targets) if self._value(each) is None]
+        mixed = any(self._value(each) is None for each in tensors)  # and differentiated: part of a forward pass
+        mixed = mixed and any(each.requires_grad for each in tensors_in(result))
+        if others or mixed or any(self._is_spoiled(each) for each in tensors):
+            self._refuse(weights, "together with other tensors")
+            self._spoil(others)
+            self._spoil(tensors_in(result))
+            return result
+        after = random_states(tensors)
+        set_random_states(random)
+        try:
+            with torch.no_grad():
+                there = func(*self._there(args), **self._there(kwargs))
+        except Exception:  # the user's own call went well
+            self._refuse(weights, "with an operator that does not take the masters")
+            self._spoil(tensors_in(result))
+            return result
+        finally:
+            set_random_states(after)
+        if name in NUMBERS and not same_numbers(result, there):
+            self._number = self._number or name.strip("_")
+        self._pair(result, there, tensors)
+        for weight in (*weights, *self._masters_of(map(self._there, targets))):
+            self._take_down(weight)
+        return result
+
+    def _without(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """Run what no weight takes part in, unless it is a view of one, or what a state dict shows of a master."""
+        targets = targets_of(name, args, kwargs) if self._quantizer.engaged else []
+        masters = self._masters_of(targets)
+        if masters:
+            self._check(masters, tensors)
+        self._refuse(self._shown_in(targets), "through a view that was taken elsewhere")
+        result = func(*args, **kwargs)
+        for weight in masters:
+            self._take_down(weight)
+        if self._spoiled and name not in LAYERS and any(self._is_spoiled(each) for each in tensors):
+            self._spoil((*targets, *tensors_in(result)))
+        return result
+
+    def _there(self, value: Any) -> Any:
+        """Return arguments as they are in the world of the masters."""
+        return mapped(value, lambda each: each if (shadow := self._value(each)) is None else shadow)
+
+    def _value(self, tensor: Tensor) -> Tensor | None:
+        """Return what a tensor is in the world of the masters, None if that is the same."""
+        place = self._quantizer.places.get(id(tensor))
+        if place is not None:
+            group, index = place
+            return group.masters[index] if group.engaged else None
+        shadow = self._shadows.get(id(tensor))
+        return shadow.value if shadow is not None and shadow.of() is tensor else None
+
+    def _weight(self, tensor: Tensor) -> int | None:
+        """Return the weight that a tensor is, or whose memory it looks at."""
+        if id(tensor) in self._quantizer.places:
+            return id(tensor)
+        shadow = self._shadows.get(id(tensor))
+        return shadow.weight if shadow is not None and shadow.of() is tensor else None
+
+    def _is_stale(self, tensor: Tensor) -> bool:
+        weight = self._weight(tensor)
+        if weight is None:
+            return False
+        group, index = self._quantizer.places[weight]
+        return index in group.written
+
+    def _take_down(self, weight: int) -> None:
+        self.wrote.add(weight)
+        self._quantizer.wrote(weight)
+        self._generation = -1  # it may lie elsewhere now
+
+    def _pair(self, result: Any, there: Any, tensors: list[Tensor]) -> None:
+        """Remember the tensors of one world as the shadows of those of the other."""
+        if isinstance(result, Tensor) and isinstance(there, Tensor):
+            if self._value(result) is None and not any(result is each for each in tensors):
+                shares = {self._weight(each) for each in tensors if storage_of(each) == storage_of(result)} - {None}
+                if len(shares) > 1:
+                    self._spoil([result])
+                    return
+                weight = next(iter(shares), None)
+                reference = _reference(result, self._shadows, id(result))
+                self._shadows[id(result)] = _Shadow(reference, there, weight)
+                if weight is None:
+                    self._spoil([result])  # those that share its memory without being known
+        elif isinstance(result, list | tuple) and isinstance(there, list | tuple):
+            for here, beyond in zip(result, there, strict=False):
+                self._pair(here, beyond, tensors)
+
+    def _spoil(self, tensors: Iterable[Tensor]) -> None:
+        """Remember that there is something in a tensor's memory that came from quantized values."""
+        for tensor in tensors:
+            if tensor.layout is torch.strided and not self._shown_in([tensor]):
+                storage = tensor.untyped_storage()
+                self._spoiled[storage.data_ptr()] = _reference(storage, self._spoiled, storage.data_ptr())
+
+    def _is_spoiled(self, tensor: Tensor) -> bool:
+        if not self._spoiled or self._value(tensor) is not None:
+            return False
+        return storage_of(tensor) in self._spoiled
+
+    def _masters_of(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Return the weights whose masters lie in the memory of tensors that are not weights themselves."""
+        self._look_up()
+        others = (each for each in tensors if id(each) not in self._quantizer.places)
+        return [weight for each in others for weight in self._lie_in.get(storage_of(each), ())]
+
+    def _shown_in(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Return the weights whose quantized values may lie in the memory of tensors."""
+        self._look_up()
+        return [weight for each in tensors for weight in self._show.get(storage_of(each), ())]
+
+    def _look_up(self) -> None:
+        if self._generation == self._quantizer.generation:
+            return
+        self._generation = self._quantizer.generation
+        self._lie_in, self._show = {}, {}
+        for weight, (group, index) in self._quantizer.places.items():
+            if group.engaged:
+                self._lie_in.setdefault(storage_of(group.masters[index]), []).append(weight)
+                self._show.setdefault(storage_of(group.tensors[index]), []).append(weight)
+
+    def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
+        """Refuse a write that may depend on quantized values."""
+        if self._number:
+            self._refuse(weights, f"after {self._number}() made a number for Python of quantized values")
+        if any(self._is_spoiled(each) for each in tensors):
+            self._refuse(weights, "from what was computed with quantized values")
+
+    def _refuse(self, weights: list[int], why: str) -> None:
+        if weights:
+            raise LostWriteError(self._quantizer.names(dict.fromkeys(weights)), why)
+
+
+def _reference(value: Any, among: dict[int, Any], key: int) -> weakref.ref[Any]:
+    """Return a reference that takes the entry away when its object goes."""
+    return weakref.ref(value, lambda _: among.pop(key, None))
