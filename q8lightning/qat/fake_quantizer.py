@@ -20,7 +20,7 @@ from q8lightning.quantization.weight_codec import WeightCodec
 Place = tuple[FakeQuantizeGroup, int]
 """A group, and which of its tensors."""
 
-_open: "weakref.WeakSet[FakeQuantizer]" = weakref.WeakSet()
+_opened: "weakref.WeakSet[FakeQuantizer]" = weakref.WeakSet()
 
 
 class FakeQuantizer:
@@ -67,6 +67,8 @@ class FakeQuantizer:
         """Grows whenever a weight may have got other memory."""
         self.compares = False
         """Whether a release compares the weights with what was written into them, bit by bit."""
+        self.followed = False
+        """Whether somebody follows all writes at the moment."""
         self._sums: dict[int, Tensor] = {}
         self._statistics: dict[str, ErrorStatistics] = {}
         for _, each, rule in select_modules(module, config):
@@ -76,7 +78,7 @@ class FakeQuantizer:
         for owner in module.modules():
             if not selected.isdisjoint(owner.parameters(recurse=False)):
                 self._handles += _StateDictHooks(self).attach(owner)
-        _open.add(self)
+        _opened.add(self)
 
     @property
     def codecs(self) -> dict[str, WeightCodec]:
@@ -145,7 +147,7 @@ class FakeQuantizer:
                 weights = [weight for weight, (group, index) in self.places.items() if index in group.written]
                 for group in self._groups:
                     group.settle(*self._state)
-                self._sum(weights)
+                self._sum(weights if self.compares else [weight for weight in weights if weight in self._sums])
 
     def wrote(self, parameter: int) -> None:
         """Take down that the master of a weight, given by its identity, was written to; :meth:`settle` quantizes it."""
@@ -162,8 +164,16 @@ class FakeQuantizer:
             yield
         finally:
             self._held -= 1
-        if interrupted is not None and not self._held:
-            self._write(*interrupted, measure=False)
+            if interrupted is not None and not self._held:
+                self._write(*interrupted, measure=False)
+
+    def touched(self, parameter: int) -> None:
+        """Take down that somebody looks into the memory of what may be a weight: a release compares it then."""
+        if self._state is None or self.busy or self.followed or parameter not in self.places:
+            return
+        if parameter not in self._sums:
+            with self._at_work():
+                self._sum([parameter])
 
     def names(self, parameters: Iterable[int]) -> list[str]:
         """Return the first names of parameters that are given by their identity."""
@@ -186,15 +196,15 @@ class FakeQuantizer:
     def close(self) -> None:
         """Put the masters back and take all hooks off the model."""
         self.restore()
-        _open.discard(self)
+        _opened.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @torch.no_grad()
     def _sum(self, weights: Iterable[int]) -> None:
-        """Take down sums over the bits of weights, if they are to be compared."""
-        for weight in weights if self.compares else ():
+        """Take down sums over the bits of weights, to be compared."""
+        for weight in weights:
             group, index = self.places[weight]
             self._sums[weight] = _bits(group.tensors[index])
 
@@ -227,7 +237,7 @@ class FakeQuantizer:
             self.restore()  # those groups that got so far
             raise
         self._state = (share, seed)
-        self._sum(self.places)
+        self._sum(self.places if self.compares else ())
         for activation in self._activations:
             activation.enabled = True
         if measure:
@@ -238,6 +248,11 @@ class FakeQuantizer:
                 if rows is not None
                 for tensor, row in zip(group.tensors, rows, strict=True)
             }
+
+
+def open_quantizers() -> list[FakeQuantizer]:
+    """Return the fake quantizers of this process that are not closed."""
+    return list(_opened)
 
 
 @contextmanager
@@ -261,7 +276,7 @@ def masters(module: nn.Module) -> Iterator[None]:
     """
     identities = {id(parameter) for parameter in module.parameters()}
     with ExitStack() as stack:
-        for quantizer in [each for each in _open if not identities.isdisjoint(each.places)]:
+        for quantizer in [each for each in _opened if not identities.isdisjoint(each.places)]:
             stack.enter_context(quantizer.masters())
         yield
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
@@ -64,16 +64,17 @@ class TwoWorlds(TorchFunctionMode):
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
         super().__init__()
-        self.wrote: set[int] = set()
-        """The identities of weights whose masters were written to."""
+        self.writes = False
+        """Whether there was a write, so that every step from now on has to be followed."""
         self.paused = False
         self._quantizer = quantizer
         self._shadows: dict[int, _Shadow] = {}
         self._spoiled: dict[int, weakref.ref[Any]] = {}
         self._number = ""
-        self._generation = -1
+        self._generation, self._moved = -1, True
         self._lie_in: dict[int, list[int]] = {}
         self._show: dict[int, list[int]] = {}
+        self._plain: set[int] = set()
 
     def begin(self) -> None:
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
@@ -93,8 +94,13 @@ class TwoWorlds(TorchFunctionMode):
         if not self._quantizer.engaged:
             return self._released(func, args, kwargs, targets)
         weights = [weight for each in targets if (weight := self._weight(each)) is not None]
-        legal = not (torch.is_grad_enabled() and any(each.requires_grad for each in targets))
-        if weights and legal and name not in RESHAPING:
+        # A parameter that is not quantized takes what it would take without QAT: values of the masters.
+        ours = bool(weights) or (bool(targets) and all(map(self._is_plain, targets)))
+        # Autograd refuses to write to what it differentiates: it shall do so here too.
+        refused = name != "__set__" and torch.is_grad_enabled() and any(each.requires_grad for each in targets)
+        if ours and not refused and name not in RESHAPING:
+            if name in ACCESSORS:
+                self._moved = True
             return self._write(func, args, kwargs, tensors, weights)
         if name not in LAZY and any(self._is_stale(each) for each in tensors):
             self._quantizer.settle()
@@ -107,6 +113,7 @@ class TwoWorlds(TorchFunctionMode):
         self._check(weights, tensors)
         with torch.no_grad():
             result = func(*self._there(args), **self._there(kwargs))
+        self.writes = True
         for weight in weights:
             self._take_down(weight)
         back = {id(self._there(each)): each for each in tensors}
@@ -129,11 +136,12 @@ class TwoWorlds(TorchFunctionMode):
         """Run it in the world that is seen, then, with the same random numbers, in that of the masters."""
         before, random = [version_of(each) for each in tensors], random_states(tensors)
         result = func(*args, **kwargs)
-        moved = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version]
-        weights = [weight for each in moved if (weight := self._weight(each)) is not None]
-        others = [each for each in (*moved, *targets) if self._value(each) is None]
-        mixed = any(self._value(each) is None for each in tensors)  # and differentiated: part of a forward pass
+        written = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version] + targets
+        weights = [weight for each in written if (weight := self._weight(each)) is not None]
+        others = [each for each in written if self._value(each) is None]
+        mixed = any(self._value(each) is None and not _is_parameter(each) for each in tensors)
         mixed = mixed and any(each.requires_grad for each in tensors_in(result))
+        # What was mixed with data and is differentiated is part of a forward pass.
         if others or mixed or any(self._is_spoiled(each) for each in tensors):
             self._refuse(weights, "together with other tensors")
             self._spoil(others)
@@ -199,9 +207,8 @@ class TwoWorlds(TorchFunctionMode):
         return index in group.written
 
     def _take_down(self, weight: int) -> None:
-        self.wrote.add(weight)
+        self.writes = True
         self._quantizer.wrote(weight)
-        self._generation = -1  # it may lie elsewhere now
 
     def _pair(self, result: Any, there: Any, tensors: list[Tensor]) -> None:
         """Remember the tensors of one world as the shadows of those of the other."""
@@ -240,18 +247,30 @@ class TwoWorlds(TorchFunctionMode):
 
     def _shown_in(self, tensors: Iterable[Tensor]) -> list[int]:
         """Return the weights whose quantized values may lie in the memory of tensors."""
-        self._look_up()
+        if self._generation != self._quantizer.generation:
+            self._look_up()
         return [weight for each in tensors for weight in self._show.get(storage_of(each), ())]
 
+    def _is_plain(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter that is not quantized, or lies in its memory."""
+        if self._value(tensor) is not None:
+            return False
+        self._look_up()
+        return isinstance(tensor, nn.Parameter) or storage_of(tensor) in self._plain
+
     def _look_up(self) -> None:
-        if self._generation == self._quantizer.generation:
+        """Find out where everything lies, if it may have moved."""
+        quantizer = self._quantizer
+        if self._generation == quantizer.generation and not self._moved:
             return
-        self._generation = self._quantizer.generation
+        self._generation, self._moved = quantizer.generation, False
         self._lie_in, self._show = {}, {}
-        for weight, (group, index) in self._quantizer.places.items():
+        for weight, (group, index) in quantizer.places.items():
             if group.engaged:
                 self._lie_in.setdefault(storage_of(group.masters[index]), []).append(weight)
                 self._show.setdefault(storage_of(group.tensors[index]), []).append(weight)
+        parameters = (each for each in quantizer.module.parameters() if id(each) not in quantizer.places)
+        self._plain = {storage_of(each) for each in parameters} - {*self._lie_in, *self._show}
 
     def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
         """Refuse a write that may depend on quantized values."""
@@ -263,6 +282,11 @@ class TwoWorlds(TorchFunctionMode):
     def _refuse(self, weights: list[int], why: str) -> None:
         if weights:
             raise LostWriteError(self._quantizer.names(dict.fromkeys(weights)), why)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a parameter or a view of one."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def _reference(value: Any, among: dict[int, Any], key: int) -> weakref.ref[Any]:

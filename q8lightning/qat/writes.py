@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from q8lightning.qat.compiled import compiled_modules
+from q8lightning.qat.data_access import DataAccess
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.renormalized import renormalize_masters
 from q8lightning.qat.two_worlds import TwoWorlds
@@ -34,6 +35,7 @@ class Writes:
         self._quantizer = quantizer
         self._worlds = None if compiled_modules(quantizer.module) else TwoWorlds(quantizer)
         self._handles = renormalize_masters(quantizer)
+        self._access = DataAccess()
         self._steps: Counter[str] = Counter()
 
     def close(self) -> None:
@@ -41,6 +43,7 @@ class Writes:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._access.close()
 
     def begin(self, stage: str) -> None:
         """Decide, before the weights are engaged, whether their values are compared when they are released."""
@@ -56,12 +59,16 @@ class Writes:
         """
         worlds, count = self._worlds, self._steps[stage]
         self._steps[stage] += self._quantizer.engaged
-        if worlds is None or not self._quantizer.engaged or (count >= FOLLOWED and not worlds.wrote):
+        if worlds is None or not self._quantizer.engaged or (count >= FOLLOWED and not worlds.writes):
             yield
             return
         worlds.begin()
-        with worlds:
-            yield
+        self._quantizer.followed = True
+        try:
+            with worlds:
+                yield
+        finally:
+            self._quantizer.followed = False
 
     @contextmanager
     def outside(self) -> Iterator[None]:
