@@ -90,7 +90,10 @@ def version_of(tensor: Tensor) -> int:
 
 def storage_of(tensor: Tensor) -> int:
     """Return the address of the memory that a tensor looks at; 0 if it has none of its own."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or a wrapper of torch.func (NotImplementedError is one)
+        return 0
 
 
 def same_numbers(one: Any, other: Any) -> bool:

@@ -73,7 +73,7 @@ class TwoWorlds(TorchFunctionMode):
         self._number = ""
         self._generation, self._moved = -1, True
         self._lie_in: dict[int, list[int]] = {}
-        self._show: dict[int, list[int]] = {}
+        self._show: dict[int, list[tuple[int, int, int]]] = {}
         self._plain: set[int] = set()
 
     def begin(self) -> None:
@@ -230,7 +230,7 @@ class TwoWorlds(TorchFunctionMode):
     def _spoil(self, tensors: Iterable[Tensor]) -> None:
         """Remember that there is something in a tensor's memory that came from quantized values."""
         for tensor in tensors:
-            if tensor.layout is torch.strided and not self._shown_in([tensor]):
+            if storage_of(tensor) and not self._shown_in([tensor]):
                 storage = tensor.untyped_storage()
                 self._spoiled[storage.data_ptr()] = _reference(storage, self._spoiled, storage.data_ptr())
 
@@ -249,7 +249,12 @@ class TwoWorlds(TorchFunctionMode):
         """Return the weights whose quantized values may lie in the memory of tensors."""
         if self._generation != self._quantizer.generation:
             self._look_up()
-        return [weight for each in tensors for weight in self._show.get(storage_of(each), ())]
+        return [
+            weight
+            for each in tensors
+            for weight, begin, end in self._show.get(storage_of(each), ())
+            if begin <= each.data_ptr() < end
+        ]
 
     def _is_plain(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter that is not quantized, or lies in its memory."""
@@ -268,9 +273,11 @@ class TwoWorlds(TorchFunctionMode):
         for weight, (group, index) in quantizer.places.items():
             if group.engaged:
                 self._lie_in.setdefault(storage_of(group.masters[index]), []).append(weight)
-                self._show.setdefault(storage_of(group.tensors[index]), []).append(weight)
+                shown = group.tensors[index]
+                where = weight, shown.data_ptr(), shown.data_ptr() + shown.nbytes
+                self._show.setdefault(storage_of(shown), []).append(where)
         parameters = (each for each in quantizer.module.parameters() if id(each) not in quantizer.places)
-        self._plain = {storage_of(each) for each in parameters} - {*self._lie_in, *self._show}
+        self._plain = {storage_of(each) for each in parameters} - {*self._lie_in, *self._show, 0}
 
     def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
         """Refuse a write that may depend on quantized values."""

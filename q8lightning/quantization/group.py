@@ -130,10 +130,13 @@ class FakeQuantizeGroup:
         """
         if not self.engaged:
             return []
+        shown = [
+            own if shared else slot for own, slot, shared in zip(self._own, self._slots, self._shared, strict=True)
+        ]
         return [
             index
             for index, (tensor, mark) in enumerate(zip(self.tensors, self._marks, strict=True))
-            if _mark(tensor) != mark and (tensor.data_ptr() == mark[1] or not _same(tensor, self._slots[index]))
+            if _mark(tensor) != mark and (tensor.data_ptr() == mark[1] or not _same(tensor, shown[index]))
         ]
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from models import batches, quiet_trainer
 from straight_through import StraightThrough, quantized
 from torch import Tensor, nn
+from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -570,7 +571,8 @@ class Reader(Writer):
             temporary = weight.clone()
             temporary.mul_(2)
             self.net.u.copy_(weight[0] + temporary[1])
-            self.read += [temporary, self.net.u.clone(), copy.deepcopy(self.net.q[1]).weight]
+            per_sample = vmap(grad(lambda w, x: F.linear(x, w).square().sum()), (None, 0))(weight, batch)
+            self.read += [per_sample, temporary, self.net.u.clone(), copy.deepcopy(self.net.q[1]).weight]
         return super().training_step(batch, index) + weight.square().sum() + (batch @ weight).sum()
 
 
@@ -641,31 +643,43 @@ class Pickles(Writer):
 
     def __init__(self, manual: bool) -> None:
         super().__init__(moco, "manual" if manual else "training")
-        self.pickled: list[Any] = []
+        self.pickled: list[tuple[Any, ...]] = []
 
     def pickle(self) -> None:
-        trainer, callback = self.trainer, self.trainer.callbacks[0]
-        for each in (callback, trainer.precision_plugin, trainer.strategy.precision_plugin, *trainer.optimizers):
-            self.pickled.append(pickle.loads(pickle.dumps(each)))
-            copy.deepcopy(each)
+        trainer, copies = self.trainer, self.pickled
+        self.pickled = []  # do not pickle what was pickled
+        loops = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.validate_loop
+        held = trainer.callbacks[0], trainer.precision_plugin, trainer.strategy, *loops, *trainer.optimizers, trainer
+        copies.append(tuple(pickle.loads(pickle.dumps(each)) for each in held))
+        copies.append(tuple(copy.deepcopy(each) for each in held[:2]))
+        self.pickled = copies
 
     def training_step(self, batch: Tensor, index: int) -> Any:
-        self.pickle()
         result = super().training_step(batch, index)
         self.pickle()
         return result
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        super().validation_step(batch, index)
+        self.pickle()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.pickle()
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_what_a_run_holds_can_be_pickled_in_the_middle_of_it(manual: bool, tmp_path: Path) -> None:
+def test_what_a_run_holds_can_be_pickled_and_copied_in_the_middle_of_it(manual: bool, tmp_path: Path) -> None:
     model = Pickles(manual)
-    train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=1)
-    callback, plugin = model.pickled[0], model.pickled[1]
-    assert callback.qat == QAT
-    with plugin.train_step_context():  # that of the class
-        pass
-    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[callback])
-    trainer.fit(Writer(moco), batches(2, SIZE), batches(2, SIZE))
+    train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=1, limit_val_batches=1)
+    assert len(model.pickled) == 6
+    for callback, plugin, *_ in model.pickled:
+        assert callback.qat == QAT
+        assert plugin.train_step_context.__func__ is type(plugin).train_step_context
+    train(tmp_path, Writer(moco), callback, max_steps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_write_reaches_the_master_on_a_gpu(kind: str, tmp_path: Path) -> None:
+    check(tmp_path, EXACT[kind], "training", accelerator="gpu")
