@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.config import QATConfig
+from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.lost_write import LostWriteError
 from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
 from q8lightning.quantization.functional import fake_quantize_rows
@@ -65,11 +66,9 @@ class FakeQuantizer:
         """Whether the quantizer itself is at work, in operators that are not the user's."""
         self.generation = 0
         """Grows whenever a weight may have got other memory."""
-        self.compares = False
-        """Whether a release compares the weights with what was written into them, bit by bit."""
+        self.fingerprints = Fingerprints(self.places)
         self.followed = False
         """Whether somebody follows all writes at the moment."""
-        self._sums: dict[int, Tensor] = {}
         self._statistics: dict[str, ErrorStatistics] = {}
         for _, each, rule in select_modules(module, config):
             self._activations.append(_Activation(rule.codebook, rule.per == "tensor"))
@@ -122,10 +121,11 @@ class FakeQuantizer:
         """Put the masters back, bit for bit; nothing happens if they are there.
 
         Raises:
-            RuntimeError: With the masters back, if somebody wrote to a weight while it held its quantized values.
+            LostWriteError: With the masters back, if somebody wrote to a weight while it held its quantized values.
         """
         with self._at_work():
-            lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()] or self._altered()
+            lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
+            lost = lost or self.fingerprints.altered()
         self.restore()
         if lost:
             raise LostWriteError(self.names(lost))
@@ -136,7 +136,7 @@ class FakeQuantizer:
             for group in self._groups:
                 group.release()
         self._state = None
-        self._sums = {}
+        self.fingerprints.forget()
         for activation in self._activations:
             activation.enabled = False
 
@@ -147,7 +147,7 @@ class FakeQuantizer:
                 weights = [weight for weight, (group, index) in self.places.items() if index in group.written]
                 for group in self._groups:
                     group.settle(*self._state)
-                self._sum(weights if self.compares else [weight for weight in weights if weight in self._sums])
+                self.fingerprints.take(weight for weight in weights if weight in self.fingerprints)
 
     def wrote(self, parameter: int) -> None:
         """Take down that the master of a weight, given by its identity, was written to; :meth:`settle` quantizes it."""
@@ -171,9 +171,9 @@ class FakeQuantizer:
         """Take down that somebody looks into the memory of what may be a weight: a release compares it then."""
         if self._state is None or self.busy or self.followed or parameter not in self.places:
             return
-        if parameter not in self._sums:
+        if parameter not in self.fingerprints:
             with self._at_work():
-                self._sum([parameter])
+                self.fingerprints.take([parameter])
 
     def names(self, parameters: Iterable[int]) -> list[str]:
         """Return the first names of parameters that are given by their identity."""
@@ -201,30 +201,14 @@ class FakeQuantizer:
             handle.remove()
         self._handles.clear()
 
-    @torch.no_grad()
-    def _sum(self, weights: Iterable[int]) -> None:
-        """Take down sums over the bits of weights, to be compared."""
-        for weight in weights:
-            group, index = self.places[weight]
-            self._sums[weight] = _bits(group.tensors[index])
-
-    @torch.no_grad()
-    def _altered(self) -> list[int]:
-        """Return the weights whose bits are not those that were written into them."""
-        places = {weight: self.places[weight] for weight in self._sums}
-        pairs = [
-            (weight, self._sums[weight] != _bits(group.tensors[index]))
-            for weight, (group, index) in places.items()
-            if index not in group.written
-        ]
-        return [weight for weight, altered in pairs if altered]
-
     @contextmanager
     def _at_work(self) -> Iterator[None]:
+        """Surround operators that nobody shall follow, and that autograd has nothing to do with."""
         outer, self.busy = self.busy, True
         self.generation += 1
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
             self.busy = outer
 
@@ -233,11 +217,11 @@ class FakeQuantizer:
         try:
             with self._at_work():
                 measured = [group.engage(share, seed, measure) for group in self._groups]
+                self.fingerprints.take(self.places if self.fingerprints.of_all else ())
         except BaseException:
             self.restore()  # those groups that got so far
             raise
         self._state = (share, seed)
-        self._sum(self.places if self.compares else ())
         for activation in self._activations:
             activation.enabled = True
         if measure:
@@ -255,32 +239,6 @@ def open_quantizers() -> list[FakeQuantizer]:
     return list(_opened)
 
 
-@contextmanager
-def masters(module: nn.Module) -> Iterator[None]:
-    """Put the masters into the parameters of a module, inside a step of a training with quantized weights.
-
-    What is written to them there is what the next forward pass quantizes; what runs a forward pass there runs in full
-    precision. Where no weight is quantized, and without QAT, nothing happens, so the model may always use it. All
-    quantized weights of the training are released, also those outside of ``module``.
-
-    Args:
-        module: The model, or a part of it.
-
-    Raises:
-        RuntimeError: If somebody wrote to a weight before, while it held its quantized values.
-
-    Example:
-        >>> model = nn.Linear(64, 64)
-        >>> with masters(model), torch.no_grad():
-        ...     _ = model.weight.clamp_(-0.1, 0.1)
-    """
-    identities = {id(parameter) for parameter in module.parameters()}
-    with ExitStack() as stack:
-        for quantizer in [each for each in _opened if not identities.isdisjoint(each.places)]:
-            stack.enter_context(quantizer.masters())
-        yield
-
-
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     """Group weights by codec and device: each group is quantized in one launch."""
     together: dict[tuple[WeightCodec, torch.device], list[Tensor]] = {}
@@ -289,11 +247,6 @@ def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     return [
         FakeQuantizeGroup(tensors, codec.book, codec.block_size, codec.axis) for (codec, _), tensors in together.items()
     ]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().view(integers[tensor.element_size()]).sum()
 
 
 class _Activation:

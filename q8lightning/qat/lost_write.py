@@ -7,23 +7,26 @@ REMEDIES = (
     " `with q8lightning.masters(module):`, or leave the parameter as it is with QATConfig(exclude=[...])"
 )
 
+AFTERWARDS = (
+    "it was found only afterwards, as no step is followed beside compiled modules, nor after the first ones if they"
+    " write nothing"
+)
+"""Why a write is lost that nobody followed."""
+
 
 class LostWriteError(RuntimeError):
     """Somebody wrote to a weight inside a step, and the write cannot reach the master.
 
     Args:
         names: The weights' names.
-        why: What is special about the write; by default that nobody followed it.
+        why: What is special about the write.
     """
 
-    def __init__(self, names: Sequence[str], why: str = "") -> None:
+    def __init__(self, names: Sequence[str], why: str = AFTERWARDS) -> None:
         several = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        why = why or (
-            "it was found only afterwards: writes are followed from the first steps on, and not in compiled modules"
-        )
         super().__init__(
-            f"{several} was written to inside a step, while it held its quantized values, and the write would not reach"
-            f" its master as it should ({why}); {REMEDIES}"
+            f"a step wrote to {several} while it held quantized values, and the write would not reach the master as it"
+            f" should: {why}; {REMEDIES}"
         )
         self.names = list(names)
         self.why = why

@@ -33,8 +33,8 @@ PLAIN = frozenset([
 ])  # fmt: skip
 """What neither reads nor writes values in a way that could be followed."""
 
-LAZY = frozenset(["__get__", "__getitem__", "detach", "view", "view_as", "reshape", "flatten"])
-"""What may return memory that is out of date: it is brought up to date when somebody reads it."""
+LAZY = frozenset(["__get__", "detach", "view", "view_as"])
+"""What only looks at memory, which may be out of date: it is brought up to date when somebody reads it."""
 
 IN_PLACE = frozenset(
     ["__setitem__", "__set__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__ipow__"]
@@ -54,6 +54,7 @@ def name_of(func: Any) -> str:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -85,6 +86,7 @@ def targets_of(name: str, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def version_of(tensor: Tensor) -> int:
+    """Return what autograd counts writes with; 0 for tensors of inference mode, whose writes nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -97,6 +99,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def same_numbers(one: Any, other: Any) -> bool:
+    """Tell whether numbers, lists of numbers or arrays are the same, NaN included."""
     if hasattr(one, "tobytes"):
         return bool(one.tobytes() == other.tobytes())
     return repr(one) == repr(other)
@@ -113,5 +116,6 @@ def random_states(tensors: Iterable[Tensor]) -> list[tuple[Any, Any]]:
 
 
 def set_random_states(states: list[tuple[Any, Any]]) -> None:
+    """Go on with random numbers from where they were."""
     for put, state in states:
         put(state)

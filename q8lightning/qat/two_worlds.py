@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.memory import Memory
 from q8lightning.qat.operators import (
     ACCESSORS,
     ALIASES,
@@ -71,10 +72,7 @@ class TwoWorlds(TorchFunctionMode):
         self._shadows: dict[int, _Shadow] = {}
         self._spoiled: dict[int, weakref.ref[Any]] = {}
         self._number = ""
-        self._generation, self._moved = -1, True
-        self._lie_in: dict[int, list[int]] = {}
-        self._show: dict[int, list[tuple[int, int, int]]] = {}
-        self._plain: set[int] = set()
+        self._memory = Memory(quantizer)
 
     def begin(self) -> None:
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
@@ -95,12 +93,12 @@ class TwoWorlds(TorchFunctionMode):
             return self._released(func, args, kwargs, targets)
         weights = [weight for each in targets if (weight := self._weight(each)) is not None]
         # A parameter that is not quantized takes what it would take without QAT: values of the masters.
-        ours = bool(weights) or (bool(targets) and all(map(self._is_plain, targets)))
+        ours = bool(weights) or (bool(targets) and all(map(self._is_other_parameter, targets)))
         # Autograd refuses to write to what it differentiates: it shall do so here too.
         refused = name != "__set__" and torch.is_grad_enabled() and any(each.requires_grad for each in targets)
         if ours and not refused and name not in RESHAPING:
             if name in ACCESSORS:
-                self._moved = True
+                self._memory.moved = True
             return self._write(func, args, kwargs, tensors, weights)
         if name not in LAZY and any(self._is_stale(each) for each in tensors):
             self._quantizer.settle()
@@ -129,7 +127,10 @@ class TwoWorlds(TorchFunctionMode):
         before = [version_of(each) for each in tensors]
         result = func(*args, **kwargs)
         moved = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version]
-        self._refuse([weight for each in moved if (weight := self._weight(each)) is not None], "by a layer's function")
+        self._refuse(
+            [weight for each in moved if (weight := self._weight(each)) is not None],
+            "a layer's function wrote to its own weight",
+        )
         return result
 
     def _both(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]) -> Any:
@@ -143,7 +144,7 @@ class TwoWorlds(TorchFunctionMode):
         mixed = mixed and any(each.requires_grad for each in tensors_in(result))
         # What was mixed with data and is differentiated is part of a forward pass.
         if others or mixed or any(self._is_spoiled(each) for each in tensors):
-            self._refuse(weights, "together with other tensors")
+            self._refuse(weights, "the operator wrote to other tensors too")
             self._spoil(others)
             self._spoil(tensors_in(result))
             return result
@@ -153,7 +154,7 @@ class TwoWorlds(TorchFunctionMode):
             with torch.no_grad():
                 there = func(*self._there(args), **self._there(kwargs))
         except Exception:  # the user's own call went well
-            self._refuse(weights, "with an operator that does not take the masters")
+            self._refuse(weights, "the operator does not take the master")
             self._spoil(tensors_in(result))
             return result
         finally:
@@ -161,17 +162,20 @@ class TwoWorlds(TorchFunctionMode):
         if name in NUMBERS and not same_numbers(result, there):
             self._number = self._number or name.strip("_")
         self._pair(result, there, tensors)
-        for weight in (*weights, *self._masters_of(map(self._there, targets))):
+        for weight in (*weights, *self._memory.masters_in(map(self._there, targets))):
             self._take_down(weight)
         return result
 
     def _without(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run what no weight takes part in, unless it is a view of one, or what a state dict shows of a master."""
         targets = targets_of(name, args, kwargs) if self._quantizer.engaged else []
-        masters = self._masters_of(targets)
+        masters = self._memory.masters_in(targets)
         if masters:
             self._check(masters, tensors)
-        self._refuse(self._shown_in(targets), "through a view that was taken elsewhere")
+        self._refuse(
+            self._memory.shown_in(targets),
+            "it went through a view that was taken outside of the steps that are followed",
+        )
         result = func(*args, **kwargs)
         for weight in masters:
             self._take_down(weight)
@@ -198,6 +202,9 @@ class TwoWorlds(TorchFunctionMode):
             return id(tensor)
         shadow = self._shadows.get(id(tensor))
         return shadow.weight if shadow is not None and shadow.of() is tensor else None
+
+    def _is_other_parameter(self, tensor: Tensor) -> bool:
+        return self._value(tensor) is None and self._memory.is_other_parameter(tensor)
 
     def _is_stale(self, tensor: Tensor) -> bool:
         weight = self._weight(tensor)
@@ -230,7 +237,7 @@ class TwoWorlds(TorchFunctionMode):
     def _spoil(self, tensors: Iterable[Tensor]) -> None:
         """Remember that there is something in a tensor's memory that came from quantized values."""
         for tensor in tensors:
-            if storage_of(tensor) and not self._shown_in([tensor]):
+            if storage_of(tensor) and not self._memory.shown_in([tensor]):
                 storage = tensor.untyped_storage()
                 self._spoiled[storage.data_ptr()] = _reference(storage, self._spoiled, storage.data_ptr())
 
@@ -239,52 +246,12 @@ class TwoWorlds(TorchFunctionMode):
             return False
         return storage_of(tensor) in self._spoiled
 
-    def _masters_of(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Return the weights whose masters lie in the memory of tensors that are not weights themselves."""
-        self._look_up()
-        others = (each for each in tensors if id(each) not in self._quantizer.places)
-        return [weight for each in others for weight in self._lie_in.get(storage_of(each), ())]
-
-    def _shown_in(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Return the weights whose quantized values may lie in the memory of tensors."""
-        if self._generation != self._quantizer.generation:
-            self._look_up()
-        return [
-            weight
-            for each in tensors
-            for weight, begin, end in self._show.get(storage_of(each), ())
-            if begin <= each.data_ptr() < end
-        ]
-
-    def _is_plain(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a parameter that is not quantized, or lies in its memory."""
-        if self._value(tensor) is not None:
-            return False
-        self._look_up()
-        return isinstance(tensor, nn.Parameter) or storage_of(tensor) in self._plain
-
-    def _look_up(self) -> None:
-        """Find out where everything lies, if it may have moved."""
-        quantizer = self._quantizer
-        if self._generation == quantizer.generation and not self._moved:
-            return
-        self._generation, self._moved = quantizer.generation, False
-        self._lie_in, self._show = {}, {}
-        for weight, (group, index) in quantizer.places.items():
-            if group.engaged:
-                self._lie_in.setdefault(storage_of(group.masters[index]), []).append(weight)
-                shown = group.tensors[index]
-                where = weight, shown.data_ptr(), shown.data_ptr() + shown.nbytes
-                self._show.setdefault(storage_of(shown), []).append(where)
-        parameters = (each for each in quantizer.module.parameters() if id(each) not in quantizer.places)
-        self._plain = {storage_of(each) for each in parameters} - {*self._lie_in, *self._show, 0}
-
     def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
         """Refuse a write that may depend on quantized values."""
         if self._number:
-            self._refuse(weights, f"after {self._number}() made a number for Python of quantized values")
+            self._refuse(weights, f"before it, {self._number}() made a number for Python of quantized values")
         if any(self._is_spoiled(each) for each in tensors):
-            self._refuse(weights, "from what was computed with quantized values")
+            self._refuse(weights, "what was written was computed with quantized values")
 
     def _refuse(self, weights: list[int], why: str) -> None:
         if weights:

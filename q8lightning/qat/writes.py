@@ -48,7 +48,7 @@ class Writes:
     def begin(self, stage: str) -> None:
         """Decide, before the weights are engaged, whether their values are compared when they are released."""
         count = self._steps[stage]
-        self._quantizer.compares = count < COMPARED or count % EVERY == 0
+        self._quantizer.fingerprints.of_all = count < COMPARED or count % EVERY == 0
 
     @contextmanager
     def step(self, stage: str) -> Iterator[None]:
