@@ -1,5 +1,6 @@
 """A model whose selected weights hold quantized values while it is engaged, and their masters at every other time."""
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.lost_write import LostWriteError
-from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
+from q8lightning.qat.parts import Parts
+from q8lightning.qat.selection import SelectedWeight, Selection, select
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.group import FakeQuantizeGroup
 from q8lightning.quantization.reference import ErrorStatistics
@@ -51,33 +53,65 @@ class FakeQuantizer:
     def __init__(self, module: nn.Module, config: QATConfig) -> None:
         self.module = module
         self.config = config
-        self.weights = select_weights(module, config)
-        self._activations: list[_Activation] = []
-        self._handles: list[RemovableHandle] = []
-        self._frozen = select_frozen(module, config)
-        self._groups = _groups(self.weights)
-        self.places: dict[int, Place] = {
-            id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)
-        }
-        """Where each selected parameter is, by its identity."""
+        self.change: str | None = None
+        """What :meth:`follow` changed when it last did; None if nothing that is quantized."""
         self._state: tuple[float, int] | None = None
         self._held = 0
         self.busy = False
         """Whether the quantizer itself is at work, in operators that are not the user's."""
         self.generation = 0
         """Grows whenever a weight may have got other memory."""
-        self.fingerprints = Fingerprints(self.places)
         self.followed = False
         """Whether somebody follows all writes at the moment."""
         self._statistics: dict[str, ErrorStatistics] = {}
-        for _, each, rule in select_modules(module, config):
-            self._activations.append(_Activation(rule.codebook, rule.per == "tensor"))
-            self._handles.append(each.register_forward_pre_hook(self._activations[-1]))
+        self._handles: list[RemovableHandle] = []
+        self._attach(select(module, config))
+
+    def _attach(self, selection: Selection) -> None:
+        """Take over a selection: lay the groups, hook into the modules."""
+        self._selection = selection
+        self._parts = Parts(self.module)
+        self._groups = _groups(self.weights)
+        self.places: dict[int, Place] = {
+            id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)
+        }
+        """Where each selected parameter is, by its identity; another dictionary for another selection."""
+        self.fingerprints = Fingerprints(self.places)
+        self._activations = [_Activation(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
+        for each, activation in zip(selection.modules, self._activations, strict=True):
+            self._handles.append(each.module.register_forward_pre_hook(activation))
+        if selection.modules:
+            _forget_compiled()
         selected = {weight.parameter for weight in self.weights}
-        for owner in module.modules():
+        for owner in self.module.modules():
             if not selected.isdisjoint(owner.parameters(recurse=False)):
                 self._handles += _StateDictHooks(self).attach(owner)
         _opened.add(self)
+
+    def follow(self) -> bool:
+        """Select again if a parameter or module of the model was added, removed or replaced since the last time.
+
+        The weights hold their masters afterwards, if so; :attr:`change` says what joined and what left.
+
+        Returns:
+            Whether there was something to follow.
+
+        Raises:
+            ValueError: If a parameter that the rules select now cannot be changed in place.
+        """
+        if self._parts.unchanged():
+            return False
+        self.release()
+        selection = select(self.module, self.config, again=True)
+        self.change = self._selection.change_to(selection)
+        self.close()
+        self._attach(selection)
+        return True
+
+    @property
+    def weights(self) -> list[SelectedWeight]:
+        """The selected weights."""
+        return self._selection.weights
 
     @property
     def codecs(self) -> dict[str, WeightCodec]:
@@ -182,7 +216,7 @@ class FakeQuantizer:
 
     def drop_frozen_gradients(self, step: int) -> None:
         """Forget the gradients of parameters that are frozen at a step: optimizers pass over what has none."""
-        for parameter, first in self._frozen:
+        for parameter, first in self._selection.frozen:
             if step >= first:
                 parameter.grad = None
 
@@ -237,6 +271,12 @@ class FakeQuantizer:
 def open_quantizers() -> list[FakeQuantizer]:
     """Return the fake quantizers of this process that are not closed."""
     return list(_opened)
+
+
+def _forget_compiled() -> None:
+    """Let compiled code be compiled again: what was compiled before a hook was there goes on without it."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+        torch.compiler.reset()
 
 
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:

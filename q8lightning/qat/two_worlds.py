@@ -78,6 +78,12 @@ class TwoWorlds(TorchFunctionMode):
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
         self._number = ""
 
+    def refuse_made(self, weights: Iterable[int]) -> None:
+        """Refuse weights that took the places of others, if they were made of quantized values."""
+        places = self._quantizer.places
+        made = [weight for weight in weights if self._is_spoiled(places[weight][0].tensors[places[weight][1]])]
+        self._refuse(made, "it is a parameter that was made of what was computed with quantized values")
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or self.paused or self._quantizer.busy:
@@ -201,7 +207,9 @@ class TwoWorlds(TorchFunctionMode):
         if id(tensor) in self._quantizer.places:
             return id(tensor)
         shadow = self._shadows.get(id(tensor))
-        return shadow.weight if shadow is not None and shadow.of() is tensor else None
+        if shadow is None or shadow.of() is not tensor or shadow.weight not in self._quantizer.places:
+            return None
+        return shadow.weight
 
     def _is_other_parameter(self, tensor: Tensor) -> bool:
         return self._value(tensor) is None and self._memory.is_other_parameter(tensor)

@@ -67,6 +67,7 @@ class Windows:
         step: Returns the global step while training, None if the schedule does not apply.
         manual: Whether the model optimizes itself within its training step.
         measure: Returns whether statistics are wanted for the step that begins.
+        follow: Called before each step, while the graph of no step is alive, to let the quantizer follow the model.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Windows:
         step: Callable[[], int | None],
         manual: bool,
         measure: Callable[[], bool] = lambda: False,
+        follow: Callable[[], None] = lambda: None,
     ) -> None:
         owners = list(owners)
         self.quantizer = quantizer
@@ -85,6 +87,7 @@ class Windows:
         self._step = step
         self._manual = manual
         self._measure = measure
+        self._follow = follow
         self._between = somebody_runs(BETWEEN, owners)
         self._after_backward = somebody_runs(AFTER_BACKWARD, owners)
         self._accumulating = somebody_runs(ACCUMULATING, owners)
@@ -136,6 +139,7 @@ class Windows:
 
     @contextmanager
     def _around_training_step(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
         self._writes.begin("training")
         with self._window():
             self._in_manual_step = self._manual
@@ -149,6 +153,7 @@ class Windows:
 
     @contextmanager
     def _around_evaluation(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
         self._writes.begin("evaluation")
         with self._window(training=False), context(), self._writes.step("evaluation"):
             yield

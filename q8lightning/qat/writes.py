@@ -33,20 +33,41 @@ class Writes:
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
         self._quantizer = quantizer
-        self._worlds = None if compiled_modules(quantizer.module) else TwoWorlds(quantizer)
-        self._handles = renormalize_masters(quantizer)
-        self._access = DataAccess()
+        self._worlds: TwoWorlds | None = None
         self._steps: Counter[str] = Counter()
+        self._access = DataAccess()
+        self._attach()
+
+    def _attach(self) -> None:
+        """Take over what the quantizer has selected."""
+        self._places = self._quantizer.places
+        self._handles = renormalize_masters(self._quantizer)
+        if compiled_modules(self._quantizer.module):
+            self._worlds = None
+        elif self._worlds is None:
+            self._worlds = TwoWorlds(self._quantizer)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def close(self) -> None:
         """Take all hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._detach()
         self._access.close()
 
     def begin(self, stage: str) -> None:
-        """Decide, before the weights are engaged, whether their values are compared when they are released."""
+        """Follow the quantizer, and decide whether the weights are compared when they are released.
+
+        Raises:
+            LostWriteError: If a parameter that is selected now was made, inside a step, of quantized values.
+        """
+        if self._places is not self._quantizer.places:
+            before = self._places
+            self._detach()
+            self._attach()
+            if self._worlds is not None:
+                self._worlds.refuse_made(weight for weight in self._places if weight not in before)
         count = self._steps[stage]
         self._quantizer.fingerprints.of_all = count < COMPARED or count % EVERY == 0
 
