@@ -108,6 +108,14 @@ class FakeQuantizer:
         self._attach(selection)
         return True
 
+    def replaced(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that have taken the names of selected weights since the last :meth:`follow`."""
+        if self._parts.unchanged():
+            return []
+        selected = {name: weight.parameter for weight in self.weights for name in weight.names}
+        now = self.module.named_parameters(remove_duplicate=False)
+        return [(name, each) for name, each in now if name in selected and each is not selected[name]]
+
     @property
     def weights(self) -> list[SelectedWeight]:
         """The selected weights."""

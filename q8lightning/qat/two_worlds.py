@@ -78,11 +78,13 @@ class TwoWorlds(TorchFunctionMode):
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
         self._number = ""
 
-    def refuse_made(self, weights: Iterable[int]) -> None:
-        """Refuse weights that took the places of others, if they were made of quantized values."""
-        places = self._quantizer.places
-        made = [weight for weight in weights if self._is_spoiled(places[weight][0].tensors[places[weight][1]])]
-        self._refuse(made, "it is a parameter that was made of what was computed with quantized values")
+    def refuse_made(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse parameters, by name, that were made in a step and took something of quantized values with them."""
+        names = [name for name, parameter in parameters if self._is_spoiled(parameter)]
+        if names:
+            raise LostWriteError(
+                names, "it was replaced by a parameter made of what was computed with quantized values"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -67,7 +67,8 @@ class Writes:
             self._detach()
             self._attach()
             if self._worlds is not None:
-                self._worlds.refuse_made(weight for weight in self._places if weight not in before)
+                new = (each for each in self._quantizer.weights if id(each.parameter) not in before)
+                self._worlds.refuse_made((each.names[0], each.parameter) for each in new)
         count = self._steps[stage]
         self._quantizer.fingerprints.of_all = count < COMPARED or count % EVERY == 0
 
@@ -88,6 +89,7 @@ class Writes:
         try:
             with worlds:
                 yield
+            worlds.refuse_made(self._quantizer.replaced())
         finally:
             self._quantizer.followed = False
 

@@ -469,6 +469,11 @@ def kept_in_a_buffer(pair: Pair) -> None:
     pair.k[0].weight[0].copy_(pair.u)
 
 
+@lost("made of what was computed with quantized values")
+def made_anew(pair: Pair) -> None:
+    pair.k[0].weight = nn.Parameter(pair.k[0].weight * 0.5, requires_grad=False)
+
+
 @lost("found only afterwards")
 def behind_torchs_back(pair: Pair) -> None:
     memory = pair.k[0].weight.detach().numpy()
@@ -487,7 +492,8 @@ def test_a_write_that_cannot_reach_the_master_stops_the_run(kind: str, where: st
     model = Writer(write, where)
     with pytest.raises(LostWriteError, match=rf"net\.k\.0\.weight.*{why}.*on_train_batch_end.*masters.*exclude"):
         train(tmp_path, model, QuantizationCallback(None, qat=QAT))
-    assert not torch.equal(quantized(model.net.k[0].weight, "int4", 32), model.net.k[0].weight)
+    if kind != "made_anew":
+        assert not torch.equal(quantized(model.net.k[0].weight, "int4", 32), model.net.k[0].weight)
 
 
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
@@ -549,6 +555,32 @@ class Inside(Layer):
         write, pair = self.held
         write(pair)
         return super().forward(x)
+
+
+def test_a_part_that_is_copied_in_a_step_is_refused_unless_it_is_copied_with_the_masters(tmp_path: Path) -> None:
+    def copied(pair: Pair) -> None:
+        if not hasattr(pair, "target"):
+            pair.target = copy.deepcopy(pair.q)
+
+    def copied_with_masters(pair: Pair) -> None:
+        with q8lightning.masters(pair):
+            copied(pair)
+
+    refused = pytest.raises(LostWriteError, match=r"net\.target\.0\.weight, net\.target\.1\.weight while")
+    with pytest.warns(UserWarning, match="the model has changed"), refused:
+        train(tmp_path, Writer(copied), QuantizationCallback(None, qat=QAT))
+    model = Writer(copied_with_masters)
+    with pytest.warns(UserWarning, match="new: net.target.0.weight"):
+        train(tmp_path, model, QuantizationCallback(None, qat=QAT))
+    assert not torch.equal(quantized(model.net.target[0].weight, "int4", 32), model.net.target[0].weight)
+
+
+def test_an_embedding_with_max_norm_in_compiled_code_stops_the_run(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = Embeddings(nn.Embedding)
+    model.compile(backend="eager")
+    with pytest.raises(LostWriteError, match=r"table\.weight.*beside compiled modules"):
+        quiet_trainer(tmp_path, max_steps=2, callbacks=[QuantizationCallback(None, qat=QAT)]).fit(model, batches(2))
 
 
 # What is no write
