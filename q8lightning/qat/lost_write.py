@@ -8,10 +8,12 @@ REMEDIES = (
 )
 
 AFTERWARDS = (
-    "it was found only afterwards, as no step is followed beside compiled modules, nor after the first ones if they"
+    "it was found only afterwards, as no step is followed beside compiled code, nor after the first ones if they"
     " write nothing"
 )
 """Why a write is lost that nobody followed."""
+
+BESIDE_COMPILED = "compiled code runs in the same steps, and nobody can follow what it reads and computes"
 
 
 class LostWriteError(RuntimeError):

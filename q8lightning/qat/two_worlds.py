@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.lost_write import BESIDE_COMPILED, LostWriteError
 from q8lightning.qat.memory import Memory
 from q8lightning.qat.operators import (
     ACCESSORS,
@@ -67,16 +67,29 @@ class TwoWorlds(TorchFunctionMode):
         super().__init__()
         self.writes = False
         """Whether there was a write, so that every step from now on has to be followed."""
+        self.compiled = False
+        """Whether compiled code has run, in which nothing can be followed."""
         self.paused = False
         self._quantizer = quantizer
         self._shadows: dict[int, _Shadow] = {}
         self._spoiled: dict[int, weakref.ref[Any]] = {}
         self._number = ""
+        self._written: set[int] = set()
         self._memory = Memory(quantizer)
 
     def begin(self) -> None:
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
         self._number = ""
+
+    def end(self) -> None:
+        """End a step, or following altogether: where compiled code runs, writes are only found.
+
+        Raises:
+            LostWriteError: If compiled code ran, which may have read what was written to, or computed what is written.
+        """
+        if self.compiled:
+            self._quantizer.followed = False
+            self._refuse([each for each in self._written if each in self._quantizer.places], BESIDE_COMPILED)
 
     def refuse_made(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse parameters, by name, that were made in a step and took something of quantized values with them."""
@@ -88,10 +101,19 @@ class TwoWorlds(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or self.paused or self._quantizer.busy:
+        if torch.compiler.is_compiling():
+            self.compiled = True  # which is done again, afterwards, whenever the compiled code runs
+            return func(*args, **kwargs)
+        if self.paused or self._quantizer.busy:
+            return func(*args, **kwargs)
+        if self.compiled:
+            self.end()
             return func(*args, **kwargs)
         name = name_of(func)
-        if name in PLAIN or (name in ACCESSORS and getattr(func.__self__, "__name__", "") not in ALIASES):
+        if name in ACCESSORS and getattr(func.__self__, "__name__", "") not in ALIASES:
+            return func(*args, **kwargs)
+        if name in PLAIN:
+            self._settle(tensors_in(args))  # kernels of somebody's own may read at an address
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if not any(self._value(each) is not None for each in tensors):
@@ -108,8 +130,8 @@ class TwoWorlds(TorchFunctionMode):
             if name in ACCESSORS:
                 self._memory.moved = True
             return self._write(func, args, kwargs, tensors, weights)
-        if name not in LAZY and any(self._is_stale(each) for each in tensors):
-            self._quantizer.settle()
+        if name not in LAZY:
+            self._settle(tensors)
         if name in LAYERS and any(self._value(each) is None for each in tensors):
             return self._layer(func, args, kwargs, tensors)
         return self._both(func, name, args, kwargs, tensors, targets)
@@ -216,6 +238,11 @@ class TwoWorlds(TorchFunctionMode):
     def _is_other_parameter(self, tensor: Tensor) -> bool:
         return self._value(tensor) is None and self._memory.is_other_parameter(tensor)
 
+    def _settle(self, tensors: Iterable[Tensor]) -> None:
+        """Quantize again what was written to, if somebody reads it."""
+        if any(self._is_stale(each) for each in tensors):
+            self._quantizer.settle()
+
     def _is_stale(self, tensor: Tensor) -> bool:
         weight = self._weight(tensor)
         if weight is None:
@@ -225,6 +252,7 @@ class TwoWorlds(TorchFunctionMode):
 
     def _take_down(self, weight: int) -> None:
         self.writes = True
+        self._written.add(weight)
         self._quantizer.wrote(weight)
 
     def _pair(self, result: Any, there: Any, tensors: list[Tensor]) -> None:

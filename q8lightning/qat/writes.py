@@ -89,9 +89,12 @@ class Writes:
         try:
             with worlds:
                 yield
+            worlds.end()
             worlds.refuse_made(self._quantizer.replaced())
         finally:
             self._quantizer.followed = False
+            if worlds.compiled:
+                self._worlds = None
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -231,6 +231,20 @@ def there_and_back(pair: Pair) -> None:
 
 
 @exact
+@torch.no_grad()
+def read_at_an_address(pair: Pair) -> None:
+    """As a kernel of somebody's own would."""
+    for q, k in pair.parameters_of_both():
+        k.mul_(0.9).add_(q, alpha=0.1)
+    pointer = ctypes.cast(pair.k[0].weight.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    shown = torch.tensor(pointer[: SIZE * SIZE]).view(SIZE, SIZE)
+    with q8lightning.masters(pair):
+        value = pair.k[0].weight
+        expected = value if pair.k[0].by_hand else quantized(value, "int4", 32)
+        assert torch.equal(shown, expected)
+
+
+@exact
 def swapped(pair: Pair) -> None:
     """Temporaries change places with the weights."""
     for q, k in pair.parameters_of_both():
@@ -528,6 +542,23 @@ def test_a_write_beside_or_in_compiled_code_stops_the_run(kind: str, where: str,
         train(tmp_path, model, QuantizationCallback(None, qat=QAT))
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_write_beside_a_compiled_function_stops_the_run(fresh: bool, after: bool, tmp_path: Path) -> None:
+    """Whether it is compiled in this run or was before; nobody can tell what it reads, or what a write owes to it."""
+    torch._dynamo.reset()
+    function = torch.compile(lambda weight: torch.tanh(weight) * 2, backend="eager", fullgraph=True)
+
+    def write(pair: Pair) -> None:
+        moco(pair) if after else None
+        function(pair.k[0].weight)
+        None if after else moco(pair)
+
+    for _ in range(1 if fresh else 2):
+        with pytest.raises(LostWriteError, match=r"net\.k\.0\.weight.*compiled code"):
+            train(tmp_path, Writer(write), QuantizationCallback(None, qat=QAT))
+
+
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
 @pytest.mark.parametrize("followed", [True, False])
 @pytest.mark.parametrize("kind", ["moco", "vectors", "scaled_by_a_number", "by_hand"])
@@ -579,7 +610,7 @@ def test_an_embedding_with_max_norm_in_compiled_code_stops_the_run(tmp_path: Pat
     torch._dynamo.reset()
     model = Embeddings(nn.Embedding)
     model.compile(backend="eager")
-    with pytest.raises(LostWriteError, match=r"table\.weight.*beside compiled modules"):
+    with pytest.raises(LostWriteError, match=r"table\.weight.*beside compiled code"):
         quiet_trainer(tmp_path, max_steps=2, callbacks=[QuantizationCallback(None, qat=QAT)]).fit(model, batches(2))
 
 
