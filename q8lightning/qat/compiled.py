@@ -6,7 +6,7 @@ from torch._dynamo import OptimizedModule
 
 
 def compiled_modules(module: nn.Module) -> set[nn.Module]:
-    """Return the modules of a model that ``torch.compile``, ``Module.compile`` or TorchScript compiles, and their parts.
+    """Return the modules that ``torch.compile``, ``Module.compile`` or TorchScript compiles, and what is in them.
 
     A LightningModule that Lightning unwrapped from ``torch.compile`` keeps what it needs in ``_compiler_ctx``.
     """
