@@ -33,6 +33,10 @@ class QATCallback(pl.Callback):
         self._windows: Windows | None = None
         self._logged: Mapping[str, ErrorStatistics] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what hangs on the run that goes on: a copy may be made, or pickled, in the middle of it."""
+        return self.__dict__ | {"_windows": None}
+
     @property
     def statistics(self) -> Mapping[str, ErrorStatistics]:
         """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""

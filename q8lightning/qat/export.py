@@ -17,6 +17,7 @@ A file of codes needs nothing but torch to be read. This is all that a reader ha
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from q8lightning.ambient import neutral
 from q8lightning.checkpoint.codes import CODES_KEY, Codes, read_codes
+from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.writer import write_checkpoint
 from q8lightning.quantization.bit_packing import pack
@@ -54,29 +57,36 @@ def export_quantized(
 
     Raises:
         ValueError: If the format is unknown, the checkpoint was not saved during QAT, or a weight is not finite.
+        CorruptCheckpointError: If the checkpoint is not what was saved.
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
-    with keep_encoded():
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+    with explained(checkpoint), keep_encoded():
+        loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
     entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
     if not entries:
         raise ValueError(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
             " QuantizationCallback(qat=...) saved, as the Trainer wrote it"
         )
-    tied: dict[Any, Any] = {}
-    state: dict[str, Any] = {}
-    for name, value in loaded["state_dict"].items():
-        identity = _identity(value)
-        if identity not in tied:
-            tied[identity] = _exported(name, value, entries.get(name), format)
-        state[name] = tied[identity]
+    with explained(checkpoint):
+        state = _exported_state(loaded["state_dict"], entries, format)
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
     plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
     write_checkpoint(plain | {"state_dict": state}, Path(path))
+
+
+def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:
+    tied: dict[Any, Any] = {}
+    state: dict[str, Any] = {}
+    for name, value in loaded.items():
+        identity = _identity(value)
+        if identity not in tied:
+            tied[identity] = _exported(name, value, entries.get(name), format)
+        state[name] = tied[identity]
+    return state
 
 
 def _identity(value: Any) -> Any:
@@ -87,6 +97,8 @@ def _identity(value: Any) -> Any:
 
 
 def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:
+    if isinstance(value, QuantizedTensor):
+        value.verify()  # its codes are taken as they are
     if entry is None:
         return value.decode() if isinstance(value, QuantizedTensor) else value
     codes = read_codes(value, entry)
