@@ -62,7 +62,7 @@ class FakeQuantizeGroup:
         self._own: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._shared: list[bool] = []
-        self._marks: list[tuple[int, int]] = []
+        self._marks: list[tuple[int | None, int]] = []
         self._batches: list[Batch | InLaunch] = []
         self._find()
 
@@ -165,7 +165,7 @@ class FakeQuantizeGroup:
         """Take down what the tensors are now, to tell later who was written to."""
         for index in self.written:
             tensor = self.tensors[index]
-            if not tensor.is_inference():  # a graph that needs the values from before shall say so
+            if _version(tensor) is not None:  # a graph that needs the values from before shall say so
                 torch.autograd.graph.increment_version(tensor)
         self.written.clear()
         self._marks = [_mark(tensor) for tensor in self.tensors]
@@ -205,9 +205,17 @@ def _kind(tensor: Tensor) -> object:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def _mark(tensor: Tensor) -> tuple[int | None, int]:
     """Return what changes when a tensor is written to: its version, and where it is."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    return _version(tensor), tensor.data_ptr()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None for one that was made in inference mode, where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:  # also after it was given data from elsewhere, when is_inference() is no longer true
+        return None
 
 
 def _same(tensor: Tensor, slot: Tensor) -> bool:
