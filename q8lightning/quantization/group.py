@@ -207,7 +207,8 @@ def _kind(tensor: Tensor) -> object:
 
 def _mark(tensor: Tensor) -> tuple[int | None, int]:
     """Return what changes when a tensor is written to: its version, and where it is."""
-    return _version(tensor), tensor.data_ptr()
+    address = tensor.data_ptr()  # first: who follows writes may bring the tensor up to date for that
+    return _version(tensor), address
 
 
 def _version(tensor: Tensor) -> int | None:
