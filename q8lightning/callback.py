@@ -128,6 +128,7 @@ class QuantizationCallback(QATCallback):
         """Install what is missing when nothing was set up; say how weights are quantized if no CheckpointIO does."""
         if not self._is_installed(trainer):
             self._install(trainer)
+        self._select_after_other_processes(trainer, pl_module)
         if self.policy is None and self.codecs:
             state = checkpoint["state_dict"]
             described = describe_codes(state, state, self.codecs)

@@ -106,6 +106,13 @@ class QATCallback(pl.Callback):
             measure=lambda: self.recorder.detail is not None and trainer._logger_connector.should_update_logs,
         )
 
+    def _select_after_other_processes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out how weights are quantized that processes trained which this one started; they have told nothing."""
+        if self.qat is not None and not self.codecs and trainer.state.fn == "fit" and trainer.state.finished:
+            quantizer = FakeQuantizer(pl_module, self.qat)
+            self.codecs = quantizer.codecs
+            quantizer.close()
+
     def _close(self) -> None:
         if self._windows is not None:
             self._windows.close()
