@@ -8,6 +8,8 @@ from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, ke
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule
 from q8lightning.qat.export import export_quantized
+from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.masters import masters
 from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.functional import dequantize_blockwise, fake_quantize, quantize_blockwise
 
@@ -18,6 +20,7 @@ __all__ = [
     "Codebook",
     "CorruptCheckpointError",
     "FreezeRule",
+    "LostWriteError",
     "NewerFormatError",
     "QATConfig",
     "QuantizationCallback",
@@ -29,6 +32,7 @@ __all__ = [
     "export_quantized",
     "fake_quantize",
     "keep_encoded",
+    "masters",
     "quantize_blockwise",
     "without_verification",
 ]

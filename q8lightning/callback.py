@@ -14,10 +14,11 @@ from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
+from q8lightning.described_saves import describe_saves
 from q8lightning.metrics.recorder import Detail
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat_callback import QATCallback
-from q8lightning.recording import print_totals, warn_safely, watch_saves
+from q8lightning.recording import is_watched, print_totals, warn_safely, watch_saves
 from q8lightning.twins import is_a
 
 
@@ -101,6 +102,8 @@ class QuantizationCallback(QATCallback):
             )
         if installed is not None:
             installed.describe_model = DescribeModel(trainer, self)
+        elif self.qat is not None:
+            describe_saves(trainer, self._description)
         return installed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,19 +128,20 @@ class QuantizationCallback(QATCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Install what is missing when nothing was set up; say how weights are quantized if no CheckpointIO does."""
-        if not self._is_installed(trainer):
+        """Install what quantizes if nothing was set up: before the first run, or where other processes ran."""
+        if not is_watched(trainer) and not self._is_installed(trainer):
             self._install(trainer)
         self._select_after_other_processes(trainer, pl_module)
-        if self.policy is None and self.codecs:
-            state = checkpoint["state_dict"]
-            described = describe_codes(state, state, self.codecs)
-            checkpoint[SUMMARY_KEY] = {
-                "format_version": FORMAT_VERSION,
-                "policy": None,
-                "restored": self.restored,
-                CODES_KEY: described,
-            }
+
+    def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
+        codecs = self.codecs(trainer.lightning_module)
+        state = checkpoint.get("state_dict")
+        if not codecs or not isinstance(state, Mapping):
+            return {}
+        described = describe_codes(state, state, codecs)
+        summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self.restored, CODES_KEY: described}
+        return {SUMMARY_KEY: summary}
 
     def _is_installed(self, trainer: pl.Trainer) -> bool:
         installed = find_quantized_io(trainer.strategy.checkpoint_io)
@@ -203,6 +207,6 @@ class DescribeModel:
                 tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
                 for optimizer in self.trainer.optimizers
             ),
-            quantized=self.callback.codecs,
+            quantized=self.callback.codecs(module),
             restored=self.callback.restored,
         )

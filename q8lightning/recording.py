@@ -79,6 +79,11 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
     trainer.strategy.save_checkpoint = watch  # type: ignore[method-assign]
 
 
+def is_watched(trainer: pl.Trainer) -> bool:
+    """Whether saves of a Trainer are recorded: a setup has seen it."""
+    return isinstance(vars(trainer.strategy).get("save_checkpoint"), SaveWatch)
+
+
 def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]) -> None:
     """Put values where EarlyStopping and ModelCheckpoint look, until the next ones, and on every logger.
 

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from q8lightning.checkpoint.explained import CONTENTS, damage_in
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.open_file import OpenFile
 from q8lightning.checkpoint.summed_file import LONG, SummedFile
 
 CHUNK = 2**20
@@ -30,33 +32,31 @@ _HEADER, _NAME_LENGTH = 30, 26
 _FOLDER = 0x10
 """An attribute of a record that makes torch take it for a folder and return memory that nobody has written to."""
 
-_CONTENTS = "the table of contents at the end of the file"
-
 
 @contextmanager
-def verified(path: str | os.PathLike[str], file: SummedFile | None = None) -> Iterator[None]:
-    """Verify the file at ``path`` in other threads while the block loads it.
+def verified(file: OpenFile, through: SummedFile | None = None) -> Iterator[None]:
+    """Verify a file in other threads while the block loads it.
 
     A file that is no zip, or one whose writer was told to leave the sums out (``set_crc32_options(False)``), has
     nothing to verify.
 
     Args:
-        path: The file.
-        file: What the block reads it through, if it does: long records are then not read once more.
+        file: The file.
+        through: What the block reads it through, if it does: long records are then not read once more.
 
     Raises:
         CorruptCheckpointError: If a record is not what was written. An error of the block about a file that is damaged
             becomes its cause.
     """
-    verification = _Verification(path, file)
+    verification = _Verification(file, through)
     try:
         yield
     except CorruptCheckpointError:
         raise  # it knows the tensor
     except Exception as error:
         verification.check(cause=error)
-        if "PytorchStreamReader" in str(error):  # it reads the table of contents more strictly than Python does
-            raise CorruptCheckpointError(_CONTENTS, path) from error
+        if (damage := damage_in(error)) is not None:  # torch reads the table of contents more strictly than Python
+            raise CorruptCheckpointError(damage, file.path) from error
         raise
     else:
         verification.check()
@@ -67,20 +67,20 @@ def verified(path: str | os.PathLike[str], file: SummedFile | None = None) -> It
 class _Verification:
     """Threads that share the records of a file. They never keep the process alive."""
 
-    def __init__(self, path: str | os.PathLike[str], file: SummedFile | None) -> None:
+    def __init__(self, file: OpenFile, through: SummedFile | None) -> None:
         self._stopped = False
-        self._path = path
         self._file = file
+        self._through = through
         self._long: list[zipfile.ZipInfo] = []
         """Records that the file sums when they are read."""
         self._damage: list[str] = []
         self._threads: list[threading.Thread] = []
         try:
-            records = _records(path)
+            records = _records(file)
         except _DamagedArchive as error:
             self._damage.append(str(error))
             return
-        if file is not None:
+        if through is not None:
             self._long = [record for record in records if record.file_size >= LONG]
             records = [record for record in records if record.file_size < LONG]
         records.sort(key=lambda record: record.file_size, reverse=True)
@@ -92,14 +92,14 @@ class _Verification:
 
     def _verify(self, records: list[zipfile.ZipInfo]) -> None:
         try:
-            with zipfile.ZipFile(self._path) as archive:
+            with self._file.reader() as reader, zipfile.ZipFile(reader) as archive:
                 for record in records:
                     if not self._is_whole(archive, record):
                         self._damage.append(_describe(archive, record))
                     if self._stopped or self._damage:
                         return
         except Exception as error:
-            self._damage.append(f"{_CONTENTS} ({error})")
+            self._damage.append(f"{CONTENTS} ({error})")
 
     def _is_whole(self, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
         if record.external_attr & _FOLDER:
@@ -117,12 +117,12 @@ class _Verification:
 
     def _sum_as_read(self, record: zipfile.ZipInfo) -> int | None:
         """Return the CRC32 of what the file read where torch looks for the record, None if it did not."""
-        if self._file is None or record.compress_type != zipfile.ZIP_STORED:
+        if self._through is None or record.compress_type != zipfile.ZIP_STORED:
             return None
-        with open(self._path, "rb") as file:
-            file.seek(record.header_offset + _NAME_LENGTH)
-            name, extra = struct.unpack("<2H", file.read(4))
-        return self._file.sum_of(record.header_offset + _HEADER + name + extra, record.file_size)
+        lengths = bytearray(4)
+        self._file.read_at(record.header_offset + _NAME_LENGTH, memoryview(lengths))
+        name, extra = struct.unpack("<2H", lengths)
+        return self._through.sum_of(record.header_offset + _HEADER + name + extra, record.file_size)
 
     def check(self, cause: Exception | None = None) -> None:
         """Wait for the threads; raise CorruptCheckpointError if the file is damaged."""
@@ -131,7 +131,7 @@ class _Verification:
         if self._long and not self._damage:
             self._verify(self._long)
         if self._damage:
-            raise CorruptCheckpointError(self._damage[0], self._path) from cause
+            raise CorruptCheckpointError(self._damage[0], self._file.path) from cause
 
     def stop(self) -> None:
         """End the threads, whose answer nobody waits for any more."""
@@ -144,20 +144,20 @@ class _DamagedArchive(Exception):
     """Not even the list of records can be read."""
 
 
-def _records(path: str | os.PathLike[str]) -> list[zipfile.ZipInfo]:
+def _records(file: OpenFile) -> list[zipfile.ZipInfo]:
     """Return the records that have a sum to compare with; none if the file is no zip."""
-    with open(path, "rb") as file:
-        beginning = file.read(4)
-    if len(beginning) < 4:
-        raise _DamagedArchive(f"the file, of which {len(beginning)} bytes are left,")
-    begins = beginning == b"PK\x03\x04"
-    try:
-        if not begins and not zipfile.is_zipfile(path):
-            return []
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except Exception:  # a damaged table of contents surfaces in many ways
-        raise _DamagedArchive(_CONTENTS) from None
+    with file.reader() as reader:
+        beginning = reader.read(4)
+        if len(beginning) < 4:
+            raise _DamagedArchive(f"the file, of which {len(beginning)} bytes are left,")
+        begins = beginning == b"PK\x03\x04"
+        try:
+            if not begins and not zipfile.is_zipfile(reader):
+                return []
+            with zipfile.ZipFile(reader) as archive:
+                records = archive.infolist()
+        except Exception:  # a damaged table of contents surfaces in many ways
+            raise _DamagedArchive(CONTENTS) from None
     if not begins:
         raise _DamagedArchive("the beginning of the file")
     return records if any(record.CRC for record in records) else []

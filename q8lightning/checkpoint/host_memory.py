@@ -47,6 +47,7 @@ class PinnedMemory:
             if _register(self._memory):
                 # Also when nobody calls release: before the memory is unmapped.
                 self._unregister = weakref.finalize(self, _unregister, self._memory)
+                self._unregister.atexit = False  # CUDA may be torn down by then, and the process returns everything
         return self._memory[:nbytes]
 
     def release(self) -> None:

@@ -5,11 +5,14 @@ door can afford it. It guards against accidents, not against forgery.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -27,7 +30,7 @@ class CorruptCheckpointError(RuntimeError):
 
     Attributes:
         what: What is damaged, such as a tensor by its path in the checkpoint.
-        file: The file, None where only the content is at hand (``torch.load``).
+        file: The file, None where only the content is at hand.
     """
 
     def __init__(self, what: str, file: str | os.PathLike[str] | None = None) -> None:
@@ -69,7 +72,20 @@ def verify(header: Mapping[str, Any], data: Tensor, expected: int | None) -> Non
     if expected is None or not _VERIFY.get() or type(data) is not Tensor or data.device.type == "meta":
         return  # tensors without content (fake, meta) are nothing to verify
     if checksum(header, data) != expected:
-        raise CorruptCheckpointError(f"the tensor {header['name']}")
+        raise CorruptCheckpointError(f"the tensor {header['name']}", _file_being_loaded())
+
+
+def _file_being_loaded() -> str | None:
+    """Return the file that a ``torch.load`` of this thread is reading, as far as it knows its name.
+
+    Nobody tells the functions that a file names where it is; an error that names it is worth looking at the callers.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not getattr(torch.load, "__code__", None):
+        frame = frame.f_back
+    file = None if frame is None else frame.f_locals.get("f")
+    name = file if isinstance(file, str | os.PathLike) else getattr(file, "name", None)
+    return os.fspath(name) if isinstance(name, str | os.PathLike) else None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,21 +15,21 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.background import BackgroundSaves
+from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.learn import routine_of
 from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.outline import Outline, outline_of
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
-from q8lightning.checkpoint.reader import read_checkpoint
+from q8lightning.checkpoint.reader import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_passed_over
 from q8lightning.checkpoint.writer import announce, write_checkpoint
 from q8lightning.twins import count_as_twins, is_a, is_exactly_a
 
@@ -163,16 +162,18 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
+        if type(checkpoint) is not dict:
+            checkpoint = dict(checkpoint)
         if self._routine is not None and self._routine.policy is self.policy and self.async_save:
             with _without_collection():
-                repeated = self._routine.save(checkpoint, names)
+                repeated = self._routine.save(checkpoint, names, self._only_pickles)
             if repeated is not None:
                 self.report = repeated.report
                 return repeated
         encoded, report = encode_and_report(checkpoint, self.policy, names)
         self._warn(report)
         self.report = lambda: report
-        snapshot = Snapshot(encoded, live=self.async_save)
+        snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
         if self.async_save:
             self._learn(checkpoint, names, report)
         return snapshot
@@ -186,14 +187,21 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._outline = outline
 
     def _warn(self, report: SaveReport) -> None:
-        """Warn of what the guard did, of each tensor once."""
+        """Warn of what the guard did, of each tensor once, and once if nothing is encoded."""
         new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
         self._warned |= {(each.path, each.remedy) for each in new}
         warn_of_guarded(new)
+        if report.passed_over and ("", "") not in self._warned:
+            self._warned.add(("", ""))
+            warn_of_passed_over(report.passed_over)
+
+    @property
+    def _only_pickles(self) -> bool:
+        """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
+        return type(self.base) is DurableCheckpointIO
 
     def _write(self, snapshot: Snapshot | Repeated, path: str | os.PathLike[str], storage_options: Any | None) -> None:
-        # Any other CheckpointIO may keep what it is given, or write it later.
-        memory = self._memory if type(self.base) is DurableCheckpointIO else None
+        memory = self._memory if self._only_pickles else None  # others may keep what they are given
         with snapshot.fetch(memory) as content:
             announce("fetched", path)
             self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]
@@ -209,14 +217,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             BackgroundSaveError: If a save in the background failed.
         """
         self._wait()
-        try:
+        with explained(path):
             checkpoint = self._load(path, _local(path), *args, **kwargs)
-        except pickle.UnpicklingError as error:
-            if "q8lightning.checkpoint.payload.rebuild_v" in str(error):
-                raise NewerFormatError("later than 1") from error
-            raise
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(error.what, path) from None  # it knows the tensor; add the file
         summary = checkpoint.get(SUMMARY_KEY)
         if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
             raise NewerFormatError(summary["format_version"])
@@ -228,10 +230,13 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             with nullcontext() if self.verify else without_verification():
                 return load(path, *args, **kwargs)
         if type(self.base) is not DurableCheckpointIO:  # it may do something with the tensors
-            with verified(local_path) if self.verify else without_verification():
+            if self.verify:
+                checkpoint: dict[str, Any] = read_elsewhere(local_path, partial(load, path, *args, **kwargs))
+                return checkpoint
+            with without_verification():
                 return load(path, *args, **kwargs)
         device = self.optimizer_device
-        checkpoint: dict[str, Any] = read_checkpoint(
+        checkpoint = read_checkpoint(
             local_path,
             lambda file: load(file, *args, **kwargs),
             self.verify,

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.open_file import OpenFile
 from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
-from q8lightning.checkpoint.payload_group import decode_payloads, payloads_in, replace_payloads
+from q8lightning.checkpoint.payload_group import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.summed_file import SummedFile
 from q8lightning.quantization.workers import MOST, Workers, count_workers
 
@@ -38,22 +40,55 @@ def read_checkpoint(
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
+        OSError: If there is no such file or it cannot be read.
     """
     with ExitStack() as stack:
         if not verify:
             stack.enter_context(without_verification())
         workers = stack.enter_context(Workers(count_workers(MOST)))
-        file = stack.enter_context(SummedFile(path, workers, sums=verify))
+        file = stack.enter_context(OpenFile(path))
+        through = stack.enter_context(SummedFile(file, workers, sums=verify))
         if verify:
-            stack.enter_context(verified(path, file))
-        opened = cast("IO[bytes]", file)
+            stack.enter_context(verified(file, through))
+        opened = cast("IO[bytes]", through)
         if stays_encoded():
             return load(opened)
         loaded = _load_and_decode(load, opened, optimizer_device)
         if loaded is not None:
             return loaded[0]
-        file.seek(0)
+        through.seek(0)
         return load(opened)
+
+
+def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any:
+    """Let somebody load a checkpoint by its name, and verify the file meanwhile.
+
+    If another file takes the name meanwhile, nobody knows which of the two was loaded. It is loaded again then; where
+    that happens time and again, at last with the payloads' own checksums alone, and a warning.
+
+    Raises:
+        CorruptCheckpointError: If the content is not what was saved.
+    """
+    for _ in range(_ATTEMPTS):
+        with OpenFile(path) as file:
+            try:
+                with verified(file):
+                    content = load()
+            except Exception:
+                if file.has_its_name():
+                    raise
+            else:
+                if file.has_its_name():
+                    return content
+    warnings.warn(
+        f"{os.fspath(path)} was replaced each of the {_ATTEMPTS} times that it was loaded: of this load, only quantized"
+        " tensors are compared with their checksums; load a file that stays if everything is to be",
+        stacklevel=2,
+    )
+    return load()
+
+
+_ATTEMPTS = 5
 
 
 def _load_and_decode(
@@ -67,8 +102,11 @@ def _load_and_decode(
             if payloads:
                 return None  # perhaps because of one; the other way will tell
             raise
-    content = replace_payloads(content, _decode(content, payloads, optimizer_device))
-    # What still has a payload is an object that is no dict, list or tuple.
+    try:
+        content = replace_payloads(content, _decode(content, payloads, optimizer_device))
+    except TensorsWantedError:
+        return None
+    # What still has a payload is an object that is no container.
     return (content,) if _are_gone(payloads) else None
 
 

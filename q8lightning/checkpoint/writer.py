@@ -1,14 +1,17 @@
 """Durable writing: a file that is there under its name is whole, whatever happens while it is written."""
 
+import errno
 import os
 import platform
 import re
 import secrets
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -57,8 +60,8 @@ def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Non
     """Let ``write`` fill a file so that ``path`` holds either its old content or all of the new one.
 
     The content goes to a temporary file beside the target, from there to the disk while more is written, and is flushed
-    before the file takes the target's name; the folder is flushed last. Missing folders are made; temporary files that
-    a killed writer left there are removed.
+    before the file takes the target's name; the folder is flushed last, if its file system can do that. Missing folders
+    are made; temporary files that a killed writer left there are removed.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
@@ -70,27 +73,31 @@ def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Non
         raise IsADirectoryError(f"a checkpoint is a file, but {target} is a directory; choose another path")
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
-    with _naming(target), _temporary_beside(target) as file:
-        announce("opened", target)
-        with WriteBehind(file) as behind:
-            write(cast("IO[bytes]", behind))
-        file.flush()
-        announce("written", target)
-        os.fsync(file.fileno())
-        announce("flushed", target)
-        os.replace(file.name, target)
-        announce("renamed", target)
-    _flush_directory(target.parent)
+    with _naming(target):
+        with _temporary_beside(target) as file:
+            announce("opened", target)
+            with WriteBehind(file) as behind:
+                write(cast("IO[bytes]", behind))
+            file.flush()
+            announce("written", target)
+            os.fsync(file.fileno())
+            announce("flushed", target)
+            os.replace(file.name, target)
+            announce("renamed", target)
+        flushed = _flush_directory(target.parent)
     announce("durable", target)
+    if not flushed:
+        _warn_of(target.parent)
 
 
 @contextmanager
 def _naming(target: Path) -> Iterator[None]:
-    """Let errors of the system, which know the number of a file at best, name the target."""
+    """Let errors of the system, which know the number of a file or the temporary one at best, name the target."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        known = error.filename is not None and not str(error.filename).endswith(TEMPORARY_SUFFIX)
+        if error.errno is not None and error.filename2 is None and not known:
             error.filename = str(target)
         raise
     except RuntimeError as error:
@@ -154,11 +161,40 @@ def _open_locked(folder: Path) -> IO[bytes]:
         return file
 
 
-def _flush_directory(directory: Path) -> None:
+_FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Errors of the disk itself. Any other means that the file system does not flush folders."""
+
+
+def _flush_directory(directory: Path) -> bool:
+    """Flush a folder, so that a new name in it survives a crash of the system; tell whether that is possible.
+
+    Network file systems and those in user space (cifs, FUSE) refuse it in many ways. A folder may also be such as may
+    be written to, but not read.
+
+    Raises:
+        OSError: If the disk fails.
+    """
     if os.name == "nt":  # Windows cannot open directories
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+        return True
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _FAILING:
+            raise
+        return False
+    return True
+
+
+@cache
+def _warn_of(directory: Path) -> None:
+    """Say of a folder, once in this process, that it cannot be flushed."""
+    warnings.warn(
+        f"{directory} cannot be flushed to the disk, as on some network file systems: checkpoints there are whole, but"
+        " a crash of the machine soon after a save may take the new file's name away; keep more than one checkpoint,"
+        " or save to a local disk",
+        stacklevel=2,
+    )

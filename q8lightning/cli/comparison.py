@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.leaves import names_from
+from q8lightning.checkpoint.leaves import FIRST_MOMENT, SECOND_MOMENTS, names_from
 from q8lightning.checkpoint.losses import relative_error, sqnr_db
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.inspection import label
@@ -120,15 +120,10 @@ def compare(first: Source, second: Source, progress: Callable[[int, int], None] 
         if tuple(a.shape) != tuple(b.shape):
             result.reshaped.append((path, tuple(a.shape), tuple(b.shape)))
             continue
-        difference = _sum(_differences(values(a), values(b)))
+        difference = _sum(_differences(first.values(a).detach(), second.values(b).detach()))
         result.rows.append(Row(path, kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
     result.rows.extend(_update_directions(first, second))
     return result
-
-
-def values(value: _Value) -> Tensor:
-    """Return the values of a tensor, decoded if need be."""
-    return value.decode() if isinstance(value, QuantizedTensor) else value.detach()
 
 
 def _stored_as(value: _Value) -> str:
@@ -175,7 +170,11 @@ def _update_directions(first: Source, second: Source) -> Iterator[Row]:
             if moments[0] is None or moments[1] is None or moments[0][0].shape != moments[1][0].shape:
                 continue
             eps = _eps(one, key)
-            directions = [_direction(values(pair[0]), values(pair[1]), eps) for pair in moments if pair]
+            directions = [
+                _direction(source.values(pair[0]).detach(), source.values(pair[1]).detach(), eps)
+                for source, pair in zip((first, second), moments, strict=True)
+                if pair
+            ]
             difference = _sum(_difference(a, b) for a, b in zip(*directions, strict=True))
             known = names[index] if index < len(names) else ()
             name = known[key] if isinstance(key, int) and key < len(known) else str(key)
@@ -191,7 +190,7 @@ def _optimizers(content: Any) -> list[Mapping[str, Any]]:
 def _moments(state: Any) -> tuple[_Value, _Value] | None:
     if not isinstance(state, Mapping):
         return None
-    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    m, v = state.get(FIRST_MOMENT), next((state[key] for key in SECOND_MOMENTS if key in state), None)
     if not isinstance(m, _Value) or not isinstance(v, _Value) or tuple(m.shape) != tuple(v.shape):
         return None
     return m, v

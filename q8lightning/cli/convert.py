@@ -6,7 +6,6 @@ from typing import IO, Any
 
 from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.codes import CODES_KEY
-from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.small_tensors import SmallTensors
@@ -90,14 +89,12 @@ def _convert(
     """Write ``content``; ``check`` runs before the file takes its name."""
 
     def write(file: IO[bytes]) -> None:
-        with verified(source.path):  # or damage would get a new sum, and never be found
+        with verified(source.file):  # or damage would get a new sum, and never be found
             write_stream(content, file, replace, lambda storage: source.locations.get(storage, "cpu"), small)
         check()
 
     try:
         write_durably(target, write)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(error.what, source.path) from None  # it knows the tensor; add the file
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from error  # not every one knows the file
 
@@ -130,7 +127,7 @@ class _Decoder(Work):
         if not isinstance(value, QuantizedTensor):
             return value
         if id(value) not in self._stored:
-            self._stored[id(value)] = store(value.decode(), self._source.location(value))
+            self._stored[id(value)] = store(self._source.values(value), self._source.location(value))
             self.done.converted += 1
             self.advance(value)
         return self._stored[id(value)]

@@ -103,15 +103,21 @@ def sizes_of(entries: Sequence[Entry]) -> dict[str, Size]:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """Return everything as JSON has it: ``file``, ``bytes``, ``sections``, ``summary``, ``sizes`` and ``tensors``."""
+    """Return everything as JSON has it.
+
+    ``file``, ``bytes``, ``sections``, ``training``, ``summary``, ``decoded`` (see :func:`was_decoded`), ``sizes`` and
+    ``tensors``.
+    """
     entries = entries_of(source)
     content = source.content
+    summary = summary_of(source)
     return {
         "file": str(source.path),
-        "bytes": source.path.stat().st_size,
+        "bytes": source.file.size,
         "sections": [str(key) for key in content] if isinstance(content, Mapping) else [],
         "training": {key: content[key] for key in _PROGRESS if isinstance(content, Mapping) and key in content},
-        "summary": summary_of(source),
+        "summary": summary,
+        "decoded": summary is not None and was_decoded(summary, entries),
         "sizes": {kind: asdict(size) for kind, size in sizes_of(entries).items()},
         "tensors": [
             {"path": entry.path} | {key: value for key, value in asdict(entry).items() if key != "keys"}
@@ -135,6 +141,17 @@ def summary_of(source: Source) -> dict[str, Any] | None:
             for name, entry in trained.items()
         }
     return summary
+
+
+def was_decoded(summary: Mapping[str, Any], entries: Sequence[Entry]) -> bool:
+    """Whether a quantized file was loaded and saved again, so that its summary speaks of codes that are there no more.
+
+    Args:
+        summary: What the checkpoint says.
+        entries: What it holds.
+    """
+    encoded_bytes = (summary.get("bytes") or {}).get("encoded_stored")
+    return bool(encoded_bytes) and all(entry.codec is None for entry in entries)
 
 
 def errors_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import NewerFormatError
 from q8lightning.cli import comparison, convert, inspection, report
@@ -117,7 +118,7 @@ def compress(options: Namespace) -> int:
     check_kept(options.keep, checkpoint)
     with _progress("compress") as progress:
         done = convert.compress(checkpoint, target, policy, progress)
-    _print_done(done, "quantized", source, target, time.perf_counter() - begin)
+    _print_done(done, "quantized", checkpoint.file.size, target, time.perf_counter() - begin)
     return 0
 
 
@@ -126,8 +127,9 @@ def decompress(options: Namespace) -> int:
     source, target = files_of(options)
     begin = time.perf_counter()
     with _progress("decompress") as progress:
-        done = convert.decompress(open_checkpoint(source, options.trust), target, progress)
-    _print_done(done, "decoded", source, target, time.perf_counter() - begin)
+        checkpoint = open_checkpoint(source, options.trust)
+        done = convert.decompress(checkpoint, target, progress)
+    _print_done(done, "decoded", checkpoint.file.size, target, time.perf_counter() - begin)
     return 0
 
 
@@ -157,8 +159,9 @@ def compare(options: Namespace) -> int:
         draw = plotter()
         refuse_existing(Path(options.plot), options.force)
     with _progress("compare") as progress:
-        first = open_checkpoint(options.first, options.trust)
-        result = comparison.compare(first, open_checkpoint(options.second, options.trust), progress)
+        first, second = (open_checkpoint(path, options.trust) for path in (options.first, options.second))
+        with verified(first.file), verified(second.file):
+            result = comparison.compare(first, second, progress)
     if options.json:
         _print_json({"first": options.first, "second": options.second} | comparison.as_json(result))
     else:
@@ -179,8 +182,8 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _print_done(done: Conversion, verb: str, source: Path, target: Path, seconds: float) -> None:
-    before, after = source.stat().st_size, target.stat().st_size
+def _print_done(done: Conversion, verb: str, before: int, target: Path, seconds: float) -> None:
+    after = target.stat().st_size
     for warning in done.warnings[:_WARNINGS]:
         print(f"q8lightning: warning: {warning}", file=sys.stderr)
     if len(done.warnings) > _WARNINGS:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from q8lightning.cli.comparison import UPDATE_DIRECTION, Comparison, Difference, Row
-from q8lightning.cli.inspection import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of
+from q8lightning.cli.inspection import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of, was_decoded
 from q8lightning.cli.source import Source
 from q8lightning.cli.verification import Verification
 
@@ -43,10 +43,10 @@ def print_inspection(console: Console, source: Source, depth: int | None) -> Non
     """Print what a checkpoint is, its sizes by kind, and the tree of its tensors down to ``depth`` levels."""
     entries = entries_of(source)
     summary = summary_of(source)
-    size = source.path.stat().st_size
+    size = source.file.size
     console.print(f"[bold]{escape(str(source.path))}[/bold]", highlight=False, soft_wrap=True)
     content = source.content if isinstance(source.content, Mapping) else {}
-    about = {"size": f"{size:,} bytes", "format": "plain" if summary is None else _format(summary)}
+    about = {"size": f"{size:,} bytes", "format": "plain" if summary is None else _format(summary, entries)}
     for key, name in (("pytorch-lightning_version", "lightning"), ("epoch", "epoch"), ("global_step", "global step")):
         if key in content:
             about[name] = str(content[key])
@@ -65,9 +65,11 @@ def print_inspection(console: Console, source: Source, depth: int | None) -> Non
     console.print(_tree(entries, source.path.name, depth, source.summary))
 
 
-def _format(summary: Mapping[str, Any]) -> str:
+def _format(summary: Mapping[str, Any], entries: Sequence[Entry]) -> str:
     trained = summary.get("qat")
     suffix = f"; {len(trained)} weights trained quantized" if trained else ""
+    if was_decoded(summary, entries):
+        return f"plain: no tensor is encoded; policy and errors are of the quantized file that was loaded{suffix}"
     return f"q8lightning, version {summary.get('format_version', 'unknown')}{suffix}"
 
 

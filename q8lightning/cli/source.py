@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint import tree
+from q8lightning.checkpoint.archive import verified
+from q8lightning.checkpoint.explained import explained, newer_format_in
 from q8lightning.checkpoint.leaves import kind_of as kind_by_keys
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded, watch_apart
+from q8lightning.checkpoint.open_file import OpenFile
+from q8lightning.checkpoint.payload import (
+    FORMAT_VERSION,
+    NewerFormatError,
+    QuantizedTensor,
+    keep_encoded,
+    register_functions,
+    watch_apart,
+)
 from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 
@@ -33,20 +43,34 @@ class Source:
     """An open checkpoint.
 
     Attributes:
-        path: The file.
+        file: The file, open as long as this is there.
         content: What ``torch.load`` returns, all of it on the CPU, payloads as :class:`QuantizedTensor`.
         locations: Where each storage was when it was saved, such as ``cuda:0``, by ``_cdata``.
     """
 
-    path: Path
+    file: OpenFile
     content: Any
     locations: Mapping[int, str]
+
+    @property
+    def path(self) -> Path:
+        """The name of the file."""
+        return Path(self.file.path)
 
     @property
     def summary(self) -> Mapping[str, Any]:
         """What the checkpoint says about how it was quantized, empty if it says nothing."""
         found = self.content.get(SUMMARY_KEY) if isinstance(self.content, Mapping) else None
         return found if isinstance(found, Mapping) else {}
+
+    def values(self, value: "Tensor | QuantizedTensor") -> Tensor:
+        """Return the values of one of its tensors, decoded if need be.
+
+        Raises:
+            CorruptCheckpointError: If they are not what was saved.
+        """
+        with explained(self.path):
+            return value.decode() if isinstance(value, QuantizedTensor) else value
 
     def location(self, value: "Tensor | QuantizedTensor") -> str:
         """Return where a tensor was when it was saved."""
@@ -64,12 +88,29 @@ def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
 
     Raises:
         CommandError: If there is no such file or it cannot be read.
-        CorruptCheckpointError: If a tensor is damaged in a way that keeps the file from being opened.
+        CorruptCheckpointError: If it is damaged in a way that keeps it from being read.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
-    path = Path(path)
-    if path.is_dir():
+    return read_source(open_file(path), trust)
+
+
+def open_file(path: str | Path) -> OpenFile:
+    """Open a file; whatever is to be done with it is done with what this returns, whoever replaces the file meanwhile.
+
+    Raises:
+        CommandError: If there is no such file or it cannot be opened.
+    """
+    if Path(path).is_dir():
         raise CommandError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise CommandError(f"cannot open {path}: {error.strerror or error}") from error
+
+
+def read_source(file: OpenFile, trust: bool = False) -> Source:
+    """Read what :func:`open_checkpoint` does, from an open file."""
+    path = file.path
     locations: dict[int, str] = {}
 
     def leave_on_cpu(storage: Any, location: str) -> Any:
@@ -79,27 +120,32 @@ def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
     def locate_apart(view: Tensor, tensor: Tensor) -> None:
         locations[tensor.untyped_storage()._cdata] = locations.get(view.untyped_storage()._cdata, "cpu")
 
+    register_functions()  # somebody may have cleared torch's list
     try:
-        with keep_encoded(), watch_apart(locate_apart):
-            content = torch.load(path, map_location=leave_on_cpu, weights_only=not trust, mmap=zipfile.is_zipfile(path))
-    except (CorruptCheckpointError, NewerFormatError):
+        with keep_encoded(), watch_apart(locate_apart), file.reader() as reader:
+            mapped = zipfile.is_zipfile(reader)
+            content = torch.load(file.address, map_location=leave_on_cpu, weights_only=not trust, mmap=mapped)
+    except NewerFormatError:
         raise
-    except OSError as error:
-        raise CommandError(f"cannot open {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise _explain(path, str(error)) from error
     except Exception as error:  # whatever a file that is something else makes torch and pickle raise
-        raise CommandError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})") from error
+        with verified(file):
+            pass  # it is whole: something else is wrong
+        raise _explain(path, error) from error
     version = content.get(SUMMARY_KEY) if isinstance(content, Mapping) else None
     if isinstance(version, Mapping) and version.get("format_version", 0) > FORMAT_VERSION:
         raise NewerFormatError(version["format_version"])
-    return Source(path, content, locations)
+    return Source(file, content, locations)
 
 
-def _explain(path: Path, message: str) -> Exception:
-    if "q8lightning.checkpoint.payload.rebuild_v" in message:
-        return NewerFormatError("later than 1")
-    unknown = re.search(r"GLOBAL (\S+)", message)
+def _explain(path: str, error: Exception) -> Exception:
+    newer = newer_format_in(error)
+    if newer is not None:
+        return newer
+    if isinstance(error, OSError):
+        return CommandError(f"cannot read {path}: {error.strerror or error}")
+    unknown = re.search(r"GLOBAL (\S+)", str(error))
+    if not isinstance(error, pickle.UnpicklingError):
+        return CommandError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
     if unknown is None:
         return CommandError(f"{path} is not a checkpoint that torch.load can read")
     return CommandError(
@@ -113,16 +159,9 @@ def _first_line(error: Exception) -> str:
     return lines[0][:120] if lines else type(error).__name__
 
 
-def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, "Tensor | QuantizedTensor"]]:
-    """Yield the tensors of nested dicts, lists and tuples, encoded where they are, with the keys that lead to them."""
-    if isinstance(value, Tensor | QuantizedTensor):
-        yield keys, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, (*keys, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*keys, index))
+def leaves(content: Any) -> list[tuple[Keys, "Tensor | QuantizedTensor"]]:
+    """Return the tensors of a checkpoint, encoded where they are, with the keys that lead to them."""
+    return [leaf for leaf in tree.leaves(content, tree.PATHS) if isinstance(leaf[1], Tensor | QuantizedTensor)]
 
 
 def path_of(keys: Keys) -> str:

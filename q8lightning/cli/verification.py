@@ -8,7 +8,7 @@ from pathlib import Path
 from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.cli.source import leaves, open_checkpoint, path_of
+from q8lightning.cli.source import leaves, open_file, path_of, read_source
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,12 @@ def verify_file(path: Path, trust: bool = False, progress: Callable[[int, int], 
         CommandError: If there is no such file, or it is no checkpoint at all.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
-    if not path.is_file():
-        open_checkpoint(path)  # raises what is wrong with it
+    file = open_file(path)
     counts: dict[str, int] = {}
     damage: list[str] = []
     try:
-        with verified(path):
-            source = open_checkpoint(path, trust)
+        source = read_source(file, trust)
+        with verified(file):
             found = [(path_of(keys), value) for keys, value in leaves(source.content)]
             payloads = {id(value): (name, value) for name, value in found if isinstance(value, QuantizedTensor)}
             counts = {
@@ -60,7 +59,8 @@ def verify_file(path: Path, trust: bool = False, progress: Callable[[int, int], 
     except CorruptCheckpointError as error:
         if not damage:  # the sums of the file say less exactly where it is
             damage.append(error.what)
-    return Verification(path.stat().st_size, **counts, has_sums=zipfile.is_zipfile(path), damage=tuple(damage))
+    with file.reader() as reader:
+        return Verification(file.size, **counts, has_sums=zipfile.is_zipfile(reader), damage=tuple(damage))
 
 
 def _damage(name: str, payload: QuantizedTensor) -> list[str]:

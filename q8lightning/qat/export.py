@@ -3,19 +3,21 @@
 A file of codes needs nothing but torch to be read. This is all that a reader has to know::
 
     def load_codes(path):
-        state = torch.load(path, weights_only=True)["state_dict"]
+        state, tensors = torch.load(path, weights_only=True)["state_dict"], {}
         for name, q in state.items():
             if isinstance(q, dict):
                 bits = (q["codes"][:, None] >> torch.arange(8)) & 1
                 bits = bits.flatten()[: q["rows"] * q["row"] * q["bits"]].view(q["rows"], q["row"], q["bits"])
                 levels = q["levels"][(bits << torch.arange(q["bits"])).sum(-1)]
                 scales = q["scales"].repeat_interleave(q["block_size"], 1)[:, : q["row"]]
-                state[name] = (levels * scales).to(q["dtype"]).view(q["shape"]).permute(q["order"])
+                tensor = (levels * scales).to(q["dtype"]).view(q["shape"]).permute(q["order"])
+                state[name] = tensors.setdefault(id(q), tensor)  # tied weights share an entry
         return state
 """
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,9 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.codes import CODES_KEY, Codes, read_codes
+from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.writer import write_checkpoint
 from q8lightning.quantization.bit_packing import pack
@@ -51,18 +55,20 @@ def export_quantized(
 
     Raises:
         ValueError: If the format is unknown, the checkpoint was not saved during QAT, or a weight is not finite.
+        CorruptCheckpointError: If the checkpoint is not what was saved.
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
-    with keep_encoded():
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+    with explained(checkpoint), keep_encoded():
+        loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
     entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
     if not entries:
         raise ValueError(
-            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that was saved with"
-            " QuantizationCallback(qat=...)"
+            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
+            " QuantizationCallback(qat=...) saved, as the Trainer wrote it"
         )
-    state = {name: _exported(name, value, entries.get(name), format) for name, value in loaded["state_dict"].items()}
+    with explained(checkpoint):
+        state = _exported_state(loaded["state_dict"], entries, format)
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
@@ -70,7 +76,27 @@ def export_quantized(
     write_checkpoint(plain | {"state_dict": state}, Path(path))
 
 
+def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:
+    tied: dict[Any, Any] = {}
+    state: dict[str, Any] = {}
+    for name, value in loaded.items():
+        identity = _identity(value)
+        if identity not in tied:
+            tied[identity] = _exported(name, value, entries.get(name), format)
+        state[name] = tied[identity]
+    return state
+
+
+def _identity(value: Any) -> Any:
+    """Identify what a value shows of its memory: equal for tied tensors only. Each of them is an object of its own."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    return id(value)
+
+
 def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:
+    if isinstance(value, QuantizedTensor):
+        value.verify()  # its codes are taken as they are
     if entry is None:
         return value.decode() if isinstance(value, QuantizedTensor) else value
     codes = read_codes(value, entry)

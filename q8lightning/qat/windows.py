@@ -7,6 +7,7 @@ there (a hook of the model or of another callback): then they are quantized once
 gradients accumulate. If some runs, it sees the masters, and the next window quantizes what it left.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.writes import Writes
 from q8lightning.twins import is_from_lightning
 
 BETWEEN = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward")
@@ -64,6 +66,7 @@ class Windows:
         step: Returns the global step while training, None if the schedule does not apply.
         manual: Whether the model optimizes itself within its training step.
         measure: Returns whether statistics are wanted for the step that begins.
+        follow: Called before each step, while the graph of no step is alive, to let the quantizer follow the model.
     """
 
     def __init__(
@@ -74,13 +77,16 @@ class Windows:
         step: Callable[[], int | None],
         manual: bool,
         measure: Callable[[], bool] = lambda: False,
+        follow: Callable[[], None] = lambda: None,
     ) -> None:
         owners = list(owners)
         self.quantizer = quantizer
+        self._writes = Writes(quantizer)
         self._precision = precision
         self._step = step
         self._manual = manual
         self._measure = measure
+        self._follow = follow
         self._between = somebody_runs(BETWEEN, owners)
         self._after_backward = somebody_runs(AFTER_BACKWARD, owners)
         self._accumulating = somebody_runs(ACCUMULATING, owners)
@@ -99,7 +105,7 @@ class Windows:
         self._own = {name: precision.__dict__[name] for name in around if name in precision.__dict__}
         self._wrapped = list(around)
         for name, wrapper in around.items():
-            setattr(precision, name, _wrap(getattr(precision, name), wrapper))
+            setattr(precision, name, _Around(getattr(precision, name), wrapper))
         self._handles = [
             register_optimizer_step_pre_hook(self._before_any_step),
             register_optimizer_step_post_hook(self._after_any_step),
@@ -108,6 +114,7 @@ class Windows:
     def close(self) -> None:
         """Put the masters back, the plugin as it was, and remove all hooks."""
         self.quantizer.close()
+        self._writes.close()
         for name in self._wrapped:
             self._precision.__dict__.pop(name, None)
         self._precision.__dict__.update(self._own)
@@ -126,15 +133,17 @@ class Windows:
         try:
             yield
         except BaseException:
-            self.quantizer.release()
+            self.quantizer.restore()
             raise
 
     @contextmanager
     def _around_training_step(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
+        self._writes.begin("training")
         with self._window():
             self._in_manual_step = self._manual
             try:
-                with context():
+                with context(), self._writes.step("training"):
                     yield
             finally:
                 self._in_manual_step = False
@@ -143,7 +152,9 @@ class Windows:
 
     @contextmanager
     def _around_evaluation(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        with self._window(training=False), context():
+        self._follow()
+        self._writes.begin("evaluation")
+        with self._window(training=False), context(), self._writes.step("evaluation"):
             yield
         if self._evaluating:
             self.quantizer.release()
@@ -154,7 +165,7 @@ class Windows:
         return pre_backward(*args, **kwargs)
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._window():
+        with self._window(), self._writes.outside():
             self._in_backward = True
             try:
                 result = backward(*args, **kwargs)
@@ -179,10 +190,13 @@ class Windows:
             if self._in_manual_step:
                 self._engage()
             try:
-                return closure()
-            finally:
-                self.quantizer.release()
-                self.quantizer.drop_frozen_gradients(self._step() or 0)
+                result = closure()
+            except BaseException:
+                self.quantizer.restore()
+                raise
+            self.quantizer.release()
+            self.quantizer.drop_frozen_gradients(self._step() or 0)
+            return result
 
         outer, self._in_optimizer_step = self._in_optimizer_step, True
         try:
@@ -219,8 +233,22 @@ class Windows:
         return any(id(parameter) in selected for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _wrap(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+class _Around:
+    """A method with something around it; a copy, and what is pickled, is the method."""
 
-    return wrapped
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self._original = original
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._original,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method

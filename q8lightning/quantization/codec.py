@@ -43,7 +43,7 @@ class Codec:
         try:
             codebook = get_codebook(self.name)
         except ValueError as error:
-            raise ValueError(f"unknown codec: {error}; for second moments there is also {LOG!r}") from None
+            raise ValueError(f"unknown codec: for second moments there is {LOG!r}; otherwise {error}") from None
         object.__setattr__(self, "name", codebook.spec)
         if codebook.end == 0:
             raise ValueError(

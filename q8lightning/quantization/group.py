@@ -3,7 +3,9 @@
 A group lays a buffer, once, in which every tensor has a slot of its shape and strides. To engage is to write the
 quantized values there, on a GPU in one launch for each dtype, and to let the tensors point at their slots; to release
 is to let them point at their own memory again. Nothing is copied back, and nothing that happens in between can lose the
-originals (the masters), because nobody writes to them.
+originals (the masters): who writes to a tensor in between writes to its slot, which can be seen
+(:meth:`FakeQuantizeGroup.lost`), and who means the master says so (:meth:`FakeQuantizeGroup.wrote`), so that the slot
+follows.
 
 Tensors that lie in memory which others share (the weights that cuDNN's recurrent layers keep in one piece, views) stay
 where they are: their values change places with those of the slot.
@@ -51,12 +53,15 @@ class FakeQuantizeGroup:
         self.engaged = False
         self.masters: list[Tensor] = []
         """The masters while the group is engaged, with the tensors' shapes and strides."""
+        self.written: set[int] = set()
+        """Which tensors' slots are out of date, because their masters were written to."""
         self._codec = WeightCodec(codebook.spec, block_size, axis)
         self._addresses: list[int] = []
         self._layout: list[object] = []
         self._own: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._shared: list[bool] = []
+        self._marks: list[tuple[int, int]] = []
         self._batches: list[Batch | InLaunch] = []
         self._find()
 
@@ -90,7 +95,49 @@ class FakeQuantizeGroup:
             if not shared:
                 tensor.data = slot
         self.engaged = True
+        self._settled()
         return statistics
+
+    @torch.no_grad()
+    def settle(self, share: float = 1.0, seed: int = 0) -> None:
+        """Let the tensors whose masters were written to show the new quantized values.
+
+        Args:
+            share: As for the last :meth:`engage`.
+            seed: As for the last :meth:`engage`.
+        """
+        if not self.written or not self.engaged:
+            return
+        if not all(self._is_in_place(index) for index in self.written):
+            self.engage(share, seed, measure=False)
+            return
+        for batch in self._batches:
+            part = batch.only(self.written)
+            if part is not None:
+                part.write(self._own, self._slots, share, seed, None)
+        self._settled()
+
+    def wrote(self, index: int) -> None:
+        """Take down that the master of a tensor was written to; what was done to the tensor itself is part of it."""
+        self.written.add(index)
+        self._marks[index] = _mark(self.tensors[index])
+
+    def lost(self) -> list[int]:
+        """Return the tensors that somebody wrote to while they show quantized values, which a release undoes.
+
+        A write moves the version of a tensor, or lets it point at memory with other values; with the same values, it
+        was only moved. What is written in place through ``Tensor.data`` does not show here.
+        """
+        if not self.engaged:
+            return []
+        shown = [
+            own if shared else slot for own, slot, shared in zip(self._own, self._slots, self._shared, strict=True)
+        ]
+        return [
+            index
+            for index, (tensor, mark) in enumerate(zip(self.tensors, self._marks, strict=True))
+            if _mark(tensor) != mark and (tensor.data_ptr() == mark[1] or not _same(tensor, shown[index]))
+        ]
 
     @torch.no_grad()
     def release(self) -> None:
@@ -98,11 +145,28 @@ class FakeQuantizeGroup:
         if not self.engaged:
             return
         self.engaged = False
-        for tensor, master, slot, shared in zip(self.tensors, self.masters, self._slots, self._shared, strict=True):
-            if shared or tensor.data_ptr() != slot.data_ptr():  # or it was moved meanwhile
+        each = enumerate(zip(self.tensors, self.masters, self._slots, self._shared, strict=True))
+        for index, (tensor, master, slot, shared) in each:
+            if shared or (tensor.data_ptr() != slot.data_ptr() and index not in self.written):  # moved meanwhile
                 tensor.data.copy_(master)
             else:
                 tensor.data = master
+
+    def _is_in_place(self, index: int) -> bool:
+        """Tell whether a tensor points at its slot and its master is where it was, as it was."""
+        own = self._own[index]
+        places = self.tensors[index].data_ptr(), own.data_ptr()
+        expected = self._slots[index].data_ptr(), self._addresses[index]
+        return not self._shared[index] and places == expected and _kind(own) == self._layout[index]
+
+    def _settled(self) -> None:
+        """Take down what the tensors are now, to tell later who was written to."""
+        for index in self.written:
+            tensor = self.tensors[index]
+            if not tensor.is_inference():  # a graph that needs the values from before shall say so
+                torch.autograd.graph.increment_version(tensor)
+        self.written.clear()
+        self._marks = [_mark(tensor) for tensor in self.tensors]
 
     def _exchange_shared(self) -> None:
         """Write the quantized values over those that must stay where they are; their slots keep the masters."""
@@ -112,7 +176,7 @@ class FakeQuantizeGroup:
         torch._foreach_copy_(slots, before)
         for index, shared in enumerate(self._shared):
             if shared:
-                self.masters[index] = self._slots[index]
+                self.masters[index] = self._slots[index].detach()  # what it points at may be changed
 
     def _find(self) -> None:
         """Look up where the tensors are; lay the buffer if they are not what they were."""
@@ -126,13 +190,30 @@ class FakeQuantizeGroup:
             storage.nbytes() > own.nbytes or users[storage.data_ptr()] > 1
             for own, storage in zip(self._own, storages, strict=True)
         ]
-        layout: list[object] = [(own.dtype, own.device, own.shape, own.stride()) for own in self._own]
+        layout = [_kind(own) for own in self._own]
         if layout != self._layout:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written to by training
                 self._slots = _slots(self._own)
                 self._batches = batches(self._own, self._slots, self._codec)
             self._layout = layout
         self._addresses = addresses
+
+
+def _kind(tensor: Tensor) -> object:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written to: its version, and where it is."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def _same(tensor: Tensor, slot: Tensor) -> bool:
+    """Tell whether a tensor holds the values of a slot, perhaps in another dtype or on another device."""
+    if tensor.shape != slot.shape:
+        return False
+    there = slot.to(tensor.device, tensor.dtype)
+    return bool(torch.isclose(tensor.detach(), there, rtol=0.0, atol=0.0, equal_nan=True).all())
 
 
 def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -4,8 +4,8 @@ Both write the same bits. The kernels take float32, float16 and bfloat16 on a GP
 those without an axis, and those along one whose rows are whole blocks and lie one after another.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -37,6 +37,13 @@ class InLaunch:
     buffer: Tensor
     starts: tuple[int, ...]
 
+    def only(self, indices: Container[int]) -> "InLaunch | None":
+        """Return what is left with some of the tensors, None if that is nothing."""
+        kept = [(index, start) for index, start in zip(self.indices, self.starts, strict=True) if index in indices]
+        if not kept:
+            return None
+        return replace(self, indices=tuple(index for index, _ in kept), starts=tuple(start for _, start in kept))
+
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
@@ -57,6 +64,11 @@ class Batch:
 
     indices: tuple[int, ...]
     codec: WeightCodec
+
+    def only(self, indices: Container[int]) -> "Batch | None":
+        """Return what is left with some of the tensors, None if that is nothing."""
+        kept = tuple(index for index in self.indices if index in indices)
+        return replace(self, indices=kept) if kept else None
 
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None

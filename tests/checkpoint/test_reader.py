@@ -27,6 +27,7 @@ from q8lightning import (
 )
 from q8lightning.checkpoint import archive, payload_group, reader
 from q8lightning.checkpoint.io import DurableCheckpointIO
+from q8lightning.checkpoint.open_file import OpenFile
 from q8lightning.checkpoint.payload_group import decode_payloads, replace_payloads
 from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.summed_file import LONG, SummedFile
@@ -359,7 +360,7 @@ def test_without_verification_reaches_the_threads(path: Path, monkeypatch: pytes
 def test_the_command_line_still_verifies_long_records_by_itself(path: Path) -> None:
     """Whoever does not read through the file has every record read."""
     flip(path, long_records(path)[0][0] + 5)
-    with pytest.raises(CorruptCheckpointError), archive.verified(path):
+    with pytest.raises(CorruptCheckpointError), OpenFile(path) as file, archive.verified(file):
         pass
 
 
@@ -374,8 +375,8 @@ def bytes_of_file() -> bytes:
 @pytest.fixture
 def summed(bytes_of_file: bytes, tmp_path: Path) -> Iterator[SummedFile]:
     (tmp_path / "x").write_bytes(bytes_of_file)
-    with Workers(3) as workers, SummedFile(tmp_path / "x", workers) as file:
-        yield file
+    with Workers(3) as workers, OpenFile(tmp_path / "x") as opened:
+        yield SummedFile(opened, workers)
 
 
 @pytest.mark.parametrize("start", [0, 1, 4097])
@@ -413,7 +414,7 @@ def test_without_parallel_reads_the_file_is_read_plainly(
 
 
 def test_a_file_that_becomes_shorter_is_an_error(summed: SummedFile) -> None:
-    os.truncate(summed._file.name, LONG)
+    os.truncate(summed.name, LONG)
     with pytest.raises(OSError, match="became shorter"):
         summed.readinto(bytearray(2 * LONG))
 

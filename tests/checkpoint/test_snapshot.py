@@ -18,7 +18,7 @@ from test_special_tensors import ODD
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint import snapshot
+from q8lightning.checkpoint import host_memory, snapshot
 from q8lightning.checkpoint.host_memory import ALIGNMENT, PinnedMemory, Transfer
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.quantization.codec import Codec
@@ -256,3 +256,16 @@ def test_a_tensor_with_gaps_as_large_as_its_memory_keeps_its_strides() -> None:
     copied = content_of({"x": tensor})["x"]
     assert copied.stride() == tensor.stride()
     assert torch.equal(copied, tensor)
+
+
+def test_locked_memory_is_given_back_with_the_object_but_not_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may be torn down by then, and to call it would crash a process that has done its work."""
+    given_back: list[int] = []
+    monkeypatch.setattr(host_memory, "_register", lambda memory: True)
+    monkeypatch.setattr(host_memory, "_unregister", lambda memory: given_back.append(memory.nbytes))
+    memory = PinnedMemory()
+    memory.take(1000)
+    assert memory._unregister is not None
+    assert not memory._unregister.atexit
+    del memory
+    assert len(given_back) == 1

@@ -1,5 +1,6 @@
 """A checkpoint that exists is whole: written beside its name, flushed and renamed; a save that failed left no trace."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Autoencoder, quiet_trainer
 from promises import load, payloads_of, same_bits
 from steps import Steps
@@ -210,6 +213,91 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(target: Path) -> None:
             write_checkpoint(CONTENT, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Folders that cannot be flushed: network file systems, FUSE, folders without the right to read
+
+
+class Refusal:
+    """Has the system refuse to flush folders, or to open them for that."""
+
+    def __init__(self, call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        real_fsync, real_open = os.fsync, os.open
+
+        def fsync(descriptor: int) -> None:
+            if call == "fsync" and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(code, os.strerror(code))
+            real_fsync(descriptor)
+
+        def open(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+            if call == "open" and os.path.isdir(path):
+                raise OSError(code, os.strerror(code), path)
+            return real_open(path, flags, *arguments, **options)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "open", open)
+
+
+@pytest.mark.parametrize("call", ["fsync", "open"])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.ENOSYS])
+def test_a_folder_that_cannot_be_flushed_has_whole_files_and_is_named_once(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps
+) -> None:
+    Refusal(call, code, monkeypatch)
+    names = ("one/a.ckpt", "one/b.ckpt", "two/a.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in names:
+            write_checkpoint(CONTENT, tmp_path / name)
+    assert all(same_bits(load(tmp_path / name)["weight"], CONTENT["weight"]) for name in names)
+    told = [str(each.message).split(" cannot be flushed")[0] for each in caught]
+    assert told == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert [step for step, _ in steps.seen].count("durable") == 3
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_training_goes_on_where_folders_cannot_be_flushed(
+    async_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Refusal("fsync", errno.EINVAL, monkeypatch)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1)
+    callbacks = [saving, QuantizationCallback(async_save=async_save)]
+    trainer = quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, enable_checkpointing=True, callbacks=callbacks)
+    with pytest.warns(UserWarning, match="cannot be flushed"):
+        trainer.fit(Autoencoder())
+    assert content_of(tmp_path) == ["step=3.ckpt"]
+    assert payloads_of(tmp_path / "step=3.ckpt")
+
+
+def test_a_disk_that_fails_while_a_folder_is_flushed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Refusal("fsync", errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.ckpt'"):
+        write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "builtins.open"])
+def test_errors_name_the_checkpoint(function: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the temporary file, nobody has heard."""
+    module, name = function.split(".")
+    real = getattr(sys.modules[module], name)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if function == "builtins.open" and not str(arguments[0]).endswith(TEMPORARY_SUFFIX):
+            return real(*arguments, **options)
+        paths = [str(each) for each in arguments if isinstance(each, str | Path) and name != "fsync"]
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", *paths[:1], *([None, paths[1]] if name == "replace" else []))
+
+    monkeypatch.setattr(sys.modules[module], name, fail)
+    with pytest.raises(OSError, match="Disk quota exceeded") as error:
+        write_checkpoint(CONTENT, target)
+    assert str(target) in str(error.value)
+
+
+def test_errors_of_what_is_saved_keep_their_own_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.csv"):
+        write_checkpoint({"data": Unpicklable(FileNotFoundError(2, "No such file", "data.csv"))}, tmp_path / "a.ckpt")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

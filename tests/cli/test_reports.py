@@ -13,7 +13,7 @@ import torch
 from models import Autoencoder, TwoOptimizers, quiet_trainer
 from torch import Tensor, nn
 
-from q8lightning import QuantizationCallback, QuantizedTensor
+from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.cli.source import KINDS
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
@@ -51,6 +51,27 @@ def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
     assert found["summary"]["format_version"] == 1
     assert found["bytes"] == by_callback.stat().st_size
     assert found["training"]["global_step"] == 2
+
+
+def test_a_file_that_was_loaded_and_saved_again_is_called_plain(run: Run, by_callback: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.ckpt"
+    torch.save(load(by_callback), again)
+    assert described(run, by_callback)["decoded"] is False
+    assert described(run, again)["decoded"] is True
+    (line,) = (line for line in run("inspect", again).out.splitlines() if line.startswith("  format"))
+    assert line.split(None, 1)[1].startswith("plain: no tensor is encoded; policy and errors are of the quantized file")
+    assert "plain" not in run("inspect", by_callback).out.splitlines()[2]
+    compared = json.loads(run("compare", by_callback, again, "--json").out)["tensors"]
+    kinds = {each["path"]: (each["first"], each["second"]) for each in compared}
+    assert kinds["state_dict.decoder.weight"][0].startswith(("linear+residual", "softsign"))
+    assert kinds["state_dict.decoder.weight"][1] == "float32"
+
+
+def test_a_save_that_encoded_nothing_is_not_called_loaded(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    QuantizedCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(3)}}, path)
+    assert described(run, path)["decoded"] is False
+    assert "q8lightning, version 1" in run("inspect", path).out
 
 
 def test_sizes_add_up_by_kind(run: Run, by_callback: Path) -> None:

@@ -409,3 +409,77 @@ def test_weights_of_a_recurrent_layer_stay_in_the_one_piece_that_cudnn_wants() -
             group.release()
     for x, original in zip(weights, before, strict=True):
         assert torch.equal(x, original)
+
+
+# Who writes to tensors that show quantized values
+
+
+def test_slots_follow_masters_that_were_written_to(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some in place, some pointed elsewhere, some in memory that is shared; the others' slots are not touched."""
+    memory = torch.randn(128, device=kernel_device)
+    live = [torch.nn.Parameter(torch.randn(64, device=kernel_device)) for _ in range(3)]
+    live += [torch.nn.Parameter(memory[:64]), torch.nn.Parameter(torch.randn(64, device=kernel_device).double())]
+    book = BUILTIN["int4"]
+    for elsewhere in (False, True):
+        if elsewhere:
+            monkeypatch.setattr(group_batches, "has_kernels", lambda _: False)
+        group = FakeQuantizeGroup(live, book, 32)
+        group.engage(0.7, seed=3)
+        with torch.no_grad():
+            for index in (0, 3, 4):
+                if elsewhere and index == 0:
+                    group.masters[index].data = torch.randn(64, device=kernel_device)
+                else:
+                    group.masters[index].mul_(-2)
+                group.wrote(index)
+        masters = [x.clone() for x in group.masters]
+        versions = [x._version for x in live]
+        group.settle(0.7, seed=3)
+        assert not group.written
+        assert group.lost() == []
+        assert [x._version - version for x, version in zip(live, versions, strict=True)] == [1, 0, 0, 1, 1]
+        for index, (x, master) in enumerate(zip(live, masters, strict=True)):
+            chosen = chosen_blocks(index, 2, 0.7, seed=3)[:, None]
+            full = expected(master.cpu(), book, 32, None).view(2, 32)
+            assert same_bits(x.detach().cpu(), torch.where(chosen, full, master.cpu().view(2, 32)).view(64))
+        group.release()
+        assert all(map(same_bits, map(Tensor.detach, live), masters))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_write_to_what_shows_quantized_values_is_found(shared: bool) -> None:
+    def in_place(x: torch.nn.Parameter) -> None:
+        with torch.no_grad():
+            x.mul_(2)
+
+    def through_a_view(x: torch.nn.Parameter) -> None:
+        x.detach().view(-1)[3].fill_(1)
+
+    def elsewhere(x: torch.nn.Parameter) -> None:
+        x.data = x.data + 1
+
+    def moved(x: torch.nn.Parameter) -> None:
+        x.data = x.data.clone()
+
+    def moved_without_autograd(x: torch.nn.Parameter) -> None:
+        with torch.no_grad():
+            x.set_(x.detach().clone())
+
+    def nothing(x: torch.nn.Parameter) -> None:
+        x.square().sum().backward()
+
+    writes = {in_place: True, through_a_view: True, elsewhere: True}
+    writes |= {moved: False, moved_without_autograd: False, nothing: False}
+    for write, is_lost in writes.items():
+        memory = torch.randn(128)
+        memory[0] = torch.nan  # which equals nothing
+        live = [torch.nn.Parameter(torch.randn(64)), torch.nn.Parameter(memory[:64] if shared else memory)]
+        before = [x.detach().clone() for x in live]
+        group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
+        group.engage()
+        assert group.lost() == []
+        write(live[1])
+        assert group.lost() == ([1] if is_lost else []), write
+        group.release()
+        assert group.lost() == []
+        assert all(map(same_bits, map(Tensor.detach, live), before))

@@ -1,0 +1,120 @@
+"""A file that is opened once and read by whoever needs it: what they read belongs together.
+
+A checkpoint is replaced by giving its name to another file. Whoever opens the name twice may therefore read two files,
+each of them whole, and take the sums of one for those of the other.
+"""
+
+import errno
+import io
+import os
+import threading
+import weakref
+from typing import Any
+
+
+class OpenFile:
+    """A file of this machine; several threads may read it at once.
+
+    It is closed at the end of its context, or with the last reference to it.
+
+    Attributes:
+        path: The name by which it was opened, which may be another file's by now.
+        size: Its bytes.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._file = io.FileIO(self.path)
+        self.close = weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> "OpenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_at(self, position: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from ``position`` on; return how many there were."""
+        done = 0
+        while done < len(target):
+            read = self._read_some(position + done, target[done:])
+            if read == 0:
+                break
+            done += read
+        return done
+
+    def _read_some(self, position: int, target: memoryview) -> int:
+        if reads_in_parallel():
+            return os.preadv(self._file.fileno(), [target], position)
+        with self._turn:
+            self._file.seek(position)
+            return self._file.readinto(target) or 0
+
+    def reader(self) -> io.BufferedReader:
+        """Return the file to read from, with a position of its own; closing it leaves the file open."""
+        return io.BufferedReader(FileView(self))
+
+    @property
+    def address(self) -> str:
+        """A path that leads to this very file as long as it is open, for whoever must open one to map it.
+
+        Where a system has none, it is the file's name: on Windows, which lets nobody replace an open file.
+        """
+        address = f"/dev/fd/{self._file.fileno()}"
+        return address if os.path.exists(address) else self.path
+
+    def has_its_name(self) -> bool:
+        """Whether the name still is this file's."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+
+def reads_in_parallel() -> bool:
+    """Whether the system reads at a position, so that threads do not wait for each other."""
+    return hasattr(os, "preadv")
+
+
+class FileView(io.RawIOBase):
+    """An open file with a position of its own, for whoever wants a file to read from."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._position = 0
+
+    @property
+    def name(self) -> str:
+        """The name by which the file was opened."""
+        return self._file.path
+
+    def readinto(self, buffer: Any) -> int:
+        """Read from the current position on until ``buffer`` is full or the file ends."""
+        read = self._file.read_at(self._position, memoryview(buffer).cast("B"))
+        self._position += read
+        return read
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to another position."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        if start + offset < 0:  # as any file says, and ``zipfile`` expects
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self.name)
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say yes."""
+        return True

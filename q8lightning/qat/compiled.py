@@ -1,0 +1,21 @@
+"""Which modules run as compiled code, where nobody can look at single operators."""
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+
+def compiled_modules(module: nn.Module) -> set[nn.Module]:
+    """Return the modules that ``torch.compile``, ``Module.compile`` or TorchScript compiles, and what is in them.
+
+    A LightningModule that Lightning unwrapped from ``torch.compile`` keeps what it needs in ``_compiler_ctx``.
+    """
+    found: set[nn.Module] = set()
+    for each in module.modules():
+        compiled = (
+            isinstance(each, OptimizedModule | torch.jit.ScriptModule)
+            or getattr(each, "_compiled_call_impl", None) is not None
+        )
+        if compiled or getattr(each, "_compiler_ctx", None) is not None:
+            found.update(each.modules())
+    return found

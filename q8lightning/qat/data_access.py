@@ -1,0 +1,40 @@
+"""Notice who asks an engaged weight for its ``data``: what is written there in place leaves no other trace.
+
+``nn.Parameter`` gets a property of that name while somebody trains with quantized weights, and loses it after that.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from q8lightning.qat.fake_quantizer import open_quantizers
+
+_plain: Any = torch.Tensor.data  # the descriptor, not a tensor
+
+
+class DataAccess:
+    """Whether accesses are noticed; several may be open at once."""
+
+    _open = 0
+
+    def __init__(self) -> None:
+        if DataAccess._open == 0:
+            nn.Parameter.data = property(_read, _plain.__set__)  # type: ignore[assignment]
+        DataAccess._open += 1
+        self._closed = False
+
+    def close(self) -> None:
+        """Leave ``nn.Parameter`` as it was, once the last one is closed."""
+        if self._closed:
+            return
+        self._closed = True
+        DataAccess._open -= 1
+        if DataAccess._open == 0:
+            del nn.Parameter.data
+
+
+def _read(parameter: nn.Parameter) -> Tensor:
+    for quantizer in open_quantizers():
+        quantizer.touched(id(parameter))
+    return _plain.__get__(parameter)  # type: ignore[no-any-return]

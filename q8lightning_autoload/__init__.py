@@ -1,0 +1,40 @@
+"""Let ``torch.load(weights_only=True)`` read quantized checkpoints in processes that do not import ``q8lightning``.
+
+Torch calls :func:`register` when it is imported (an entry point of its group ``torch.backends``;
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches that off). It is a package of its own because importing a module of the
+other one imports all of that. The package is imported when a file that needs it is loaded.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+_HOME = "q8lightning.checkpoint.payload"
+
+_NAMES = ("rebuild_v1", "rebuild_v1_small", "rebuild_v1_item", "rebuild_v1_apart")
+"""The functions that files name."""
+
+_LATER = tuple(f"rebuild_v{version}" for version in range(2, 10))
+"""Those that files of later formats will name: calling one says that the installed version is too old."""
+
+
+def register() -> None:
+    """Register stand-ins for the functions that files name. Never raises: ``import torch`` would fail."""
+    with suppress(Exception):  # what remains then is torch's message about such a file
+        from torch.serialization import add_safe_globals
+
+        add_safe_globals([(_stand_in(name), f"{_HOME}.{name}") for name in _NAMES + _LATER])
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """Return a function that does what the package's function of this name does."""
+
+    def rebuild(*arguments: Any) -> Any:
+        import torch
+
+        with torch.device("cpu"):  # the package makes tables; whoever loads may be about to make things elsewhere
+            from q8lightning.checkpoint import payload
+
+        return getattr(payload, name)(*arguments)
+
+    return rebuild
