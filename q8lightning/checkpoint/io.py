@@ -25,12 +25,13 @@ from q8lightning.checkpoint.leaves import ModelNames
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.outline import Outline, outline_of
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
-from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.reader import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_passed_over
 from q8lightning.checkpoint.writer import announce, write_checkpoint
+from q8lightning.twins import count_as_twins, is_a, is_exactly_a
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
 """Files by which the Trainer hands live weights to itself (the tuner) or to the process that started it (spawn) a
@@ -95,10 +96,11 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     def __init__(
         self,
         checkpoint_io: CheckpointIO | None = None,
-        checkpoint: str | CheckpointPolicy = "resume",
+        checkpoint: Preset | CheckpointPolicy = "resume",
         async_save: bool = False,
         verify: bool = True,
     ) -> None:
+        count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning takes it for one of its CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
         self.async_save = async_save
@@ -121,8 +123,9 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             check_not_async(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what the last save lost and found out: a Trainer is pickled for spawn."""
-        return {**self.__dict__, "report": None, "_routine": None, "_outline": None}
+        """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
+        left_out = {"report": None, "_routine": None, "_outline": None, "_background": None, "_memory": PinnedMemory()}
+        return {**self.__dict__, **left_out}
 
     @property
     def base(self) -> CheckpointIO:
@@ -308,14 +311,14 @@ def _without_collection() -> Iterator[None]:
 def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:
     """Return the :class:`QuantizedCheckpointIO` in a chain of wrappers, if there is one."""
     while checkpoint_io is not None and not isinstance(checkpoint_io, QuantizedCheckpointIO):
-        checkpoint_io = checkpoint_io.checkpoint_io if isinstance(checkpoint_io, _WrappingCheckpointIO) else None
+        checkpoint_io = checkpoint_io.checkpoint_io if is_a(checkpoint_io, _WrappingCheckpointIO) else None
     return checkpoint_io
 
 
 def check_not_async(checkpoint_io: CheckpointIO | None) -> None:
     """Raise ValueError for an AsyncCheckpointIO in a chain: nobody would know any more when a save is durable."""
-    while isinstance(checkpoint_io, _WrappingCheckpointIO):
-        if isinstance(checkpoint_io, AsyncCheckpointIO):
+    while is_a(checkpoint_io, _WrappingCheckpointIO):
+        if is_a(checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
                 "async_save=True does what AsyncCheckpointIO does, and both cannot keep removals behind saves;"
                 " remove AsyncCheckpointIO from the Trainer's plugins, or pass async_save=False"
@@ -332,8 +335,8 @@ def _local(path: str | os.PathLike[str]) -> str | None:
 def _make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:
     """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one alone."""
     base = checkpoint_io.checkpoint_io
-    if isinstance(base, _WrappingCheckpointIO):
+    if is_a(base, _WrappingCheckpointIO):
         _make_durable(base)
-    elif base is None or type(base) is TorchCheckpointIO:
+    elif base is None or is_exactly_a(base, TorchCheckpointIO):
         checkpoint_io._checkpoint_io = DurableCheckpointIO()
         checkpoint_io._base_checkpoint_io_configured = True
