@@ -19,6 +19,7 @@ from q8lightning.checkpoint.paths import check_is_there
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
+from q8lightning.described_saves import describe_saves
 from q8lightning.metrics.recorder import Totals
 from q8lightning.pending import (
     begin_to_tell,
@@ -124,11 +125,13 @@ class QuantizationCallback(QATCallback):
         if self.policy is not None:
             installed = self._install(trainer, installed)
         if installed is not None:  # this one or the user's own
-            installed.describe_model = lambda: _names(trainer, self.codecs, self.restored)
+            installed.describe_model = lambda: _names(trainer, self.codecs(trainer.lightning_module), self.restored)
             installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
             watch_saves(trainer, installed, self.recorder)
             begin_to_tell(installed)
             let_callbacks_know(trainer)
+        elif self.qat is not None:
+            describe_saves(trainer, self._description)
 
     def _install(self, trainer: pl.Trainer, installed: QuantizedCheckpointIO | None) -> QuantizedCheckpointIO:
         assert self.policy is not None
@@ -172,19 +175,15 @@ class QuantizationCallback(QATCallback):
         if trainer.state.fn == "fit" and isinstance(summary, Mapping):
             self.restored = summary.get("restored", 0) + (summary.get("policy", True) is not None)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say how weights are quantized in checkpoints that no CheckpointIO encodes."""
-        if self.policy is None and self.codecs:
-            state = checkpoint["state_dict"]
-            described = describe_codes(state, state, self.codecs)
-            checkpoint[SUMMARY_KEY] = {
-                "format_version": FORMAT_VERSION,
-                "policy": None,
-                "restored": self.restored,
-                CODES_KEY: described,
-            }
+    def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
+        codecs = self.codecs(trainer.lightning_module)
+        state = checkpoint.get("state_dict")
+        if not codecs or not isinstance(state, Mapping):
+            return {}
+        described = describe_codes(state, state, codecs)
+        summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self.restored, CODES_KEY: described}
+        return {SUMMARY_KEY: summary}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""

@@ -6,11 +6,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
+from q8lightning.qat.trained import TrainedWeights
 from q8lightning.qat.windows import Windows
 from q8lightning.quantization.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
@@ -26,8 +28,8 @@ class QATCallback(pl.Callback):
     def __init__(self, qat: QATConfig | Mapping[str, Any] | None, log: str | None) -> None:
         self.recorder = Recorder(log)
         self.qat = None if qat is None else QATConfig.of(qat)
-        self.codecs: dict[str, WeightCodec] = {}
-        """How each weight is quantized, by name; kept after the run for whoever saves a checkpoint then."""
+        self._trained = TrainedWeights()
+        """Kept after the run for whoever saves a checkpoint then."""
         self._windows: Windows | None = None
         self._logged: Mapping[str, ErrorStatistics] = {}
 
@@ -35,6 +37,17 @@ class QATCallback(pl.Callback):
     def statistics(self) -> Mapping[str, ErrorStatistics]:
         """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
         return {} if self._windows is None else self._windows.quantizer.statistics
+
+    def codecs(self, pl_module: pl.LightningModule) -> dict[str, WeightCodec]:
+        """Return how each weight that was trained quantized is quantized, by name; warn of those that were replaced."""
+        replaced = self._trained.replaced(pl_module)
+        if replaced:
+            rank_zero_warn(
+                f"{', '.join(replaced)} was replaced since it was last trained with quantized weights; checkpoints hold"
+                " it and do not say that it is quantized, and exports write it as it is. Train or validate with it"
+                " before saving, if it should be"
+            )
+        return self._trained.codecs(pl_module)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that hold no ordinary parameters; become the first callback, which releases before any."""
@@ -94,7 +107,7 @@ class QATCallback(pl.Callback):
         except ValueError:
             quantizer.close()
             raise
-        self.codecs = quantizer.codecs
+        self._trained = TrainedWeights(tuple(quantizer.weights))
         self._windows = Windows(
             quantizer,
             trainer.precision_plugin,
@@ -102,7 +115,20 @@ class QATCallback(pl.Callback):
             step=lambda: trainer.global_step if fitting else None,
             manual=fitting and not pl_module.automatic_optimization,
             measure=lambda: self.recorder.detail is not None and trainer._logger_connector.should_update_logs,
+            follow=lambda: self._follow(trainer, quantizer),
         )
+
+    def _follow(self, trainer: pl.Trainer, quantizer: FakeQuantizer) -> None:
+        """Let the selection follow a model whose layers were added, removed or replaced, and say what that changed."""
+        if not quantizer.follow():
+            return
+        check_optimizers(trainer.optimizers if trainer.state.fn == "fit" else (), quantizer.weights)
+        self._trained = TrainedWeights(tuple(quantizer.weights))
+        if quantizer.change is not None:
+            rank_zero_warn(
+                f"the model has changed since its last step, and QAT follows it: {quantizer.change}. Exclude by name"
+                " what should not be quantized; give what should be a rule"
+            )
 
     def _close(self) -> None:
         if self._windows is not None:

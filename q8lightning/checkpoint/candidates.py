@@ -62,6 +62,7 @@ class Pair:
         exp_avg: The first moment.
         exp_avg_sq: The second moment.
         eps: The optimizer's.
+        is_stepped_by: Whether the optimizer steps by these two; otherwise they are judged but not reported.
         squared_error: Of the update direction; see :class:`~q8lightning.checkpoint.losses.DirectionLoss`.
         squares: Of the original direction.
     """
@@ -69,6 +70,7 @@ class Pair:
     exp_avg: Candidate
     exp_avg_sq: Candidate
     eps: float
+    is_stepped_by: bool = True
     squared_error: float = 0.0
     squares: float = 0.0
 

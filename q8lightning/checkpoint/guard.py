@@ -51,7 +51,9 @@ def encode_candidates(candidates: Sequence[Candidate], pairs: Sequence[Pair], po
     report.directions = [
         DirectionLoss(pair.exp_avg.path, pair.exp_avg.parameter, pair.squared_error, pair.squares)
         for pair in pairs
-        if pair.is_encoded and not math.isnan(pair.squared_error)  # a direction of 0 / 0, or of what has diverged
+        if pair.is_stepped_by
+        and pair.is_encoded
+        and not math.isnan(pair.squared_error)  # a direction of 0 / 0, or of what has diverged
     ]
     return report
 
@@ -82,15 +84,16 @@ def _guard(candidates: list[Candidate], pairs: Sequence[Pair], policy: Checkpoin
             candidate.payload = None
             report.guarded.append(Guarded(candidate.path, zeroed, "raw"))
     judged: set[Candidate] = set()
-    for pair in pairs:
-        if any(each.codec is not None and each.payload is None for each in (pair.exp_avg, pair.exp_avg_sq)):
-            pair.measure()  # it was measured with what was refused
-        limit = policy.max_update_direction_error
+    limit = policy.max_update_direction_error
+    for alike in _by_first_moment(pairs):
+        for pair in alike:
+            if any(each.codec is not None and each.payload is None for each in (pair.exp_avg, pair.exp_avg_sq)):
+                pair.measure()  # it was measured with what was refused
         if limit is not None:
-            judged |= {pair.exp_avg, pair.exp_avg_sq}
+            judged |= {moment for pair in alike for moment in (pair.exp_avg, pair.exp_avg_sq)}
             # One of two errors beyond the limit makes both together hardly smaller than it.
-            if relative_error(pair.squared_error, pair.squares) > limit / 2:
-                _hold_moments(pair, limit, report)
+            if any(relative_error(pair.squared_error, pair.squares) > limit / 2 for pair in alike):
+                _hold_moments(alike, limit, report)
     if policy.min_sqnr_db is not None:
         limit = 10 ** (-policy.min_sqnr_db / 20)
         for candidate in candidates:
@@ -173,25 +176,40 @@ def _hold(
     return remedy is not None
 
 
-def _hold_moments(pair: Pair, limit: float, report: SaveReport) -> None:
-    """Hold each of two moments to the limit by what it does to the update direction alone.
+def _by_first_moment(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    alike: dict[Candidate, list[Pair]] = {}
+    for pair in pairs:
+        alike.setdefault(pair.exp_avg, []).append(pair)
+    return list(alike.values())
 
-    The first moment is judged beside the second one as its rule's codec decodes it, the second one beside the first as
-    it is stored: both are the same when what was stored is saved again.
+
+def _hold_moments(pairs: Sequence[Pair], limit: float, report: SaveReport) -> None:
+    """Hold a first moment, and each second moment that belongs to it, to the limit by what it does to the direction.
+
+    The first moment is judged beside the second ones as their rules' codecs decode them, these beside the first as
+    it is stored: all are the same when what was stored is saved again.
     """
+    exp_avg, changed = pairs[0].exp_avg, False
+    for pair in pairs:
+        second = pair.exp_avg_sq.decoded
 
-    def error_of_first(payload: QuantizedTensor, _: tuple[float, ...]) -> float:
-        return _direction_error(Moments(pair.exp_avg.stored(payload), StoredMoment(second), pair.eps))
+        def error_of_first(
+            payload: QuantizedTensor, _: tuple[float, ...], pair: Pair = pair, v: Tensor = second
+        ) -> float:
+            return _direction_error(Moments(exp_avg.stored(payload), StoredMoment(v), pair.eps))
 
-    def error_of_second(payload: QuantizedTensor, _: tuple[float, ...]) -> float:
-        return _direction_error(Moments(StoredMoment(first), pair.exp_avg_sq.stored(payload), pair.eps))
+        changed |= _hold(exp_avg, limit, error_of_first, _as_direction, report)
+    first = exp_avg.decoded
+    for pair in pairs:
 
-    second = pair.exp_avg_sq.decoded
-    changed = _hold(pair.exp_avg, limit, error_of_first, _as_direction, report)
-    first = pair.exp_avg.decoded
-    changed |= _hold(pair.exp_avg_sq, limit, error_of_second, _as_direction, report)
-    if changed and pair.is_encoded:
-        pair.measure()
+        def error_of_second(payload: QuantizedTensor, _: tuple[float, ...], pair: Pair = pair) -> float:
+            return _direction_error(Moments(StoredMoment(first), pair.exp_avg_sq.stored(payload), pair.eps))
+
+        changed |= _hold(pair.exp_avg_sq, limit, error_of_second, _as_direction, report)
+    if changed:
+        for pair in pairs:
+            if pair.is_encoded:
+                pair.measure()
 
 
 def _direction_error(moments: Moments) -> float:

@@ -31,7 +31,7 @@ from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.reader import read_checkpoint
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_passed_over
 from q8lightning.checkpoint.writer import announce, write_checkpoint
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
@@ -169,16 +169,18 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
+        if type(checkpoint) is not dict:
+            checkpoint = dict(checkpoint)
         if self._routine is not None and self._routine.policy is self.policy and self.async_save:
             with _without_collection():
-                repeated = self._routine.save(checkpoint, names)
+                repeated = self._routine.save(checkpoint, names, self._only_pickles)
             if repeated is not None:
                 self.report = repeated.report
                 return repeated
         encoded, report = encode_and_report(checkpoint, self.policy, names)
         self._warn(report)
         self.report = lambda: report
-        snapshot = Snapshot(encoded, live=self.async_save)
+        snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
         if self.async_save:
             self._learn(checkpoint, names, report)
         return snapshot
@@ -192,10 +194,18 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._outline = outline
 
     def _warn(self, report: SaveReport) -> None:
-        """Warn of what the guard did, of each tensor once."""
+        """Warn of what the guard did, of each tensor once, and once if nothing is encoded."""
         new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
         self._warned |= {(each.path, each.remedy) for each in new}
         warn_of_guarded(new)
+        if report.passed_over and ("", "") not in self._warned:
+            self._warned.add(("", ""))
+            warn_of_passed_over(report.passed_over)
+
+    @property
+    def _only_pickles(self) -> bool:
+        """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
+        return _is_ours(self.base, "save_checkpoint")
 
     def _make_folder(self, path: str | os.PathLike[str]) -> str | None:
         """Make the folder that a file will be written to, as if it were written now; return it if there is one."""
@@ -213,8 +223,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         storage_options: Any | None,
         folder: str | None = None,
     ) -> None:
-        # Any other CheckpointIO may keep what it is given, or write it later.
-        memory = self._memory if _is_ours(self.base, "save_checkpoint") else None
+        memory = self._memory if self._only_pickles else None  # others may keep what they are given
         with snapshot.fetch(memory) as content, keeping(folder):
             announce("fetched", path)
             self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from q8lightning.checkpoint.candidates import Candidate, Pair, is_held_unless_it_failed
 from q8lightning.checkpoint.guard import Watched
-from q8lightning.checkpoint.leaves import MOMENTS, ModelNames, epsilons_of, names_from
+from q8lightning.checkpoint.leaves import ModelNames, epsilons_of, names_from
 from q8lightning.checkpoint.losses import DirectionLoss, SaveReport
 from q8lightning.checkpoint.outline import outline_of
-from q8lightning.checkpoint.payload import is_ordinary
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.repeat import EncodedPart, RawPart, Routine
-from q8lightning.checkpoint.snapshot import is_plain
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, find
+from q8lightning.checkpoint.tree import has_memory, is_ordinary
 from q8lightning.quantization.backend import has_kernels
 from q8lightning.quantization.packing import Packing
 from q8lightning.quantization.update_direction import Alike
@@ -61,7 +60,10 @@ def routine_of(
         _alike(found.pairs, places, packing.starts, numbers),
         Watched.of(candidates, found.pairs, policy),
         report.tensors,
-        [DirectionLoss(pair.exp_avg.path, pair.exp_avg.parameter, 0.0, 0.0) for pair in found.pairs],
+        [
+            DirectionLoss(pair.exp_avg.path, pair.exp_avg.parameter, 0.0, 0.0) if pair.is_stepped_by else None
+            for pair in found.pairs
+        ],
     )
     payloads = {i: (each.codec, places[each]) for i, each in encoded.items() if each.codec}
     return Routine(outline, known, epsilons_of(checkpoint), encoding, raws, payloads, report, policy)
@@ -76,7 +78,7 @@ def _alike(
         groups.setdefault((first.tensor.dtype, first.codec, second.tensor.dtype, second.codec, eps), []).append(i)
     result = []
     for members in groups.values():
-        sides = [[getattr(pairs[i], side) for i in members] for side in MOMENTS]
+        sides = [[pairs[i].exp_avg for i in members], [pairs[i].exp_avg_sq for i in members]]
         begin = [tuple(0 if each.codec is None else starts[places[each]] for each in side) for side in sides]
         alike = Alike(
             tuple(members), (sides[0][0].codec, sides[1][0].codec), (begin[0], begin[1]), pairs[members[0]].eps
@@ -91,16 +93,16 @@ def _raws_of(tensors: Sequence[Tensor], encoded: Mapping[int, Candidate]) -> lis
 
     None if one shares memory with an encoded tensor.
     """
-    ordinary = {i: x for i, x in enumerate(tensors) if is_ordinary(x) and x.numel()}
-    users = Counter(x.untyped_storage().data_ptr() for x in ordinary.values())
+    visible = {i: x for i, x in enumerate(tensors) if has_memory(x) and x.numel()}
+    users = Counter(x.untyped_storage().data_ptr() for x in visible.values())
     with_encoded = {tensors[i].untyped_storage().data_ptr() for i in encoded}
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for i, x in ordinary.items():
+    for i, x in visible.items():
         storage = x.untyped_storage()
         if i in encoded:
             continue
         if storage.data_ptr() in with_encoded:
             return None
-        if users[storage.data_ptr()] == 1 and storage.nbytes() == x.nbytes and is_plain(x) and x.is_contiguous():
+        if users[storage.data_ptr()] == 1 and storage.nbytes() == x.nbytes and is_ordinary(x) and x.is_contiguous():
             groups.setdefault((x.device, x.dtype, x.ndim == 0), []).append(i)
     return [RawPart(tuple(members), scalars) for (_, _, scalars), members in groups.items()]

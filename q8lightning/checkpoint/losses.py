@@ -100,6 +100,7 @@ class SaveReport:
         directions: Every parameter of which a moment is encoded.
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that no codec can hold, stored as they are, with the reason.
+        passed_over: If nothing is encoded, the tensors that no rule of the policy names and that are large enough.
         original_bytes: Of all tensors of the checkpoint, encoded or not.
         stored_bytes: Of what is stored of them.
     """
@@ -108,6 +109,7 @@ class SaveReport:
     directions: list[DirectionLoss] = field(default_factory=list)
     guarded: list[Guarded] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-ATOMS = frozenset((int, float, str, bool, type(None)))
-"""Values that hold nothing."""
+from q8lightning.checkpoint.tree import ATOMS, is_container
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
 
@@ -39,7 +38,13 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | 
     """Return the outline and the tensors of a checkpoint; None if one has no place in memory."""
     structure: list[Any] = []
     tensors: list[Tensor] = []
-    _outline(checkpoint, structure, tensors)
+    numbers = {id(checkpoint): 0}
+    pending: list[Any] = [checkpoint]
+    for container in pending:
+        for item in _outline(container, structure, tensors):
+            structure.append(numbers.setdefault(id(item), len(pending)))  # which of the containers it is
+            if numbers[id(item)] == len(pending):
+                pending.append(item)
     try:
         addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
     except (RuntimeError, NotImplementedError):  # sparse, nested
@@ -47,7 +52,8 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | 
     return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
 
 
-def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> None:
+def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> list[Any]:
+    """Add what a container looks like and the tensors in it; return the containers in it."""
     items = container
     if isinstance(container, dict):
         structure.append(list(container))
@@ -57,11 +63,13 @@ def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> Non
     structure.append(kinds)
     if kinds.count(Tensor) == len(kinds):  # a state dict, or what an optimizer remembers of a parameter
         tensors += items
-        return
+        return []
+    inner = []
     for item, kind in zip(items, kinds, strict=True):
         if kind in ATOMS:
             continue
         if kind is Tensor or kind is nn.Parameter:
             tensors.append(item)
-        elif isinstance(item, dict | list | tuple):
-            _outline(item, structure, tensors)
+        elif is_container(item):
+            inner.append(item)
+    return inner

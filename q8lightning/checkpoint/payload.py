@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
 from q8lightning.quantization.codec import Codec
@@ -61,9 +61,22 @@ class QuantizedTensor:
         name: Its path in the checkpoint, for messages.
         checksum: Of header and data, as the file had it; None for one that was not loaded. It stays the same when a
             loaded payload is saved again, so that damage in between does not go unnoticed.
+        requires_grad: Whether the decoded tensor does.
+        is_parameter: Whether it is an ``nn.Parameter``.
     """
 
-    __slots__ = ("__weakref__", "checksum", "codec", "data", "dtype", "name", "shape", "stride")
+    __slots__ = (
+        "__weakref__",
+        "checksum",
+        "codec",
+        "data",
+        "dtype",
+        "is_parameter",
+        "name",
+        "requires_grad",
+        "shape",
+        "stride",
+    )
 
     def __init__(
         self,
@@ -74,6 +87,8 @@ class QuantizedTensor:
         dtype: torch.dtype,
         name: str,
         checksum: int | None = None,
+        requires_grad: bool = False,
+        is_parameter: bool = False,
     ) -> None:
         self.codec = codec
         self.data = data
@@ -82,6 +97,8 @@ class QuantizedTensor:
         self.dtype = dtype
         self.name = name
         self.checksum = checksum
+        self.requires_grad = requires_grad
+        self.is_parameter = is_parameter
 
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
@@ -104,7 +121,10 @@ class QuantizedTensor:
 
     def as_decoded(self, values: Tensor) -> Tensor:
         """Return decoded values, ``[numel]`` in the order of memory, with shape and strides of the original."""
-        return values.as_strided(self.shape, self.stride)
+        tensor = values.as_strided(self.shape, self.stride)
+        if self.is_parameter:
+            return nn.Parameter(tensor, self.requires_grad)
+        return tensor.requires_grad_() if self.requires_grad else tensor
 
     def verify(self) -> None:
         """Compare the payload with the checksum that its file has; nothing to do if there is none.
@@ -116,7 +136,20 @@ class QuantizedTensor:
 
     def replace_data(self, data: Tensor) -> "QuantizedTensor":
         """Return the same payload with its bytes elsewhere."""
-        return QuantizedTensor(self.codec, data, self.shape, self.stride, self.dtype, self.name, self.checksum)
+        return QuantizedTensor(
+            *(self.codec, data, self.shape, self.stride, self.dtype, self.name, self.checksum),
+            requires_grad=self.requires_grad,
+            is_parameter=self.is_parameter,
+        )
+
+    def standing_for(self, tensor: Tensor) -> "QuantizedTensor":
+        """Return the payload that loads as what ``tensor`` is: a parameter, a tensor that requires grad, or neither."""
+        is_parameter = type(tensor) is nn.Parameter
+        if (self.requires_grad, self.is_parameter) == (tensor.requires_grad, is_parameter):
+            return self
+        payload = self.replace_data(self.data)
+        payload.requires_grad, payload.is_parameter = tensor.requires_grad, is_parameter
+        return payload
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +159,7 @@ class QuantizedTensor:
     @property
     def header(self) -> dict[str, Any]:
         """Everything about the payload but its bytes and their checksum, as primitives."""
-        return {
+        header: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "codec": self.codec.name,
             "block_size": self.codec.block_size,
@@ -136,6 +169,11 @@ class QuantizedTensor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "name": self.name,
         }
+        if self.requires_grad:
+            header["requires_grad"] = True
+        if self.is_parameter:
+            header["parameter"] = True
+        return header
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = self.header
@@ -207,8 +245,9 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
 
     Args:
         header: Primitives only: ``format_version``, ``codec``, ``block_size``, ``residual``, ``shape``, ``stride``,
-            ``dtype`` (without ``torch.``) and ``name``; and ``xxh3_64``, the checksum, if there
-            is one. Further keys are ignored.
+            ``dtype`` (without ``torch.``) and ``name``; ``xxh3_64``, the checksum, if there is one; ``requires_grad``
+            and ``parameter``, which are True for what is no plain tensor, and else are not there. Further keys are
+            ignored.
         data: Scales and codes; see :class:`QuantizedTensor`.
 
     Raises:
@@ -226,6 +265,8 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
         getattr(torch, header["dtype"]),
         header["name"],
         header.get(CHECKSUM_KEY),
+        requires_grad=header.get("requires_grad", False),
+        is_parameter=header.get("parameter", False),
     )
     encoded = _ENCODED.get()
     if encoded is None:
@@ -320,13 +361,3 @@ def stays_encoded() -> bool:
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their stretch of memory once each, in whatever order of dimensions."""
     return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own that can be looked at: no subclass, nothing sparse, nested or on meta."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-    )

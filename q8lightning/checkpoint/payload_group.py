@@ -12,22 +12,14 @@ from torch import Tensor
 
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
+from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
 from q8lightning.quantization.packing import Unpacking, batches, bytes_to_unpack, unpack_on, unpack_together
 from q8lightning.quantization.workers import WORTH_THREADS, Workers, count_workers, share_out
 
 
 def payloads_in(content: Any) -> list[QuantizedTensor]:
     """Return the payloads in the containers of a checkpoint, each once."""
-    found: dict[int, QuantizedTensor] = {}
-    pending = [content]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, QuantizedTensor):
-            found[id(value)] = value
-        elif isinstance(value, dict):
-            pending += reversed(value.values())
-        elif isinstance(value, list | tuple):
-            pending += reversed(value)
+    found = {id(leaf): leaf for _, leaf in leaves(content) if isinstance(leaf, QuantizedTensor)}
     return list(found.values())
 
 
@@ -111,31 +103,26 @@ def _free_bytes(device: torch.device) -> int:
     return free + cached - total // 20
 
 
+class TensorsWantedError(Exception):
+    """A container did something with what was put into it, and has got payloads in the place of tensors."""
+
+
 def replace_payloads(content: Any, decoded: Mapping[int, Tensor]) -> Any:
-    """Put tensors in the place of payloads in dicts, lists and tuples, changing them where they can be changed.
+    """Put tensors in the place of payloads in containers, changing them where they can be changed.
 
     Args:
         content: A checkpoint that nobody else has.
         decoded: The tensors by the payloads' ids.
+
+    Raises:
+        TensorsWantedError: If that would not give what unpickling with the tensors would have given.
     """
-    seen: dict[int, Any] = {}
 
-    def replace(value: Any) -> Any:
-        if isinstance(value, QuantizedTensor):
-            return decoded[id(value)]
-        if type(value) is not tuple and not isinstance(value, dict | list):
-            return value
-        if id(value) in seen:
-            return seen[id(value)]
-        if isinstance(value, tuple):
-            items = [replace(item) for item in value]
-            result = value if all(new is old for new, old in zip(items, value, strict=True)) else tuple(items)
-            seen[id(value)] = result
-            return result
-        seen[id(value)] = value
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            if (new := replace(item)) is not item:
-                value[key] = new
-        return value
+    def check(container: Any, _: Any) -> None:
+        if not is_unpickled_plainly(container):
+            raise TensorsWantedError
 
-    return replace(content)
+    def change(leaf: Any) -> Any:
+        return decoded[id(leaf)] if isinstance(leaf, QuantizedTensor) else leaf
+
+    return rebuild(content, change, in_place=True, copied=check)

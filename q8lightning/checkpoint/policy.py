@@ -147,6 +147,10 @@ class CheckpointPolicy:
             self._found[key] = next((rule.resolve() for rule in rules if rule.matches(path, parameter)), None)
         return self._found[key]
 
+    def names(self, path: str, parameter: str | None = None) -> bool:
+        """Whether a rule decides about a tensor, if only that it is stored as it is, or no rule ever does."""
+        return path.split(".", 1)[0] in NEVER or any(rule.matches(path, parameter) for rule in self._rules)
+
     def check_matches(self, parameters: Iterable[str]) -> None:
         """Raise ValueError if no rule can ever quantize anything of a model with these parameters."""
         names = list(parameters)

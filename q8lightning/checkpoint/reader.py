@@ -13,7 +13,7 @@ from torch import Tensor
 from q8lightning.checkpoint.archive import verified
 from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
-from q8lightning.checkpoint.payload_group import decode_payloads, payloads_in, replace_payloads
+from q8lightning.checkpoint.payload_group import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.summed_file import SummedFile
 from q8lightning.quantization.workers import MOST, Workers, count_workers
 
@@ -67,8 +67,11 @@ def _load_and_decode(
             if payloads:
                 return None  # perhaps because of one; the other way will tell
             raise
-    content = replace_payloads(content, _decode(content, payloads, optimizer_device))
-    # What still has a payload is an object that is no dict, list or tuple.
+    try:
+        content = replace_payloads(content, _decode(content, payloads, optimizer_device))
+    except TensorsWantedError:
+        return None
+    # What still has a payload is an object that is no container.
     return (content,) if _are_gone(payloads) else None
 
 

@@ -22,11 +22,12 @@ from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.leaves import ModelNames, epsilons_of, names_from
 from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.losses import DirectionLoss, SaveReport, TensorLoss
-from q8lightning.checkpoint.outline import ATOMS, Outline, outline_of
+from q8lightning.checkpoint.outline import Outline, outline_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.snapshot import Copier
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, summary_of
+from q8lightning.checkpoint.tree import rebuild
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import Packed, Packing
 from q8lightning.quantization.update_direction import Alike
@@ -41,7 +42,7 @@ class EncodedPart(NamedTuple):
         alike: Pairs of moments that are measured together, and the numbers of the first and of the second ones.
         watched: What the guard would look at.
         losses: What is reported of each member, but for what it loses.
-        directions: What is reported of each pair of moments, likewise.
+        directions: What is reported of each pair of moments, likewise; None for one that is only judged.
     """
 
     members: tuple[int, ...]
@@ -49,7 +50,7 @@ class EncodedPart(NamedTuple):
     alike: list[tuple[Alike, tuple[int, ...], tuple[int, ...]]]
     watched: Watched
     losses: list[TensorLoss]
-    directions: list[DirectionLoss]
+    directions: list[DirectionLoss | None]
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[Packed, Tensor]:
         """Encode and measure; return what was encoded, and all that was measured in one tensor on the device."""
@@ -72,7 +73,7 @@ class EncodedPart(NamedTuple):
         sums = zip(self.directions, measured.directions.tolist(), strict=True)
         return SaveReport(
             tensors=[TensorLoss(*loss[:5], *statistics) for loss, statistics in losses],
-            directions=[DirectionLoss(*each[:2], *pair) for each, pair in sums if not math.isnan(pair[0])],
+            directions=[DirectionLoss(*each[:2], *pair) for each, pair in sums if each and not math.isnan(pair[0])],
             original_bytes=original_bytes,
             stored_bytes=stored_bytes,
         )
@@ -139,10 +140,12 @@ class Routine:
         self.policy = policy
         self._known = [*payloads, *(i for raw in raws for i in raw.members)]
 
-    def save(self, checkpoint: Mapping[str, Any], names: ModelNames | None) -> "Repeated | None":
+    def save(
+        self, checkpoint: Mapping[str, Any], names: ModelNames | None, stand_ins: bool = False
+    ) -> "Repeated | None":
         """Encode and freeze a checkpoint like the one before; None if it is not, or needs a closer look.
 
-        Waits for the device once.
+        Waits for the device once. For ``stand_ins``, see :class:`~q8lightning.checkpoint.snapshot.Copier`.
         """
         described = outline_of(checkpoint)
         if described is None or not self.outline.is_that_of(described[0]):
@@ -152,7 +155,7 @@ class Routine:
         tensors = described[1]
         packed, numbers = self.encoding.start(tensors)
         # What follows takes the host about as long as the device encodes.
-        copier = Copier(live=True, known=[tensors[i] for i in self._known])
+        copier = Copier(live=True, known=[tensors[i] for i in self._known], stand_ins=stand_ins)
         copier.transfer_of(packed.buffer.untyped_storage()).add(packed.buffer.untyped_storage(), private=True)
         frozen = [raw.freeze(tensors) for raw in self.raws]
         for raw, copy in zip(self.raws, frozen, strict=True):
@@ -220,8 +223,12 @@ class Repeated:
         for i, (codec, member) in routine.payloads.items():
             if member not in payloads:
                 name = routine.encoding.losses[member].path  # the same string as in the summary
-                shape, dtype, _ = outline.properties[i]
-                payloads[member] = QuantizedTensor(codec, data[member], tuple(shape), outline.strides[i], dtype, name)
+                shape, dtype, requires_grad = outline.properties[i]
+                payloads[member] = QuantizedTensor(
+                    *(codec, data[member], tuple(shape), outline.strides[i], dtype, name),
+                    requires_grad=requires_grad,
+                    is_parameter=type(self._tensors[i]) is nn.Parameter,
+                )
             replacements[id(self._tensors[i])] = payloads[member]
         for raw, frozen in zip(routine.raws, self._frozen, strict=True):
             own = torch.split(frozen.view(-1), [outline.properties[i][0].numel() for i in raw.members])
@@ -230,7 +237,7 @@ class Repeated:
                 if type(self._tensors[i]) is nn.Parameter:
                     tensor = nn.Parameter(tensor, tensor.requires_grad)
                 replacements[id(self._tensors[i])] = tensor
-        _put(self._content, replacements)
+        rebuild(self._content, lambda leaf: replacements.get(id(leaf), leaf), in_place=True)
         self._tensors.clear()
         self._frozen.clear()
         self._content[SUMMARY_KEY] = summary_of(self.report(), routine.policy, routine.names.restored)
@@ -250,19 +257,3 @@ def _restored(outline: Outline, number: int, storage: UntypedStorage | None, par
     else:
         result = torch.empty(0, dtype=dtype).set_(storage, 0, shape, outline.strides[number])
     return result.requires_grad_(requires_grad)
-
-
-def _put(container: Any, replacements: Mapping[int, Any]) -> Any:
-    """Replace tensors in containers, by their ids; return the container, or a tuple in its place."""
-    if type(container) is tuple:
-        return tuple(_replaced(item, replacements) for item in container)
-    for key, item in list(container.items() if isinstance(container, dict) else enumerate(container)):
-        if type(item) not in ATOMS:
-            container[key] = _replaced(item, replacements)
-    return container
-
-
-def _replaced(item: Any, replacements: Mapping[int, Any]) -> Any:
-    if isinstance(item, Tensor):
-        return replacements.get(id(item), item)
-    return _put(item, replacements) if isinstance(item, dict) or type(item) in (list, tuple) else item

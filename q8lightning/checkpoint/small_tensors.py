@@ -7,13 +7,15 @@ unpickler, which is Python, a tenth of a millisecond. Loaded, each has memory of
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 
-from q8lightning.checkpoint.payload import in_memory_order, is_dense, is_ordinary, rebuild_v1_item, rebuild_v1_small
+from q8lightning.checkpoint.payload import in_memory_order, is_dense, rebuild_v1_item, rebuild_v1_small
+from q8lightning.checkpoint.tree import has_memory, is_ordinary
+from q8lightning.checkpoint.tree import tensors as tensors_in
 
 SMALL = 2**14
 """Bytes, at most: a float32 tensor that is too small to be quantized."""
@@ -41,7 +43,7 @@ class SmallTensors:
         fewer_than: float = math.inf,
         location: Callable[[UntypedStorage], str] = torch.serialization.location_tag,
     ) -> None:
-        tensors = {id(tensor): tensor for tensor in _tensors_in(content)}
+        tensors = {id(x): x for _, x in tensors_in(content) if has_memory(x) and x.device.type == "cpu"}
         used = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
         pools: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for tensor in tensors.values():
@@ -79,22 +81,13 @@ class _Pool:
         return rebuild_v1_small, (self.data, self._shapes, self._strides)
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if is_ordinary(value) and value.device.type == "cpu":
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
 def _is_small(tensor: Tensor) -> bool:
     """Whether a tensor is small, has a storage to itself, and is nothing but its values."""
     return (
         type(tensor) is Tensor
         and 0 < tensor.nbytes <= SMALL
         and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and is_ordinary(tensor)
         and is_dense(tensor)
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
-        and not tensor.__dict__
+        and not tensor.requires_grad
     )

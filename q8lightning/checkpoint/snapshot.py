@@ -4,18 +4,22 @@ Tensors are copied storage by storage, as ``torch.save`` writes them, so that ti
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.storage import TypedStorage
 
 from q8lightning.checkpoint.host_memory import PinnedMemory, Transfer
 from q8lightning.checkpoint.locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.stand_in import freeze
+from q8lightning.checkpoint.tree import ATOMS, is_ordinary, rebuild
 
-_IMMUTABLE = frozenset((int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size))
+_IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -30,10 +34,11 @@ class Snapshot:
             bytes of its payloads belong to it alone and are not copied on the host.
         live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the snapshot shares
             everything with the checkpoint but what is on a device.
+        stand_ins: See :class:`Copier`.
     """
 
-    def __init__(self, checkpoint: Any, live: bool) -> None:
-        self._copier = Copier(live)
+    def __init__(self, checkpoint: Any, live: bool, stand_ins: bool = False) -> None:
+        self._copier = Copier(live, stand_ins=stand_ins)
         self._content = self._copier.copy(checkpoint)
         self._copier.start()
 
@@ -79,26 +84,43 @@ class Copier:
     Args:
         live: Copy what training could change; otherwise only what is on a device.
         known: Tensors that are not copied but stay where they are, for the caller to replace.
+        stand_ins: Let objects be replaced by what pickles as they do now; for whoever does nothing but pickle.
     """
 
-    def __init__(self, live: bool, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, live: bool, known: Iterable[Tensor] = (), stand_ins: bool = False) -> None:
         self._live = live
         self._known = set(map(id, known))
+        self._stand_ins = stand_ins
         self._transfers: dict[torch.device, Transfer] = {}
         self._on_device: list[tuple[Tensor, int, _Place]] = []
         self._payloads: list[QuantizedTensor] = []
         self._clones: dict[int, UntypedStorage] = {}
-        # What copy.deepcopy knows about, with torch's corner of it: a module in the checkpoint then shares the
+        # What copy.deepcopy knows about, with torch's corner of it: an object in the checkpoint then shares the
         # copies of its tensors.
         self._memo: dict[Any, Any] = {"torch": self._clones}
+        self._pending: list[tuple[Any, Callable[[Any], None]]] = []
+        """What is still to be copied, and who gets the copy: attributes of containers, and what objects consist of."""
+        self._alive: list[Any] = []
+        """What exists only while it is copied, kept so that nothing else gets its id."""
 
     def copy(self, value: Any) -> Any:
-        """Return a copy; of tensors on a device, one that :meth:`fetch` fills."""
-        if type(value) in _IMMUTABLE or id(value) in self._known:
-            return value
-        if id(value) not in self._memo:
-            self._memo[id(value)] = self._copy(value)
-        return self._memo[id(value)]
+        """Return a copy; of tensors on a device, one that :meth:`fetch` fills.
+
+        Raises:
+            Exception: If an object cannot be pickled: whatever pickling it raises.
+        """
+        result = self._copy(value)
+        known, self._known = self._known, set()  # whoever replaces those looks at items, not at attributes and objects
+        while self._pending:
+            pending, self._pending = self._pending, []
+            parts = [part for part, _ in pending]
+            self._alive.append(parts)
+            for copied, (_, take) in zip(self._copy(parts), pending, strict=True):
+                take(copied)
+        self._known = known
+        self._memo = {"torch": self._clones}
+        self._alive.clear()
+        return result
 
     def transfer_of(self, storage: UntypedStorage) -> Transfer:
         """Return what takes the memory of a storage's device to the host."""
@@ -132,46 +154,50 @@ class Copier:
         return copies
 
     def _copy(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            known = self._known
-            copies = {
-                key: item if type(item) in _IMMUTABLE or id(item) in known else self.copy(item)
-                for key, item in value.items()
-            }
-            return self._dict(value, copies) if self._is_changed(value.values(), copies.values()) else value
+        copied = self._copy_attributes if self._live else None
+        return rebuild(value, self._change, everything=self._live, known=self._memo, copied=copied)
+
+    def _copy_attributes(self, container: Any, copied: Any) -> None:
+        attributes = getattr(container, "__dict__", None)
+        if attributes:
+            self._alive.append(attributes := dict(attributes))
+            self._pending.append((attributes, vars(copied).update))
+
+    def _change(self, value: Any) -> Any:
+        """Return what takes the place of a leaf."""
+        if type(value) in _IMMUTABLE or id(value) in self._known:
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
         if isinstance(value, QuantizedTensor):
-            return self._payload(value)
-        if isinstance(value, Tensor):
-            return self._tensor(value) if is_plain(value) else self._other(value)
-        if type(value) in (list, tuple):
-            items = [item if type(item) in _IMMUTABLE else self.copy(item) for item in value]
-            return type(value)(items) if self._is_changed(value, items) else value
-        return self._other(value)
-
-    def _is_changed(self, before: Iterable[Any], after: Iterable[Any]) -> bool:
-        return self._live or any(new is not old for new, old in zip(after, before, strict=True))
-
-    def _dict(self, value: dict[Any, Any], copies: dict[Any, Any]) -> dict[Any, Any]:
-        if type(value) is dict:
-            return copies
-        result = copy.copy(value)  # keeps the subclass and its attributes, such as _metadata
-        dict.update(result, copies)  # a Counter's own would add them up
-        known, self._known = self._known, set()  # whoever replaces those looks at items, not at attributes
-        for name, attribute in getattr(result, "__dict__", {}).items():
-            # The versions of a model's modules: a dict that copy.deepcopy would take milliseconds for.
-            setattr(result, name, self.copy(attribute) if isinstance(attribute, dict) else self._other(attribute))
-        self._known = known
+            result: Any = self._payload(value)
+        elif isinstance(value, Tensor) and is_ordinary(value):
+            result = self._tensor(value)
+        else:
+            result = self._object(value) if self._live else value
+        self._memo[id(value)] = result
         return result
 
-    def _other(self, value: Any) -> Any:
-        if not self._live:
-            return value
-        try:
+    def _object(self, value: Any) -> Any:
+        if isinstance(value, bytearray | TypedStorage | UntypedStorage):
             return copy.deepcopy(value, self._memo)
-        except (NotImplementedError, RuntimeError):
-            if isinstance(value, Tensor):  # some sparse and nested ones, and those with a history
-                return value.detach().clone()
-            raise
+        if not self._stand_ins:
+            attempt = ChainMap({}, self._memo)  # what is left of one that fails is no copy of anything
+            try:
+                result = copy.deepcopy(value, attempt)  # type: ignore[arg-type]
+            except Exception:
+                pass  # what can be pickled can be saved
+            else:
+                self._alive.append(attempt.maps[0].pop(id(attempt), None))  # where deepcopy keeps what it must
+                self._memo.update(attempt.maps[0])
+                return result
+        frozen = freeze(value)
+        if frozen is None:
+            return value
+        stand_in, parts = frozen
+        self._alive.append(parts)
+        self._pending.append((parts, stand_in.take))
+        return stand_in
 
     def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
         if _on_host(payload.data):
@@ -207,14 +233,3 @@ class Copier:
 
 def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but a view of a storage."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
-        and not tensor.__dict__
-    )

@@ -1,12 +1,11 @@
 """Walk a checkpoint, apply the policy, return a new one; the one that came in is never changed."""
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from q8lightning.checkpoint.candidates import Candidate, Pair
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
@@ -18,11 +17,13 @@ from q8lightning.checkpoint.leaves import (
     leaves_of,
     names_from,
     pairs_of,
-    tensors_of,
+    passed_over,
+    state_dicts_in,
 )
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.tree import leaves, rebuild, tensors
 
 SUMMARY_KEY = "q8lightning"
 """Where a checkpoint says how it was written and what that lost: dicts, lists, numbers and strings, but for codes."""
@@ -48,24 +49,28 @@ def encode_checkpoint(
     """
     encoded, report = encode_and_report(checkpoint, policy, names)
     warn_of_guarded(report.guarded)
+    warn_of_passed_over(report.passed_over)
     return encoded
 
 
 def encode_and_report(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
 ) -> Encoded:
-    """As :func:`encode_checkpoint`; leave it to the caller to warn of what the guard did."""
+    """As :func:`encode_checkpoint`; leave it to the caller to warn of what was guarded and of what was passed over."""
     known = names or names_from(checkpoint)
     found = find(checkpoint, policy, known)
     report = encode_candidates(found.distinct, found.pairs, policy)
+    report.refused[:0] = found.refused
     _warn_of_refused(report.refused)
     replacements = _replacements(found)
-    encoded = dict(_replace(checkpoint, replacements))
+    encoded = _replace(checkpoint, replacements)
     codes: dict[str, dict[str, Any]] = {}
-    if known.quantized and "state_dict" in checkpoint:
-        codes = describe_codes(checkpoint["state_dict"], encoded["state_dict"], known.quantized)
+    if known.quantized and (masters := state_dicts_in(checkpoint).get("state_dict")) is not None:
+        codes = describe_codes(masters, encoded["state_dict"], known.quantized)
     report.original_bytes, report.stored_bytes = _count_bytes(found.leaves, replacements)
-    report.stored_bytes += sum(tensor.nbytes for _, tensor in tensors_of(codes))
+    report.stored_bytes += sum(tensor.nbytes for _, tensor in tensors(codes))
+    if not (found.candidates or found.refused or _holds_payload(checkpoint)):
+        report.passed_over = passed_over(checkpoint, found.leaves, policy)
     before = checkpoint.get(SUMMARY_KEY)
     if report.tensors or not isinstance(before, Mapping) or not _holds_payload(checkpoint):
         restored = known.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)
@@ -87,9 +92,7 @@ def summary_of(report: SaveReport, policy: CheckpointPolicy, restored: int) -> d
 
 
 def _holds_payload(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_payload, value.values()))
-    return isinstance(value, QuantizedTensor) or (isinstance(value, list | tuple) and any(map(_holds_payload, value)))
+    return any(isinstance(leaf, QuantizedTensor) for _, leaf in leaves(value))
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
@@ -106,12 +109,14 @@ class Found(NamedTuple):
             it together.
         candidates: What may be encoded, by the ids of the tensors; tied ones have the same.
         pairs: The moments of which one is a candidate.
+        refused: What the policy wants encoded and what for a reason that the user should hear of is not; with that.
     """
 
     leaves: list[Leaf]
     views: list[list[list[Leaf]]]
     candidates: dict[int, Candidate]
     pairs: list[Pair]
+    refused: list[str]
 
     @property
     def distinct(self) -> list[Candidate]:
@@ -121,14 +126,28 @@ class Found(NamedTuple):
 
 def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Found:
     """Find what the policy wants encoded and what can be."""
-    leaves = list(leaves_of(checkpoint, policy, names))
-    views = [_views(members) for members in _by_storage(leaves)]
+    found = list(leaves_of(checkpoint, policy, names))
+    refused = [f"{leaf.path} ({leaf.refused})" for leaf in found if leaf.refused]
+    views = [_views(members) for members in _by_storage(found)]
     candidates: dict[int, Candidate] = {}
     for first, *others in (group for separate in map(_separate, views) for group in separate):
         if first.codec is not None and all(other.codec == first.codec for other in others):
+            other = next((each for each in others if _is_what(each.tensor) != _is_what(first.tensor)), None)
+            if other is not None:
+                refused.append(f"{first.path} ({_DIFFER.format(other.path)})")
+                continue
             candidate = first.candidate(first.codec)
             candidates |= {id(leaf.tensor): candidate for leaf in (first, *others)}
-    return Found(leaves, views, candidates, list(pairs_of(leaves, candidates, epsilons_of(checkpoint))))
+    return Found(found, views, candidates, list(pairs_of(found, candidates, epsilons_of(checkpoint))), refused)
+
+
+_DIFFER = (
+    "it is also there as {}, and only one of them is a parameter or requires grad; put .detach() of that one there"
+)
+
+
+def _is_what(tensor: Tensor) -> tuple[bool, bool]:
+    return type(tensor) is nn.Parameter, tensor.requires_grad
 
 
 def _replacements(found: Found) -> dict[int, Any]:
@@ -138,15 +157,27 @@ def _replacements(found: Found) -> dict[int, Any]:
     for groups in found.views:
         any_encoded = any(id(group[0].tensor) in payloads for group in groups)
         for group in groups:
-            value: Any = payloads.get(id(group[0].tensor))
-            if value is None and any_encoded:
+            first = group[0].tensor
+            payload = payloads.get(id(first))
+            if payload is not None:
+                payload = payload.standing_for(first)
+                replacements |= {id(leaf.tensor): payload for leaf in group}
+            elif any_encoded:
                 # A small neighbour in the same storage (a fused LSTM's bias): saved as a view, it would take all of the
                 # storage along.
-                value = group[0].tensor.detach().clone()
-            if value is not None:
-                for leaf in group:
-                    replacements[id(leaf.tensor)] = value
+                own = first.detach().clone()
+                replacements |= {id(leaf.tensor): _like(leaf.tensor, own) for leaf in group}
     return replacements
+
+
+def _like(tensor: Tensor, own: Tensor) -> Tensor:
+    """Return a view of a copy of the tensor's elements that is in everything else what the tensor is."""
+    is_parameter, requires_grad = _is_what(tensor)
+    if not (is_parameter or requires_grad or tensor.__dict__):
+        return own
+    result = nn.Parameter(own, requires_grad) if is_parameter else own.detach().requires_grad_(requires_grad)
+    result.__dict__.update(tensor.__dict__)
+    return result
 
 
 def _warn_of_refused(refused: list[str]) -> None:
@@ -158,11 +189,24 @@ def _warn_of_refused(refused: list[str]) -> None:
         )
 
 
-def _count_bytes(leaves: list[Leaf], replacements: Mapping[int, Any]) -> tuple[int, int]:
+def warn_of_passed_over(paths: list[str]) -> None:
+    """Say that a policy was asked for and nothing is encoded, although there is something to encode."""
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warnings.warn(
+            f"nothing of the checkpoint is quantized: no rule of the policy names {', '.join(paths[:3])}{more}. The"
+            ' checkpoint is complete but as large as without a policy; put the weights under "state_dict" and what'
+            ' optimizers remember under "optimizer_states", as Lightning does, or pass a CheckpointPolicy with rules'
+            " for these paths",
+            stacklevel=3,
+        )
+
+
+def _count_bytes(found: list[Leaf], replacements: Mapping[int, Any]) -> tuple[int, int]:
     """Return what all tensors take, and what is stored of them: whole storages, as ``torch.save`` writes them."""
     original: dict[Any, int] = {}
-    stored: dict[Any, int] = {id(value): value.nbytes for value in replacements.values()}
-    for leaf in leaves:
+    stored: dict[Any, int] = {_identity(value): value.nbytes for value in replacements.values()}
+    for leaf in found:
         if leaf.storage is not None:
             if leaf.storage not in original:
                 original[leaf.storage] = leaf.tensor.untyped_storage().nbytes()
@@ -171,13 +215,17 @@ def _count_bytes(leaves: list[Leaf], replacements: Mapping[int, Any]) -> tuple[i
     return sum(original.values()), sum(stored.values())
 
 
-def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
+def _identity(value: Tensor | QuantizedTensor) -> tuple[str, int]:
+    return ("memory", value.untyped_storage()._cdata) if isinstance(value, Tensor) else ("payload", id(value))
+
+
+def _by_storage(found: list[Leaf]) -> list[list[Leaf]]:
     """Return the leaves of each storage in which one is to be encoded."""
     storages: dict[Any, list[Leaf]] = {}
-    for leaf in leaves:
+    for leaf in found:
         if leaf.codec is not None:
             storages.setdefault(leaf.storage, []).append(leaf)
-    for leaf in leaves:
+    for leaf in found:
         if leaf.codec is None and leaf.storage in storages and leaf.tensor.numel():
             storages[leaf.storage].append(leaf)
     return list(storages.values())
@@ -207,21 +255,13 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _replace(value: Any, replacements: Mapping[int, Any]) -> Any:
-    """Return ``value`` with tensors replaced, copying only the containers in which something changes."""
-    if isinstance(value, Tensor):
-        return replacements.get(id(value), value)
-    if isinstance(value, dict):
-        changed = {key: new for key, item in value.items() if (new := _replace(item, replacements)) is not item}
-        if not changed:
-            return value
-        result = copy.copy(value)  # keeps the subclass, and _metadata
-        result.update(changed)
-        return result
-    if type(value) in (list, tuple):
-        items = [_replace(item, replacements) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        make: Callable[[list[Any]], Any] = type(value)
-        return make(items)
-    return value
+def _replace(checkpoint: Mapping[str, Any], replacements: Mapping[int, Any]) -> dict[str, Any]:
+    """Return a copy of the checkpoint with tensors replaced, sharing the containers in which nothing changes."""
+
+    def change(leaf: Any) -> Any:
+        return replacements.get(id(leaf), leaf)
+
+    if type(checkpoint) is not dict:
+        checkpoint = dict(checkpoint)
+    encoded: dict[str, Any] = rebuild(checkpoint, change, anew=True)
+    return encoded

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from q8lightning.checkpoint.leaves import kind_of
+from q8lightning.checkpoint.leaves import kind_of, moments_of
 from q8lightning.checkpoint.losses import Guarded, SaveReport
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.source import Keys, decoded_bytes, path_of
@@ -47,7 +47,7 @@ class Account:
         """Add what a piece lost; leave out what it says of tensors that were kept, of which it knows before."""
         report.tensors = [loss for loss in report.tensors if loss.path not in self._kept]
         encoded = {loss.path for loss in report.tensors}
-        report.directions = [each for each in report.directions if encoded & {each.path, f"{each.path}_sq"}]
+        report.directions = [each for each in report.directions if not encoded.isdisjoint(moments_of(each.path))]
         report.guarded = [each for each in report.guarded if each.path not in self._kept]
         report.refused = [text for text in report.refused if text.split(" (")[0] not in self._kept]
         self._report += report

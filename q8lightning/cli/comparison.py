@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.leaves import names_from
+from q8lightning.checkpoint.leaves import FIRST_MOMENT, SECOND_MOMENTS, names_from
 from q8lightning.checkpoint.losses import relative_error, sqnr_db
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.inspection import label
@@ -128,7 +128,7 @@ def compare(first: Source, second: Source, progress: Callable[[int, int], None] 
 
 def values(value: _Value) -> Tensor:
     """Return the values of a tensor, decoded if need be."""
-    return value.decode() if isinstance(value, QuantizedTensor) else value.detach()
+    return (value.decode() if isinstance(value, QuantizedTensor) else value).detach()
 
 
 def _stored_as(value: _Value) -> str:
@@ -191,7 +191,7 @@ def _optimizers(content: Any) -> list[Mapping[str, Any]]:
 def _moments(state: Any) -> tuple[_Value, _Value] | None:
     if not isinstance(state, Mapping):
         return None
-    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    m, v = state.get(FIRST_MOMENT), next((state[key] for key in SECOND_MOMENTS if key in state), None)
     if not isinstance(m, _Value) or not isinstance(v, _Value) or tuple(m.shape) != tuple(v.shape):
         return None
     return m, v

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from q8lightning.checkpoint.codes import CODES_KEY
 from q8lightning.checkpoint.guard import warn_of_guarded
-from q8lightning.checkpoint.leaves import ModelNames, names_from, tensors_of
+from q8lightning.checkpoint.leaves import ModelNames, names_from
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
+from q8lightning.checkpoint.tree import tensors
 from q8lightning.cli.account import Account
 from q8lightning.cli.pieces import Piece, memory_of, part_of, pieces_of
 from q8lightning.cli.source import Keys, Source, decoded_bytes, leaves, path_of
@@ -184,7 +185,7 @@ class Encoder(Work):
 
 
 def _bytes_in(codes: Mapping[str, Any]) -> int:
-    return sum(tensor.nbytes for _, tensor in tensors_of(codes))
+    return sum(tensor.nbytes for _, tensor in tensors(codes))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint import tree
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.leaves import kind_of as kind_by_keys
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, QuantizedTensor, keep_encoded, watch_apart
@@ -113,16 +114,9 @@ def _first_line(error: Exception) -> str:
     return lines[0][:120] if lines else type(error).__name__
 
 
-def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, "Tensor | QuantizedTensor"]]:
-    """Yield the tensors of nested dicts, lists and tuples, encoded where they are, with the keys that lead to them."""
-    if isinstance(value, Tensor | QuantizedTensor):
-        yield keys, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, (*keys, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*keys, index))
+def leaves(content: Any) -> list[tuple[Keys, "Tensor | QuantizedTensor"]]:
+    """Return the tensors of a checkpoint, encoded where they are, with the keys that lead to them."""
+    return [leaf for leaf in tree.leaves(content, tree.PATHS) if isinstance(leaf[1], Tensor | QuantizedTensor)]
 
 
 def path_of(keys: Keys) -> str:

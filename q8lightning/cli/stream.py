@@ -8,7 +8,8 @@ Readers find records by the zip's table of contents, so the order is free.
 import io
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
@@ -77,9 +78,21 @@ def write_stream(
         # No ".format_version", by which torch.save promises that records are in the order of their numbers.
         archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         pickler = _Pickler(archive, replace, location, small)
-        pickler.dump(content)
+        with _recursing():
+            pickler.dump(content)
         pickled = pickler.pickled if small is None else shorten(pickler.pickled)
         archive.write_record(PICKLE, pickled, len(pickled))
+
+
+@contextmanager
+def _recursing() -> Iterator[None]:
+    """Let containers be as deep as ``torch.save`` takes them: this pickler makes five calls where that makes one."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(5 * limit)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 class _Pickler(pickle._Pickler):

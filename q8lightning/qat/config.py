@@ -1,11 +1,22 @@
 """What is quantized while training, and when: rules over names, and a schedule that is a function of the step."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.codebook import CodebookName, did_you_mean, get_codebook
 from q8lightning.quantization.weight_codec import WeightCodec
+
+
+def _check_types(rule: Any) -> None:
+    """Refuse what is no integer, bool or pattern where one belongs: a string of YAML, most of the time."""
+    for each in fields(rule):
+        value: Any = getattr(rule, each.name)
+        kind: Any = each.type
+        if kind not in (int, int | None, bool, str):
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{each.name} is of type {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -14,7 +25,7 @@ class WeightRule:
 
     Args:
         pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``; ``*`` also matches
-            dots.
+            dots. Parameters of a compiled module match by the name that they have without ``_orig_mod``, too.
         codebook: A codebook's name, the levels of one, or None to leave these parameters as they are.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: None: blocks run along the flattened tensor, in the order of memory. Otherwise the axis of the channels
@@ -26,14 +37,15 @@ class WeightRule:
     """
 
     pattern: str = "*"
-    codebook: str | Sequence[float] | None = "linear"
+    codebook: CodebookName | Sequence[float] | None = "linear"
     block_size: int = 256
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codebook, str | None):
-            object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
         try:
+            if self.codebook is not None:
+                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
+            _check_types(self)
             self.resolve()
         except ValueError as error:
             raise ValueError(f"weight rule for {self.pattern!r}: {error}") from None
@@ -51,7 +63,8 @@ class ActivationRule:
     """What modules whose name matches ``pattern`` receive is quantized as it arrives, with the range of the moment.
 
     Args:
-        pattern: Shell-style pattern over the full module name; the first rule that matches a module decides.
+        pattern: Shell-style pattern over the full module name, for compiled modules as for parameters; the first rule
+            that matches a module decides.
         codebook: A codebook's name, the levels of one, or None to leave what these modules receive as it is.
         per: ``"token"``: one scale for each vector along the last axis. ``"tensor"``: one scale for all of it.
 
@@ -60,10 +73,11 @@ class ActivationRule:
     """
 
     pattern: str
-    codebook: str | Sequence[float] | None = "linear"
+    codebook: CodebookName | Sequence[float] | None = "linear"
     per: Literal["token", "tensor"] = "token"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.per not in ("token", "tensor"):
             raise ValueError(
                 f'per is "token" or "tensor", got {self.per!r} in the activation rule for {self.pattern!r}'
@@ -91,6 +105,7 @@ class FreezeRule:
     step: int
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.step < 0:
             raise ValueError(f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}")
 
@@ -115,7 +130,8 @@ class QATConfig:
         seed: Seeds the random choices of the ramp.
 
     Raises:
-        ValueError: If a rule is wrong, the steps are out of order, or nothing would ever be quantized.
+        ValueError: If a rule is wrong (the message says which), the steps are out of order, or nothing would ever be
+            quantized.
 
     Example:
         >>> config = QATConfig([WeightRule("*.weight", "int4", 64)], start_step=100, ramp=50)
@@ -137,8 +153,11 @@ class QATConfig:
     def __post_init__(self) -> None:
         for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
             object.__setattr__(self, name, _rules(name, kind, getattr(self, name)))
+        _check_types(self)
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write [{self.exclude!r}]")
+        if not isinstance(self.exclude, Iterable) or not all(isinstance(each, str) for each in self.exclude):
+            raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write such as ['*.embed.weight']")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         rules: tuple[WeightRule | ActivationRule, ...] = (*self.weight_rules, *self.activation_rules)
         if all(rule.codebook is None for rule in rules):
@@ -169,8 +188,19 @@ class QATConfig:
 
     @staticmethod
     def of(config: "QATConfig | Mapping[str, Any]") -> "QATConfig":
-        """Return the configuration, made from a mapping of its arguments if it is one."""
-        return config if isinstance(config, QATConfig) else QATConfig(**config)
+        """Return the configuration, made from a mapping of its arguments if it is one.
+
+        Raises:
+            ValueError: If it is something else, or the mapping has other keys.
+        """
+        if isinstance(config, QATConfig):
+            return config
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"qat is a QATConfig or a mapping of its arguments, got {config!r}; write qat={_meant(config)}"
+            )
+        _check_keys("qat", QATConfig, config)
+        return QATConfig(**config)
 
     def active(self, step: int) -> bool:
         """Whether the global step ``step`` is quantized."""
@@ -191,6 +221,42 @@ R = TypeVar("R", WeightRule, ActivationRule, FreezeRule)
 
 
 def _rules(name: str, kind: type[R], rules: Sequence[Any]) -> tuple[R, ...]:
-    if isinstance(rules, str | Mapping):
+    if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
         raise ValueError(f"{name} is a list of rules, got {rules!r}; put it into a list")
-    return tuple(rule if isinstance(rule, kind) else kind(**rule) for rule in rules)
+    return tuple(_rule(f"{name}[{index}]", kind, rule) for index, rule in enumerate(rules))
+
+
+def _rule(where: str, kind: type[R], rule: Any) -> R:
+    if isinstance(rule, kind):
+        return rule
+    if not isinstance(rule, Mapping):
+        remedy = f"; write {{'codebook': {rule!r}}}" if isinstance(rule, str) and kind is WeightRule else ""
+        raise ValueError(f"{where} is of type {kind.__name__} or a mapping of its arguments, got {rule!r}{remedy}")
+    _check_keys(where, kind, rule)
+    try:
+        return kind(**rule)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_keys(where: str, kind: type[Any], given: Mapping[str, Any]) -> None:
+    """Refuse arguments that ``kind`` does not have or that are missing, before Python does without saying where."""
+    known = [each.name for each in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"{where} has the key {key!r} in {dict(given)!r}, but the arguments of {kind.__name__} are"
+                f" {', '.join(known)}{did_you_mean(str(key), known)}"
+            )
+    for each in fields(kind):
+        if each.default is MISSING and each.name not in given:
+            raise ValueError(f"{where} needs the key {each.name!r}, got {dict(given)!r}; add it")
+
+
+def _meant(config: Any) -> str:
+    """Return what whoever passed ``config`` as ``qat`` probably meant."""
+    if isinstance(config, str):
+        return f"{{'weights': [{{'codebook': {config!r}}}]}}"
+    if isinstance(config, Sequence):
+        return f"{{'weights': {list(config)!r}}}"
+    return "{} for 8-bit weights, or None for no QAT"

@@ -3,14 +3,15 @@
 A file of codes needs nothing but torch to be read. This is all that a reader has to know::
 
     def load_codes(path):
-        state = torch.load(path, weights_only=True)["state_dict"]
+        state, tensors = torch.load(path, weights_only=True)["state_dict"], {}
         for name, q in state.items():
             if isinstance(q, dict):
                 bits = (q["codes"][:, None] >> torch.arange(8)) & 1
                 bits = bits.flatten()[: q["rows"] * q["row"] * q["bits"]].view(q["rows"], q["row"], q["bits"])
                 levels = q["levels"][(bits << torch.arange(q["bits"])).sum(-1)]
                 scales = q["scales"].repeat_interleave(q["block_size"], 1)[:, : q["row"]]
-                state[name] = (levels * scales).to(q["dtype"]).view(q["shape"]).permute(q["order"])
+                tensor = (levels * scales).to(q["dtype"]).view(q["shape"]).permute(q["order"])
+                state[name] = tensors.setdefault(id(q), tensor)  # tied weights share an entry
         return state
 """
 
@@ -59,15 +60,28 @@ def export_quantized(
     entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
     if not entries:
         raise ValueError(
-            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that was saved with"
-            " QuantizationCallback(qat=...)"
+            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
+            " QuantizationCallback(qat=...) saved, as the Trainer wrote it"
         )
-    state = {name: _exported(name, value, entries.get(name), format) for name, value in loaded["state_dict"].items()}
+    tied: dict[Any, Any] = {}
+    state: dict[str, Any] = {}
+    for name, value in loaded["state_dict"].items():
+        identity = _identity(value)
+        if identity not in tied:
+            tied[identity] = _exported(name, value, entries.get(name), format)
+        state[name] = tied[identity]
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
     plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
     write_checkpoint(plain | {"state_dict": state}, Path(path))
+
+
+def _identity(value: Any) -> Any:
+    """Identify what a value shows of its memory: equal for tied tensors only. Each of them is an object of its own."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    return id(value)
 
 
 def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:

@@ -1,5 +1,6 @@
 """A model whose selected weights hold quantized values while it is engaged, and their masters at every other time."""
 
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.selection import SelectedWeight, select_frozen, select_modules, select_weights
+from q8lightning.qat.parts import Parts
+from q8lightning.qat.selection import SelectedWeight, Selection, select
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.group import FakeQuantizeGroup
 from q8lightning.quantization.reference import ErrorStatistics
@@ -42,21 +44,54 @@ class FakeQuantizer:
 
     def __init__(self, module: nn.Module, config: QATConfig) -> None:
         self.config = config
-        self.weights = select_weights(module, config)
-        self._activations: list[_Activation] = []
-        self._handles: list[RemovableHandle] = []
-        self._frozen = select_frozen(module, config)
-        self._groups = _groups(self.weights)
-        self._places = {id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)}
+        self.change: str | None = None
+        """What :meth:`follow` changed when it last did; None if nothing that is quantized."""
+        self._module = module
         self._state: tuple[float, int] | None = None
         self._statistics: dict[str, ErrorStatistics] = {}
-        for _, each, rule in select_modules(module, config):
-            self._activations.append(_Activation(rule.codebook, rule.per == "tensor"))
-            self._handles.append(each.register_forward_pre_hook(self._activations[-1]))
+        self._handles: list[RemovableHandle] = []
+        self._attach(select(module, config))
+
+    def _attach(self, selection: Selection) -> None:
+        """Take over a selection: lay the groups, hook into the modules."""
+        self._selection = selection
+        self._parts = Parts(self._module)
+        self._groups = _groups(self.weights)
+        self._places = {id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)}
+        self._activations = [_Activation(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
+        for each, activation in zip(selection.modules, self._activations, strict=True):
+            self._handles.append(each.module.register_forward_pre_hook(activation))
+        if selection.modules:
+            _forget_compiled()
         selected = {weight.parameter for weight in self.weights}
-        for owner in module.modules():
+        for owner in self._module.modules():
             if not selected.isdisjoint(owner.parameters(recurse=False)):
                 self._handles += _StateDictHooks(self).attach(owner)
+
+    def follow(self) -> bool:
+        """Select again if a parameter or module of the model was added, removed or replaced since the last time.
+
+        The weights hold their masters afterwards, if so; :attr:`change` says what joined and what left.
+
+        Returns:
+            Whether there was something to follow.
+
+        Raises:
+            ValueError: If a parameter that the rules select now cannot be changed in place.
+        """
+        if self._parts.unchanged():
+            return False
+        self.release()
+        selection = select(self._module, self.config, again=True)
+        self.change = self._selection.change_to(selection)
+        self.close()
+        self._attach(selection)
+        return True
+
+    @property
+    def weights(self) -> list[SelectedWeight]:
+        """The selected weights."""
+        return self._selection.weights
 
     @property
     def codecs(self) -> dict[str, WeightCodec]:
@@ -104,7 +139,7 @@ class FakeQuantizer:
 
     def drop_frozen_gradients(self, step: int) -> None:
         """Forget the gradients of parameters that are frozen at a step: optimizers pass over what has none."""
-        for parameter, first in self._frozen:
+        for parameter, first in self._selection.frozen:
             if step >= first:
                 parameter.grad = None
 
@@ -139,6 +174,12 @@ class FakeQuantizer:
                 if rows is not None
                 for tensor, row in zip(group.tensors, rows, strict=True)
             }
+
+
+def _forget_compiled() -> None:
+    """Let compiled code be compiled again: what was compiled before a hook was there goes on without it."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+        torch.compiler.reset()
 
 
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:

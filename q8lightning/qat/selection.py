@@ -1,6 +1,7 @@
 """Which parameters and modules of a model the rules select; what cannot work is refused here, before the first step."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -29,73 +30,128 @@ class SelectedWeight:
     codec: WeightCodec
 
 
-def select_weights(module: nn.Module, config: QATConfig) -> list[SelectedWeight]:
-    """Return the parameters that the rules select, in the order of the module.
+@dataclass(frozen=True)
+class SelectedModule:
+    """A module whose inputs are quantized, with its full name and the rule that selects it."""
+
+    name: str
+    module: nn.Module
+    rule: ActivationRule
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the rules select of a model.
+
+    Attributes:
+        weights: The parameters that are trained quantized, in the order of the model.
+        modules: The modules whose inputs are quantized.
+        frozen: The parameters that stop to change, each with the step at which.
+    """
+
+    weights: list[SelectedWeight]
+    modules: list[SelectedModule]
+    frozen: list[tuple[nn.Parameter, int]]
+
+    def change_to(self, other: "Selection") -> str | None:
+        """Return what is quantized in another selection and not in this one, and the other way round; None if equal.
+
+        A name that stands for another parameter or module counts.
+        """
+        before, after = self._named(), other._named()
+        changes = {
+            "new": [name for name in after if name not in before],
+            "replaced": [name for name in after if name in before and after[name] is not before[name]],
+            "no longer quantized": [name for name in before if name not in after],
+        }
+        return "; ".join(f"{what}: {_some(names)}" for what, names in changes.items() if names) or None
+
+    def _named(self) -> Mapping[str, object]:
+        modules = {f"inputs of {each.name}": each.module for each in self.modules}
+        return {name: weight.parameter for weight in self.weights for name in weight.names} | modules
+
+
+def select(module: nn.Module, config: QATConfig, again: bool = False) -> Selection:
+    """Return what the rules select.
+
+    Args:
+        module: The model.
+        config: The rules.
+        again: Whether the model is in training and has changed. Patterns may match nothing then.
 
     Raises:
         ValueError: If a pattern matches nothing that could be quantized, an axis does not exist, or a selected
             parameter cannot be changed in place: not initialized, not dense in memory, sharded.
     """
-    names = _names_by_parameter(module)
-    eligible = [tied for tied in names if _eligible(tied.parameter, config.min_rank)]
-    for rule in config.weight_rules:
-        _check_pattern("weight rule", rule.pattern, eligible, config)
-    for pattern in config.exclude:
-        _check_pattern("exclude", pattern, names, config)
-    ends = {id(parameter) for parameter in _first_and_last(module, config)} if config.exclude_first_and_last else set()
-
-    selected = []
-    for tied in eligible:
-        if id(tied.parameter) in ends or any(tied.matches(pattern) for pattern in config.exclude):
-            continue
-        codec = next((rule.resolve() for rule in config.weight_rules if tied.matches(rule.pattern)), None)
-        if codec is not None:
-            _check_in_place(tied)
-            selected.append(SelectedWeight(tied.names, tied.parameter, _fitted(codec, tied)))
-    if not selected and not config.activation_rules:
+    tied = _names_by_parameter(module)
+    modules = _called_modules(module)
+    if not again:
+        _check_patterns(tied, modules, config)
+    weights = _select_weights(module, tied, config)
+    if not weights and not config.activation_rules and not again:
+        eligible = (each.names[0] for each in tied if _eligible(each.parameter, config.min_rank))
         raise ValueError(
-            f"QAT selects nothing: exclude and the rules leave none of {_some(each.names[0] for each in eligible)};"
-            " loosen them, or remove qat"
+            f"QAT selects nothing: exclude and the rules leave none of {_some(eligible)}; loosen them, or remove qat"
         )
-    return selected
-
-
-def select_modules(module: nn.Module, config: QATConfig) -> list[tuple[str, nn.Module, ActivationRule]]:
-    """Return the modules whose inputs are quantized, each with its rule.
-
-    Raises:
-        ValueError: If a pattern matches no module.
-    """
-    modules = [(name, each) for name, each in module.named_modules() if name]
-    for rule in config.activation_rules:
-        if not any(fnmatchcase(name, rule.pattern) for name, _ in modules):
-            raise ValueError(
-                f"the activation rule {rule.pattern!r} matches no module of this model; modules are"
-                f" {_some(name for name, _ in modules)}; patterns match full names, such as 'encoder.*.linear1'"
-            )
-    selected = []
-    for name, each in modules:
-        first = next((rule for rule in config.activation_rules if fnmatchcase(name, rule.pattern)), None)
-        if first is not None and first.codebook is not None:
-            selected.append((name, each, first))
-    return selected
-
-
-def select_frozen(module: nn.Module, config: QATConfig) -> list[tuple[nn.Parameter, int]]:
-    """Return the parameters that stop to change, each with the step at which.
-
-    Raises:
-        ValueError: If a pattern matches no parameter.
-    """
-    names = _names_by_parameter(module)
-    for rule in config.freeze_rules:
-        _check_pattern("freeze rule", rule.pattern, names, config)
     frozen = []
-    for tied in names:
-        steps = [rule.step for rule in config.freeze_rules if tied.matches(rule.pattern)]
+    for each in tied:
+        steps = [rule.step for rule in config.freeze_rules if each.matches(rule.pattern)]
         if steps:
-            frozen.append((tied.parameter, min(steps)))
-    return frozen
+            frozen.append((each.parameter, min(steps)))
+    return Selection(weights, _select_modules(module, modules, config), frozen)
+
+
+def _select_weights(module: nn.Module, tied: Sequence["_Tied"], config: QATConfig) -> list[SelectedWeight]:
+    ends = {id(parameter) for parameter in _first_and_last(module, config)} if config.exclude_first_and_last else set()
+    scripts = (each for each in module.modules() if isinstance(each, torch.jit.ScriptModule))
+    scripted = {id(parameter) for each in scripts for parameter in each.parameters()}
+    selected = []
+    for each in tied:
+        if not _eligible(each.parameter, config.min_rank) or id(each.parameter) in ends:
+            continue
+        if any(each.matches(pattern) for pattern in config.exclude):
+            continue
+        codec = next((rule.resolve() for rule in config.weight_rules if each.matches(rule.pattern)), None)
+        if codec is not None:
+            if id(each.parameter) in scripted:
+                raise ValueError(
+                    f"QAT hooks into the modules whose weights it trains, but {each.names[0]} belongs to a"
+                    " ScriptModule, which allows no hooks; exclude it, or script the model after training"
+                )
+            _check_in_place(each)
+            selected.append(SelectedWeight(each.names, each.parameter, _fitted(codec, each)))
+    return selected
+
+
+def _called_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by name, except the model and what ``torch.compile`` puts around a module: it has a name."""
+    return {
+        name: each for name, each in module.named_modules() if _uncompiled(name) and "_orig_mod" not in each._modules
+    }
+
+
+def _select_modules(module: nn.Module, modules: Mapping[str, nn.Module], config: QATConfig) -> list[SelectedModule]:
+    selected = []
+    for name, each in modules.items():
+        first = next((rule for rule in config.activation_rules if _matches(name, rule.pattern)), None)
+        if first is not None and first.codebook is not None:
+            selected.append(SelectedModule(name, each, first))
+    past_hooks = _past_hooks(module)
+    never = [each.name for each in selected if id(each.module) in past_hooks]
+    if never:
+        warnings.warn(
+            f"the activation rules select {_some(never)}, but what ScriptModules and the parts of MultiheadAttention"
+            " receive cannot be quantized; give the module around them a rule, or these the codebook None",
+            stacklevel=2,
+        )
+    return [each for each in selected if id(each.module) not in past_hooks]
+
+
+def _past_hooks(module: nn.Module) -> set[int]:
+    """Return the ids of modules that allow no hooks, or whose weights the module around them uses without a call."""
+    attention = (each for each in module.modules() if isinstance(each, nn.MultiheadAttention))
+    parts = {id(part) for each in attention for part in each.children()}
+    return parts | {id(each) for each in module.modules() if isinstance(each, torch.jit.ScriptModule)}
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], weights: Sequence[SelectedWeight]) -> None:
@@ -126,7 +182,16 @@ class _Tied:
     parameter: nn.Parameter
 
     def matches(self, pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in self.names)
+        return any(_matches(name, pattern) for name in self.names)
+
+
+def _uncompiled(name: str) -> str:
+    """Return the name that a parameter or module had before ``torch.compile`` took a module around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(_uncompiled(name), pattern)
 
 
 def _names_by_parameter(module: nn.Module) -> list[_Tied]:
@@ -149,6 +214,22 @@ def _first_and_last(module: nn.Module, config: QATConfig) -> list[nn.Parameter]:
         if (weights := [p for p in each.parameters(recurse=False) if _eligible(p, config.min_rank)])
     ]
     return [*layers[0], *layers[-1]] if layers else []
+
+
+def _check_patterns(tied: Sequence[_Tied], modules: Mapping[str, nn.Module], config: QATConfig) -> None:
+    eligible = [each for each in tied if _eligible(each.parameter, config.min_rank)]
+    for rule in config.weight_rules:
+        _check_pattern("weight rule", rule.pattern, eligible, config)
+    for pattern in config.exclude:
+        _check_pattern("exclude", pattern, tied, config)
+    for freeze in config.freeze_rules:
+        _check_pattern("freeze rule", freeze.pattern, tied, config)
+    for activation in config.activation_rules:
+        if not any(_matches(name, activation.pattern) for name in modules):
+            raise ValueError(
+                f"the activation rule {activation.pattern!r} matches no module of this model; modules are"
+                f" {_some(modules)}; patterns match full names, such as 'encoder.*.linear1'"
+            )
 
 
 def _check_pattern(what: str, pattern: str, tied: Sequence[_Tied], config: QATConfig) -> None:

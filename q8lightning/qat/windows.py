@@ -65,6 +65,7 @@ class Windows:
         step: Returns the global step while training, None if the schedule does not apply.
         manual: Whether the model optimizes itself within its training step.
         measure: Returns whether statistics are wanted for the step that begins.
+        follow: Called before each step, while the graph of no step is alive, to let the quantizer follow the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Windows:
         step: Callable[[], int | None],
         manual: bool,
         measure: Callable[[], bool] = lambda: False,
+        follow: Callable[[], None] = lambda: None,
     ) -> None:
         owners = list(owners)
         self.quantizer = quantizer
@@ -82,6 +84,7 @@ class Windows:
         self._step = step
         self._manual = manual
         self._measure = measure
+        self._follow = follow
         self._between = somebody_runs(BETWEEN, owners)
         self._after_backward = somebody_runs(AFTER_BACKWARD, owners)
         self._accumulating = somebody_runs(ACCUMULATING, owners)
@@ -132,6 +135,7 @@ class Windows:
 
     @contextmanager
     def _around_training_step(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
         with self._window():
             self._in_manual_step = self._manual
             try:
@@ -144,6 +148,7 @@ class Windows:
 
     @contextmanager
     def _around_evaluation(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
         with self._window(training=False), context():
             yield
         if self._evaluating:

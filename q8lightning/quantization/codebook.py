@@ -5,15 +5,32 @@ thresholds between them and the lookup table that finds a code quickly. Nothing 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 _CUSTOM_PREFIX = "levels:"
+
+CodebookName = Literal[
+    "linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "nf4",
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8",
+    "fp8_e4m3", "fp8_e4m3fn", "float8_e4m3fn", "fp8_e5m2", "float8_e5m2",
+]  # fmt: skip
+"""The names of :data:`BUILTIN` and :data:`ALIASES`, for type checkers."""
+
+ALIASES = {
+    "nf4": "normal_float4",
+    "fp8_e4m3fn": "fp8_e4m3",
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+}
+"""What others call some of the built-in codebooks. Files hold the built-in names only."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,8 @@ class Codebook:
 
     Args:
         name: What people call it.
-        levels: 2 to 256 strictly increasing numbers in [-1, 1], 0 among them, each rounded to float32 on entry.
+        levels: 2 to 256 strictly increasing numbers in [-1, 1], 0 among them, each rounded to float32 on entry; a
+            zero is stored as +0.0.
         closed_form: Computes the codes (int32) of normalised values (float32, of any shape, which it may overwrite)
             without a table. Where it is given, the thresholds are the points at which it steps; they must be as good
             as midpoints.
@@ -57,7 +75,8 @@ class Codebook:
             raise ValueError(
                 f"a codebook holds the level 0, got {levels.numel()} levels without it; add 0, so that zeros stay zeros"
             )
-        object.__setattr__(self, "levels", tuple(levels.tolist()))
+        # A level -0.0 would decode zeros to -0.0; adding 0.0 makes it 0.0.
+        object.__setattr__(self, "levels", tuple((levels + 0.0).tolist()))
 
     @property
     def signed(self) -> bool:
@@ -262,8 +281,9 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
     """Return the codebook that ``code`` names, is, or lists the levels of.
 
     Args:
-        code: A built-in name, a :attr:`Codebook.spec`, a codebook, or 2 to 256 increasing levels in [-1, 1] with 0.
-            Levels on a GPU are copied to the host, which synchronizes; make a :class:`Codebook` once to avoid that.
+        code: A built-in name or one of :data:`ALIASES`, a :attr:`Codebook.spec`, a codebook, or 2 to 256 increasing
+            levels in [-1, 1] with 0. Levels on a GPU are copied to the host, which synchronizes; make a
+            :class:`Codebook` once to avoid that.
 
     Raises:
         ValueError: If the name is unknown or the levels are no codebook.
@@ -279,17 +299,32 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
     if isinstance(code, str):
         return _parse(code)
     levels = code.detach().flatten().tolist() if isinstance(code, Tensor) else code
-    return Codebook("custom", tuple(float(level) for level in levels))
+    try:
+        numbers = tuple(float(level) for level in levels)
+    except (TypeError, ValueError):
+        raise ValueError(f"codebook is a name, a Codebook or a list of levels in [-1, 1], got {code!r}") from None
+    return Codebook("custom", numbers)
 
 
 @lru_cache(maxsize=256)
 def _parse(spec: str) -> Codebook:
-    if spec in BUILTIN:
-        return BUILTIN[spec]
+    name = ALIASES.get(spec, spec)
+    if name in BUILTIN:
+        return BUILTIN[name]
     if spec.startswith(_CUSTOM_PREFIX):
         data = bytearray.fromhex(spec.removeprefix(_CUSTOM_PREFIX))
         return Codebook("custom", tuple(torch.frombuffer(data, dtype=torch.float32).tolist()))
-    raise ValueError(f"codebook is one of {', '.join(BUILTIN)} or a list of levels, got {spec!r}")
+    hint = did_you_mean(spec, (*BUILTIN, *ALIASES))
+    raise ValueError(f"codebook is one of {', '.join(BUILTIN)} or a list of levels, got {spec!r}{hint}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that asks for the known words most like ``word``; nothing if none is."""
+    if not word:
+        return ""
+    by_lower = {each.lower(): each for each in known}
+    close = [each for each in by_lower if each.startswith(word.lower())] or get_close_matches(word.lower(), by_lower, 1)
+    return f"; did you mean {' or '.join(repr(by_lower[each]) for each in close[:2])}?" if close else ""
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,8 @@ class Codec:
     """A codec for checkpoints: encoding what it decoded gives the same codes and scales again.
 
     Args:
-        name: ``"log"``, or a codebook's name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`.
+        name: ``"log"``, or a codebook's name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`; an alias
+            becomes the name.
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
         residual: Also encode what the first stage lost; ``linear`` only.
 
@@ -41,7 +42,8 @@ class Codec:
         try:
             codebook = get_codebook(self.name)
         except ValueError as error:
-            raise ValueError(f"unknown codec: {error}; for second moments there is also {LOG!r}") from None
+            raise ValueError(f"unknown codec: for second moments there is {LOG!r}; otherwise {error}") from None
+        object.__setattr__(self, "name", codebook.spec)
         if codebook.end == 0:
             raise ValueError(
                 f"a codebook for checkpoints holds 1 or -1, got levels from {codebook.levels[0]:g} to"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization import measured_ops, ops
-from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
+from q8lightning.quantization.codebook import BUILTIN, Codebook, CodebookName, get_codebook
 
-Code = str | Codebook | Tensor | Sequence[float]
+Code = CodebookName | Codebook | Tensor | Sequence[float]
 """What names or lists a codebook; see :func:`q8lightning.quantization.codebook.get_codebook`."""
 
 

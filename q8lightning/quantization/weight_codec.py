@@ -21,7 +21,7 @@ class WeightCodec:
     row. A block that holds a whole row gives one scale a channel.
 
     Args:
-        codebook: Its name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`.
+        codebook: Its name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`; an alias becomes the name.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, negative from the end, or None.
 
@@ -36,6 +36,7 @@ class WeightCodec:
 
     def __post_init__(self) -> None:
         ops.check_block_size(self.block_size)
+        object.__setattr__(self, "codebook", self.book.spec)
         levels = self.book.levels
         if not self.book.signed:
             raise ValueError(f"a codebook for weights has negative levels, got {self.book.name}; try 'dynamic'")

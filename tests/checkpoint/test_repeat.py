@@ -164,6 +164,49 @@ def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
     io.finish()
 
 
+class Remark:
+    """An object that has no copy, and a tensor of its own."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.words, self.tensor = ["one"], tensor
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize("policy", [RESUME, COMPACT], ids=["resume", "compact"])
+def test_parameters_shared_containers_and_objects_are_saved_as_in_the_usual_way(
+    policy: CheckpointPolicy, device: str, repeated: list[bool], steps: Steps, tmp_path: Path
+) -> None:
+    """As is the state of AMSGrad."""
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-2, amsgrad=True)
+    training.step()
+    live = {"live": nn.Parameter(torch.randn(16, 32, device=device)), "frozen": torch.randn(16, 32, device=device)}
+    live["tied"] = live["live"]
+    family: dict[str, Any] = {"small": nn.Parameter(torch.ones(3, device=device)), "children": []}
+    family["children"] += [{"parent": family}, (family, family["children"])]
+    remark = Remark(torch.ones(3, device=device))
+    training.more = {"current_model_state": live, "family": family, "remark": remark}
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    training.step()
+    expected = written(training.checkpoint, tmp_path / "b.ckpt", policy)
+    io.wait_until_durable()
+    gate = steps.hold("fetched")
+    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    remark.words.append("two")
+    for tensor in (*live.values(), family["small"], remark.tensor):
+        tensor.detach().zero_()
+    gate.set()
+    io.finish()
+    assert repeated == [True]
+    assert (tmp_path / "a.ckpt").read_bytes() == expected
+    assert io.report is not None
+    directions = [each.path for each in io.report().directions]
+    assert len(set(directions)) == len(directions) == 4
+    assert {"current_model_state.live", "current_model_state.frozen"} < {each.path for each in io.report().tensors}
+
+
 class Bag(dict[str, Any]):
     """A dict with attributes."""
 

@@ -296,7 +296,6 @@ def test_tensors_with_gaps_or_repeated_elements_stay_as_they_are(tmp_path: Path)
         "repeated": torch.randn(64).expand(128, 64),
         "negative view": torch.randn(4096, dtype=torch.complex64).conj().imag,
         "sparse": torch.randn(64, 64).relu().to_sparse(),
-        "subclass": nn.Parameter(torch.randn(64, 64)),
         "empty": torch.empty(0, 4096),
         "scalar": torch.tensor(1.0),
         "4095": torch.randn(4095),

@@ -179,10 +179,10 @@ def test_a_direction_of_kept_moments_stays_what_it_was(run: Run, tmp_path: Path)
     """Where another state of the same parameter is encoded again."""
     checkpoint = hard_to_encode()["optimizer_states"][0]
     state = checkpoint["state"][0]
-    state["max_exp_avg_sq"] = 2 * state["exp_avg_sq"]
+    state["square_avg"] = 2 * state["exp_avg_sq"]
     torch.save({"optimizer_states": [{**checkpoint, "state": {0: state}}]}, tmp_path / "plain")
     run("compress", tmp_path / "plain", tmp_path / "a")
-    policy = CheckpointPolicy([Rule("*.max_exp_avg_sq", "log", 1024), *CheckpointPolicy.of("resume").rules])
+    policy = CheckpointPolicy([Rule("*.square_avg", "log", 1024), *CheckpointPolicy.of("resume").rules])
     done = run("compress", tmp_path / "a", tmp_path / "b", "--policy", written(policy, tmp_path / "yaml"))
     assert "1 tensors quantized, 2 as they were" in done.out
     before, after = (summary_of(tmp_path / name) for name in ("a", "b"))

@@ -129,9 +129,30 @@ def test_a_pattern_that_matches_nothing_is_refused(options: dict[str, Any], mess
         ({"weights": [{"block_size": 48}]}, "power of two between 32 and 4096, got 48"),
         ({"activations": [{"pattern": "*", "per": "channel"}]}, 'per is "token" or "tensor", got \'channel\''),
         ({"freeze": [{"pattern": "*", "step": -1}]}, "step must not be negative"),
+        ("int4", "got 'int4'; write qat={'weights': [{'codebook': 'int4'}]}"),
+        ([{"codebook": "int4"}], "write qat={'weights': [{'codebook': 'int4'}]}"),
+        (True, "got True; write qat={} for 8-bit weights"),
+        ({"wieghts": []}, "qat has the key 'wieghts' in {'wieghts': []}, but the arguments of QATConfig are weights,"),
+        ({"wieghts": []}, "did you mean 'weights'?"),
+        ({"weights": [{}, {"pattern": "*.w", "codebok": "int4"}]}, "weights[1] has the key 'codebok' in"),
+        ({"weights": [{"codebok": "int4"}]}, "pattern, codebook, block_size, axis; did you mean 'codebook'?"),
+        ({"weights": ["int4"]}, "weights[0] is of type WeightRule or a mapping of its arguments, got 'int4'; write"),
+        ({"weights": [{}, {"pattern": "*.w", "codebook": "int44"}]}, "weights[1]: weight rule for '*.w': codebook is"),
+        ({"weights": [{"codebook": "int44"}]}, "got 'int44'; did you mean 'int4'?"),
+        ({"weights": [{"codebook": 4}]}, "codebook is a name, a Codebook or a list of levels in [-1, 1], got 4"),
+        ({"weights": [{"axis": "0"}]}, "axis is of type int | None, got '0'"),
+        ({"weights": [{"pattern": 3}]}, "pattern is of type str, got 3"),
+        ({"weights": None}, "weights is a list of rules, got None"),
+        ({"activations": ["net.0"]}, "activations[0] is of type ActivationRule or a mapping of its arguments"),
+        ({"activations": [{"codebook": "int8"}]}, "activations[0] needs the key 'pattern', got {'codebook': 'int8'}"),
+        ({"activations": [{"pattern": "*", "codebook": "nf3"}]}, "did you mean 'nf4'?"),
+        ({"freeze": [{"pattern": "*"}]}, "freeze[0] needs the key 'step'"),
+        ({"freeze": [{"pattern": "*", "step": "3"}]}, "freeze[0]: step is of type int, got '3'"),
+        ({"start_step": "4"}, "start_step is of type int, got '4'"),
+        ({"exclude": 4}, "exclude is a list of patterns, got 4"),
     ],
 )
-def test_a_wrong_configuration_is_refused_where_it_is_made(options: dict[str, Any], message: str) -> None:
+def test_a_wrong_configuration_is_refused_where_it_is_made(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         QuantizationCallback(qat=options)
 

@@ -2,7 +2,9 @@
 
 import math
 import pickle
+import re
 from statistics import NormalDist
+from typing import get_args
 
 import numpy as np
 import oracle
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import BUILTIN, CellTable, Codebook, get_codebook
+from q8lightning.quantization import cpu, reference
+from q8lightning.quantization.codebook import ALIASES, BUILTIN, CellTable, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.weight_codec import WeightCodec
 
 ULP = 2.0**-23  # of float32, relative: at most this far apart are neighbouring floats
 
@@ -97,6 +101,19 @@ def test_fp8_is_every_finite_pattern_over_the_largest(name: str, dtype: torch.dt
     values = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     finite = values[values.isfinite()].unique()  # sorted, and with one zero
     assert BUILTIN[name].levels == tuple((finite / finite.max()).float().tolist())
+
+
+@every_codebook
+def test_the_code_of_zero_decodes_to_a_zero_that_is_not_negative(codebook: Codebook) -> None:
+    assert math.copysign(1.0, codebook.levels[codebook.zero_code]) == 1.0
+    codes, scale = torch.tensor([codebook.zero_code], dtype=torch.uint8), torch.tensor([2.0])
+    for backend in (reference, cpu):
+        assert not torch.signbit(backend.dequantize(codes, scale, codebook, 32, torch.float32))
+
+
+@pytest.mark.parametrize("levels", [[-1.0, -0.0, 1.0], torch.tensor([-1.0, -0.0, 1.0])], ids=["list", "tensor"])
+def test_a_negative_zero_among_ones_own_levels_becomes_a_zero(levels: list[float] | Tensor) -> None:
+    assert get_codebook(levels).spec == get_codebook([-1.0, 0.0, 1.0]).spec
 
 
 def test_normal_float4_is_the_table_of_qlora() -> None:
@@ -347,6 +364,33 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
     with pytest.raises(ValueError, match=r"codebook is one of linear, softsign, .* or a list of levels") as error:
         get_codebook(name)
     assert f"got {name!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("NF4", "did you mean 'nf4'?"),
+        ("normalfloat4", "did you mean 'normal_float4'?"),
+        ("int44", "did you mean 'int4'?"),
+        ("fp8", "did you mean 'fp8_e4m3' or 'fp8_e5m2'?"),
+        ("fp8_e5m3", "did you mean 'fp8_e5m2'?"),
+        ("lineer", "did you mean 'linear'?"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_that_are_meant(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"got {name!r}; {hint}")):
+        get_codebook(name)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_what_others_call_a_codebook_is_understood_and_never_stored(alias: str) -> None:
+    book = BUILTIN[ALIASES[alias]]
+    assert get_codebook(alias) is book
+    assert book.spec == ALIASES[alias] == WeightCodec(alias).codebook == Codec(alias).name
+
+
+def test_the_names_for_type_checkers_are_those_there_are() -> None:
+    assert set(get_args(CodebookName)) == {*BUILTIN, *ALIASES}
 
 
 @pytest.mark.parametrize("spec", ["levels:", "levels:zz", "levels:0000", "levels:0000803f"])

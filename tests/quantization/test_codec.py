@@ -143,10 +143,10 @@ def test_the_first_stage_of_a_residual_is_the_linear_codec() -> None:
 @pytest.mark.parametrize("name", ["", "int1", "linear ", "LOG", "float8"])
 def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"unknown codec: codebook is one of linear, .*; for second moments .* 'log'"
+        ValueError, match=r"unknown codec: for second moments there is 'log'; otherwise codebook is one of linear, .*"
     ) as error:
         Codec(name)
-    assert f"got {name!r}; for second moments there is also 'log'" in str(error.value)
+    assert f"got {name!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", LOG, "int1"])
