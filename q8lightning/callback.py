@@ -1,26 +1,36 @@
 """The callback: its hooks decide when, the wings decide what."""
 
+import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_warn
 
 from q8lightning.checkpoint.background import BackgroundSaveError
+from q8lightning.checkpoint.chain import check_not_async
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
-from q8lightning.checkpoint.io import QuantizedCheckpointIO, check_not_async, find_quantized_io
+from q8lightning.checkpoint.io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.checkpoint.leaves import ModelNames
+from q8lightning.checkpoint.paths import check_is_there
 from q8lightning.checkpoint.payload import FORMAT_VERSION
-from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.described_saves import describe_saves
-from q8lightning.metrics.recorder import Totals
+from q8lightning.metrics.recorder import Detail
+from q8lightning.pending import (
+    begin_to_tell,
+    leave_callbacks_alone,
+    let_callbacks_know,
+    tell_callbacks,
+    wait_until_durable,
+)
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat_callback import QATCallback
-from q8lightning.quantization.weight_codec import WeightCodec
-from q8lightning.recording import print_totals, watch_saves
+from q8lightning.recording import is_watched, print_totals, warn_safely, watch_saves
+from q8lightning.twins import is_a
 
 
 class QuantizationCallback(QATCallback):
@@ -28,6 +38,13 @@ class QuantizationCallback(QATCallback):
 
     With ``qat`` it also trains with quantized weights: forward and backward see values on the grid of their codes, the
     optimizer updates full-precision masters, which everybody else sees too.
+
+    A Trainer of ``pytorch_lightning`` takes it as well, in a list: ``callbacks=[QuantizationCallback()]``.
+
+    Whole checkpoints are quantized from the moment on when the Trainer has the callback, also before it runs and in the
+    process that started others (``ddp_spawn``, ``ddp_fork``). Checkpoints of weights only are quantized from ``setup``
+    on: Lightning calls no hook of a callback when it saves these, so that before the Trainer's first run, in the setup
+    of an earlier callback, and in the process that started others they stay plain.
 
     Args:
         checkpoint: ``"resume"`` (4.1 bytes a parameter of AdamW in float32 instead of 12), ``"compact"`` (3.1 bytes),
@@ -45,7 +62,6 @@ class QuantizationCallback(QATCallback):
             nothing in the model, the strategy does not save through a CheckpointIO, or QAT cannot work with the
             strategy, the optimizer or a parameter.
         BackgroundSaveError: From the Trainer, at the next save or at the end, if a save in the background failed.
-        TypeError: When the Trainer starts, if it is not one of ``lightning.pytorch``.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[QuantizationCallback()], logger=False, enable_checkpointing=False)
@@ -53,12 +69,12 @@ class QuantizationCallback(QATCallback):
 
     def __init__(
         self,
-        checkpoint: str | CheckpointPolicy | None = "resume",
+        checkpoint: Preset | CheckpointPolicy | None = "resume",
         *,
         async_save: bool = False,
         verify: bool = True,
         qat: QATConfig | Mapping[str, Any] | None = None,
-        log: str | None = "kind",
+        log: Detail | None = "kind",
     ) -> None:
         super().__init__(qat, log)
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
@@ -66,54 +82,92 @@ class QuantizationCallback(QATCallback):
         self.verify = verify
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out whose callback this is."""
+        return {**self.__dict__, "_trainer": None}
+
+    def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
+
+        To be called in all processes, as ``trainer.save_checkpoint`` is. Callbacks then hear of what is durable.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that was not reported yet; it names which.
+            FileNotFoundError: If nobody is saving ``path`` and there is nothing.
+            RuntimeError: If the Trainer has an AsyncCheckpointIO.
+        """
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None:
+            wait_until_durable(trainer, path)
+        elif path is not None:
+            check_is_there(path)
+
+    def on_checkpoint_durable(self, path: str) -> None:
+        """Called when the checkpoint saved as ``path`` is on the disk; override it to upload the file.
+
+        Any other callback of the Trainer may have a method of this name too. It is called on the thread that trains,
+        in the process that wrote the file, once for each save in their order: after the save if it is synchronous,
+        otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. What it raises is
+        raised by the Trainer; a checkpoint that could not be saved is not announced.
+        """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the quantizing CheckpointIO around the one that the Trainer has, once."""
-        if not isinstance(trainer, pl.Trainer):
-            raise TypeError(
-                f"q8lightning works with a Trainer of lightning.pytorch, got one of {type(trainer).__module__};"
-                " replace `import pytorch_lightning` by `import lightning.pytorch`"
-            )
         super().setup(trainer, pl_module, stage)
-        if self.policy is not None:
-            _check_strategy(trainer.strategy)
-        elif isinstance(trainer.strategy, DeepSpeedStrategy):
-            return  # it never saves through a CheckpointIO
-        installed = find_quantized_io(trainer.strategy.checkpoint_io)
-        if self.policy is not None:
-            installed = self._install(trainer, installed)
-        if installed is not None:  # this one or the user's own
-            installed.describe_model = lambda: _names(trainer, self.codecs(trainer.lightning_module), self.restored)
-            installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
-            watch_saves(trainer, installed, self.recorder)
-        elif self.qat is not None:
-            describe_saves(trainer, self._description)
-
-    def _install(self, trainer: pl.Trainer, installed: QuantizedCheckpointIO | None) -> QuantizedCheckpointIO:
-        assert self.policy is not None
+        self._trainer = weakref.ref(trainer)
+        installed = self._install(trainer)
         if installed is None:
-            installed = QuantizedCheckpointIO(trainer.strategy.checkpoint_io, self.policy, verify=self.verify)
-            trainer.strategy.checkpoint_io = installed
-        elif installed.policy != self.policy:
+            return
+        if self.policy is not None and self.async_save:
+            check_not_async(trainer.strategy.checkpoint_io)
+            installed.async_save = True
+        installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
+        watch_saves(trainer, installed, self.recorder)
+        begin_to_tell(installed)
+        let_callbacks_know(trainer)
+
+    def _install(self, trainer: pl.Trainer) -> QuantizedCheckpointIO | None:
+        """Return the quantizing CheckpointIO of a Trainer, this callback's or the user's own, which knows the model."""
+        strategy = trainer.strategy
+        if self.policy is not None:
+            _check_strategy(strategy)
+        elif is_a(strategy, DeepSpeedStrategy):
+            return None  # it never saves through a CheckpointIO
+        installed = find_quantized_io(strategy.checkpoint_io)
+        if installed is None and self.policy is not None:
+            installed = QuantizedCheckpointIO(strategy.checkpoint_io, self.policy, verify=self.verify)
+            strategy.checkpoint_io = installed
+        elif installed is not None and self.policy not in (None, installed.policy):
             raise ValueError(
                 "the Trainer has a QuantizedCheckpointIO with another policy than the QuantizationCallback;"
                 " give the policy to one of them and remove the other"
             )
-        if self.async_save:
-            check_not_async(trainer.strategy.checkpoint_io)
-            installed.async_save = True
+        if installed is not None:
+            installed.describe_model = DescribeModel(trainer, self)
+        elif self.qat is not None:
+            describe_saves(trainer, self._description)
         return installed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a policy that would quantize nothing, now that the model has its parameters."""
         if self.policy is not None:
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
-        self.recorder.totals = Totals()
+        self.recorder.start_run()
         super().on_fit_start(trainer, pl_module)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Tell callbacks which checkpoints are durable by now, and those that are new which are not yet."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        let_callbacks_know(trainer)
+        tell_callbacks(trainer)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say in a few words what the saves came to."""
-        print_totals(trainer, self.recorder.totals)
+        """Say in a few words what the saves came to; finish them before any callback is torn down."""
+        print_totals(trainer, self.recorder)
+        self._finish(trainer)
+        tell_callbacks(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -122,6 +176,14 @@ class QuantizationCallback(QATCallback):
         summary = checkpoint.get(SUMMARY_KEY)
         if trainer.state.fn == "fit" and isinstance(summary, Mapping):
             self.restored = summary.get("restored", 0) + (summary.get("policy", True) is not None)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Install what quantizes if nothing was set up: before the first run, or where other processes ran."""
+        if not is_watched(trainer) and not self._is_installed(trainer):
+            self._install(trainer)
+        self._select_after_other_processes(trainer, pl_module)
 
     def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
@@ -133,35 +195,45 @@ class QuantizationCallback(QATCallback):
         summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self.restored, CODES_KEY: described}
         return {SUMMARY_KEY: summary}
 
+    def _is_installed(self, trainer: pl.Trainer) -> bool:
+        installed = find_quantized_io(trainer.strategy.checkpoint_io)
+        describe = None if installed is None else installed.describe_model
+        return isinstance(describe, DescribeModel) and describe.trainer is trainer and describe.callback is self
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
         super().on_exception(trainer, pl_module, exception)
         try:
             self._finish(trainer)
         except BackgroundSaveError as error:
-            rank_zero_warn(str(error))
+            warn_safely(str(error))
+        tell_callbacks(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish the pending save where the strategy does not tear its CheckpointIO down (FSDP, ModelParallel)."""
         super().teardown(trainer, pl_module, stage)
         self._finish(trainer)
+        tell_callbacks(trainer)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         installed = None if self.policy is None else find_quantized_io(trainer.strategy.checkpoint_io)
         if installed is not None:
             if self.async_save:
                 installed.async_save = False  # who saves outside of the Trainer's loops wants the file, not a promise
-            installed.finish()
+            try:
+                installed.finish()
+            finally:
+                leave_callbacks_alone(trainer)
 
 
 def _check_strategy(strategy: Strategy) -> None:
     """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
     remedy = None
-    if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
+    if is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
         remedy = 'pass FSDPStrategy(state_dict_type="full")'
-    elif isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+    elif is_a(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         remedy = "pass ModelParallelStrategy(save_distributed_checkpoint=False)"
-    elif isinstance(strategy, DeepSpeedStrategy):
+    elif is_a(strategy, DeepSpeedStrategy):
         remedy = "use another strategy"
     if remedy is not None:
         raise ValueError(
@@ -172,18 +244,26 @@ def _check_strategy(strategy: Strategy) -> None:
 
 def _optimizer_device(strategy: Strategy) -> torch.device | None:
     """Return where a strategy wants optimizer states as they are in the file; None if it distributes them itself."""
-    return None if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else strategy.root_device
+    return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device
 
 
-def _names(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec], restored: int) -> ModelNames:
-    module = trainer.lightning_module
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return ModelNames(
-        parameters=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
-        optimizer_parameters=tuple(
-            tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
-            for optimizer in trainer.optimizers
-        ),
-        quantized=quantized,
-        restored=restored,
-    )
+class DescribeModel:
+    """Tells a CheckpointIO at each save what only the Trainer and the callback know; goes with them when pickled."""
+
+    def __init__(self, trainer: pl.Trainer, callback: QuantizationCallback) -> None:
+        self.trainer = trainer
+        self.callback = callback
+
+    def __call__(self) -> ModelNames:
+        """Return the names of the parameters as they are now, and how they are quantized."""
+        module = self.trainer.lightning_module
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return ModelNames(
+            parameters=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
+            optimizer_parameters=tuple(
+                tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
+                for optimizer in self.trainer.optimizers
+            ),
+            quantized=self.callback.codecs(module),
+            restored=self.callback.restored,
+        )

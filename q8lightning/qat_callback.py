@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
+from q8lightning.metrics.recorder import PREFIX, Detail, Loss, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
@@ -16,7 +16,8 @@ from q8lightning.qat.trained import TrainedWeights
 from q8lightning.qat.windows import Windows
 from q8lightning.quantization.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
-from q8lightning.recording import publish
+from q8lightning.recording import harmless, publish
+from q8lightning.twins import is_a
 
 QAT_PREFIX = f"{PREFIX}/qat"
 """What the names of values begin with that are measured while training, not when a checkpoint is saved."""
@@ -25,7 +26,7 @@ QAT_PREFIX = f"{PREFIX}/qat"
 class QATCallback(pl.Callback):
     """The part of the callback that trains with quantized weights; ``qat.windows`` says when they are in place."""
 
-    def __init__(self, qat: QATConfig | Mapping[str, Any] | None, log: str | None) -> None:
+    def __init__(self, qat: QATConfig | Mapping[str, Any] | None, log: Detail | None) -> None:
         self.recorder = Recorder(log)
         self.qat = None if qat is None else QATConfig.of(qat)
         self._trained = TrainedWeights()
@@ -57,7 +58,7 @@ class QATCallback(pl.Callback):
         """Refuse strategies that hold no ordinary parameters; become the first callback, which releases before any."""
         if self.qat is None:
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        if is_a(trainer.strategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
             raise ValueError(
                 "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
                 f" {type(trainer.strategy).__name__}; use DDP or a single device, or remove qat"
@@ -82,9 +83,10 @@ class QATCallback(pl.Callback):
         """Record what the weights lost, if it was measured in this step."""
         if self.statistics is not self._logged and self.statistics:
             self._logged = self.statistics
-            rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()
-            losses = [Loss("weights", name, row) for name, row in zip(self.statistics, rows, strict=True)]
-            publish(trainer, self.recorder.losses(losses, QAT_PREFIX))
+            with harmless(self.recorder, "computing what quantized weights lose"):
+                rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()
+                losses = [Loss("weights", name, row) for name, row in zip(self.statistics, rows, strict=True)]
+                publish(trainer, self.recorder, self.recorder.losses(losses, QAT_PREFIX))
 
     def _release(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Put the masters back before the hooks of other callbacks run."""
@@ -121,6 +123,13 @@ class QATCallback(pl.Callback):
             measure=lambda: self.recorder.detail is not None and trainer._logger_connector.should_update_logs,
             follow=lambda: self._follow(trainer, quantizer),
         )
+
+    def _select_after_other_processes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out how weights are quantized that processes trained which this one started; they have told nothing."""
+        if self.qat is not None and not self._trained.weights and trainer.state.fn == "fit" and trainer.state.finished:
+            quantizer = FakeQuantizer(pl_module, self.qat)
+            self._trained = TrainedWeights(tuple(quantizer.weights))
+            quantizer.close()
 
     def _follow(self, trainer: pl.Trainer, quantizer: FakeQuantizer) -> None:
         """Let the selection follow a model whose layers were added, removed or replaced, and say what that changed."""

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.codebook import CodebookName, did_you_mean, get_codebook
 from q8lightning.quantization.codec import LOG, Codec
 
 NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
@@ -14,6 +14,11 @@ NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_paramet
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+Preset = Literal["resume", "compact"]
+"""The names of :data:`PRESETS`, for type checkers."""
+
+CodecName = Literal["log"] | CodebookName
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,24 @@ class Rule:
             parameter is unknown match only ``*``.
 
     Raises:
-        ValueError: If the codec is unknown or its options do not fit.
+        ValueError: If the codec is unknown, its options do not fit, or an argument is of another type.
     """
 
     pattern: str
-    codec: str | Sequence[float] | None = None
+    codec: CodecName | Sequence[float] | None = None
     block_size: int = 256
     residual: bool = False
     parameter: str = "*"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codec, str | None):
-            object.__setattr__(self, "codec", get_codebook(self.codec).spec)
         try:
-            self.resolve()
+            if not isinstance(self.codec, str | None):
+                object.__setattr__(self, "codec", get_codebook(self.codec).spec)
+            for name, kind in (("pattern", str), ("parameter", str), ("residual", bool)):
+                if not isinstance(value := getattr(self, name), kind):
+                    raise ValueError(f"{name} is a {kind.__name__}, got {value!r}")
+            if codec := self.resolve():
+                object.__setattr__(self, "codec", codec.name)  # not the alias of it: the file says this
         except ValueError as error:
             raise ValueError(f"rule for {self.pattern!r}: {error}") from None
 
@@ -103,7 +112,9 @@ class CheckpointPolicy:
     )
 
     def __post_init__(self) -> None:
-        rules = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in self.rules)
+        if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Iterable):
+            raise ValueError(f"rules is a list of rules, got {self.rules!r}; put it into a list")
+        rules = tuple(_rule(f"rules[{index}]", rule) for index, rule in enumerate(self.rules))
         if all(rule.codec is None for rule in rules):
             raise ValueError(
                 f"a checkpoint policy has at least one rule with a codec, got {len(rules)} without;"
@@ -126,9 +137,10 @@ class CheckpointPolicy:
         if isinstance(policy, CheckpointPolicy):
             return policy
         if not isinstance(policy, str) or policy not in PRESETS:
+            hint = did_you_mean(policy, PRESETS) if isinstance(policy, str) else ""
             raise ValueError(
-                f"checkpoint must be a preset ({', '.join(PRESETS)}) or a CheckpointPolicy, got {policy!r};"
-                " rules go into CheckpointPolicy([Rule(...), ...])"
+                f"checkpoint must be a preset ({', '.join(PRESETS)}) or a CheckpointPolicy, got {policy!r}"
+                + (hint or "; rules go into CheckpointPolicy([Rule(...), ...])")
             )
         return PRESETS[policy]
 
@@ -177,6 +189,30 @@ class CheckpointPolicy:
             f" {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; patterns match whole paths, such as"
             " 'state_dict.encoder.*' or 'optimizer_states.*.exp_avg'"
         )
+
+
+def _rule(where: str, rule: object) -> Rule:
+    """Return the rule that a mapping describes; ValueError says where it stands in its policy and what is wrong."""
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise ValueError(
+            f"{where} is a Rule or a mapping of its arguments, got {rule!r}; write such as"
+            " {'pattern': 'state_dict.*', 'codec': 'softsign'}"
+        )
+    known = [each.name for each in fields(Rule)]
+    for key in rule:
+        if key not in known:
+            raise ValueError(
+                f"{where} has the key {key!r} in {dict(rule)!r}, but the arguments of Rule are"
+                f" {', '.join(known)}{did_you_mean(str(key), known)}"
+            )
+    if "pattern" not in rule:
+        raise ValueError(f"{where} needs the key 'pattern', got {dict(rule)!r}; add it, such as 'state_dict.*'")
+    try:
+        return Rule(**rule)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _check_limit(name: str, value: object, example: str) -> None:

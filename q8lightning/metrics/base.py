@@ -1,7 +1,11 @@
-"""What the metrics share: their plot, and states that are float64 sums."""
+"""What the metrics share: their plot, and states that are float64 sums.
+
+States have names that no metric has whose updates are others: a MetricCollection takes metrics with the same names and,
+after the first update, the same values for one metric, and updates only the first of them from then on.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,19 +39,34 @@ class QuantizationMetric(Metric):
         """
         return self._plot(val, ax)
 
+    def _add_zeros(self, state: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
+        """Add a state of float64 zeros, where torchmetrics says that the metric is."""
+        zeros = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        self.add_state(state, default=zeros, dist_reduce_fx=reduce)
+
     def _count_as_update(self, update: Callable[[Tensor], None], argument: Tensor) -> None:
         """Call ``update`` as torchmetrics calls the method of this name: no gradient, no result kept from before."""
         self._wrap_update(update)(argument)
 
 
 class SquaredErrorMetric(QuantizationMetric):
-    """A metric of the power of an error and of a signal, its state ``sums``, ``[2]`` float64 in this order."""
+    """A metric of the power of an error and of a signal.
 
-    sums: Tensor
+    Args:
+        state: The name of its only state, which only metrics with the same ``update`` may share.
+        kwargs: Those of :class:`torchmetrics.Metric`.
+    """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, state: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
+        self._sums_name = state
+        self._add_zeros(state, 2)
+
+    @property
+    def sums(self) -> Tensor:
+        """The two sums, ``[2]`` float64: of the squares of the error, and of the signal."""
+        sums: Tensor = getattr(self, self._sums_name)
+        return sums
 
     def _add(self, sums: Tensor) -> None:
-        self.sums = self.sums + sums
+        setattr(self, self._sums_name, self.sums + sums)

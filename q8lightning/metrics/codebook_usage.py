@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from q8lightning.metrics.base import QuantizationMetric
@@ -40,20 +39,18 @@ class CodebookUsage(QuantizationMetric):
     higher_is_better = True
     plot_lower_bound = 0.0
 
-    counts: Tensor
+    level_counts: Tensor
 
     def __init__(self, num_levels: int = 256, **kwargs: Any) -> None:
         check_num_levels(num_levels)
         super().__init__(**kwargs)
         self.num_levels = num_levels
-        self.add_state(
-            "counts", default=torch.zeros(num_levels, dtype=torch.float64, device=self.device), dist_reduce_fx="sum"
-        )
+        self._add_zeros("level_counts", num_levels)
 
     def update(self, codes: Tensor) -> None:
         """Count ``[*shape]`` uint8; ValueError if they are not, or one is not below ``num_levels``."""
-        self.counts = self.counts + codebook_usage_update(codes, self.num_levels)
+        self.level_counts = self.level_counts + codebook_usage_update(codes, self.num_levels)
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``share_in_use`` and ``entropy_bits``, ``[]`` float64 each."""
-        return codebook_usage_compute(self.counts)
+        return codebook_usage_compute(self.level_counts)

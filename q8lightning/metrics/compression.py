@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from q8lightning.metrics.base import QuantizationMetric
@@ -33,16 +32,18 @@ class CompressionRatio(QuantizationMetric):
     higher_is_better = True
     plot_lower_bound = 0.0
 
-    sums: Tensor
+    byte_counts: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64, device=self.device), dist_reduce_fx="sum")
+        self._add_zeros("byte_counts", 2)
 
     def update(self, original_bytes: int | Tensor, stored_bytes: int | Tensor) -> None:
         """Add what was there and what is stored, in bytes; ValueError if one is negative or not whole."""
-        self.sums = self.sums + compression_ratio_update(original_bytes, stored_bytes).to(self.sums.device)
+        self.byte_counts = self.byte_counts + compression_ratio_update(original_bytes, stored_bytes).to(
+            self.byte_counts.device
+        )
 
     def compute(self) -> Tensor:
         """Return the ratio, ``[]`` float64."""
-        return compression_ratio_compute(self.sums)
+        return compression_ratio_compute(self.byte_counts)

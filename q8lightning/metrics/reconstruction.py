@@ -19,6 +19,9 @@ from q8lightning.metrics.functional.reconstruction import (
 class _SquaredReconstructionError(SquaredErrorMetric):
     is_differentiable = True
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("reconstruction_sums", **kwargs)
+
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""
         self._add(squared_error_update(preds, target))
@@ -109,13 +112,11 @@ class MaxReconstructionError(QuantizationMetric):
     higher_is_better = False
     plot_lower_bound = 0.0
 
-    max_error: Tensor
+    max_reconstruction_error: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state(
-            "max_error", default=torch.zeros((), dtype=torch.float64, device=self.device), dist_reduce_fx="max"
-        )
+        self._add_zeros("max_reconstruction_error", reduce="max")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Look at decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""
@@ -130,7 +131,7 @@ class MaxReconstructionError(QuantizationMetric):
 
     def compute(self) -> Tensor:
         """Return the largest error, ``[]`` float64."""
-        return self.max_error
+        return self.max_reconstruction_error
 
     def _raise_to(self, error: Tensor) -> None:
-        self.max_error = torch.maximum(self.max_error, error)
+        self.max_reconstruction_error = torch.maximum(self.max_reconstruction_error, error)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ PREFIX = "q8"
 
 M = TypeVar("M", bound=Metric)
 
-DETAILS = ("kind", "tensor", None)
+Detail = Literal["kind", "tensor"]
+"""What values are logged of: of each kind of tensor, or of each tensor too."""
 
 
 class Loss(NamedTuple):
@@ -114,14 +115,21 @@ class Recorder:
         q8/weights/b/relative_error 0.0
     """
 
-    def __init__(self, detail: str | None = "kind") -> None:
-        if detail not in DETAILS:
+    def __init__(self, detail: Detail | None = "kind") -> None:
+        if detail not in (*get_args(Detail), None):
             raise ValueError(
                 f"log must be 'kind', 'tensor' or None, got {detail!r}; 'kind' logs the weights together, exp_avg"
                 " together, and so on"
             )
         self.detail = detail
         self.totals = Totals()
+        self.warned: set[str] = set()
+        """What failed while it reported, and has been warned of in this run."""
+
+    def start_run(self) -> None:
+        """Count from zero, and warn again."""
+        self.totals = Totals()
+        self.warned.clear()
 
     def losses(self, losses: Sequence[Loss], prefix: str = PREFIX) -> dict[str, float]:
         """Return ratio and relative error of each kind and, if wanted, of each tensor, by name."""

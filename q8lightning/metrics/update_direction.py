@@ -47,7 +47,7 @@ class UpdateDirectionError(SquaredErrorMetric):
 
     def __init__(self, eps: float = 1e-8, **kwargs: Any) -> None:
         check_eps(eps)
-        super().__init__(**kwargs)
+        super().__init__(f"update_direction_sums_{eps}", **kwargs)  # with another eps the update is another
         self.eps = eps
 
     def update(self, exp_avg: Tensor, exp_avg_sq: Tensor, decoded_exp_avg: Tensor, decoded_exp_avg_sq: Tensor) -> None:

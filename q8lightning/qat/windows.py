@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from q8lightning.ambient import untraced
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes import Writes
+from q8lightning.twins import is_from_lightning
 
 BETWEEN = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward")
 """Hooks between forward and backward."""
@@ -53,9 +54,7 @@ def somebody_runs(hooks: Iterable[str], owners: Iterable[Any]) -> bool:
     """Tell whether one of ``hooks`` is defined outside of Lightning, or by one of its callbacks that reads weights."""
     functions = [getattr(owner, hook, None) for owner in owners for hook in hooks]
     modules = [getattr(function, "__module__", None) or "" for function in functions if function is not None]
-    return any(
-        not module.startswith("lightning.pytorch.") or module.rsplit(".", 1)[-1] in READERS for module in modules
-    )
+    return any(not is_from_lightning(module) or module.rsplit(".", 1)[-1] in READERS for module in modules)
 
 
 class Windows:

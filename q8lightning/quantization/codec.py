@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from q8lightning.quantization import measured_ops, ops
 from q8lightning.quantization.codebook import get_codebook
 from q8lightning.quantization.coding import Coding
 
-LOG = "log"
+LOG: Final = "log"
 """The name of the codec for values that are never negative; every other codec is named after its codebook."""
 
 

@@ -1,30 +1,43 @@
-"""Through every door, a quantized checkpoint loads as ordinary tensors: the promised values, all else to the bit."""
+"""Through every door, a quantized checkpoint loads as ordinary tensors: the promised values, all else to the bit.
+
+What runs, all of it with AdamW, SGD, factored moments, two optimizers, and with weights only:
+
+| package | presets |
+|---|---|
+| lightning.pytorch | resume, compact |
+| pytorch_lightning | compact |
+"""
 
 import copy
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Autoencoder, Diary, TwoOptimizers, quiet_trainer
+from models import Autoencoder, quiet_trainer
+from packages import PACKAGES, Package, package
 from promises import assert_kept, assert_same, load, payloads_of, promise_for, promised_paths
 
 from q8lightning import QuantizationCallback
 
 RAW = frozenset({"table", "counts"})
-CASES: dict[str, tuple[Callable[[], pl.LightningModule], bool]] = {
-    "AdamW": (Autoencoder, False),
-    "SGD with momentum": (lambda: Autoencoder("sgd"), False),
-    "factored moments": (lambda: Autoencoder("factored"), False),
-    "two optimizers": (TwoOptimizers, False),
-    "weights only": (Autoencoder, True),
+CASES: dict[str, tuple[Callable[[Any], pl.LightningModule], bool]] = {
+    "AdamW": (lambda models: models.Autoencoder(), False),
+    "SGD with momentum": (lambda models: models.Autoencoder("sgd"), False),
+    "factored moments": (lambda models: models.Autoencoder("factored"), False),
+    "two optimizers": (lambda models: models.TwoOptimizers(), False),
+    "weights only": (lambda models: models.Autoencoder(), True),
 }
+RUNS = [
+    *((PACKAGES[0], preset, case) for preset in ("resume", "compact") for case in CASES),
+    *((PACKAGES[1], "compact", case) for case in CASES),
+]
 
 
 @dataclass
@@ -34,6 +47,7 @@ class Saved:
     ``trainer`` is the one that saved the quantized file, after its fit.
     """
 
+    package: Package
     make: Callable[[], pl.LightningModule]
     weights_only: bool
     preset: str
@@ -47,20 +61,29 @@ class Saved:
         return promise_for(self.before, self.preset, RAW)
 
     def new_trainer(self, **options: Any) -> pl.Trainer:
-        return quiet_trainer(self.file.parent, **options)
+        trainer: pl.Trainer = self.package.models.quiet_trainer(self.file.parent, **options)
+        return trainer
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.replace(" ", "-"))
-def saved(request: pytest.FixtureRequest, preset: str, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    make, weights_only = CASES[request.param]
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join(run).replace(" ", "-"))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    name, preset, case = request.param
+    of = package(name)
+    models = of.models
+    make, weights_only = partial(CASES[case][0], models), CASES[case][1]
     folder = tmp_path_factory.mktemp("doors")
 
     def fit(*callbacks: pl.Callback) -> tuple[pl.Trainer, Path]:
         torch.manual_seed(1)
-        best = ModelCheckpoint(folder / "run", "best", monitor="loss", save_weights_only=weights_only)
-        trainer = quiet_trainer(
-            folder, max_epochs=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[best, Diary(), *callbacks]
+        best = of.pl.callbacks.ModelCheckpoint(folder / "run", "best", monitor="loss", save_weights_only=weights_only)
+        trainer = models.quiet_trainer(
+            folder,
+            max_epochs=2,
+            limit_val_batches=0,
+            enable_checkpointing=True,
+            callbacks=[best, models.Diary(), *callbacks],
         )
+        assert type(trainer).__module__.startswith(name)
         trainer.fit(make())
         return trainer, Path(best.best_model_path)
 
@@ -70,7 +93,7 @@ def saved(request: pytest.FixtureRequest, preset: str, tmp_path_factory: pytest.
     plain.unlink()
     trainer, file = fit(QuantizationCallback(preset))
     assert file == plain
-    return Saved(make, weights_only, preset, file, before, trainer)
+    return Saved(of, make, weights_only, preset, file, before, trainer)
 
 
 class Watch(pl.Callback):
@@ -86,7 +109,7 @@ class Watch(pl.Callback):
                 "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
                 "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
                 "global_step": trainer.global_step,
-                "diary": next((each.state for each in trainer.callbacks if isinstance(each, Diary)), None),
+                "diary": next((each.state for each in trainer.callbacks if type(each).__name__ == "Diary"), None),
             }
         )
 
@@ -125,7 +148,7 @@ def test_load_from_checkpoint_returns_the_promised_model(saved: Saved) -> None:
 
 
 def test_fit_resumes_from_the_promised_state(saved: Saved) -> None:
-    watch, diary = Watch(), Diary()
+    watch, diary = Watch(), saved.package.models.Diary()
     trainer = saved.new_trainer(max_epochs=3, limit_val_batches=0, callbacks=[watch, diary])
     model = saved.make()
     if saved.weights_only:
@@ -180,6 +203,7 @@ def test_a_fresh_process_needs_only_the_import(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     script = (
         "import sys, torch, q8lightning\n"
+        "assert not {'pytorch_lightning', 'lightning_fabric'} & set(sys.modules)\n"
         "checkpoint = torch.load(sys.argv[1], weights_only=True)\n"
         "torch.save(checkpoint, sys.argv[2])\n"  # all payloads decoded: a plain file
     )

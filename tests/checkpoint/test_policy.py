@@ -1,7 +1,7 @@
 """Rules decide in order, over paths and parameter names; some things no rule reaches."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from promises import load, payloads_of, same_bits, tensors
 from torch import nn
 
 from q8lightning import CheckpointPolicy, Codebook, QuantizationCallback, QuantizedCheckpointIO, Rule
+from q8lightning.checkpoint.policy import PRESETS, CodecName, Preset
+from q8lightning.quantization.codebook import ALIASES, BUILTIN
 
 TERNARY = [-1.0, 0.0, 1.0]
 
@@ -276,3 +278,55 @@ def test_a_policy_is_not_changed_by_use(tmp_path: Path) -> None:
     assert QuantizationCallback(policy).policy is policy
     with pytest.raises(AttributeError):
         policy.min_numel = 1  # type: ignore[misc]
+
+
+# What is wrong where
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"patern": "x"}, r"rules\[1\] has the key 'patern' in \{'patern': 'x'\}.* did you mean 'pattern'\?"),
+        ({"pattern": "x", "codecs": "log"}, r"rules\[1\] has the key 'codecs' .* did you mean 'codec'\?"),
+        ({"pattern": "x", 3: "log"}, r"rules\[1\] has the key 3 .* arguments of Rule are pattern, codec"),
+        ({"codec": "log"}, r"rules\[1\] needs the key 'pattern', got \{'codec': 'log'\}; add it"),
+        ({"pattern": "x", "codec": "sofsign"}, r"rules\[1\]: rule for 'x': .*got 'sofsign'; did you mean 'softsign'\?"),
+        ({"pattern": "x", "codec": 8}, r"rules\[1\]: rule for 'x': codebook is a name.*got 8"),
+        ({"pattern": "x", "codec": "log", "block_size": 100}, r"rules\[1\]: rule for 'x': block_size .* got 100; try"),
+        ({"pattern": "x", "codec": "linear", "residual": "yes"}, r"rules\[1\]: .*residual is a bool, got 'yes'"),
+        ({"pattern": 3, "codec": "linear"}, r"rules\[1\]: .*pattern is a str, got 3"),
+        ({"pattern": "x", "parameter": None}, r"rules\[1\]: .*parameter is a str, got None"),
+        ("state_dict.*", r"rules\[1\] is a Rule or a mapping of its arguments, got 'state_dict\.\*'; write such as"),
+        (("state_dict.*", "log"), r"rules\[1\] is a Rule or a mapping .*got \('state_dict\.\*', 'log'\)"),
+    ],
+)
+def test_a_wrong_rule_is_named_by_its_place_its_pattern_and_what_is_wrong(rule: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        CheckpointPolicy([Rule("state_dict.*", "linear"), rule])
+
+
+@pytest.mark.parametrize("rules", ["state_dict.*", {"pattern": "state_dict.*", "codec": "log"}, 3])
+def test_rules_that_are_no_list_are_refused(rules: Any) -> None:
+    with pytest.raises(ValueError, match=r"rules is a list of rules, got .*; put it into a list"):
+        CheckpointPolicy(rules)
+
+
+@pytest.mark.parametrize("make", [QuantizationCallback, lambda name: QuantizedCheckpointIO(checkpoint=name)])
+@pytest.mark.parametrize(("name", "meant"), [("compct", "compact"), ("Resume", "resume"), ("comp", "compact")])
+def test_a_preset_with_a_slip_is_refused_with_the_one_that_was_meant(make: Any, name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"got '{name}'; did you mean '{meant}'\?"):
+        make(name)
+
+
+def test_another_name_of_a_codebook_is_the_codebook(tmp_path: Path) -> None:
+    rule = Rule("state_dict.*", "nf4")
+    assert rule == Rule("state_dict.*", "normal_float4")
+    assert save({"state_dict": {"weight": torch.randn(64, 64)}}, tmp_path / "a.ckpt", rule, min_sqnr_db=None) == {
+        "state_dict.weight": ("normal_float4", 256, False)
+    }
+    assert load(tmp_path / "a.ckpt")["q8lightning"]["policy"]["rules"][0]["codec"] == "normal_float4"
+
+
+def test_types_name_what_there_is() -> None:
+    assert set(get_args(Preset)) == set(PRESETS)
+    assert {name for names in get_args(CodecName) for name in get_args(names)} == {"log", *BUILTIN, *ALIASES}

@@ -305,34 +305,6 @@ def test_a_model_without_parameters_trains_with_the_callback_as_without(preset: 
 # Trainers and strategies
 
 
-def test_a_trainer_of_pytorch_lightning_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Model(other.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(64, 64)
-
-        def training_step(self, batch: Tensor, index: int) -> Tensor:
-            return self.layer(batch).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    trainer = other.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[QuantizationCallback()],
-    )
-    with pytest.raises(TypeError, match=r"`import pytorch_lightning` by `import lightning\.pytorch`"):
-        trainer.fit(Model(), batches())
-
-
 def deepspeed() -> DeepSpeedStrategy:
     """The strategy as it is after its constructor, which asks for a package that no CPU machine has."""
     return object.__new__(DeepSpeedStrategy)

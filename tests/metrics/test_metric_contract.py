@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from cases import CASES, Batch, Case, assert_agrees, pair
 from torch import distributed
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection
+from torchmetrics.audio import SignalNoiseRatio
+
+from q8lightning import metrics
 
 PROCESSES = 2
 
@@ -203,6 +208,39 @@ def test_metrics_in_a_collection_share_what_they_sum() -> None:
         assert_agrees(values[case.name], case.expected(case.batches()))
     groups = {frozenset(names) for names in collection.compute_groups.values()}
     assert frozenset({"ReconstructionSQNR", "RelativeReconstructionError"}) in groups
+
+
+OTHERS: list[Callable[[], Metric]] = [
+    lambda: metrics.UpdateDirectionError(eps=1e-3),
+    lambda: metrics.CodebookUsage(num_levels=16),
+    MeanSquaredError,
+    MeanAbsoluteError,
+    SignalNoiseRatio,
+]
+"""Metrics of the same class with another update, and torchmetrics' own over the same arguments."""
+
+MOMENTS, DECODED = ("exp_avg", "exp_avg_sq"), ("decoded_exp_avg", "decoded_exp_avg_sq")
+ALL = [*(case.make for case in CASES), *OTHERS]
+
+
+@pytest.mark.parametrize("first", ["zeros", "equal", "tiny"])
+def test_two_metrics_in_a_collection_are_two_after_any_first_update(first: str) -> None:
+    """A MetricCollection takes metrics whose states have the same names and values for one."""
+    generator = torch.Generator().manual_seed(3)
+    values = {"zeros": torch.zeros(8), "equal": torch.ones(8), "tiny": torch.full((8,), 1e-12)}[first]
+    start = dict.fromkeys(("preds", "target", *MOMENTS, *DECODED), values)
+    start |= {"codes": torch.zeros(8, dtype=torch.uint8), "original_bytes": 0, "stored_bytes": 0}
+    after: dict[str, Any] = {name: torch.rand(8, generator=generator) ** 8 for name in start}
+    after |= {"codes": torch.arange(8, dtype=torch.uint8), "original_bytes": 400, "stored_bytes": 100}
+    for one, two in combinations(ALL, 2):
+        alone, collection = (one(), two()), MetricCollection({"one": one(), "two": two()})
+        for arguments in (start, after):
+            collection.update(**arguments)
+            for metric in alone:
+                metric.update(**metric._filter_kwargs(**arguments))
+        for name, metric in zip(("one", "two"), alone, strict=True):
+            expected, found = metric.compute(), collection[name].compute()
+            assert expected == found or torch.stack([expected, found]).isnan().all(), (name, *alone)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.takes_floats], ids=lambda case: case.name)

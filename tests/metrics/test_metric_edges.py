@@ -104,7 +104,7 @@ def test_bytes_of_any_kind_of_int_are_added_exactly() -> None:
     metric = CompressionRatio()
     metric.update(2**52 + 1, np.int64(3))
     metric.update(torch.tensor([5, 6], dtype=torch.int32), torch.tensor(7, dtype=torch.uint8))
-    assert metric.sums.tolist() == [2**52 + 12, 10]
+    assert metric.byte_counts.tolist() == [2**52 + 12, 10]
 
 
 STATISTICS = torch.zeros(5, dtype=torch.float64)
