@@ -1,6 +1,7 @@
 """The contract suites run over every way to encode; ``scheme`` is one of them."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.codebook import BUILTIN, Codebook
+
+collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
+"""The command line is an extra; where it is not installed, the rest is tested."""
 
 
 @dataclass(frozen=True)
