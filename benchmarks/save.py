@@ -156,7 +156,8 @@ def of_ours(checkpoint: str, async_save: bool = False) -> Contender:
     def load_for(device: torch.device) -> None:
         io.optimizer_device = device
 
-    return Contender(io.save_checkpoint, io._wait if async_save else None, io.teardown, io.load_checkpoint, load_for)
+    wait = io.wait_until_durable if async_save else None
+    return Contender(io.save_checkpoint, wait, io.teardown, io.load_checkpoint, load_for)
 
 
 def of_dcp() -> Contender:

@@ -1,5 +1,7 @@
 """The callback: its hooks decide when, the wings decide what."""
 
+import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,14 +10,23 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from q8lightning.checkpoint.background import BackgroundSaveError
+from q8lightning.checkpoint.chain import check_not_async
 from q8lightning.checkpoint.codes import CODES_KEY, describe_codes
-from q8lightning.checkpoint.io import QuantizedCheckpointIO, check_not_async, find_quantized_io
+from q8lightning.checkpoint.io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.checkpoint.leaves import ModelNames
+from q8lightning.checkpoint.paths import check_is_there
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.state_dict import SUMMARY_KEY
 from q8lightning.described_saves import describe_saves
 from q8lightning.metrics.recorder import Detail
+from q8lightning.pending import (
+    begin_to_tell,
+    leave_callbacks_alone,
+    let_callbacks_know,
+    tell_callbacks,
+    wait_until_durable,
+)
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat_callback import QATCallback
 from q8lightning.recording import is_watched, print_totals, warn_safely, watch_saves
@@ -71,10 +82,41 @@ class QuantizationCallback(QATCallback):
         self.verify = verify
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out whose callback this is."""
+        return {**self.__dict__, "_trainer": None}
+
+    def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
+
+        To be called in all processes, as ``trainer.save_checkpoint`` is. Callbacks then hear of what is durable.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that was not reported yet; it names which.
+            FileNotFoundError: If nobody is saving ``path`` and there is nothing.
+            RuntimeError: If the Trainer has an AsyncCheckpointIO.
+        """
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None:
+            wait_until_durable(trainer, path)
+        elif path is not None:
+            check_is_there(path)
+
+    def on_checkpoint_durable(self, path: str) -> None:
+        """Called when the checkpoint saved as ``path`` is on the disk; override it to upload the file.
+
+        Any other callback of the Trainer may have a method of this name too. It is called on the thread that trains,
+        in the process that wrote the file, once for each save in their order: after the save if it is synchronous,
+        otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. What it raises is
+        raised by the Trainer; a checkpoint that could not be saved is not announced.
+        """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the quantizing CheckpointIO around the one that the Trainer has, once."""
         super().setup(trainer, pl_module, stage)
+        self._trainer = weakref.ref(trainer)
         installed = self._install(trainer)
         if installed is None:
             return
@@ -83,6 +125,8 @@ class QuantizationCallback(QATCallback):
             installed.async_save = True
         installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
         watch_saves(trainer, installed, self.recorder)
+        begin_to_tell(installed)
+        let_callbacks_know(trainer)
 
     def _install(self, trainer: pl.Trainer) -> QuantizedCheckpointIO | None:
         """Return the quantizing CheckpointIO of a Trainer, this callback's or the user's own, which knows the model."""
@@ -113,9 +157,17 @@ class QuantizationCallback(QATCallback):
         self.recorder.start_run()
         super().on_fit_start(trainer, pl_module)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Tell callbacks which checkpoints are durable by now, and those that are new which are not yet."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        let_callbacks_know(trainer)
+        tell_callbacks(trainer)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say in a few words what the saves came to."""
+        """Say in a few words what the saves came to; finish them before any callback is torn down."""
         print_totals(trainer, self.recorder)
+        self._finish(trainer)
+        tell_callbacks(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -155,18 +207,23 @@ class QuantizationCallback(QATCallback):
             self._finish(trainer)
         except BackgroundSaveError as error:
             warn_safely(str(error))
+        tell_callbacks(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish the pending save where the strategy does not tear its CheckpointIO down (FSDP, ModelParallel)."""
         super().teardown(trainer, pl_module, stage)
         self._finish(trainer)
+        tell_callbacks(trainer)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         installed = None if self.policy is None else find_quantized_io(trainer.strategy.checkpoint_io)
         if installed is not None:
             if self.async_save:
                 installed.async_save = False  # who saves outside of the Trainer's loops wants the file, not a promise
-            installed.finish()
+            try:
+                installed.finish()
+            finally:
+                leave_callbacks_alone(trainer)
 
 
 def _check_strategy(strategy: Strategy) -> None:

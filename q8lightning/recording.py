@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from q8lightning.checkpoint.io import QuantizedCheckpointIO
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.metrics.recorder import Loss, Recorder, Save
+from q8lightning.pending import let_callbacks_know, tell_callbacks
 from q8lightning.twins import is_a
 
 
@@ -42,7 +43,12 @@ class SaveWatch:
         self._recorder = recorder
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save, then record."""
+        """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
+        let_callbacks_know(self._trainer)
+        self._save_and_record(*args, **kwargs)
+        tell_callbacks(self._trainer)
+
+    def _save_and_record(self, *args: Any, **kwargs: Any) -> None:
         strategy = self._trainer.strategy
         self._io.report = None
         start = time.perf_counter()

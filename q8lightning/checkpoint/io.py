@@ -2,28 +2,29 @@
 
 import gc
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import IO, Any
 
 import torch
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from q8lightning.checkpoint.background import BackgroundSaves
+from q8lightning.checkpoint.chain import chain_of, check_not_async, is_async, writes_where_told
 from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.learn import routine_of
 from q8lightning.checkpoint.leaves import ModelNames
+from q8lightning.checkpoint.link import link_checkpoint
 from q8lightning.checkpoint.losses import SaveReport
 from q8lightning.checkpoint.outline import Outline, outline_of
+from q8lightning.checkpoint.paths import check_is_there, keeping, local_path
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.reader import read_checkpoint, read_elsewhere
@@ -46,17 +47,22 @@ _NOTEWORTHY = 0.1
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's default CheckpointIO, except that local files are flushed to the disk before they get their name."""
+    """Lightning's default CheckpointIO, except that local files are flushed to the disk before they get their name.
+
+    A subclass that overrides ``save_checkpoint`` may keep the tensors: what comes from a GPU then gets memory of its
+    own at each save. One that overrides ``load_checkpoint`` may look at them: they are then decoded one by one, while
+    the file is read. What is not overridden is as fast as here.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write ``checkpoint`` to ``path``; see :func:`q8lightning.checkpoint.writer.write_checkpoint`."""
-        local_path = _local(path)
-        if storage_options is None and local_path is not None:
-            write_checkpoint(checkpoint, local_path)
+        local = local_path(path)
+        if storage_options is None and local is not None:
+            write_checkpoint(checkpoint, local)
         else:
-            super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[arg-type]
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
 
     def load_checkpoint(self, path: str | os.PathLike[str] | IO[bytes], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load as Lightning's CheckpointIO does, also from an open file."""
@@ -77,7 +83,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     The callback installs it; ``Trainer(plugins=[QuantizedCheckpointIO()])`` does the same, and its methods work without
     a Trainer. Passed by itself it does not know the model: buffers other than BatchNorm's running statistics are then
-    told from weights by nothing but the policy's rules.
+    told from weights by nothing but the policy's rules. Nor does it know the Trainer's callbacks: with ``async_save``,
+    two ModelCheckpoints need folders or names of their own.
 
     Args:
         checkpoint_io: What writes, reads and removes files. Lightning's default is replaced by a durable version of it,
@@ -85,7 +92,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         checkpoint: A preset, ``"resume"`` or ``"compact"``, or a policy.
         async_save: Return from a save as soon as training can go on without changing what is saved; one thread copies
             it to the host and writes it. Removals wait for the saves before them, loads for everything. One save at
-            most is in flight, a second one waits. A save that fails raises at the next save or load, or at
+            most is in flight, a second one waits. A save that fails raises at the next save, load or wait, or at
             :meth:`finish`, which the Trainer's teardown calls.
         verify: Compare files with their checksums when they are loaded.
 
@@ -113,6 +120,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Seconds for which saves in the background held training up, each until the one before it was written."""
         self.report: Callable[[], SaveReport] | None = None
         """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self.durable: deque[str] | None = None
+        """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
         self._warned: set[tuple[str, str]] = set()
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
         self._memory = PinnedMemory()
@@ -150,13 +159,13 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         names = self.describe_model() if self.describe_model is not None else None
         snapshot = self._freeze(checkpoint, names)
         announce("frozen", path)
-        write = partial(self._write, snapshot, path, storage_options)
         if not self.async_save:
-            write()
+            self._write(snapshot, path, storage_options)
             return
         if self._background is None:
             self._background = BackgroundSaves()
-        self._background.save(path, write)
+        folder = self._make_folder(path)
+        self._background.save(path, partial(self._write, snapshot, path, storage_options, folder))
         if name.startswith(_URGENT):
             self._wait()
 
@@ -198,13 +207,30 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     @property
     def _only_pickles(self) -> bool:
         """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
-        return type(self.base) is DurableCheckpointIO
+        return _is_ours(self.base, "save_checkpoint")
 
-    def _write(self, snapshot: Snapshot | Repeated, path: str | os.PathLike[str], storage_options: Any | None) -> None:
+    def _make_folder(self, path: str | os.PathLike[str]) -> str | None:
+        """Make the folder that a file will be written to, as if it were written now; return it if there is one."""
+        local = local_path(path) if writes_where_told(self) else None
+        if local is None:
+            return None
+        folder = os.path.dirname(os.path.abspath(local))
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def _write(
+        self,
+        snapshot: Snapshot | Repeated,
+        path: str | os.PathLike[str],
+        storage_options: Any | None,
+        folder: str | None = None,
+    ) -> None:
         memory = self._memory if self._only_pickles else None  # others may keep what they are given
-        with snapshot.fetch(memory) as content:
+        with snapshot.fetch(memory) as content, keeping(folder):
             announce("fetched", path)
             self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]
+        if self.durable is not None:
+            self.durable.append(os.fspath(path))
 
     def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``, decoded; further arguments go to the wrapped CheckpointIO.
@@ -218,7 +244,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """
         self._wait()
         with explained(path):
-            checkpoint = self._load(path, _local(path), *args, **kwargs)
+            checkpoint = self._load(path, local_path(path), *args, **kwargs)
         summary = checkpoint.get(SUMMARY_KEY)
         if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
             raise NewerFormatError(summary["format_version"])
@@ -229,7 +255,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if local_path is None or not os.path.isfile(local_path):
             with nullcontext() if self.verify else without_verification():
                 return load(path, *args, **kwargs)
-        if type(self.base) is not DurableCheckpointIO:  # it may do something with the tensors
+        if not _is_ours(self.base, "load_checkpoint"):  # it may do something with the tensors
             if self.verify:
                 checkpoint: dict[str, Any] = read_elsewhere(local_path, partial(load, path, *args, **kwargs))
                 return checkpoint
@@ -255,6 +281,46 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         announce("removing", path)
         self.base.remove_checkpoint(path)  # type: ignore[arg-type]
         announce("removed", path)
+
+    def link_checkpoint(self, target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+        """Let ``path`` be a link to ``target``, when :meth:`remove_checkpoint` would remove it."""
+        link = partial(link_checkpoint, target, path)
+        if self._background is None:
+            link()
+        else:
+            self._background.link(path, target, link)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool | None:
+        """Whether ``path`` is taken when everything is done; None if nothing that is pending changes it."""
+        return None if self._background is None else self._background.exists(path)
+
+    def settle(self, path: str | os.PathLike[str]) -> None:
+        """Wait until nothing that is pending changes ``path``, whether it goes well or not."""
+        if self._background is not None:
+            self._background.settle(path)
+
+    def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
+
+        Of a folder, wait until all that is in it is there. In other processes than the one that writes, nothing is
+        pending.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that no save, load or wait has reported yet; it names
+                which, and nobody reports it again.
+            FileNotFoundError: If nobody is saving ``path`` and there is nothing: it was never saved, it was removed, or
+                its save failed and that has been reported.
+            RuntimeError: If an AsyncCheckpointIO does the saving, which does not say when it is done.
+        """
+        if is_async(self):
+            raise RuntimeError(
+                "AsyncCheckpointIO does not say when a checkpoint is durable; remove it from the Trainer's plugins and"
+                " pass async_save=True to the QuantizationCallback or the QuantizedCheckpointIO"
+            )
+        if self._background is not None:
+            self._background.wait(path)
+        if path is not None and writes_where_told(self):
+            check_is_there(path)
 
     def finish(self) -> None:
         """Wait for everything in the background and give pinned memory back.
@@ -310,26 +376,12 @@ def _without_collection() -> Iterator[None]:
 
 def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:
     """Return the :class:`QuantizedCheckpointIO` in a chain of wrappers, if there is one."""
-    while checkpoint_io is not None and not isinstance(checkpoint_io, QuantizedCheckpointIO):
-        checkpoint_io = checkpoint_io.checkpoint_io if is_a(checkpoint_io, _WrappingCheckpointIO) else None
-    return checkpoint_io
+    return next((each for each in chain_of(checkpoint_io) if isinstance(each, QuantizedCheckpointIO)), None)
 
 
-def check_not_async(checkpoint_io: CheckpointIO | None) -> None:
-    """Raise ValueError for an AsyncCheckpointIO in a chain: nobody would know any more when a save is durable."""
-    while is_a(checkpoint_io, _WrappingCheckpointIO):
-        if is_a(checkpoint_io, AsyncCheckpointIO):
-            raise ValueError(
-                "async_save=True does what AsyncCheckpointIO does, and both cannot keep removals behind saves;"
-                " remove AsyncCheckpointIO from the Trainer's plugins, or pass async_save=False"
-            )
-        checkpoint_io = checkpoint_io.checkpoint_io
-
-
-def _local(path: str | os.PathLike[str]) -> str | None:
-    """Return a path of this machine as the system knows it, None for any other."""
-    filesystem, local_path = url_to_fs(str(path))
-    return str(local_path) if isinstance(filesystem, LocalFileSystem) else None
+def _is_ours(checkpoint_io: CheckpointIO, method: str) -> bool:
+    """Whether a method is that of :class:`DurableCheckpointIO`."""
+    return getattr(type(checkpoint_io), method) is getattr(DurableCheckpointIO, method)
 
 
 def _make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:

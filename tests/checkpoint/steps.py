@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 
 class Steps:
-    """The steps of saves as they are announced; a test can hold them up or make them fail.
+    """The steps of saves as they are announced; a test can delay them, hold them up or make them fail.
 
     Attributes:
         seen: Step and name of the file, in order.
@@ -18,12 +19,17 @@ class Steps:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
+        self._delays: dict[str, float] = {}
         self._gates: dict[str, threading.Event] = {}
         self._failures: dict[tuple[str, str], BaseException] = {}
 
     def hold(self, step: str) -> threading.Event:
         """Hold up whoever gets to this step; setting what is returned lets them go on."""
         return self._gates.setdefault(step, threading.Event())
+
+    def delay(self, step: str, seconds: float) -> None:
+        """Let whoever gets to this step wait for so long."""
+        self._delays[step] = seconds
 
     def fail(self, step: str, name: str, error: BaseException) -> None:
         """Raise ``error`` when the file gets to this step."""
@@ -37,6 +43,7 @@ class Steps:
     def __call__(self, step: str, path: str) -> None:
         name = Path(path).name
         self.seen.append((step, name))
+        time.sleep(self._delays.get(step, 0))
         if step in self._gates:
             assert self._gates[step].wait(20), f"nobody let {name} go on from {step}"
         if (step, name) in self._failures:

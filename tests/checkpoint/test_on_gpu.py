@@ -116,7 +116,7 @@ def test_what_training_writes_after_the_call_is_not_in_the_file(module: nn.Modul
                 tensor.fill_(7)
         del checkpoint  # the allocator may hand its memory out
         junk = [torch.full((2**20,), 3.0, device="cuda") for _ in range(20)]
-        io._wait()
+        io.wait_until_durable()
         del junk
         assert_same(load(tmp_path / "a.ckpt"), load(tmp_path / "expected.ckpt"))
     io.teardown()
@@ -153,7 +153,7 @@ def test_pinned_memory_is_reused_and_given_back(module: nn.Module, tmp_path: Pat
     addresses = set()
     for step in range(3):
         io.save_checkpoint(checkpoint_of(module, step), tmp_path / "a.ckpt")
-        io._wait()
+        io.wait_until_durable()
         memory = io._memory._memory
         assert memory is not None
         assert memory.is_pinned()

@@ -123,7 +123,7 @@ def test_the_file_is_byte_for_byte_that_of_the_usual_way(
     for _ in range(2):
         training.step()
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-        io._wait()
+        io.wait_until_durable()
         assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", policy)
     assert repeated == [True]
     io.finish()
@@ -158,7 +158,7 @@ def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
     checkpoint["optimizer_states"][0]["state"].clear()
     checkpoint["loops"]["fit_loop"]["progress"].append(7)
     del checkpoint, value
-    io._wait()
+    io.wait_until_durable()
     assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
     io.finish()
@@ -191,7 +191,7 @@ def test_parameters_shared_containers_and_objects_are_saved_as_in_the_usual_way(
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     training.step()
     expected = written(training.checkpoint, tmp_path / "b.ckpt", policy)
-    io._wait()
+    io.wait_until_durable()
     gate = steps.hold("fetched")
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     remark.words.append("two")
@@ -246,7 +246,7 @@ def test_attributes_of_containers_have_copies(device: str, repeated: list[bool],
     training.more["bag"] = bag = Bag(tensor=live)
     bag.same = {"tensor": live}  # type: ignore[attr-defined]
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    io._wait()
+    io.wait_until_durable()
     gate = steps.hold("removing")
     io.remove_checkpoint(tmp_path / "none.ckpt")
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
@@ -322,7 +322,7 @@ def test_what_is_not_as_before_is_saved_in_the_usual_way(
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     change(training)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    io._wait()
+    io.wait_until_durable()
     assert repeated == [False]
     if change in (diverge, lose):  # which the routine encoded before it gave up
         assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
@@ -361,7 +361,7 @@ def test_a_routine_keeps_no_tensor_alive(device: str, repeated: list[bool], tmp_
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     for _ in range(2):
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-        io._wait()
+        io.wait_until_durable()
     assert repeated == [True]
     gone = [
         weakref.ref(x)

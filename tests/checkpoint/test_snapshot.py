@@ -198,7 +198,7 @@ def test_the_io_reuses_its_memory_only_where_nobody_keeps_what_is_written(tmp_pa
     addresses = set()
     for value in range(3):
         io.save_checkpoint({"state_dict": {"weight": torch.full((64, 64), float(value))}}, tmp_path / f"{value}.ckpt")
-        io._wait()
+        io.wait_until_durable()
         assert io._memory._memory is not None
         addresses.add(io._memory._memory.data_ptr())
     assert len(addresses) == 1
