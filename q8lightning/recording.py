@@ -99,7 +99,7 @@ def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]
     if not values:
         return
     with harmless(recorder, "putting values into trainer.callback_metrics"):
-        tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+        tensors = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
         trainer.callback_metrics.update(tensors)
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     finite = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint.candidates import Candidate, Pair, encode_and_measure, reason_to_refuse
 from q8lightning.checkpoint.losses import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
 from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors
@@ -29,6 +30,7 @@ MARGIN = 0.01
 about a 250th of a first stage's."""
 
 
+@neutral()
 def encode_candidates(candidates: Sequence[Candidate], pairs: Sequence[Pair], policy: CheckpointPolicy) -> SaveReport:
     """Set the payload of each candidate that is to be stored encoded, and report what that loses.
 
@@ -122,7 +124,8 @@ class Watched(NamedTuple):
             judged = {moment for pair in pairs for moment in (pair.exp_avg, pair.exp_avg_sq)}
         second = [i for i, each in enumerate(candidates) if each.kind in SECOND_MOMENTS]
         others = [i for i, each in enumerate(candidates) if each.kind not in SECOND_MOMENTS and each not in judged]
-        return cls(torch.tensor(second, dtype=torch.int64), torch.tensor(others, dtype=torch.int64), policy)
+        first, rest = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, others))
+        return cls(first, rest, policy)
 
     def nothing_to_do(self, statistics: Tensor, directions: Tensor) -> bool:
         """Whether the guard would leave all candidates as they are; False where that is not sure.

@@ -1,5 +1,6 @@
 """From a device to the host: one pass over the live memory of the device now, the copy to the host later."""
 
+import logging
 import mmap
 import warnings
 import weakref
@@ -13,6 +14,8 @@ from torch import Tensor, UntypedStorage
 ALIGNMENT = 64
 """Every copy starts at a multiple of this many bytes, as ``torch.save`` aligns records."""
 
+
+_log = logging.getLogger(__name__)
 
 _SPARE = 32
 """One part in so many is added: the next save may need a little more, and to lock memory takes a second."""
@@ -35,6 +38,7 @@ class PinnedMemory:
         """Bytes that are held."""
         return 0 if self._memory is None else self._memory.nbytes
 
+    @torch.inference_mode(False)
     def take(self, nbytes: int) -> Tensor:
         """Return ``[nbytes]`` uint8; what an earlier call returned is no longer valid."""
         if self._memory is None or self._memory.nbytes < nbytes:
@@ -65,14 +69,21 @@ def _register(memory: Tensor) -> bool:
         torch.cuda.check_error(int(_cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
     except RuntimeError as error:
         with suppress(RuntimeError):  # or the next kernel of anybody would report the error once more
-            torch.zeros(1, device="cuda")
-        warnings.warn(
+            torch.zeros(1, dtype=torch.uint8, device="cuda")
+        _advise(
             f"cannot lock {memory.nbytes:,} bytes of host memory for checkpoints ({error}); copies from the GPU take"
-            " longer, in the background if async_save=True; raise the limit of locked memory (ulimit -l)",
-            stacklevel=2,
+            " longer, in the background if async_save=True; raise the limit of locked memory (ulimit -l)"
         )
         return False
     return True
+
+
+def _advise(message: str) -> None:
+    """Warn, or where warnings are errors log: a save does not fail because it is slower than it could be."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except UserWarning:
+        _log.warning(message)
 
 
 def _unregister(memory: Tensor) -> None:

@@ -30,7 +30,12 @@ from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.reader import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.repeat import Repeated, Routine
 from q8lightning.checkpoint.snapshot import Snapshot
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_passed_over
+from q8lightning.checkpoint.state_dict import (
+    SUMMARY_KEY,
+    encode_and_report,
+    warn_of_passed_over,
+    warn_of_refused,
+)
 from q8lightning.checkpoint.writer import announce, write_checkpoint
 from q8lightning.twins import count_as_twins, is_a, is_exactly_a
 
@@ -123,6 +128,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
         self._warned: set[tuple[str, str]] = set()
+        self._unsaid: SaveReport | None = None
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
         self._memory = PinnedMemory()
         self._routine: Routine | None = None
@@ -133,8 +139,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
-        left_out = {"report": None, "_routine": None, "_outline": None, "_background": None, "_memory": PinnedMemory()}
-        return {**self.__dict__, **left_out}
+        left_out = {"report": None, "_unsaid": None, "_routine": None, "_outline": None, "_background": None}
+        return {**self.__dict__, **left_out, "_memory": PinnedMemory()}
 
     @property
     def base(self) -> CheckpointIO:
@@ -159,15 +165,16 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         names = self.describe_model() if self.describe_model is not None else None
         snapshot = self._freeze(checkpoint, names)
         announce("frozen", path)
-        if not self.async_save:
+        if self.async_save:
+            if self._background is None:
+                self._background = BackgroundSaves()
+            folder = self._make_folder(path)
+            self._background.save(path, partial(self._write, snapshot, path, storage_options, folder))
+            if name.startswith(_URGENT):
+                self._wait()
+        else:
             self._write(snapshot, path, storage_options)
-            return
-        if self._background is None:
-            self._background = BackgroundSaves()
-        folder = self._make_folder(path)
-        self._background.save(path, partial(self._write, snapshot, path, storage_options, folder))
-        if name.startswith(_URGENT):
-            self._wait()
+        self._warn()
 
     def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
         """Encode; return the checkpoint as it is now."""
@@ -180,7 +187,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
                 self.report = repeated.report
                 return repeated
         encoded, report = encode_and_report(checkpoint, self.policy, names)
-        self._warn(report)
+        self._unsaid = report
         self.report = lambda: report
         snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
         if self.async_save:
@@ -195,8 +202,15 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             self._routine = routine_of(checkpoint, self.policy, names, report)
         self._outline = outline
 
-    def _warn(self, report: SaveReport) -> None:
-        """Warn of what the guard did, of each tensor once, and once if nothing is encoded."""
+    def _warn(self) -> None:
+        """Warn of what was stored otherwise, after the checkpoint was written or queued: warnings may be errors.
+
+        Of what the guard did, each tensor is named once; that nothing is encoded is said once.
+        """
+        report, self._unsaid = self._unsaid, None
+        if report is None:
+            return
+        warn_of_refused(report.refused)
         new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
         self._warned |= {(each.path, each.remedy) for each in new}
         warn_of_guarded(new)

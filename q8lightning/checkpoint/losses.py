@@ -137,13 +137,16 @@ class SaveReport:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Return what a checkpoint says about itself: dicts, numbers and strings. Figures of tensors have 7 digits."""
+        """Return what a checkpoint says about itself: dicts, numbers and strings.
+
+        Figures have 7 digits: the rest depends on how many threads added up.
+        """
         tensors = {loss.path: {name: _rounded(value) for name, value in loss.figures.items()} for loss in self.tensors}
         for direction in self.directions:
             error = relative_error(direction.squared_error, direction.squares)
             tensors.setdefault(direction.path, {})["update_direction_error"] = _rounded(error)
         return {
-            "metrics": self.metrics,
+            "metrics": {name: _rounded(value) for name, value in self.metrics.items()},
             "bytes": {
                 "original": self.original_bytes,
                 "stored": self.stored_bytes,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
 from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
@@ -43,6 +44,7 @@ def checksums_ahead(content: Any) -> Iterator[list[QuantizedTensor]]:
             CHECKSUMS.reset(token)
 
 
+@neutral()
 def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | None = None) -> dict[int, Tensor]:
     """Decode loaded payloads, each verified before.
 

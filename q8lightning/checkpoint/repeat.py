@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint.guard import Watched
 from q8lightning.checkpoint.host_memory import PinnedMemory
 from q8lightning.checkpoint.leaves import ModelNames, epsilons_of, names_from
@@ -140,6 +141,7 @@ class Routine:
         self.policy = policy
         self._known = [*payloads, *(i for raw in raws for i in raw.members)]
 
+    @neutral()
     def save(
         self, checkpoint: Mapping[str, Any], names: ModelNames | None, stand_ins: bool = False
     ) -> "Repeated | None":
@@ -215,7 +217,7 @@ class Repeated:
         key, cuts = packed.buffer.untyped_storage()._cdata, packed.cuts
         del packed  # the device's memory goes as soon as the copy is complete
         copies = self._copier.fetch(memory)
-        data = torch.empty(0, dtype=torch.uint8).set_(copies.storages[key]).split_with_sizes(cuts)[1::2]
+        data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(copies.storages[key]).split_with_sizes(cuts)[1::2]
         replacements: dict[int, Any] = {}
         payloads: dict[int, QuantizedTensor] = {}
         routine = self._routine
@@ -255,5 +257,5 @@ def _restored(outline: Outline, number: int, storage: UntypedStorage | None, par
     if storage is None:
         result = part.clone().as_strided(shape, outline.strides[number])
     else:
-        result = torch.empty(0, dtype=dtype).set_(storage, 0, shape, outline.strides[number])
+        result = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, outline.strides[number])
     return result.requires_grad_(requires_grad)

@@ -69,7 +69,9 @@ class Copies(NamedTuple):
 
 
 def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8) if memory is None or nbytes == 0 else memory.take(nbytes)
+    return (
+        torch.empty(nbytes, dtype=torch.uint8, device="cpu") if memory is None or nbytes == 0 else memory.take(nbytes)
+    )
 
 
 def _locate(tensor: Tensor) -> tuple[int, _Place]:
@@ -147,10 +149,10 @@ class Copier:
                 copies.tags[copied.data_ptr()] = transfer.location
             space = space[nbytes:]
         for tensor, key, place in self._on_device:
-            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(copies.storages[key], *place)
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(copies.storages[key], *place)
         for payload in self._payloads:
             key, place = _locate(payload.data)
-            payload.data = torch.empty(0, dtype=torch.uint8).set_(copies.storages[key], *place)
+            payload.data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(copies.storages[key], *place)
         return copies
 
     def _copy(self, value: Any) -> Any:
@@ -216,7 +218,7 @@ class Copier:
             result = tensor.detach().clone()  # the whole storage, which takes a third of the time of the other way
             self._clones[key] = result.untyped_storage()
         else:
-            result = torch.empty(0, dtype=tensor.dtype)
+            result = torch.empty(0, dtype=tensor.dtype, device="cpu")
             if on_host:
                 if key not in self._clones:
                     self._clones[key] = storage.clone()  # type: ignore[no-untyped-call]

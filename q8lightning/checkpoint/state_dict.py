@@ -48,6 +48,7 @@ def encode_checkpoint(
     that would lose more than the policy allows are stored better, with another one (``guard.py``).
     """
     encoded, report = encode_and_report(checkpoint, policy, names)
+    warn_of_refused(report.refused)
     warn_of_guarded(report.guarded)
     warn_of_passed_over(report.passed_over)
     return encoded
@@ -56,12 +57,11 @@ def encode_checkpoint(
 def encode_and_report(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
 ) -> Encoded:
-    """As :func:`encode_checkpoint`; leave it to the caller to warn of what was guarded and of what was passed over."""
+    """As :func:`encode_checkpoint`; leave the warnings to the caller."""
     known = names or names_from(checkpoint)
     found = find(checkpoint, policy, known)
     report = encode_candidates(found.distinct, found.pairs, policy)
     report.refused[:0] = found.refused
-    _warn_of_refused(report.refused)
     replacements = _replacements(found)
     encoded = _replace(checkpoint, replacements)
     codes: dict[str, dict[str, Any]] = {}
@@ -180,7 +180,8 @@ def _like(tensor: Tensor, own: Tensor) -> Tensor:
     return result
 
 
-def _warn_of_refused(refused: list[str]) -> None:
+def warn_of_refused(refused: list[str]) -> None:
+    """Name tensors that no codec can hold, in one warning; none if there are none."""
     if refused:
         warnings.warn(
             f"stored as they are, not quantized: {'; '.join(refused)}. The checkpoint is complete but larger;"

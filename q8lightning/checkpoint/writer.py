@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint import zip_writer
 from q8lightning.checkpoint.payload_group import checksums_ahead
 from q8lightning.checkpoint.write_behind import WriteBehind
@@ -38,6 +39,7 @@ Each is announced as an audit event, ``q8lightning.save`` with the step and the 
 """
 
 
+@neutral()
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """Write ``checkpoint`` as ``torch.save`` does so that ``path`` holds either its old content or all of the new one.
 

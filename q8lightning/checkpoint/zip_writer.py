@@ -228,7 +228,7 @@ def _bytes_of(data: Any) -> memoryview:
         return memoryview(data)
     if not isinstance(data, UntypedStorage) or data.device.type != "cpu":
         raise UnknownRequest(f"a record of {type(data).__name__}")
-    tensor: Tensor = torch.empty(0, dtype=torch.uint8).set_(data)
+    tensor: Tensor = torch.empty(0, dtype=torch.uint8, device="cpu").set_(data)
     return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
 
 

@@ -15,7 +15,7 @@ from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.leaves import ModelNames, names_from
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
-from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report
+from q8lightning.checkpoint.state_dict import SUMMARY_KEY, encode_and_report, warn_of_refused
 from q8lightning.checkpoint.tree import tensors
 from q8lightning.cli.account import Account
 from q8lightning.cli.pieces import Piece, memory_of, part_of, pieces_of
@@ -158,6 +158,7 @@ class Encoder(Work):
         messages: list[str] = []
         with _caught(messages):
             encoded, report = encode_and_report(part, self._policy, ModelNames(frozenset(), self._parameters, codecs))
+            warn_of_refused(report.refused)
         codes = encoded.pop(SUMMARY_KEY).get(CODES_KEY, {})
         report.stored_bytes -= _bytes_in(codes)  # counted in the end, when all are known
         seen = {keys for keys, _ in wanted}

@@ -5,7 +5,7 @@ after the first update, the same values for one metric, and updates only the fir
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class QuantizationMetric(Metric):
         """
         return self._plot(val, ax)
 
+    def _add_zeros(self, state: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
+        """Add a state of float64 zeros, where torchmetrics says that the metric is."""
+        zeros = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        self.add_state(state, default=zeros, dist_reduce_fx=reduce)
+
     def _count_as_update(self, update: Callable[[Tensor], None], argument: Tensor) -> None:
         """Call ``update`` as torchmetrics calls the method of this name: no gradient, no result kept from before."""
         self._wrap_update(update)(argument)
@@ -55,7 +60,7 @@ class SquaredErrorMetric(QuantizationMetric):
     def __init__(self, state: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._sums_name = state
-        self.add_state(state, default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_zeros(state, 2)
 
     @property
     def sums(self) -> Tensor:

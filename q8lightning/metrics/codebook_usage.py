@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from q8lightning.metrics.base import QuantizationMetric
@@ -46,7 +45,7 @@ class CodebookUsage(QuantizationMetric):
         check_num_levels(num_levels)
         super().__init__(**kwargs)
         self.num_levels = num_levels
-        self.add_state("level_counts", default=torch.zeros(num_levels, dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_zeros("level_counts", num_levels)
 
     def update(self, codes: Tensor) -> None:
         """Count ``[*shape]`` uint8; ValueError if they are not, or one is not below ``num_levels``."""

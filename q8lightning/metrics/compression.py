@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from q8lightning.metrics.base import QuantizationMetric
@@ -37,7 +36,7 @@ class CompressionRatio(QuantizationMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("byte_counts", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_zeros("byte_counts", 2)
 
     def update(self, original_bytes: int | Tensor, stored_bytes: int | Tensor) -> None:
         """Add what was there and what is stored, in bytes; ValueError if one is negative or not whole."""

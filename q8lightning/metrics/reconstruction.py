@@ -116,7 +116,7 @@ class MaxReconstructionError(QuantizationMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("max_reconstruction_error", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
+        self._add_zeros("max_reconstruction_error", reduce="max")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Look at decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from q8lightning.metrics.compression import CompressionRatio
 from q8lightning.metrics.functional.reconstruction import relative_error_compute, sqnr_compute
@@ -16,8 +17,7 @@ from q8lightning.metrics.update_direction import UpdateDirectionError
 PREFIX = "q8"
 """What all names begin with."""
 
-ALONE = {"sync_on_compute": False}
-"""One process records a save, or each its own copy of the same weights: none must wait for the others to compute."""
+M = TypeVar("M", bound=Metric)
 
 Detail = Literal["kind", "tensor"]
 """What values are logged of: of each kind of tensor, or of each tensor too."""
@@ -136,7 +136,7 @@ class Recorder:
         values: dict[str, float] = {}
         for kind in dict.fromkeys(loss.kind for loss in losses):
             statistics = _float64([loss.statistics for loss in losses if loss.kind == kind])
-            sqnr, error = ReconstructionSQNR(**ALONE), RelativeReconstructionError(**ALONE)
+            sqnr, error = _alone(ReconstructionSQNR), _alone(RelativeReconstructionError)
             for name, metric in (("sqnr_db", sqnr), ("relative_error", error)):
                 metric.update_from_statistics(statistics)
                 values[f"{prefix}/{kind}/{name}"] = float(metric.compute())
@@ -152,10 +152,10 @@ class Recorder:
         """Count a save and return all that is logged of it, by name."""
         values = self.losses(save.losses)
         if save.directions:
-            direction = UpdateDirectionError(**ALONE)
+            direction = _alone(UpdateDirectionError)
             direction.update_from_sums(_float64(save.directions))
             values[f"{PREFIX}/update_direction_error"] = float(direction.compute())
-        ratio = CompressionRatio(**ALONE)
+        ratio = _alone(CompressionRatio)
         ratio.update(save.original_bytes, save.stored_bytes)
         values[f"{PREFIX}/compression_ratio"] = float(ratio.compute())
         values[f"{PREFIX}/save_stall_ms"] = save.seconds * 1e3
@@ -176,8 +176,17 @@ class Recorder:
                 totals.worst = (worst, save.losses[index].kind, save.losses[index].name)
 
 
+def _alone(kind: type[M]) -> M:
+    """Return a metric of the host's that waits for no other process.
+
+    One process records a save, or each its own copy of the same weights; the default device has no part in it.
+    """
+    with torch.device("cpu"):
+        return kind(sync_on_compute=False)
+
+
 def _float64(rows: Iterable[Sequence[float]]) -> Tensor:
-    return torch.tensor([list(row) for row in rows], dtype=torch.float64)
+    return torch.tensor([list(row) for row in rows], dtype=torch.float64, device="cpu")
 
 
 def _size(count: float) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.checkpoint.codes import CODES_KEY, Codes, read_codes
 from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
@@ -36,6 +37,7 @@ FOR_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "curr
 """Sections of a checkpoint that an exported one leaves out."""
 
 
+@neutral()
 def export_quantized(
     checkpoint: str | os.PathLike[str],
     path: str | os.PathLike[str],

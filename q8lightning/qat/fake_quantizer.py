@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from q8lightning.ambient import untraced
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.lost_write import LostWriteError
@@ -136,6 +137,7 @@ class FakeQuantizer:
         """What each selected weight lost when it was last measured, by its first name."""
         return self._statistics
 
+    @untraced
     def engage(self, step: int | None = None, training: bool = False, measure: bool = False) -> bool:
         """Write the quantized values of the masters into the weights, unless the right ones are there.
 
@@ -159,6 +161,7 @@ class FakeQuantizer:
             self._write(share, seed, measure)
         return self.engaged
 
+    @untraced
     def release(self) -> None:
         """Put the masters back, bit for bit; nothing happens if they are there.
 

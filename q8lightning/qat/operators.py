@@ -87,7 +87,10 @@ def targets_of(name: str, args: Any, kwargs: Any) -> list[Tensor]:
 
 def version_of(tensor: Tensor) -> int:
     """Return what autograd counts writes with; 0 for tensors of inference mode, whose writes nobody counts."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # also after they were given data from elsewhere, when is_inference() is no longer true
+        return 0
 
 
 def storage_of(tensor: Tensor) -> int:

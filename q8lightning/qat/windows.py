@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from q8lightning.ambient import untraced
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes import Writes
 from q8lightning.twins import is_from_lightning
@@ -122,6 +123,7 @@ class Windows:
         for handle in self._handles:
             handle.remove()
 
+    @untraced
     def _engage(self, training: bool = True) -> None:
         measure = training and not self.quantizer.engaged and self._measure()
         self.quantizer.engage(self._step(), training, measure)
@@ -207,6 +209,7 @@ class Windows:
             self._engage()
         return result
 
+    @untraced
     def _before_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Let optimizers that the Trainer does not step see the masters, or say why they cannot."""
         if self._in_backward and self._updates_selected(optimizer):
@@ -224,6 +227,7 @@ class Windows:
         self.quantizer.release()
         self.quantizer.drop_frozen_gradients(self._step() or 0)
 
+    @untraced
     def _after_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._in_manual_step and not self._in_optimizer_step:
             self._engage()

@@ -16,7 +16,7 @@ def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: tor
     Returns:
         ``[blocks]`` bool.
     """
-    one = torch.tensor(seed, dtype=torch.int64)
+    one = torch.tensor(seed, dtype=torch.int64, device="cpu")
     key = mix(mix(one & 0xFFFFFFFF) ^ tensor).to(device)
     return mix(key ^ (torch.arange(blocks, dtype=torch.int64, device=device) & 0xFFFFFFFF)) < limit_of(share)
 

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import lasting, neutral
+
 _CUSTOM_PREFIX = "levels:"
 
 CodebookName = Literal[
@@ -53,8 +55,9 @@ class Codebook:
     levels: tuple[float, ...]
     closed_form: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
 
+    @neutral()
     def __post_init__(self) -> None:
-        levels = torch.tensor(self.levels, dtype=torch.float32)
+        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
             raise ValueError(
                 f"a codebook has 2 to 256 levels, got {levels.numel()}; give a 1-D sequence of that length"
@@ -108,10 +111,12 @@ class Codebook:
         """A string that :func:`get_codebook` turns into this codebook: its name, or its levels in hexadecimal."""
         if BUILTIN.get(self.name) == self:
             return self.name
-        levels = torch.tensor(self.levels, dtype=torch.float32)
-        return _CUSTOM_PREFIX + bytes(levels.view(torch.uint8).tolist()).hex()
+        with neutral():
+            levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+            return _CUSTOM_PREFIX + bytes(levels.view(torch.uint8).tolist()).hex()
 
     @cached_property
+    @lasting()
     def thresholds(self) -> Tensor:
         """The ``len(levels) - 1`` float32 decision points; a value on a threshold takes the lower code.
 
@@ -122,7 +127,7 @@ class Codebook:
         """
         if self.closed_form is not None:
             return _steps_of(self.closed_form, len(self.levels))
-        levels = torch.tensor(self.levels, dtype=torch.float64)
+        levels = torch.tensor(self.levels, dtype=torch.float64, device="cpu")
         midpoints = (levels[1:] + levels[:-1]) / 2
         rounded = _round_to_16_bits(midpoints)
         moved = (rounded.double() - midpoints).abs() / (levels[1:] - levels[:-1])
@@ -133,6 +138,7 @@ class Codebook:
         return torch.where(exact >= levels[1:].float(), levels[:-1].float(), exact)
 
     @cached_property
+    @lasting()
     def cells(self) -> "CellTable":
         """The lookup table that brings a search for the code close to its end in one step."""
         return CellTable.of(self.thresholds)
@@ -165,7 +171,7 @@ class CellTable:
     @staticmethod
     def _with_mantissa_bits(thresholds: Tensor, bits: int) -> "CellTable":
         shift = 23 - bits
-        cell = torch.arange(2 ** (32 - shift), dtype=torch.int64) << shift
+        cell = torch.arange(2 ** (32 - shift), dtype=torch.int64, device="cpu") << shift
         ends = torch.stack([cell, cell | (2**shift - 1)])
         ends = (ends - 2**32 * (ends >= 2**31).long()).int().view(torch.float32)  # as signed 32-bit patterns
         ends = torch.where(ends.isnan(), ends.new_tensor(torch.inf).copysign(ends), ends)  # NaN is never asked for
@@ -188,10 +194,10 @@ def _steps_of(closed_form: Callable[[Tensor], Tensor], levels: int) -> Tensor:
         return bits.int().view(torch.float32)
 
     def order(x: float) -> int:
-        bits = int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
+        bits = int(torch.tensor(x, dtype=torch.float32, device="cpu").view(torch.int32))
         return bits if bits >= 0 else -(2**31) - bits - 1
 
-    code = torch.arange(levels - 1, dtype=torch.int64)
+    code = torch.arange(levels - 1, dtype=torch.int64, device="cpu")
     low, high = torch.full_like(code, order(-1.0)), torch.full_like(code, order(1.0))
     while int((high - low).max()) > 1:
         middle = (low + high) >> 1
@@ -218,15 +224,15 @@ def _softsign_code(y: Tensor) -> Tensor:
 def _dynamic_levels(signed: bool) -> tuple[float, ...]:
     """The dynamic map of Dettmers, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv:1511.04561)."""
     # Float32 steps, added up from the nearer end with one rounding each: bit for bit the map that bitsandbytes builds.
-    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32)
+    start, end = torch.tensor([0.1, 1.0], dtype=torch.float32, device="cpu")
     positive: list[float] = []
     for i in range(7):
         parts = 2**i if signed else 2 ** (i + 1)
         step = ((end - start) / parts).double()
-        j = torch.arange(parts + 1, dtype=torch.float64)
+        j = torch.arange(parts + 1, dtype=torch.float64, device="cpu")
         boundaries = torch.where(j < (parts + 1) // 2, start.double() + step * j, end - step * (parts - j)).float()
         positive += (
-            (boundaries[:-1] + boundaries[1:]) / 2 * torch.tensor(10.0 ** (i - 6), dtype=torch.float32)
+            (boundaries[:-1] + boundaries[1:]) / 2 * torch.tensor(10.0 ** (i - 6), dtype=torch.float32, device="cpu")
         ).tolist()
     return (*(-x for x in reversed(positive) if signed), 0.0, *positive, 1.0)
 
@@ -298,7 +304,8 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
         return code
     if isinstance(code, str):
         return _parse(code)
-    levels = code.detach().flatten().tolist() if isinstance(code, Tensor) else code
+    with neutral():
+        levels = code.detach().flatten().tolist() if isinstance(code, Tensor) else code
     try:
         numbers = tuple(float(level) for level in levels)
     except (TypeError, ValueError):
@@ -307,6 +314,7 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
 
 
 @lru_cache(maxsize=256)
+@neutral()
 def _parse(spec: str) -> Codebook:
     name = ALIASES.get(spec, spec)
     if name in BUILTIN:
@@ -328,5 +336,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=256)
+@lasting()
 def _levels_on(codebook: Codebook, device: torch.device) -> Tensor:
     return torch.tensor(codebook.levels, dtype=torch.float32, device=device)

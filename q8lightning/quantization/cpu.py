@@ -43,7 +43,7 @@ def _scratch(numel: int, rows: int) -> Tensor:
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:
     """Return a new tensor, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
-    values = torch.empty(numel, dtype=dtype)
+    values = torch.empty(numel, dtype=dtype, device="cpu")
     _advise(values.data_ptr(), values.nbytes)
     return values
 
@@ -88,7 +88,7 @@ def _search(y: Tensor, codebook: Codebook) -> Tensor:
         return codebook.closed_form(y)
     cells, flat = codebook.cells, y.view(-1)
     code = cells.first.index_select(0, (flat.view(torch.int32) >> cells.shift).bitwise_and_(cells.first.numel() - 1))
-    thresholds = torch.cat([codebook.thresholds, torch.full((2**cells.rounds,), torch.inf, dtype=torch.float32)])
+    thresholds = torch.cat([codebook.thresholds, codebook.thresholds.new_full((2**cells.rounds,), torch.inf)])
     for step in (2**i for i in reversed(range(cells.rounds))):
         code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
     return code.view(y.shape)
@@ -102,7 +102,7 @@ def _integers(x: Tensor, zero: int) -> Tensor:
 def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
     scratch = _scratch(flat.numel(), 1)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -141,7 +141,7 @@ class _Levels:
         self.name = codebook.name if codebook.spec in ("linear", "softsign") else None
         # Codes that the codebook lacks decode to 0, as in the reference.
         self.table = torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
-        self._integers = torch.empty(2, 0, dtype=torch.uint8)
+        self._integers = torch.empty(2, 0, dtype=torch.uint8, device="cpu")
 
     def look_up(self, codes: Tensor, spare: Tensor, out: Tensor) -> None:
         """Write the level of each of ``codes`` (flat, uint8) into ``out`` (float32); ``spare`` is like ``out``."""
@@ -149,7 +149,7 @@ class _Levels:
             torch.index_select(self.table, 0, spare.view(torch.int32).copy_(codes), out=out)
             return
         if self._integers.shape[1] < codes.numel():
-            self._integers = torch.empty(2, codes.numel(), dtype=torch.uint8)
+            self._integers = torch.empty(2, codes.numel(), dtype=torch.uint8, device="cpu")
         # Bytes as long as possible: a pass over them takes a quarter of the time.
         numerator, denominator = self._integers[:, : codes.numel()]
         out.copy_(torch.sub(codes, 127, out=numerator).view(torch.int8))
@@ -168,7 +168,7 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
     codes, residual = (_empty(flat.numel(), torch.uint8) for _ in range(2))
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
     levels, scratch = _Levels(linear), _scratch(flat.numel(), 2)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -213,7 +213,7 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    bounds = torch.empty(_blocks(flat.numel(), block_size), 2, dtype=torch.float32)
+    bounds = torch.empty(_blocks(flat.numel(), block_size), 2, dtype=torch.float32, device="cpu")
     scratch = _scratch(flat.numel(), 3)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         blocks = flat[elements].view(-1, width).float()
@@ -285,8 +285,8 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32)
-    zero_point = torch.empty(scale.numel(), dtype=torch.uint8)
+    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
+    zero_point = torch.empty(scale.numel(), dtype=torch.uint8, device="cpu")
     for elements, rows, width in _chunks(flat.numel(), block_size):
         part, scale[rows], zero_point[rows] = reference.quantize_affine(flat[elements].view(-1, width), width)
         codes[elements] = part.view(-1)

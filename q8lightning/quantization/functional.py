@@ -114,7 +114,7 @@ def dequantize_blockwise(
         raise ValueError(f"codes must be uint8, got {a.dtype}; pass what quantize_blockwise returned")
     dtype = out.dtype if dtype is None and out is not None else dtype
     assert dtype is not None
-    _check_float(torch.empty(0, dtype=dtype), "the result")
+    _check_float(torch.empty(0, dtype=dtype, device="cpu"), "the result")
     spec = _spec(code)
     _check_buffer(absmax, "absmax", [-(-a.numel() // ops.check_block_size(blocksize))], torch.float32, a.device)
     if out is not None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.group_batches import Batch, InLaunch, batches
 from q8lightning.quantization.weight_codec import WeightCodec
@@ -61,10 +62,11 @@ class FakeQuantizeGroup:
         self._own: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._shared: list[bool] = []
-        self._marks: list[tuple[int, int]] = []
+        self._marks: list[tuple[int | None, int]] = []
         self._batches: list[Batch | InLaunch] = []
         self._find()
 
+    @neutral()
     @torch.no_grad()
     def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor | None:
         """Let the tensors show the quantized values of their masters.
@@ -84,7 +86,7 @@ class FakeQuantizeGroup:
         self._find()
         statistics = None
         if measure:
-            device = self._own[0].device if self._own else None
+            device = self._own[0].device if self._own else torch.device("cpu")
             statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=device)
         for batch in self._batches:
             batch.write(self._own, self._slots, share, seed, statistics)
@@ -163,7 +165,7 @@ class FakeQuantizeGroup:
         """Take down what the tensors are now, to tell later who was written to."""
         for index in self.written:
             tensor = self.tensors[index]
-            if not tensor.is_inference():  # a graph that needs the values from before shall say so
+            if _version(tensor) is not None:  # a graph that needs the values from before shall say so
                 torch.autograd.graph.increment_version(tensor)
         self.written.clear()
         self._marks = [_mark(tensor) for tensor in self.tensors]
@@ -203,9 +205,18 @@ def _kind(tensor: Tensor) -> object:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
+def _mark(tensor: Tensor) -> tuple[int | None, int]:
     """Return what changes when a tensor is written to: its version, and where it is."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    address = tensor.data_ptr()  # first: who follows writes may bring the tensor up to date for that
+    return _version(tensor), address
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None for one that was made in inference mode, where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:  # also after it was given data from elsewhere, when is_inference() is no longer true
+        return None
 
 
 def _same(tensor: Tensor, slot: Tensor) -> bool:

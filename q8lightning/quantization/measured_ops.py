@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from q8lightning.ambient import neutral
 from q8lightning.quantization import measuring, reference
 from q8lightning.quantization.backend import backend_of, kernels
 from q8lightning.quantization.codebook import get_codebook
@@ -34,6 +35,7 @@ def empty_scale(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype =
 
 
 @custom_op("q8lightning::measured_quantize", mutates_args=())
+@neutral()
 def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     book = get_codebook(codebook)
     if x.is_cuda:
@@ -52,6 +54,7 @@ def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> 
 
 
 @custom_op("q8lightning::measured_fake_quantize", mutates_args=())
+@neutral()
 def fake_quantize(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     book = get_codebook(codebook)
     if x.is_cuda:
@@ -75,6 +78,7 @@ fake_quantize.register_autograd(_straight_through)
 
 
 @custom_op("q8lightning::measured_quantize_residual", mutates_args=())
+@neutral()
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.is_cuda:
         statistics = _statistics(x)
@@ -94,6 +98,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @custom_op("q8lightning::measured_quantize_log", mutates_args=())
+@neutral()
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     if x.is_cuda:
         statistics = _statistics(x)
@@ -111,6 +116,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("q8lightning::measured_quantize_affine", mutates_args=())
+@neutral()
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.is_cuda:
         statistics = _statistics(x)

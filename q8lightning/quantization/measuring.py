@@ -26,7 +26,7 @@ def measure(x: Tensor, block_size: int, decode: Decode) -> Tensor:
     """
     flat = x.detach().reshape(-1)
     step = max(CHUNK // block_size, 1) * block_size
-    squared_error = squares = max_error = zeros = zeroed = torch.zeros((), dtype=torch.float64)
+    squared_error = squares = max_error = zeros = zeroed = torch.zeros((), dtype=torch.float64, device="cpu")
     for start in range(0, flat.numel(), step):
         elements = slice(start, min(start + step, flat.numel()))
         part, decoded = flat[elements], decode(elements, slice(start // block_size, (start + step) // block_size))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from q8lightning.ambient import neutral
 from q8lightning.quantization import reference
 from q8lightning.quantization.backend import backend_of
 from q8lightning.quantization.codebook import get_codebook
@@ -16,6 +17,7 @@ from q8lightning.quantization.measured_ops import empty_codes, empty_scale
 
 
 @custom_op("q8lightning::quantize", mutates_args=())
+@neutral()
 def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
     return backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale)
 
@@ -26,6 +28,7 @@ def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> 
 
 
 @custom_op("q8lightning::dequantize", mutates_args=())
+@neutral()
 def dequantize(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch.dtype) -> Tensor:
     return backend_of(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
 
@@ -36,6 +39,7 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 
 
 @custom_op("q8lightning::fake_quantize", mutates_args=())
+@neutral()
 def fake_quantize(x: Tensor, codebook: str, block_size: int) -> Tensor:
     return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size)
 
@@ -53,6 +57,7 @@ fake_quantize.register_autograd(_straight_through)
 
 
 @custom_op("q8lightning::fake_quantize_rows", mutates_args=())
+@neutral()
 def fake_quantize_rows(x: Tensor, codebook: str, row: int) -> Tensor:
     rows, width = x.reshape(-1, row), max(32, 1 << (row - 1).bit_length())
     if width > 4096 or x.numel() == 0:  # more than the kernels hold at once
@@ -71,6 +76,7 @@ fake_quantize_rows.register_autograd(_straight_through)
 
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
+@neutral()
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return backend_of(x).quantize_residual(x, block_size)
 
@@ -81,6 +87,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
+@neutral()
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     return backend_of(codes).dequantize_residual(codes, residual, scale, block_size, dtype)
 
@@ -91,6 +98,7 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 
 
 @custom_op("q8lightning::quantize_log", mutates_args=())
+@neutral()
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return backend_of(x).quantize_log(x, block_size)
 
@@ -101,6 +109,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
+@neutral()
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     return backend_of(codes).dequantize_log(codes, bounds, block_size, dtype)
 
@@ -111,6 +120,7 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
 
 
 @custom_op("q8lightning::quantize_affine", mutates_args=())
+@neutral()
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return backend_of(x).quantize_affine(x, block_size)
 
@@ -121,6 +131,7 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("q8lightning::dequantize_affine", mutates_args=())
+@neutral()
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     return backend_of(codes).dequantize_affine(codes, scale, zero_point, block_size, dtype)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import lasting
 from q8lightning.quantization.backend import grouped, has_kernels
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.workers import share_out
@@ -264,6 +265,7 @@ def _encode_group(
 
 
 @lru_cache(maxsize=16)
+@lasting()
 def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> _Layout:
     """Lay out the data of tensors so that their codes are aligned.
 
@@ -285,5 +287,7 @@ def _layout(sizes: tuple[tuple[int, int], ...], device: torch.device) -> _Layout
 
 
 @lru_cache(maxsize=16)
+@lasting()
 def kept_index(members: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(members, device=device)  # kept, because to copy it there waits for the device
+    # Kept, because to copy it there waits for the device.
+    return torch.tensor(members, dtype=torch.int64, device=device)

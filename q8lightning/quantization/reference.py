@@ -113,10 +113,10 @@ def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return ``level * scale`` for each code, ``[*codes.shape]`` of ``dtype``; NaN or infinity where the scale is."""
-    levels = torch.zeros(256, dtype=torch.float32)
-    levels[: len(codebook.levels)] = codebook.tensor()
+    levels = torch.zeros(256, dtype=torch.float32, device=codes.device)
+    levels[: len(codebook.levels)] = codebook.tensor(codes.device)
     indices = torch.nn.functional.pad(codes.reshape(-1), (0, -codes.numel() % block_size)).long()
-    values = levels.to(codes.device)[indices].view(-1, block_size) * scale[:, None]
+    values = levels[indices].view(-1, block_size) * scale[:, None]
     values = torch.where(scale.isfinite()[:, None], values, torch.nan)
     return from_blocks(values, codes, dtype)
 

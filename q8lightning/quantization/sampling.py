@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import lasting
 from q8lightning.quantization.block_choice import mix
 
 STRETCH = 8192
@@ -21,6 +22,7 @@ WHOLE = 2**20
 
 
 @lru_cache(maxsize=64)
+@lasting()
 def stretches_of(numel: int) -> Tensor | None:
     """Return the numbers of the stretches that are taken of a tensor, None if it is looked at in whole.
 
@@ -32,7 +34,7 @@ def stretches_of(numel: int) -> Tensor | None:
     """
     if numel <= WHOLE:
         return None
-    first = torch.arange(numel // (STRETCH * ONE_IN), dtype=torch.int64)
+    first = torch.arange(numel // (STRETCH * ONE_IN), dtype=torch.int64, device="cpu")
     return first * ONE_IN + mix(first) % ONE_IN
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.quantization.backend import has_kernels, update_directions
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.packing import kept_index, unpack
@@ -89,6 +90,7 @@ class Alike(NamedTuple):
         sums[kept_index(self.members, sums.device)] = part
 
 
+@neutral()
 def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
     """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
 

@@ -26,7 +26,7 @@ def _total_bytes(count: int | Tensor, name: str) -> int:
 def compression_ratio_update(original_bytes: int | Tensor, stored_bytes: int | Tensor) -> Tensor:
     """Return the totals of both, ``[2]`` float64 in bytes, on the CPU; exact up to 2**53 bytes."""
     totals = (_total_bytes(original_bytes, "original_bytes"), _total_bytes(stored_bytes, "stored_bytes"))
-    return torch.tensor(totals, dtype=torch.float64)
+    return torch.tensor(totals, dtype=torch.float64, device="cpu")
 
 
 def compression_ratio_compute(sums: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ All sums are float64, whatever the dtype of the tensors. NaN in either tensor ma
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.metrics.functional.checks import check_floats, check_sums
 
 STATISTICS = 5
 """How many numbers describe one tensor's loss."""
 
 
+@neutral()
 def squared_error_update(preds: Tensor, target: Tensor) -> Tensor:
     """Reduce a decoded tensor and its original, ``[*shape]`` floats each, to ``[2]`` float64.
 
@@ -38,6 +40,7 @@ def squared_error_from_statistics(statistics: Tensor) -> Tensor:
     return statistics[..., :2].reshape(-1, 2).sum(dim=0)
 
 
+@neutral()
 def max_error_update(preds: Tensor, target: Tensor) -> Tensor:
     """Return the largest absolute difference, ``[]`` float64 in the units of the tensors; 0 for empty ones."""
     check_floats(preds=preds, target=target)

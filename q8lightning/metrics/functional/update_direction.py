@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from q8lightning.ambient import neutral
 from q8lightning.metrics.functional.checks import check_floats, check_sums
 from q8lightning.metrics.functional.reconstruction import relative_error_compute, squared_error_update
 
@@ -22,6 +23,7 @@ def update_direction(exp_avg: Tensor, exp_avg_sq: Tensor, eps: float) -> Tensor:
     return exp_avg.double() / (exp_avg_sq.double().sqrt() + eps)
 
 
+@neutral()
 def update_direction_update(
     exp_avg: Tensor, exp_avg_sq: Tensor, decoded_exp_avg: Tensor, decoded_exp_avg_sq: Tensor, eps: float
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from q8lightning.ambient import lasting
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 
 
@@ -44,6 +45,7 @@ def tables_of(codebook: Codebook, device: torch.device) -> Tables:
 
 
 @lru_cache(maxsize=256)
+@lasting()
 def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tables:
     thresholds, levels = codebook.thresholds, codebook.tensor()
     levels = pad(levels, (0, 256 - levels.numel())).to(device)
@@ -62,7 +64,7 @@ def _cells(thresholds: Tensor, shift: int) -> Tensor | None:
     """Return the table; None if a cell would need two thresholds. Cells of NaN and infinity have the code of 0."""
     if bool((thresholds.view(torch.int32) & 0xFF).any()):
         return None
-    first_pattern = torch.arange(2 ** (31 - shift), dtype=torch.int32) << shift
+    first_pattern = torch.arange(2 ** (31 - shift), dtype=torch.int32, device="cpu") << shift
     near, far = first_pattern.view(torch.float32), (first_pattern + (2**shift - 1)).view(torch.float32)
     finite = far.isfinite()
     near, far = near.where(finite, 0.0), far.where(finite, 0.0)

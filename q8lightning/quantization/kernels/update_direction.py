@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q8lightning.ambient import lasting
 from q8lightning.quantization.codebook import BUILTIN, Codebook
 from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.kernels import codec, log
@@ -210,6 +211,7 @@ def _codebook(coding: Coding | None) -> Codebook:
 
 
 @lru_cache(maxsize=32)
+@lasting()
 def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: torch.device) -> tuple[_Launch, ...]:
     kinds: dict[bool, list[int]] = {}
     for index, numel in enumerate(numels):
@@ -218,25 +220,25 @@ def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: to
             # Offsets count from the first tensors, whose own alignment the compiler sees.
             base = not (first.addresses[0] % 16 or second.addresses[0] % 16)
             kinds.setdefault(aligned and base, []).append(index)
-    advance = torch.tensor([-STRETCH, *first.advance(STRETCH), *second.advance(STRETCH)], device=device)
+    steps = [-STRETCH, *first.advance(STRETCH), *second.advance(STRETCH)]
+    advance = torch.tensor(steps, dtype=torch.int64, device=device)
     launches = []
     for aligned, members in kinds.items():
         columns = [(numels[i], *first.columns(i, numels[i]), *second.columns(i, numels[i])) for i in members]
         taken = [_stretches(numels[i]) for i in members]
-        used = torch.tensor([len(each) for each in taken])
+        used = torch.tensor([len(each) for each in taken], dtype=torch.int64, device="cpu")
         begins = used.cumsum(0) - used
-        start = torch.tensor(columns, dtype=torch.int64).to(device)
+        start = torch.tensor(columns, dtype=torch.int64, device=device)
         nth = torch.cat(taken).to(device)
         rows = torch.repeat_interleave(start, used.to(device), dim=0, output_size=len(nth))
         work = (rows + nth[:, None] * advance).contiguous()
         weights = torch.tensor([weight_of(numels[i]) for i in members], dtype=torch.float64, device=device)
-        launches.append(
-            _Launch(aligned, work, begins.to(device), used.to(device), torch.tensor(members, device=device), weights)
-        )
+        numbers = torch.tensor(members, dtype=torch.int64, device=device)
+        launches.append(_Launch(aligned, work, begins.to(device), used.to(device), numbers, weights))
     return tuple(launches)
 
 
 def _stretches(numel: int) -> Tensor:
     """Return the numbers of the stretches of a tensor that are looked at."""
     taken = stretches_of(numel)
-    return torch.arange(-(-numel // STRETCH)) if taken is None else taken
+    return torch.arange(-(-numel // STRETCH), dtype=torch.int64, device="cpu") if taken is None else taken

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.ambient import lasting
 from q8lightning.quantization.coding import Coding
 from q8lightning.quantization.kernels.launch import rows_of
 
@@ -86,6 +87,7 @@ def describe(tensors: Sequence[Tensor], starts: tuple[int, ...], numbers: tuple[
 
 
 @lru_cache(maxsize=32)
+@lasting()
 def launches(group: Group, coding: Coding | None, row: int, settings: str, device: torch.device) -> tuple[Launch, ...]:
     """Return a launch for each dtype and alignment in ``group``; empty tensors take part in none.
 
@@ -142,7 +144,7 @@ def _work(
     columns: list[tuple[int, ...]], advance: list[int], tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cut tensors into segments; ``advance`` is how far each column moves on from one to the next."""
-    table = torch.tensor(columns, dtype=torch.int64)
+    table = torch.tensor(columns, dtype=torch.int64, device="cpu")
     used = (table[:, 0] + tile - 1) // tile
     segments = (used + SEGMENT - 1) // SEGMENT
     first = segments.cumsum(0) - segments
@@ -150,6 +152,6 @@ def _work(
     # The rest on the device: what travels there is a row for each tensor, not for each segment.
     start = torch.cat([table, first[:, None], segments[:, None]], dim=1).to(device)
     rows = torch.repeat_interleave(start[:, :-1], start[:, -1], dim=0, output_size=total)
-    index = torch.arange(total, device=device) - rows[:, -1]
-    work = rows[:, :-1] + index[:, None] * torch.tensor(advance, device=device)
+    index = torch.arange(total, dtype=torch.int64, device=device) - rows[:, -1]
+    work = rows[:, :-1] + index[:, None] * torch.tensor(advance, dtype=torch.int64, device=device)
     return work.contiguous(), (first * SEGMENT).to(device), used.to(device)
