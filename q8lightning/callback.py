@@ -86,7 +86,7 @@ class QuantizationCallback(QATCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out whose callback this is."""
-        return {**self.__dict__, "_trainer": None}
+        return {**super().__getstate__(), "_trainer": None}
 
     def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
         """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.

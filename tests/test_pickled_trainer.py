@@ -1,7 +1,7 @@
 """A Trainer with the callback is copied and pickled whenever one without it can be, and the copy quantizes as well.
 
 Covered: ``pickle``, ``torch.save`` and ``copy.deepcopy``, of the Trainer, its strategy, its loops and its callbacks,
-before a fit, during one after a save, and after it; saves in the background and not. Not covered: the middle of a fit
+before a fit, during one after a save, and after it; saves in the background, saves not in the background, and training
 with quantized weights.
 """
 
@@ -92,16 +92,16 @@ def check(trainer: pl.Trainer, folder: Path) -> None:
     assert io.describe_model.trainer is trainer  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("options", [{}, {"async_save": True}, {"qat": QAT}], ids=["sync", "async", "qat"])
 @pytest.mark.parametrize("make", COPIES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("when", ["before", "during", "after"])
 def test_a_copied_trainer_saves_quantized_and_runs_again(
-    when: str, make: Callable[[Any], Any], async_save: bool, tmp_path: Path
+    when: str, make: Callable[[Any], Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         copies = Copies()
-        trainer = trainer_for(tmp_path, copies, async_save=async_save)
+        trainer = trainer_for(tmp_path, copies, **options)
         copied = make(trainer) if when == "before" else None
         copies.make = make if when == "during" else copy.copy  # type: ignore[method-assign]
         trainer.fit(Autoencoder())

@@ -16,6 +16,7 @@ import forked
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from models import Autoencoder, quiet_trainer
 from packages import PACKAGES, package
@@ -137,3 +138,12 @@ def test_the_process_that_started_others_quantizes_too(qat: bool, tmp_path: Path
     assert (saved["state_dict"]["decoder.weight"] - weights["decoder.weight"]).abs().max() < 0.01
     entries = saved["q8lightning"].get("qat") or {}
     assert ("decoder.weight" in entries) == qat
+
+
+def test_another_io_that_the_user_puts_in_its_place_after_setup_stays(tmp_path: Path) -> None:
+    trainer = connected(tmp_path, QuantizationCallback())
+    trainer.fit(trainer.lightning_module)
+    trainer.strategy.checkpoint_io = plain = TorchCheckpointIO()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trainer.strategy.checkpoint_io is plain
+    assert not payloads_of(tmp_path / "a.ckpt")
