@@ -30,7 +30,8 @@ from q8lightning import (
     keep_encoded,
 )
 from q8lightning.checkpoint.explained import damage_in
-from q8lightning.cli.main import main
+
+main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
 
 Door = Callable[[Path], Any]
 

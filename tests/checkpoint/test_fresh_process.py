@@ -20,7 +20,8 @@ from promises import assert_same, edit_pickle, load, payloads_of
 import q8lightning_autoload
 from q8lightning import NewerFormatError, QuantizationCallback, QuantizedCheckpointIO, export_quantized
 from q8lightning.checkpoint import payload
-from q8lightning.cli.main import main
+
+main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
 
 installed = pytest.mark.skipif(
     not any(each.value == "q8lightning_autoload:register" for each in entry_points(group="torch.backends")),

@@ -25,7 +25,8 @@ from promises import assert_same, load
 
 from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, export_quantized
 from q8lightning.checkpoint.open_file import OpenFile
-from q8lightning.cli.main import main
+
+main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
 
 
 class Theirs(TorchCheckpointIO):
