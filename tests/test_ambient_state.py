@@ -12,7 +12,7 @@
 | denormal numbers flushed to zero | every door, on several threads too | yes |
 | other numbers of threads | every door | yes |
 | a function mode and a dispatch mode of the user's | every door | - |
-| ``torch.compile`` around module or training step | - | yes |
+| ``torch.compile`` around the training step, optimizer step and all | - | yes |
 
 Doors: a save, a save in the background, the later ones of its kind; the CheckpointIO's and torch's load; both exports;
 the functional API, codebooks of custom levels, metrics; QAT's engage and release; and of the Trainer ``fit``,
@@ -354,7 +354,7 @@ def test_what_is_kept_from_inference_mode_serves_training(content: dict[str, Any
 
 # Threads: tensors that are worth sharing out
 
-LARGE = 2**21
+LARGE = 2**20
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -369,7 +369,7 @@ def test_the_number_of_threads_makes_no_difference(flush: bool, tmp_path: Path) 
     files = []
     before = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 3):
             torch.set_num_threads(count)
             torch.set_flush_denormal(flush and count > 1)
             QuantizedCheckpointIO().save_checkpoint(large, tmp_path / "a.ckpt")
@@ -383,7 +383,6 @@ def test_the_number_of_threads_makes_no_difference(flush: bool, tmp_path: Path) 
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
     assert files[1] == files[0]
-    assert files[2] == files[0]
     assert torch.get_num_threads() == before
 
 
