@@ -98,7 +98,7 @@ WRONG = {
     "compress plain new --preset best": (2, "invalid choice: 'best'"),
     "compress plain new --preset resume --policy yaml": (2, "--preset and --policy exclude each other"),
     "compress plain new --policy yaml": (1, "{yaml} is not YAML"),
-    "compress plain new --policy policy": (1, "{policy} is not a policy: rule for 'a': unknown codec"),
+    "compress plain new --policy policy": (1, "{policy} is not a policy: rules[0]: "),
     "compress plain new --policy mapping": (1, "{mapping} is not a policy; it needs `rules`"),
     "compress plain new --policy missing": (1, "{missing}: No such file"),
     "compress plain new --keep nothing.*": (1, "--keep 'nothing.*' matches no tensor of {plain}"),

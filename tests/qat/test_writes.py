@@ -224,7 +224,7 @@ def there_and_back(pair: Pair) -> None:
     old = [q.data.clone() for q in pair.q.parameters()]
     for q in pair.q.parameters():
         q.add_(0.1 * torch.sign(q))
-    pair.k(torch.ones(2, SIZE))
+    pair.k(torch.ones(2, SIZE, device=pair.k[0].weight.device))
     for q, before in zip(pair.q.parameters(), old, strict=True):
         q.data = before
         q.mul_(0.99)
@@ -743,6 +743,6 @@ def test_what_a_run_holds_can_be_pickled_and_copied_in_the_middle_of_it(manual: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if kind != "read_at_an_address"])  # an address of the host
 def test_a_write_reaches_the_master_on_a_gpu(kind: str, tmp_path: Path) -> None:
     check(tmp_path, EXACT[kind], "training", accelerator="gpu")
