@@ -44,9 +44,9 @@ doctest: $(READY)  ## the examples in docstrings
 	@echo "== doctests"
 	@$(BIN)/python -m pytest --doctest-modules q8lightning
 
-unit: $(READY)  ## the tests, with the kernels interpreted on the CPU
+unit: $(READY)  ## the tests on all cores, with the kernels interpreted on the CPU
 	@echo "== tests (kernels interpreted)"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=10
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
 
 docs: $(READY)  ## renew what the commands print in docs/cli.md
 	@$(BIN)/python docs/capture.py

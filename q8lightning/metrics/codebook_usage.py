@@ -30,6 +30,7 @@ class CodebookUsage(QuantizationMetric):
         ValueError: If ``num_levels`` is not a whole number from 2 to 256.
 
     Example:
+        >>> import torch
         >>> metric = CodebookUsage(num_levels=4)
         >>> metric(torch.tensor([0, 0, 1, 2], dtype=torch.uint8))
         {'share_in_use': tensor(0.7500, dtype=torch.float64), 'entropy_bits': tensor(1.5000, dtype=torch.float64)}
