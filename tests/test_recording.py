@@ -422,6 +422,6 @@ def test_sizes_are_said_in_units_that_one_can_read() -> None:
     assert totals.lines() == []
     totals.saves, totals.original_bytes, totals.stored_bytes, totals.longest_stall = 3, 12_000_000_000, 999, 1.5
     lines = dict(totals.lines())
-    assert lines["bytes saved"].startswith("12.0 GB (999 bytes instead of 12.0 GB")
+    assert lines["size"].startswith("999 bytes instead of 12.0 GB")
     assert lines["longest stall"] == "1500 ms"
     assert "worst tensor" not in lines
