@@ -51,8 +51,8 @@ def export_quantized(
         path: The file to write.
         format: ``"float"``: a Lightning checkpoint whose weights are the ones that the forward pass used, bit for bit;
             ``load_from_checkpoint`` and ``torch.load`` read it without this package. ``"codes"``: packed codes, scales
-            and levels for the quantized weights, and all other tensors as they are; the head of
-            :mod:`q8lightning.qat.export` shows the reader.
+            and levels for the quantized weights, and all other tensors as they are; the end of
+            ``docs/qat.md`` and the head of :mod:`q8lightning.qat.export` show the reader.
         weights_only: As for ``torch.load``: pass False for a checkpoint of your own that holds other objects.
 
     Raises:
