@@ -188,7 +188,7 @@ class QuantizationCallback(QATCallback):
 
     def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
-        codecs = self.codecs(trainer.lightning_module)
+        codecs = self.codecs(trainer)
         state = checkpoint.get("state_dict")
         if not codecs or not isinstance(state, Mapping):
             return {}
@@ -265,6 +265,6 @@ class DescribeModel:
                 tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
                 for optimizer in self.trainer.optimizers
             ),
-            quantized=self.callback.codecs(module),
+            quantized=self.callback.codecs(self.trainer),
             restored=self.callback.restored,
         )

@@ -56,7 +56,8 @@ def export_quantized(
         weights_only: As for ``torch.load``: pass False for a checkpoint of your own that holds other objects.
 
     Raises:
-        ValueError: If the format is unknown, the checkpoint was not saved during QAT, or a weight is not finite.
+        ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
+            ``start_step`` or after ``end_step``), or a weight is not finite.
         CorruptCheckpointError: If the checkpoint is not what was saved.
     """
     if format not in ("float", "codes"):
@@ -67,7 +68,7 @@ def export_quantized(
     if not entries:
         raise ValueError(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
-            " QuantizationCallback(qat=...) saved, as the Trainer wrote it"
+            " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
         )
     with explained(checkpoint):
         state = _exported_state(loaded["state_dict"], entries, format)
