@@ -105,6 +105,7 @@ class Copier:
         self._alive: list[Any] = []
         """What exists only while it is copied, kept so that nothing else gets its id."""
 
+    @torch.inference_mode(False)  # another thread fills the copies, and cannot change an inference tensor
     def copy(self, value: Any) -> Any:
         """Return a copy; of tensors on a device, one that :meth:`fetch` fills.
 

@@ -443,7 +443,7 @@ def test_slots_follow_masters_that_were_written_to(kernel_device: str, monkeypat
             full = expected(master.cpu(), book, 32, None).view(2, 32)
             assert same_bits(x.detach().cpu(), torch.where(chosen, full, master.cpu().view(2, 32)).view(64))
         group.release()
-        assert all(map(same_bits, map(Tensor.detach, live), masters))
+        assert all(same_bits(x.detach().cpu(), master.cpu()) for x, master in zip(live, masters, strict=True))
 
 
 @pytest.mark.parametrize("shared", [False, True])
