@@ -1,4 +1,4 @@
-"""The callback: its hooks decide when, the wings decide what."""
+"""The callback: what is installed, saved, counted and told at which of a Trainer's hooks."""
 
 import os
 import weakref
@@ -52,7 +52,8 @@ class QuantizationCallback(QATCallback):
         async_save: Let training go on while a checkpoint is written: it is the state at the call all the same. When
             ``fit`` returns, however it ends, all checkpoints are complete. Saves after that return when they are done.
         verify: Compare files with their checksums when the Trainer loads them.
-        qat: Which weights to train quantized, and when; None for none.
+        qat: A :class:`QATConfig`, or a mapping of its arguments: which weights to train quantized, and when. None for
+            none.
         log: What each save loses and saves, and with ``qat`` every ``log_every_n_steps`` what the weights lose, goes to
             all loggers and to ``trainer.callback_metrics``: by kind of tensor (``"kind"``), for each one too
             (``"tensor"``), or not at all (None).
@@ -141,8 +142,8 @@ class QuantizationCallback(QATCallback):
             strategy.checkpoint_io = installed
         elif installed is not None and self.policy not in (None, installed.policy):
             raise ValueError(
-                "the Trainer has a QuantizedCheckpointIO with another policy than the QuantizationCallback;"
-                " give the policy to one of them and remove the other"
+                "the Trainer has another QuantizationCallback, or a QuantizedCheckpointIO, with another policy than"
+                " this QuantizationCallback; give the policy to one of them and remove the other"
             )
         if installed is not None:
             installed.describe_model = DescribeModel(trainer, self)
@@ -187,7 +188,7 @@ class QuantizationCallback(QATCallback):
 
     def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
-        codecs = self.codecs(trainer.lightning_module)
+        codecs = self.codecs(trainer)
         state = checkpoint.get("state_dict")
         if not codecs or not isinstance(state, Mapping):
             return {}
@@ -264,6 +265,6 @@ class DescribeModel:
                 tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
                 for optimizer in self.trainer.optimizers
             ),
-            quantized=self.callback.codecs(module),
+            quantized=self.callback.codecs(self.trainer),
             restored=self.callback.restored,
         )

@@ -43,8 +43,11 @@ class QATCallback(pl.Callback):
         """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
         return {} if self._windows is None else self._windows.quantizer.statistics
 
-    def codecs(self, pl_module: pl.LightningModule) -> dict[str, WeightCodec]:
-        """Return how each weight that was trained quantized is quantized, by name; warn of those that were replaced."""
+    def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]:
+        """Return how each weight is quantized by name, none after a step in float; warn of those that were replaced."""
+        pl_module, steps = trainer.lightning_module, trainer.global_step
+        if steps and self.qat is not None and not self.qat.active(steps - 1):
+            return {}
         replaced = self._trained.replaced(pl_module)
         if replaced:
             rank_zero_warn(

@@ -99,7 +99,7 @@ class _Verification:
                     if self._stopped or self._damage:
                         return
         except Exception as error:
-            self._damage.append(f"{CONTENTS} ({error})")
+            self._damage.append(f"{CONTENTS}: {error}")
 
     def _is_whole(self, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
         if record.external_attr & _FOLDER:
@@ -149,7 +149,7 @@ def _records(file: OpenFile) -> list[zipfile.ZipInfo]:
     with file.reader() as reader:
         beginning = reader.read(4)
         if len(beginning) < 4:
-            raise _DamagedArchive(f"the file, of which {len(beginning)} bytes are left,")
+            raise _DamagedArchive(f"the file ({len(beginning)} bytes are left)")
         begins = beginning == b"PK\x03\x04"
         try:
             if not begins and not zipfile.is_zipfile(reader):

@@ -3,13 +3,22 @@
 import os
 import pickletools
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import fsspec
+import torch
 
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, register_functions
 
-CONTENTS = "the table of contents at the end of the file, which was cut off or changed,"
+CONTENTS = "the end of the file (cut off or changed)"
+
+_FOREIGN = "the file (it ends too early, or is none of torch.save: perhaps a page that was fetched instead)"
+
+_BEGINNINGS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+"""How a zip and a pickle begin, which are all that ``torch.save`` writes."""
 
 _NO_PICKLE = ("Invalid magic number", "invalid load key", "pickle data was truncated")
 """What torch and pickle say of bytes that ``torch.save`` did not write."""
@@ -32,7 +41,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(error.what, path) from error.__cause__  # it knows the tensor; add the file
     except Exception as error:
-        damage = damage_in(error)
+        damage = damage_in(error) or (_FOREIGN if _torch_read_something_else(path, error) else None)
         if damage is not None:
             raise CorruptCheckpointError(damage, path) from error
         newer = newer_format_in(error)
@@ -52,8 +61,23 @@ def damage_in(error: Exception) -> str | None:
         or any(words in text for words in _NO_PICKLE)
         or (operand is not None and chr(int(operand[1])) not in _OPERANDS)
     ):
-        return "the file, which ends too early or is none of torch.save (perhaps a page that was fetched instead),"
+        return _FOREIGN
     return None
+
+
+def _torch_read_something_else(path: str | os.PathLike[str], error: Exception) -> bool:
+    """Whether an error is that of ``torch.load`` over a file that does not begin as what ``torch.save`` writes.
+
+    Such a file fails in as many ways as there are instructions of a pickle.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    if not any(frame.f_code is getattr(torch.load, "__code__", None) for frame, _ in frames):
+        return False  # of a CheckpointIO with files of its own kind
+    try:
+        with fsspec.open(os.fspath(path), "rb") as file:
+            return not file.read(2).startswith(_BEGINNINGS)
+    except Exception:  # what cannot be opened says so itself
+        return False
 
 
 def newer_format_in(error: Exception) -> NewerFormatError | None:

@@ -37,7 +37,8 @@ class CorruptCheckpointError(RuntimeError):
         where = "" if file is None else f" in {os.fspath(file)}"
         super().__init__(
             f"{what}{where} is damaged: its content is not what was saved. Load another checkpoint or fetch the file"
-            " again; to look at what is left, load inside q8lightning.without_verification()"
+            " again; `q8lightning verify` says which files are whole, and where only tensors are damaged, the rest can"
+            " be loaded inside `with q8lightning.without_verification():`"
         )
         self.what = what
         self.file = file
@@ -90,7 +91,14 @@ def _file_being_loaded() -> str | None:
 
 @contextmanager
 def without_verification() -> Iterator[None]:
-    """Within this context, payloads are decoded without comparing their checksums, also by ``torch.load``."""
+    """Within this context, checksums are not compared, by no door: what is left of a damaged file can be looked at.
+
+    Damaged tensors have wrong values then. A file that was cut off cannot be loaded all the same.
+
+    Example:
+        >>> with without_verification():  # doctest: +SKIP
+        ...     checkpoint = torch.load("damaged.ckpt", weights_only=True)
+    """
     token = _VERIFY.set(False)
     try:
         yield

@@ -102,7 +102,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         verify: Compare files with their checksums when they are loaded.
 
     Raises:
-        ValueError: If there is no such preset, or if ``async_save`` is to wrap an AsyncCheckpointIO.
+        ValueError: If there is no such preset, ``checkpoint_io`` is no CheckpointIO, or ``async_save`` is to wrap an
+            AsyncCheckpointIO.
     """
 
     def __init__(
@@ -112,6 +113,11 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         async_save: bool = False,
         verify: bool = True,
     ) -> None:
+        if checkpoint_io is not None and not hasattr(checkpoint_io, "save_checkpoint"):
+            raise ValueError(
+                f"checkpoint_io is a CheckpointIO, which writes the files, got {checkpoint_io!r}; presets and policies"
+                ' have a name of their own, as in QuantizedCheckpointIO(checkpoint="compact")'
+            )
         count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning takes it for one of its CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)

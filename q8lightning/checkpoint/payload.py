@@ -351,7 +351,15 @@ register_functions()
 
 @contextmanager
 def keep_encoded() -> Iterator[None]:
-    """Within this context, loading a checkpoint returns :class:`QuantizedTensor` objects instead of decoding them."""
+    """Within this context, loading a checkpoint returns :class:`QuantizedTensor` objects instead of decoding them.
+
+    What was loaded so can be saved again by ``torch.save``, and is as small as before.
+
+    Example:
+        >>> with keep_encoded():  # doctest: +SKIP
+        ...     checkpoint = torch.load("last.ckpt", weights_only=True)
+        >>> checkpoint["state_dict"]["head.weight"].decode()  # doctest: +SKIP
+    """
     with collect_encoded():
         yield
 

@@ -147,7 +147,7 @@ def verify(options: Namespace) -> int:
     bad = 0
     for path, result in found.items():
         for what in (result,) if isinstance(result, str) else result.damage:
-            text = what if isinstance(result, str) else f"{path}: {what.removesuffix(',')} is damaged"
+            text = what if isinstance(result, str) else f"{path}: {what} is damaged"
             bad = _fail(text, BAD_FILE)
     return bad
 

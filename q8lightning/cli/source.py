@@ -156,7 +156,7 @@ def _explain(path: str, error: Exception) -> Exception:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *(line[:120] for line in lines[:1])])
 
 
 def leaves(content: Any) -> list[tuple[Keys, "Tensor | QuantizedTensor"]]:

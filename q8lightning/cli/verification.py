@@ -68,8 +68,8 @@ def _damage(name: str, payload: QuantizedTensor) -> list[str]:
     try:
         if bool(payload.decode().isfinite().all()):
             return []
-        return [f"the tensor {name}, which decodes to values that are not finite,"]
+        return [f"the tensor {name} (it decodes to values that are not finite)"]
     except CorruptCheckpointError as error:
         return [error.what]
     except Exception as error:  # a header whose sizes do not fit the data raises in many ways
-        return [f"the tensor {name}, which cannot be decoded ({type(error).__name__}),"]
+        return [f"the tensor {name} (it cannot be decoded: {type(error).__name__})"]

@@ -81,9 +81,8 @@ class Totals:
         lines = [
             ("saves", str(self.saves)),
             (
-                "bytes saved",
-                f"{_size(self.original_bytes - self.stored_bytes)} ({_size(self.stored_bytes)} instead of"
-                f" {_size(self.original_bytes)}, {ratio:.2f} times smaller)",
+                "size",
+                f"{_size(self.stored_bytes)} instead of {_size(self.original_bytes)}, {ratio:.2f} times smaller",
             ),
             ("longest stall", f"{self.longest_stall * 1e3:.0f} ms"),
         ]

@@ -51,12 +51,13 @@ def export_quantized(
         path: The file to write.
         format: ``"float"``: a Lightning checkpoint whose weights are the ones that the forward pass used, bit for bit;
             ``load_from_checkpoint`` and ``torch.load`` read it without this package. ``"codes"``: packed codes, scales
-            and levels for the quantized weights, and all other tensors as they are; the head of
-            :mod:`q8lightning.qat.export` shows the reader.
+            and levels for the quantized weights, and all other tensors as they are; the end of
+            ``docs/qat.md`` and the head of :mod:`q8lightning.qat.export` show the reader.
         weights_only: As for ``torch.load``: pass False for a checkpoint of your own that holds other objects.
 
     Raises:
-        ValueError: If the format is unknown, the checkpoint was not saved during QAT, or a weight is not finite.
+        ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
+            ``start_step`` or after ``end_step``), or a weight is not finite.
         CorruptCheckpointError: If the checkpoint is not what was saved.
     """
     if format not in ("float", "codes"):
@@ -67,7 +68,7 @@ def export_quantized(
     if not entries:
         raise ValueError(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
-            " QuantizationCallback(qat=...) saved, as the Trainer wrote it"
+            " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
         )
     with explained(checkpoint):
         state = _exported_state(loaded["state_dict"], entries, format)

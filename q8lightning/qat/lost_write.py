@@ -17,7 +17,10 @@ BESIDE_COMPILED = "compiled code runs in the same steps, and nobody can follow w
 
 
 class LostWriteError(RuntimeError):
-    """Somebody wrote to a weight inside a step, and the write cannot reach the master.
+    """Somebody wrote to a weight inside a step, and the write cannot reach the master, the weight in full precision.
+
+    What helps: write in a hook such as ``on_train_batch_end``, write inside ``with q8lightning.masters(module):``, or
+    leave the weight as it is (``QATConfig(exclude=[...])``). ``docs/qat.md`` says which writes arrive.
 
     Args:
         names: The weights' names.

@@ -287,7 +287,8 @@ class TwoWorlds(TorchFunctionMode):
     def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
         """Refuse a write that may depend on quantized values."""
         if self._number:
-            self._refuse(weights, f"before it, {self._number}() made a number for Python of quantized values")
+            why = f"it may depend on a number that {self._number}() read from quantized values, not from masters"
+            self._refuse(weights, why)
         if any(self._is_spoiled(each) for each in tensors):
             self._refuse(weights, "what was written was computed with quantized values")
 

@@ -96,12 +96,32 @@ DOORS: dict[str, Door] = {
 def test_it_is_said_in_the_same_words(door: str, content: str, whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(FILES[content](whole))
-    if (door, content) == ("the IO around another", "zeros"):
-        pytest.skip("torch takes zeros for an archive of its first format, which an IO of somebody else may well read")
     with pytest.raises(CorruptCheckpointError, match=r"file.* is damaged: .* Load another checkpoint") as error:
         DOORS[door](path)
     assert f" in {'memory://' if 'another file system' in door else ''}{path} is damaged" in str(error.value)
     assert not path.with_suffix(".out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("rest", [b"ello\n" * 99, bytes(99), bytes(range(255, 0, -1))], ids=["text", "zeros", "bytes"])
+def test_a_file_of_another_kind_is_told_by_its_beginning(rest: bytes, weights_only: bool, tmp_path: Path) -> None:
+    """A pickle has many instructions, which torch takes for such; each fails in a way of its own."""
+    path = tmp_path / "a.ckpt"
+    for first in range(256):
+        path.write_bytes(bytes([first]) + rest)
+        with pytest.raises(CorruptCheckpointError, match=r"none of torch.save.* in .*a\.ckpt is damaged"):
+            QuantizedCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+
+
+def test_errors_of_a_checkpoint_io_with_files_of_its_own_kind_are_left_alone(tmp_path: Path) -> None:
+    class Json(TorchCheckpointIO):
+        def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+            raise KeyError(Path(path).read_text())
+
+    (tmp_path / "a.json").write_text('{"state_dict": {}}')
+    with pytest.raises(KeyError):
+        QuantizedCheckpointIO(Json()).load_checkpoint(tmp_path / "a.json")
 
 
 COMMANDS = ("inspect {0}", "verify {0}", "compress {0} {1}", "decompress {0} {1}", "compare {0} {0}")

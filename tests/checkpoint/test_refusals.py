@@ -208,6 +208,12 @@ def test_what_is_no_preset_at_all_is_refused_alike(make: Any, value: Any) -> Non
         make(value)
 
 
+@pytest.mark.parametrize("value", ["compact", "", 8, CheckpointPolicy([Rule("state_dict.*", "softsign")])])
+def test_a_policy_in_the_place_of_a_checkpoint_io_is_refused_before_a_save_is_lost(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"QuantizedCheckpointIO\(checkpoint="):
+        QuantizedCheckpointIO(value)
+
+
 @pytest.mark.parametrize("codec", ["int9", "Linear", "", "levels:zz", "logarithm"])
 def test_an_unknown_codec_is_refused_with_the_rule_it_is_in(codec: str) -> None:
     with pytest.raises(ValueError, match=r"rule for 'state_dict\.\*'"):

@@ -141,3 +141,26 @@ def test_a_file_without_a_description_is_refused_with_what_is_true(tmp_path: Pat
     trainer.save_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
     with pytest.raises(ValueError, match=r"plain\.ckpt says nothing of quantized weights; export a checkpoint that a"):
         export_quantized(tmp_path / "plain.ckpt", tmp_path / "float.ckpt")
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("checkpoint", ["compact", None])
+def test_a_checkpoint_whose_last_step_was_in_float_does_not_claim_to_be_quantized(
+    checkpoint: Any, weights_only: bool, tmp_path: Path
+) -> None:
+    qat = QATConfig([WeightRule("*", "int4", 64)], start_step=1, end_step=3)
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt", weights_only=weights_only)
+
+    callbacks = [QuantizationCallback(checkpoint, qat=qat), Save()]
+    trainer = quiet_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=callbacks)
+    trainer.fit(Trained(nn.Linear(64, 64)))
+    trainer.save_checkpoint(tmp_path / "5.ckpt", weights_only=weights_only)
+    for step in (1, 4, 5):
+        with pytest.raises(ValueError, match="says nothing of quantized weights"):
+            export_quantized(tmp_path / f"{step}.ckpt", tmp_path / "out")
+    for step in (2, 3):
+        export_quantized(tmp_path / f"{step}.ckpt", tmp_path / "out", "codes")
+        assert isinstance(torch.load(tmp_path / "out")["state_dict"]["net.weight"], dict)

@@ -464,13 +464,13 @@ def lost(why: str) -> Callable[[Write], Write]:
     return add
 
 
-@lost("made a number for Python")
+@lost("read from quantized values")
 @torch.no_grad()
 def scaled_by_a_number(pair: Pair) -> None:
     pair.k[0].weight.mul_(1 / pair.k[0].weight.norm().item())
 
 
-@lost("made a number for Python")
+@lost("read from quantized values")
 @torch.no_grad()
 def through_numpy(pair: Pair) -> None:
     pair.k[0].weight.copy_(torch.from_numpy(pair.q[0].weight.detach().numpy() * 0.5))
