@@ -17,6 +17,7 @@ import copy
 import ctypes
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import q8lightning
 from q8lightning import LostWriteError, QATConfig, QuantizationCallback, WeightRule
@@ -625,6 +628,16 @@ class Reader(Writer):
         self.depths: list[int] = []
         self.read: list[Any] = []
 
+    def checkpointed(self, batch: Tensor) -> Tensor:
+        """Return a gradient through a checkpoint that keeps products of weights and computes the rest again."""
+        keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mul.Tensor])
+
+        def twice(x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.net.q[0].weight * 2).relu(), self.net.q[1].weight * 3)
+
+        x = batch.clone().requires_grad_()
+        return torch.autograd.grad(checkpoint(twice, x, use_reentrant=False, context_fn=keep).square().sum(), x)[0]
+
     def training_step(self, batch: Tensor, index: int) -> Any:
         self.depths.append(torch._C._len_torch_function_stack())
         weight = self.net.q[0].weight
@@ -636,6 +649,12 @@ class Reader(Writer):
             self.net.u.copy_(weight[0] + temporary[1])
             per_sample = vmap(grad(lambda w, x: F.linear(x, w).square().sum()), (None, 0))(weight, batch)
             self.read += [per_sample, temporary, self.net.u.clone(), copy.deepcopy(self.net.q[1]).weight]
+            generator = torch.Generator().manual_seed(index)
+            self.read += [torch.empty_like(weight).normal_(generator=generator)]
+            self.read += [torch.bernoulli(weight.sigmoid(), generator=generator), generator.get_state()]
+            with FlopCounterMode(display=False) as counter:
+                self.read += [weight @ weight, counter.get_total_flops()]
+        self.read.append(self.checkpointed(batch))
         return super().training_step(batch, index) + weight.square().sum() + (batch @ weight).sum()
 
 
