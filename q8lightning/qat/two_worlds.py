@@ -92,6 +92,11 @@ class TwoWorlds(TorchFunctionMode):
             self._quantizer.followed = False
             self._refuse([each for each in self._written if each in self._quantizer.places], BESIDE_COMPILED)
 
+    def settled(self, arguments: Any) -> bool:
+        """Quantize again what was written to, and tell whether nothing in arguments differs between the worlds."""
+        self._quantizer.settle()
+        return not any(self._value(each) is not None or self._is_spoiled(each) for each in tensors_in(arguments))
+
     def refuse_made(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse parameters, by name, that were made in a step and took something of quantized values with them."""
         names = [name for name, parameter in parameters if self._is_spoiled(parameter)]

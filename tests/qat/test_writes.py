@@ -674,6 +674,38 @@ def test_reading_is_the_same_in_steps_that_are_followed_and_in_others(
         torch.testing.assert_close(other, runs[0], rtol=0, atol=0)
 
 
+class Encoder(Writer):
+    """Evaluates an encoder on padded input, where its fast path gives other values than the slow one."""
+
+    def __init__(self) -> None:
+        super().__init__(moco, "validation")
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, 2, 32, batch_first=True), 1)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        padding = torch.tensor([[False, False, True, True]]).expand(2, 4)
+        self.seen.append(self.encoder(batch.view(2, 4, SIZE), src_key_padding_mask=padding).square().mean().item())
+        super().validation_step(batch, index)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is written afterwards in the same step reaches the master."""
+    torch.manual_seed(3)
+    model = Encoder()
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    written, _ = train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=1)
+    assert not torch.equal(model.net.k[0].weight, copies[0].net.k[0].weight)
+    seen = []
+    for each, followed in zip(copies, (0, 100), strict=True):
+        each.where = ""
+        monkeypatch.setattr(writes, "FOLLOWED", followed)
+        seen.append(train(tmp_path, each, QuantizationCallback(None, qat=QAT), max_steps=1, limit_val_batches=1)[0])
+    assert seen[0] == seen[1]
+    assert written[1] == seen[0][1]
+
+
 def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writes, "FOLLOWED", 1)
     calls = []
