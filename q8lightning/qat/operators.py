@@ -108,9 +108,15 @@ def same_numbers(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
-def random_states(tensors: Iterable[Tensor]) -> list[tuple[Any, Any]]:
-    """Return where random numbers come from on the devices of tensors, with its state."""
+def random_states(tensors: Iterable[Tensor], generators: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return where random numbers come from on the devices of tensors, and of generators, with its state.
+
+    Args:
+        tensors: On whose devices.
+        generators: Arguments, of which those that are no ``torch.Generator`` are passed over.
+    """
     states: list[tuple[Any, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    states += [(each.set_state, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
     for device in {each.device for each in tensors} - {torch.device("cpu")}:
         module: Any = getattr(torch, device.type, None)
         if hasattr(module, "get_rng_state"):

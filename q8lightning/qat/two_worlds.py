@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.lost_write import BESIDE_COMPILED, LostWriteError
@@ -90,6 +91,11 @@ class TwoWorlds(TorchFunctionMode):
         if self.compiled:
             self._quantizer.followed = False
             self._refuse([each for each in self._written if each in self._quantizer.places], BESIDE_COMPILED)
+
+    def settled(self, arguments: Any) -> bool:
+        """Quantize again what was written to, and tell whether nothing in arguments differs between the worlds."""
+        self._quantizer.settle()
+        return not any(self._value(each) is not None or self._is_spoiled(each) for each in tensors_in(arguments))
 
     def refuse_made(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse parameters, by name, that were made in a step and took something of quantized values with them."""
@@ -165,7 +171,8 @@ class TwoWorlds(TorchFunctionMode):
 
     def _both(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]) -> Any:
         """Run it in the world that is seen, then, with the same random numbers, in that of the masters."""
-        before, random = [version_of(each) for each in tensors], random_states(tensors)
+        generators = (*args, *kwargs.values())
+        before, random = [version_of(each) for each in tensors], random_states(tensors, generators)
         result = func(*args, **kwargs)
         written = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version] + targets
         weights = [weight for each in written if (weight := self._weight(each)) is not None]
@@ -178,10 +185,11 @@ class TwoWorlds(TorchFunctionMode):
             self._spoil(others)
             self._spoil(tensors_in(result))
             return result
-        after = random_states(tensors)
+        after = random_states(tensors, generators)
         set_random_states(random)
         try:
-            with torch.no_grad():
+            # What watches the user's operators, as selective checkpoints and counters of flops do, sees each once.
+            with torch.no_grad(), _disable_current_modes():
                 there = func(*self._there(args), **self._there(kwargs))
         except Exception:  # the user's own call went well
             self._refuse(weights, "the operator does not take the master")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from q8lightning.qat.compiled import compiled_modules
 from q8lightning.qat.data_access import DataAccess
 from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.fast_paths import fast_paths
 from q8lightning.qat.renormalized import renormalize_masters
 from q8lightning.qat.two_worlds import TwoWorlds
 
@@ -87,7 +88,7 @@ class Writes:
         worlds.begin()
         self._quantizer.followed = True
         try:
-            with worlds:
+            with worlds, fast_paths(worlds, self._quantizer.module):
                 yield
             worlds.end()
             worlds.refuse_made(self._quantizer.replaced())

@@ -17,6 +17,7 @@ import copy
 import ctypes
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import q8lightning
 from q8lightning import LostWriteError, QATConfig, QuantizationCallback, WeightRule
@@ -625,6 +628,16 @@ class Reader(Writer):
         self.depths: list[int] = []
         self.read: list[Any] = []
 
+    def checkpointed(self, batch: Tensor) -> Tensor:
+        """Return a gradient through a checkpoint that keeps products of weights and computes the rest again."""
+        keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mul.Tensor])
+
+        def twice(x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.net.q[0].weight * 2).relu(), self.net.q[1].weight * 3)
+
+        x = batch.clone().requires_grad_()
+        return torch.autograd.grad(checkpoint(twice, x, use_reentrant=False, context_fn=keep).square().sum(), x)[0]
+
     def training_step(self, batch: Tensor, index: int) -> Any:
         self.depths.append(torch._C._len_torch_function_stack())
         weight = self.net.q[0].weight
@@ -636,6 +649,12 @@ class Reader(Writer):
             self.net.u.copy_(weight[0] + temporary[1])
             per_sample = vmap(grad(lambda w, x: F.linear(x, w).square().sum()), (None, 0))(weight, batch)
             self.read += [per_sample, temporary, self.net.u.clone(), copy.deepcopy(self.net.q[1]).weight]
+            generator = torch.Generator().manual_seed(index)
+            self.read += [torch.empty_like(weight).normal_(generator=generator)]
+            self.read += [torch.bernoulli(weight.sigmoid(), generator=generator), generator.get_state()]
+            with FlopCounterMode(display=False) as counter:
+                self.read += [weight @ weight, counter.get_total_flops()]
+        self.read.append(self.checkpointed(batch))
         return super().training_step(batch, index) + weight.square().sum() + (batch @ weight).sum()
 
 
@@ -653,6 +672,38 @@ def test_reading_is_the_same_in_steps_that_are_followed_and_in_others(
         runs[-1] += (torch.get_rng_state(),)
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=0, atol=0)
+
+
+class Encoder(Writer):
+    """Evaluates an encoder on padded input, where its fast path gives other values than the slow one."""
+
+    def __init__(self) -> None:
+        super().__init__(moco, "validation")
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, 2, 32, batch_first=True), 1)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        padding = torch.tensor([[False, False, True, True]]).expand(2, 4)
+        self.seen.append(self.encoder(batch.view(2, 4, SIZE), src_key_padding_mask=padding).square().mean().item())
+        super().validation_step(batch, index)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is written afterwards in the same step reaches the master."""
+    torch.manual_seed(3)
+    model = Encoder()
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    written, _ = train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=1)
+    assert not torch.equal(model.net.k[0].weight, copies[0].net.k[0].weight)
+    seen = []
+    for each, followed in zip(copies, (0, 100), strict=True):
+        each.where = ""
+        monkeypatch.setattr(writes, "FOLLOWED", followed)
+        seen.append(train(tmp_path, each, QuantizationCallback(None, qat=QAT), max_steps=1, limit_val_batches=1)[0])
+    assert seen[0] == seen[1]
+    assert written[1] == seen[0][1]
 
 
 def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
