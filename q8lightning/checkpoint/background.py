@@ -127,16 +127,22 @@ class BackgroundSaves:
 
     def _raise_error(self) -> None:
         with self._changed:
-            error = self._errors.popleft() if self._errors else None
-        if error is not None:
-            raise error
+            if self._errors:
+                raise self._errors.popleft()
 
     def _add(self, job: _Job) -> None:
         with self._changed:
             self._queue.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="q8lightning saves", daemon=False)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._work, name="q8lightning saves", daemon=False)
+            try:
                 self._thread.start()
+            except RuntimeError:
+                pass  # no thread to be had: the system has no more, or the interpreter is shutting down
+            else:
+                return
+        self._work()
 
     def _work(self) -> None:
         while True:
@@ -152,15 +158,19 @@ class BackgroundSaves:
     def _do(self, job: _Job) -> None:
         if not job.is_save and self._last_save_failed:
             return  # a crash must never leave fewer whole checkpoints than before
-        error: BaseException | None = None
         try:
             job.work()
-        except BaseException as raised:  # whatever it is, the training must hear of it
-            error = raised
+        except BaseException as error:  # whatever it is, the training must hear of it
+            self._note(job, error)
+        else:
+            if job.is_save:
+                self._last_save_failed = False
+
+    def _note(self, job: _Job, error: BaseException) -> None:
+        """Keep an error; not where it was caught, or it and the content of the save would keep each other alive."""
         if job.is_save:
-            self._last_save_failed = error is not None
-        if error is not None:
-            failure = BackgroundSaveError(job.action, job.path, error)
-            failure.__cause__ = error
-            with self._changed:
-                self._errors.append(failure)
+            self._last_save_failed = True
+        failure = BackgroundSaveError(job.action, job.path, error)
+        failure.__cause__ = error
+        with self._changed:
+            self._errors.append(failure)

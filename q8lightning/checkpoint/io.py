@@ -174,8 +174,10 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if self.async_save:
             if self._background is None:
                 self._background = BackgroundSaves()
-            folder = self._make_folder(path)
-            self._background.save(path, partial(self._write, snapshot, path, storage_options, folder))
+            place = self._fixed(path)
+            if place is not None:
+                os.makedirs(os.path.dirname(place), exist_ok=True)  # as if it were written now
+            self._background.save(path, partial(self._write, snapshot, path, storage_options, place))
             if name.startswith(_URGENT):
                 self._wait()
         else:
@@ -229,26 +231,22 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
         return _is_ours(self.base, "save_checkpoint")
 
-    def _make_folder(self, path: str | os.PathLike[str]) -> str | None:
-        """Make the folder that a file will be written to, as if it were written now; return it if there is one."""
+    def _fixed(self, path: str | os.PathLike[str]) -> str | None:
+        """Return the absolute path of a file, which another working directory does not change; None if it has none."""
         local = local_path(path) if writes_where_told(self) else None
-        if local is None:
-            return None
-        folder = os.path.dirname(os.path.abspath(local))
-        os.makedirs(folder, exist_ok=True)
-        return folder
+        return None if local is None else os.path.abspath(local)
 
     def _write(
         self,
         snapshot: Snapshot | Repeated,
         path: str | os.PathLike[str],
         storage_options: Any | None,
-        folder: str | None = None,
+        place: str | None = None,
     ) -> None:
         memory = self._memory if self._only_pickles else None  # others may keep what they are given
-        with snapshot.fetch(memory) as content, keeping(folder):
+        with snapshot.fetch(memory) as content, keeping(place and os.path.dirname(place)):
             announce("fetched", path)
-            self.base.save_checkpoint(content, path, storage_options=storage_options)  # type: ignore[arg-type]
+            self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
         if self.durable is not None:
             self.durable.append(os.fspath(path))
 
@@ -295,7 +293,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if self._background is None:
             self._remove(path)
         else:
-            self._background.remove(path, partial(self._remove, path))
+            self._background.remove(path, partial(self._remove, self._fixed(path) or path))
 
     def _remove(self, path: str | os.PathLike[str]) -> None:
         announce("removing", path)
@@ -304,7 +302,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def link_checkpoint(self, target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
         """Let ``path`` be a link to ``target``, when :meth:`remove_checkpoint` would remove it."""
-        link = partial(link_checkpoint, target, path)
+        link = partial(link_checkpoint, os.path.abspath(target), os.path.abspath(path))
         if self._background is None:
             link()
         else:

@@ -2,12 +2,14 @@
 order of saves and removals, not what is on the disk when ``fit`` returns or fails."""
 
 import copy
+import gc
 import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -454,3 +456,64 @@ def test_tied_tensors_are_tied_in_the_file(io: QuantizedCheckpointIO, tmp_path: 
     after["a"][150] = -1
     assert after["b"].flatten()[50] == -1
     assert after["c"][150] == -1
+
+
+# Whatever happens between the call and the write
+
+
+def test_a_relative_path_is_that_of_the_call(
+    io: QuantizedCheckpointIO, steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    io.save_checkpoint(checkpoint(1), "a.ckpt")
+    io.wait_until_durable()
+    gate = steps.hold("fetched")
+    io.save_checkpoint(checkpoint(2), "b.ckpt")
+    io.remove_checkpoint("a.ckpt")
+    io.link_checkpoint("b.ckpt", "last.ckpt")
+    monkeypatch.chdir(tmp_path / "there")
+    gate.set()
+    io.finish()
+    assert names(tmp_path / "here") == ["b.ckpt", "last.ckpt"]
+    assert value_of(tmp_path / "here" / "last.ckpt") == 2
+    assert names(tmp_path / "there") == []
+
+
+def test_without_a_thread_a_save_is_done_at_once(
+    io: QuantizedCheckpointIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        io.save_checkpoint(checkpoint(1), tmp_path / "a.ckpt")
+        assert names(tmp_path) == ["a.ckpt"]
+        io.remove_checkpoint(tmp_path / "a.ckpt")
+        assert names(tmp_path) == []
+        io.wait_until_durable()
+    io.save_checkpoint(checkpoint(2), tmp_path / "b.ckpt")
+    io.finish()
+    assert value_of(tmp_path / "b.ckpt") == 2
+
+
+def test_the_content_of_a_failed_save_is_kept_no_longer_than_its_error(tmp_path: Path) -> None:
+    content: list[weakref.ref[Tensor]] = []
+
+    class Notes(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], *_: Any, **__: Any) -> None:
+            content.append(weakref.ref(checkpoint["tensor"]))
+            raise OSError(28, "No space left on device")
+
+    io = QuantizedCheckpointIO(Notes(), async_save=True)
+    gc.collect()
+    gc.disable()
+    try:
+        io.save_checkpoint({**checkpoint(1), "tensor": torch.ones(8)}, tmp_path / "a.ckpt")
+        with pytest.raises(BackgroundSaveError):
+            io.finish()
+        assert content[0]() is None
+    finally:
+        gc.enable()
