@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
+from q8lightning.advice import advise
 from q8lightning.checkpoint.background import BackgroundSaveError
 from q8lightning.checkpoint.chain import is_async
 from q8lightning.checkpoint.io import QuantizedCheckpointIO, find_quantized_io
@@ -134,18 +134,22 @@ def tell_callbacks(trainer: pl.Trainer) -> None:
             warning instead.
     """
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
-    if checkpoint_io is None or not checkpoint_io.durable:
-        return
+    if checkpoint_io is None or not checkpoint_io.durable or checkpoint_io.telling:
+        return  # a hook that saves or waits: who called it goes on telling, so that all hear of files in their order
     failure: Exception | None = None
-    while checkpoint_io.durable:
-        path = checkpoint_io.durable.popleft()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            try:
-                getattr(callback, HOOK, _ignore)(path)
-            except Exception as error:
-                failure = failure or error
-                if trainer.interrupted:
-                    _warn(callback, path, error)
+    checkpoint_io.telling = True
+    try:
+        while checkpoint_io.durable:
+            path = checkpoint_io.durable.popleft()
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                try:
+                    getattr(callback, HOOK, _ignore)(path)
+                except Exception as error:
+                    failure = failure or error
+                    if trainer.interrupted:
+                        _warn(callback, path, error)
+    finally:
+        checkpoint_io.telling = False
     if failure is not None and not trainer.interrupted:
         raise failure
 
@@ -177,7 +181,7 @@ def _ignore(path: str) -> None:
 
 
 def _warn(callback: pl.Callback, path: str, error: Exception) -> None:
-    rank_zero_warn(
+    advise(
         f"{type(callback).__name__}.{HOOK}({path!r}) raised {type(error).__name__}: {error}. The checkpoint is there;"
         " do by hand what the callback was to do with it"
     )

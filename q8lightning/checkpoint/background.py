@@ -109,6 +109,13 @@ class BackgroundSaves:
             self.settle(path)
         self._raise_error()
 
+    def unheard(self) -> list[BackgroundSaveError]:
+        """Return the errors that have not been raised, once."""
+        with self._changed:
+            errors = [*self._errors]
+            self._errors.clear()
+        return errors
+
     def _jobs(self) -> list[_Job]:
         return [*(() if self._running is None else (self._running,)), *self._queue]
 

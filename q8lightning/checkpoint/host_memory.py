@@ -1,8 +1,6 @@
 """From a device to the host: one pass over the live memory of the device now, the copy to the host later."""
 
-import logging
 import mmap
-import warnings
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+from q8lightning.advice import advise
+
 ALIGNMENT = 64
 """Every copy starts at a multiple of this many bytes, as ``torch.save`` aligns records."""
 
-
-_log = logging.getLogger(__name__)
 
 _SPARE = 32
 """One part in so many is added: the next save may need a little more, and to lock memory takes a second."""
@@ -70,20 +68,12 @@ def _register(memory: Tensor) -> bool:
     except RuntimeError as error:
         with suppress(RuntimeError):  # or the next kernel of anybody would report the error once more
             torch.zeros(1, dtype=torch.uint8, device="cuda")
-        _advise(
+        advise(
             f"cannot lock {memory.nbytes:,} bytes of host memory for checkpoints ({error}); copies from the GPU take"
             " longer, in the background if async_save=True; raise the limit of locked memory (ulimit -l)"
         )
         return False
     return True
-
-
-def _advise(message: str) -> None:
-    """Warn, or where warnings are errors log: a save does not fail because it is slower than it could be."""
-    try:
-        warnings.warn(message, stacklevel=3)
-    except UserWarning:
-        _log.warning(message)
 
 
 def _unregister(memory: Tensor) -> None:

@@ -13,6 +13,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from q8lightning.advice import advise
 from q8lightning.checkpoint.background import BackgroundSaves
 from q8lightning.checkpoint.chain import chain_of, check_not_async, is_async, writes_where_told
 from q8lightning.checkpoint.explained import explained
@@ -133,6 +134,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
+        self.telling = False
+        """Whether somebody is emptying it at the moment."""
         self._warned: set[tuple[str, str]] = set()
         self._unsaid: SaveReport | None = None
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
@@ -344,11 +347,14 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Wait for everything in the background and give pinned memory back.
 
         Raises:
-            BackgroundSaveError: If something failed that no save has reported yet.
+            BackgroundSaveError: If something failed that no save has reported yet. Of what failed after it, there are
+                warnings.
         """
         try:
             self._wait()
         finally:
+            for error in () if self._background is None else self._background.unheard():
+                advise(str(error))  # one of them can be raised
             self._background = None
             self._routine = self._outline = None
             self._memory.release()

@@ -7,7 +7,6 @@ import re
 import secrets
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
+from q8lightning.advice import advise
 from q8lightning.ambient import neutral
 from q8lightning.checkpoint import zip_writer
 from q8lightning.checkpoint.payload_group import checksums_ahead
@@ -194,7 +194,7 @@ def _flush_directory(directory: Path) -> bool:
 @cache
 def _warn_of(directory: Path) -> None:
     """Say of a folder, once in this process, that it cannot be flushed."""
-    warnings.warn(
+    advise(  # the file is whole: an exception would report a save that went well as one that failed
         f"{directory} cannot be flushed to the disk, as on some network file systems: checkpoints there are whole, but"
         " a crash of the machine soon after a save may take the new file's name away; keep more than one checkpoint,"
         " or save to a local disk",

@@ -7,8 +7,9 @@ import re
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -103,6 +104,20 @@ def test_no_failure_hides_another(io: QuantizedCheckpointIO, steps: Steps, tmp_p
     for name in ("old", "a"):
         with pytest.raises(BackgroundSaveError, match=rf"{name}\.ckpt"):
             io.wait_until_durable(tmp_path / "a.ckpt")
+
+
+def test_failures_that_the_end_cannot_raise_are_warnings(
+    io: QuantizedCheckpointIO, steps: Steps, tmp_path: Path
+) -> None:
+    steps.fail("removing", "old.ckpt", FULL)
+    steps.fail("removing", "older.ckpt", FULL)
+    gate = steps.hold("removing")
+    io.save_checkpoint(checkpoint(), tmp_path / "old.ckpt")
+    for name in ("old.ckpt", "older.ckpt"):
+        io.remove_checkpoint(tmp_path / name)
+    gate.set()
+    with pytest.warns(UserWarning, match=r"older\.ckpt"), pytest.raises(BackgroundSaveError, match=r"old\.ckpt"):
+        io.finish()
 
 
 def test_the_error_reaches_other_processes(tmp_path: Path) -> None:
@@ -222,6 +237,29 @@ def test_every_callback_is_told_of_each_file_once_in_their_order(
     assert before.heard == ours.heard == [*THREE, "step=3.ckpt"], "saves after the fit, too"
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_files_are_told_of_in_their_order_though_a_hook_saves_and_waits(
+    async_save: bool, steps: Steps, tmp_path: Path
+) -> None:
+    class SavesMore(Told):
+        def on_checkpoint_durable(self, path: str) -> None:
+            super().on_checkpoint_durable(path)
+            if len(self.heard) in (1, 3):
+                folder = tmp_path / f"more{len(self.heard)}"
+                folder.mkdir()
+                trainer.save_checkpoint(folder / f"step={trainer.global_step}.ckpt")
+                callback.wait_until_durable()
+
+    steps.delay("opened", SLOW * async_save)
+    callback, saves, after = QuantizationCallback(async_save=async_save), SavesMore(), Told()
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [callback, saves, after, saving]
+    trainer = quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, enable_checkpointing=True, callbacks=callbacks)
+    trainer.fit(Shrink(nn.Linear(64, 64)))
+    assert len(saves.heard) == 5
+    assert after.heard == saves.heard
+
+
 def test_a_synchronous_save_is_told_of_when_it_returns(tmp_path: Path) -> None:
     told, heard = Told(), []
 
@@ -274,7 +312,10 @@ def test_what_the_hook_raises_stops_the_training_and_undoes_no_save(async_save: 
     assert refuses.heard[-1] in {path.name for path in tmp_path.iterdir()}
 
 
-def test_what_the_hook_raises_does_not_hide_what_the_training_died_of(steps: Steps, tmp_path: Path) -> None:
+@pytest.mark.parametrize("warnings_are", ["default", "error"])
+def test_what_the_hook_raises_does_not_hide_what_the_training_died_of(
+    warnings_are: Literal["default", "error"], steps: Steps, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Breaks(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
             if index == 1:
@@ -282,8 +323,12 @@ def test_what_the_hook_raises_does_not_hide_what_the_training_died_of(steps: Ste
                 raise ValueError("mine")
 
     gate, told = steps.hold("opened"), Told("step=1.ckpt")
-    with pytest.warns(UserWarning, match=r"step=1\.ckpt.*no upload today"), pytest.raises(ValueError, match="mine"):
-        train(tmp_path, QuantizationCallback(async_save=True), told, Breaks())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings(warnings_are, "Told.on_checkpoint_durable")
+        with pytest.raises(ValueError, match="mine"):
+            train(tmp_path, QuantizationCallback(async_save=True), told, Breaks())
+    said = caplog.text if warnings_are == "error" else " ".join(str(each.message) for each in caught)
+    assert re.search(r"step=1\.ckpt.*no upload today", said)
     assert told.heard == ["step=1.ckpt"]
 
 

@@ -255,6 +255,17 @@ def test_a_folder_that_cannot_be_flushed_has_whole_files_and_is_named_once(
     assert [step for step, _ in steps.seen].count("durable") == 3
 
 
+@pytest.mark.filterwarnings("error:.*cannot be flushed")
+def test_a_folder_that_cannot_be_flushed_is_no_failure_where_warnings_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps, caplog: pytest.LogCaptureFixture
+) -> None:
+    Refusal("fsync", errno.EINVAL, monkeypatch)
+    for name in ("a.ckpt", "b.ckpt"):
+        write_checkpoint(CONTENT, tmp_path / name)
+    assert [step for step, _ in steps.seen].count("durable") == 2
+    assert caplog.text.count("cannot be flushed") == 1
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_training_goes_on_where_folders_cannot_be_flushed(
     async_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

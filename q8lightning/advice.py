@@ -1,0 +1,19 @@
+"""Warnings that stop nothing, for moments in which an exception would do harm."""
+
+import logging
+import warnings
+
+_log = logging.getLogger(__name__)
+
+
+def advise(message: str, stacklevel: int = 1) -> None:
+    """Warn; where warnings are errors, log instead.
+
+    Args:
+        message: What happened, to what, and what to do.
+        stacklevel: Whose line the warning shows, as for ``warnings.warn``; 1 is the caller's.
+    """
+    try:
+        warnings.warn(message, stacklevel=stacklevel + 1)
+    except Warning:
+        _log.warning(message)
