@@ -149,7 +149,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
         left_out = {"report": None, "_unsaid": None, "_routine": None, "_outline": None, "_background": None}
-        return {**self.__dict__, **left_out, "_memory": PinnedMemory()}
+        return {**self.__dict__, **left_out, "telling": False, "_memory": PinnedMemory()}
 
     @property
     def base(self) -> CheckpointIO:
