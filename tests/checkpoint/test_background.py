@@ -537,6 +537,6 @@ def test_python_looks_for_no_garbage_while_a_checkpoint_is_encoded(
         io.save_checkpoint({**checkpoint(1), "hyper_parameters": {"many": many}}, tmp_path / "a.ckpt")
     finally:
         gc.callbacks.remove(note)
-    assert early == [], "it can take longer than all else that training waits for"
+    assert early.count("start") <= 1, "only when it is over: all the looks take longer than all else"
     assert gc.isenabled()
     io.finish()
