@@ -172,7 +172,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             return
         self._wait_for_room(path)
         names = self.describe_model() if self.describe_model is not None else None
-        snapshot = self._freeze(checkpoint, names)
+        with _without_collection():
+            snapshot = self._freeze(checkpoint, names)
         announce("frozen", path)
         if self.async_save:
             if self._background is None:
@@ -192,8 +193,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
         if self._routine is not None and self._routine.policy is self.policy and self.async_save:
-            with _without_collection():
-                repeated = self._routine.save(checkpoint, names, self._only_pickles)
+            repeated = self._routine.save(checkpoint, names, self._only_pickles)
             if repeated is not None:
                 self.report = repeated.report
                 return repeated

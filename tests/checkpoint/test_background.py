@@ -517,3 +517,26 @@ def test_the_content_of_a_failed_save_is_kept_no_longer_than_its_error(tmp_path:
         assert content[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_python_looks_for_no_garbage_while_a_checkpoint_is_encoded(
+    async_save: bool, steps: Steps, tmp_path: Path
+) -> None:
+    io = QuantizedCheckpointIO(async_save=async_save)
+    early: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if not steps.seen:
+            early.append(phase)
+
+    many = [(i, [i]) for i in range(5000)]
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        io.save_checkpoint({**checkpoint(1), "hyper_parameters": {"many": many}}, tmp_path / "a.ckpt")
+    finally:
+        gc.callbacks.remove(note)
+    assert early.count("start") <= 1, "only when it is over: all the looks take longer than all else"
+    assert gc.isenabled()
+    io.finish()
