@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.quantization.codebook import CodebookName, did_you_mean, get_codebook
+from q8lightning.arguments import check_keys, did_you_mean
+from q8lightning.quantization.codebook import CodebookName, get_codebook
 from q8lightning.quantization.codec import LOG, Codec
 
 NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
@@ -200,15 +201,7 @@ def _rule(where: str, rule: object) -> Rule:
             f"{where} is a Rule or a mapping of its arguments, got {rule!r}; write such as"
             " {'pattern': 'state_dict.*', 'codec': 'softsign'}"
         )
-    known = [each.name for each in fields(Rule)]
-    for key in rule:
-        if key not in known:
-            raise ValueError(
-                f"{where} has the key {key!r} in {dict(rule)!r}, but the arguments of Rule are"
-                f" {', '.join(known)}{did_you_mean(str(key), known)}"
-            )
-    if "pattern" not in rule:
-        raise ValueError(f"{where} needs the key 'pattern', got {dict(rule)!r}; add it, such as 'state_dict.*'")
+    check_keys(where, Rule, rule)
     try:
         return Rule(**rule)
     except ValueError as error:

@@ -1,10 +1,11 @@
 """What is quantized while training, and when: rules over names, and a schedule that is a function of the step."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from q8lightning.quantization.codebook import CodebookName, did_you_mean, get_codebook
+from q8lightning.arguments import check_keys
+from q8lightning.quantization.codebook import CodebookName, get_codebook
 from q8lightning.quantization.weight_codec import WeightCodec
 
 
@@ -199,7 +200,7 @@ class QATConfig:
             raise ValueError(
                 f"qat is a QATConfig or a mapping of its arguments, got {config!r}; write qat={_meant(config)}"
             )
-        _check_keys("qat", QATConfig, config)
+        check_keys("qat", QATConfig, config)
         return QATConfig(**config)
 
     def active(self, step: int) -> bool:
@@ -232,25 +233,11 @@ def _rule(where: str, kind: type[R], rule: Any) -> R:
     if not isinstance(rule, Mapping):
         remedy = f"; write {{'codebook': {rule!r}}}" if isinstance(rule, str) and kind is WeightRule else ""
         raise ValueError(f"{where} is of type {kind.__name__} or a mapping of its arguments, got {rule!r}{remedy}")
-    _check_keys(where, kind, rule)
+    check_keys(where, kind, rule)
     try:
         return kind(**rule)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _check_keys(where: str, kind: type[Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that ``kind`` does not have or that are missing, before Python does without saying where."""
-    known = [each.name for each in fields(kind)]
-    for key in given:
-        if key not in known:
-            raise ValueError(
-                f"{where} has the key {key!r} in {dict(given)!r}, but the arguments of {kind.__name__} are"
-                f" {', '.join(known)}{did_you_mean(str(key), known)}"
-            )
-    for each in fields(kind):
-        if each.default is MISSING and each.name not in given:
-            raise ValueError(f"{where} needs the key {each.name!r}, got {dict(given)!r}; add it")
 
 
 def _meant(config: Any) -> str:
@@ -258,5 +245,6 @@ def _meant(config: Any) -> str:
     if isinstance(config, str):
         return f"{{'weights': [{{'codebook': {config!r}}}]}}"
     if isinstance(config, Sequence):
-        return f"{{'weights': {list(config)!r}}}"
+        rules = [{"codebook": each} if isinstance(each, str) else each for each in config]
+        return f"{{'weights': {rules!r}}}"
     return "{} for 8-bit weights, or None for no QAT"

@@ -5,9 +5,8 @@ thresholds between them and the lookup table that finds a code quickly. Nothing 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from statistics import NormalDist
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.ambient import lasting, neutral
+from q8lightning.arguments import did_you_mean
 
 _CUSTOM_PREFIX = "levels:"
 
@@ -324,15 +324,6 @@ def _parse(spec: str) -> Codebook:
         return Codebook("custom", tuple(torch.frombuffer(data, dtype=torch.float32).tolist()))
     hint = did_you_mean(spec, (*BUILTIN, *ALIASES))
     raise ValueError(f"codebook is one of {', '.join(BUILTIN)} or a list of levels, got {spec!r}{hint}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that asks for the known words most like ``word``; nothing if none is."""
-    if not word:
-        return ""
-    by_lower = {each.lower(): each for each in known}
-    close = [each for each in by_lower if each.startswith(word.lower())] or get_close_matches(word.lower(), by_lower, 1)
-    return f"; did you mean {' or '.join(repr(by_lower[each]) for each in close[:2])}?" if close else ""
 
 
 @lru_cache(maxsize=256)
