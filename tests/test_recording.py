@@ -17,7 +17,7 @@ from models import Autoencoder, quiet_trainer
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule
-from q8lightning.checkpoint.io import DurableCheckpointIO
+from q8lightning.checkpoint.durable_io import DurableCheckpointIO
 from q8lightning.metrics.recorder import Recorder
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")

@@ -6,16 +6,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from q8lightning.advice import advise
 from q8lightning.checkpoint.background import BackgroundSaves
 from q8lightning.checkpoint.chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.checkpoint.durable_io import DurableCheckpointIO, is_ours, make_durable
 from q8lightning.checkpoint.explained import explained
 from q8lightning.checkpoint.guard import warn_of_guarded
 from q8lightning.checkpoint.host_memory import PinnedMemory
@@ -37,8 +38,8 @@ from q8lightning.checkpoint.state_dict import (
     warn_of_passed_over,
     warn_of_refused,
 )
-from q8lightning.checkpoint.writer import announce, write_checkpoint
-from q8lightning.twins import count_as_twins, is_a, is_exactly_a
+from q8lightning.checkpoint.writer import announce
+from q8lightning.twins import count_as_twins
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
 """Files by which the Trainer hands live weights to itself (the tuner) or to the process that started it (spawn) a
@@ -50,38 +51,6 @@ _URGENT = ("hpc_ckpt_",)
 
 _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
-
-
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's default CheckpointIO, except that local files are flushed to the disk before they get their name.
-
-    A subclass that overrides ``save_checkpoint`` may keep the tensors: what comes from a GPU then gets memory of its
-    own at each save. One that overrides ``load_checkpoint`` may look at them: they are then decoded one by one, while
-    the file is read. What is not overridden is as fast as here.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write ``checkpoint`` to ``path``; see :func:`q8lightning.checkpoint.writer.write_checkpoint`."""
-        local = local_path(path)
-        if storage_options is None and local is not None:
-            write_checkpoint(checkpoint, local)
-        else:
-            super().save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
-
-    def load_checkpoint(self, path: str | os.PathLike[str] | IO[bytes], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load as Lightning's CheckpointIO does, also from an open file."""
-        if isinstance(path, str | os.PathLike):
-            return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
-        return self._load_file(path, *args, **kwargs)
-
-    @staticmethod
-    def _load_file(
-        file: IO[bytes], map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
-        return checkpoint
 
 
 class QuantizedCheckpointIO(_WrappingCheckpointIO):
@@ -142,7 +111,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._memory = PinnedMemory()
         self._routine: Routine | None = None
         self._outline: Outline | None = None
-        _make_durable(self)
+        make_durable(self)
         if async_save:
             check_not_async(self)
 
@@ -232,7 +201,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
     @property
     def _only_pickles(self) -> bool:
         """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
-        return _is_ours(self.base, "save_checkpoint")
+        return is_ours(self.base, "save_checkpoint")
 
     def _fixed(self, path: str | os.PathLike[str]) -> str | None:
         """Return the absolute path of a file, which another working directory does not change; None if it has none."""
@@ -276,7 +245,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if local_path is None or not os.path.isfile(local_path):
             with nullcontext() if self.verify else without_verification():
                 return load(path, *args, **kwargs)
-        if not _is_ours(self.base, "load_checkpoint"):  # it may do something with the tensors
+        if not is_ours(self.base, "load_checkpoint"):  # it may do something with the tensors
             if self.verify:
                 checkpoint: dict[str, Any] = read_elsewhere(local_path, partial(load, path, *args, **kwargs))
                 return checkpoint
@@ -401,18 +370,3 @@ def _without_collection() -> Iterator[None]:
 def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:
     """Return the :class:`QuantizedCheckpointIO` in a chain of wrappers, if there is one."""
     return next((each for each in chain_of(checkpoint_io) if isinstance(each, QuantizedCheckpointIO)), None)
-
-
-def _is_ours(checkpoint_io: CheckpointIO, method: str) -> bool:
-    """Whether a method is that of :class:`DurableCheckpointIO`."""
-    return getattr(type(checkpoint_io), method) is getattr(DurableCheckpointIO, method)
-
-
-def _make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:
-    """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one alone."""
-    base = checkpoint_io.checkpoint_io
-    if is_a(base, _WrappingCheckpointIO):
-        _make_durable(base)
-    elif base is None or is_exactly_a(base, TorchCheckpointIO):
-        checkpoint_io._checkpoint_io = DurableCheckpointIO()
-        checkpoint_io._base_checkpoint_io_configured = True

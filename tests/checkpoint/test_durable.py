@@ -23,8 +23,8 @@ from torch import nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint import reader
+from q8lightning.checkpoint.durable_io import DurableCheckpointIO
 from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.io import DurableCheckpointIO
 from q8lightning.checkpoint.snapshot import Snapshot
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

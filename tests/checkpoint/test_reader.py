@@ -26,7 +26,7 @@ from q8lightning import (
     without_verification,
 )
 from q8lightning.checkpoint import archive, payload_group, reader
-from q8lightning.checkpoint.io import DurableCheckpointIO
+from q8lightning.checkpoint.durable_io import DurableCheckpointIO
 from q8lightning.checkpoint.open_file import OpenFile
 from q8lightning.checkpoint.payload_group import decode_payloads, replace_payloads
 from q8lightning.checkpoint.reader import read_checkpoint
