@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import get_codebook
 
 
 @dataclass

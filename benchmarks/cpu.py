@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from q8lightning.quantization import cpu, reference
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.backends import cpu
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import get_codebook
 
 console = Console(width=100)
 CUSTOM = [-1.0, -0.7, -0.11, -0.1, 0.0, 0.05, 0.3, 0.31, 0.9, 1.0]

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.reference import to_blocks
+from q8lightning.quantization.spec.reference import to_blocks
 
 EPSILON = 1e-8
 

@@ -17,10 +17,10 @@ import torch
 from kernels import environment, median_ms
 from torch import Tensor
 
-from q8lightning.quantization.codebook import BUILTIN
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.group import FakeQuantizeGroup
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 PRESETS = {
     "resume": (Codec("linear", 256, residual=True), Codec("softsign", 128), Codec("log", 128)),

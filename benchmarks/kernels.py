@@ -23,8 +23,9 @@ from contenders import Row
 from torch import Tensor
 
 from q8lightning import fake_quantize
-from q8lightning.quantization import ops, reference
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization import ops
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import get_codebook
 
 SAMPLE = 2**20
 

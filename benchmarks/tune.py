@@ -1,4 +1,4 @@
-"""Find the launch settings of the kernels: the table ``SETTINGS`` of ``quantization/kernels/launch.py``.
+"""Find the launch settings of the kernels: the table ``SETTINGS`` of ``quantization/backends/kernels/launch.py``.
 
     python benchmarks/tune.py [--only fake] [--dtypes bfloat16] [--numel 134217728]
 
@@ -14,10 +14,10 @@ import torch
 from kernels import median_ms
 from torch import Tensor
 
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.backends.kernels import blockwise, grouped, launch, work_list
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.kernels import blockwise, grouped, launch, work_list
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 BLOCKS = (64, 256, 2048)
 CHOICES = [

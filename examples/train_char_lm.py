@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, keep_encoded
-from q8lightning.quantization.reference import ErrorStatistics, error_statistics
+from q8lightning.quantization.spec.reference import ErrorStatistics, error_statistics
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 console = Console(width=100)

@@ -1,17 +1,17 @@
 """PyTorch Lightning checkpoints, several times smaller, that load as before."""
 
-from q8lightning.callback import QuantizationCallback
-from q8lightning.checkpoint.background import BackgroundSaveError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
-from q8lightning.checkpoint.io import QuantizedCheckpointIO
 from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.export.quantized import export_quantized
 from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule
-from q8lightning.qat.export import export_quantized
 from q8lightning.qat.lost_write import LostWriteError
 from q8lightning.qat.masters import masters
-from q8lightning.quantization.codebook import Codebook
 from q8lightning.quantization.functional import dequantize_blockwise, fake_quantize, quantize_blockwise
+from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.system.save_queue import BackgroundSaveError
+from q8lightning.trainer.callback import QuantizationCallback
+from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 
 __all__ = [
     "ActivationRule",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
 """The command line is an extra; where it is not installed, the rest is tested."""

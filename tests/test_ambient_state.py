@@ -39,13 +39,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import q8lightning
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, export_quantized
-from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.leaves import ModelNames
+from q8lightning.checkpoint.encode.leaves import ModelNames
+from q8lightning.checkpoint.staging.transfer import PinnedMemory
 from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.qat.config import ActivationRule, QATConfig, WeightRule
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.quantization import functional
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.quantization.weight_codec import WeightCodec
 
 State = Callable[[], AbstractContextManager[Any]]

@@ -24,10 +24,10 @@ from packages import PACKAGES, package
 from quiet import seeded_and_quiet  # noqa: F401
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.checkpoint.durable_io import DurableCheckpointIO
-from q8lightning.checkpoint.io import find_quantized_io
-from q8lightning.qat import windows
-from q8lightning.twins import is_a, is_exactly_a, twin_of
+from q8lightning.trainer import engagement as windows
+from q8lightning.trainer.checkpoint_io import find_quantized_io
+from q8lightning.trainer.durable_io import DurableCheckpointIO
+from q8lightning.trainer.twins import is_a, is_exactly_a, twin_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STANDALONE = "pytorch_lightning"

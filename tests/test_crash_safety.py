@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Autoencoder, Diary, quiet_trainer
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.writer import STEPS, write_checkpoint
+from q8lightning.checkpoint.file.write import STEPS, write_checkpoint
 
 sys.path.append(str(Path(__file__).parent / "checkpoint"))
 from promises import assert_same

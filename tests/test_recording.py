@@ -17,8 +17,8 @@ from models import Autoencoder, quiet_trainer
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule
-from q8lightning.checkpoint.durable_io import DurableCheckpointIO
 from q8lightning.metrics.recorder import Recorder
+from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 NAMES = {

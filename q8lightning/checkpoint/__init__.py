@@ -1,1 +1,1 @@
-"""Quantized checkpoints: the policy, the payload, and the door they are saved through."""
+"""What a checkpoint holds: the payload, the policy, checksums, and the walk over its containers."""

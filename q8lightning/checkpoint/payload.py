@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import pack, unpack
+from q8lightning.quantization.many.encode import pack, unpack
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -204,7 +204,7 @@ class Encoding(NamedTuple):
         failed: ``[tensors]`` int32, 1 where the codec could not hold the tensor (NaN, infinity; a negative value under
             ``log``), whose payload decodes to values that are not finite.
         statistics: ``[tensors, 5]`` float64, what is lost, if it was measured; see
-            :class:`~q8lightning.quantization.reference.ErrorStatistics`.
+            :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`.
     """
 
     payloads: list[QuantizedTensor]

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.arguments import check_keys, did_you_mean
-from q8lightning.quantization.codebook import CodebookName, get_codebook
 from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
+from q8lightning.system.arguments import check_keys, did_you_mean
 
 NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
 """Sections of a checkpoint that no rule reaches: what they hold is small and must come back exactly."""

@@ -1,1 +1,1 @@
-"""The command line: look into checkpoints, convert, verify and compare them."""
+"""The command line: arguments, tables and plots over the tools."""

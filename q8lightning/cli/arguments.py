@@ -13,8 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
-from q8lightning.cli.comparison import Comparison
-from q8lightning.cli.source import CommandError, Source, leaves, path_of
+from q8lightning.tools.compare import Comparison
+from q8lightning.tools.source import CommandError, Source, leaves, path_of
 
 
 def make_parser(commands: Mapping[str, Callable[[Namespace], int]]) -> ArgumentParser:

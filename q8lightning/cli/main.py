@@ -15,10 +15,10 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from q8lightning.checkpoint.archive import verified
+from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import NewerFormatError
-from q8lightning.cli import comparison, convert, inspection, report
+from q8lightning.cli import report
 from q8lightning.cli.arguments import (
     check_kept,
     check_positive,
@@ -28,9 +28,12 @@ from q8lightning.cli.arguments import (
     policy_of,
     refuse_existing,
 )
-from q8lightning.cli.encoder import Conversion
-from q8lightning.cli.source import CommandError, open_checkpoint
-from q8lightning.cli.verification import Verification, verify_file
+from q8lightning.tools import compare as comparison
+from q8lightning.tools import convert
+from q8lightning.tools import inspect as inspection
+from q8lightning.tools.encoder import Conversion
+from q8lightning.tools.source import CommandError, open_checkpoint
+from q8lightning.tools.verify import Verification, verify_file
 
 BAD_FILE = 1
 """Exit status where a file is damaged, cannot be read or written, or there is nothing to do."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from q8lightning.cli.comparison import UPDATE_DIRECTION, Comparison
-from q8lightning.cli.source import KINDS
+from q8lightning.tools.compare import UPDATE_DIRECTION, Comparison
+from q8lightning.tools.source import KINDS
 
 _LABELS = 60
 """Names that fit under each other; of more layers, only some are named."""

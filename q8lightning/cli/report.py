@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from q8lightning.cli.comparison import UPDATE_DIRECTION, Comparison, Difference, Row
-from q8lightning.cli.inspection import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of, was_decoded
-from q8lightning.cli.source import Source
-from q8lightning.cli.verification import Verification
+from q8lightning.tools.compare import UPDATE_DIRECTION, Comparison, Difference, Row
+from q8lightning.tools.inspect import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of, was_decoded
+from q8lightning.tools.source import Source
+from q8lightning.tools.verify import Verification
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.group import FakeQuantizeGroup
+from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization import measured_ops, ops
-from q8lightning.quantization.codebook import get_codebook
-from q8lightning.quantization.coding import Coding
+from q8lightning.quantization.spec.codebook import get_codebook
+from q8lightning.quantization.spec.coding import Coding
 
 LOG: Final = "log"
 """The name of the codec for values that are never negative; every other codec is named after its codebook."""
@@ -20,7 +20,7 @@ class Codec:
     """A codec for checkpoints: encoding what it decoded gives the same codes and scales again.
 
     Args:
-        name: ``"log"``, or a codebook's name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`; an alias
+        name: ``"log"``, or a codebook's name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec`; an alias
             becomes the name.
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
         residual: Also encode what the first stage lost; ``linear`` only.
@@ -91,7 +91,7 @@ class Codec:
     def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """As :meth:`encode`, and return what is lost: ``[5]`` float64 on the device of ``x``.
 
-        Its items are the fields of :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
+        Its items are the fields of :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
         """
         x = x.detach()
         if self.name == LOG:

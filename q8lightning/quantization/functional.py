@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization import measured_ops, ops
-from q8lightning.quantization.codebook import BUILTIN, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, CodebookName, get_codebook
 
 Code = CodebookName | Codebook | Tensor | Sequence[float]
-"""What names or lists a codebook; see :func:`q8lightning.quantization.codebook.get_codebook`."""
+"""What names or lists a codebook; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
 
 
 def _spec(code: Code) -> str:
@@ -47,7 +47,7 @@ def quantize_blockwise(
         absmax: Written to and returned if given: ``[ceil(numel / blocksize)]`` float32.
         out: Written to and returned if given: ``[*shape]`` uint8.
         statistics: Written to if given: ``[5]`` float64, what the quantization loses; the fields of
-            :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
 
     Returns:
         ``(out, absmax)``: the codes, and the largest magnitudes in the units of ``A``, 0 for an all-zero block. A block
@@ -142,7 +142,7 @@ def fake_quantize(
         code: A built-in codebook's name, a codebook, or its levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         return_statistics: Also return ``[5]`` float64 on the device of ``x``, what the quantization loses: the fields
-            of :class:`q8lightning.quantization.reference.ErrorStatistics`, in their order.
+            of :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
 
     Raises:
         ValueError: If the dtype, the block size or the codebook does not fit.

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.ambient import neutral
-from q8lightning.quantization import measuring, reference
-from q8lightning.quantization.backend import backend_of, kernels
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.backends import cpu_statistics as measuring
+from q8lightning.quantization.backends.choose import backend_of, kernels
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import get_codebook
+from q8lightning.system.ambient import neutral
 
 
 def _statistics(x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.ambient import neutral
-from q8lightning.quantization import reference
-from q8lightning.quantization.backend import backend_of
-from q8lightning.quantization.codebook import get_codebook
+from q8lightning.quantization.backends.choose import backend_of
 from q8lightning.quantization.measured_ops import empty_codes, empty_scale
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import get_codebook
+from q8lightning.system.ambient import neutral
 
 
 @custom_op("q8lightning::quantize", mutates_args=())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization import ops
-from q8lightning.quantization.codebook import Codebook, get_codebook
+from q8lightning.quantization.spec.codebook import Codebook, get_codebook
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class WeightCodec:
     row. A block that holds a whole row gives one scale a channel.
 
     Args:
-        codebook: Its name or :attr:`~q8lightning.quantization.codebook.Codebook.spec`; an alias becomes the name.
+        codebook: Its name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec`; an alias becomes the name.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, negative from the end, or None.
 

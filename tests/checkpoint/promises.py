@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from q8lightning import QuantizedTensor, keep_encoded
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 SUMMARY = "q8lightning"
 

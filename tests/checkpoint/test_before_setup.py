@@ -23,7 +23,7 @@ from packages import PACKAGES, package
 from promises import assert_kept, load, payloads_of
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.checkpoint.durable_io import DurableCheckpointIO
+from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 RAW = frozenset({"table", "counts"})
 

@@ -29,7 +29,7 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
-from q8lightning.checkpoint.explained import damage_in
+from q8lightning.checkpoint.file.load_errors import damage_in
 
 main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
 

@@ -22,10 +22,10 @@ from steps import Steps
 from torch import nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint import reader
-from q8lightning.checkpoint.durable_io import DurableCheckpointIO
-from q8lightning.checkpoint.host_memory import PinnedMemory
-from q8lightning.checkpoint.snapshot import Snapshot
+from q8lightning.checkpoint.file import read as reader
+from q8lightning.checkpoint.staging.snapshot import Snapshot
+from q8lightning.checkpoint.staging.transfer import PinnedMemory
+from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 SLOW = 0.03
@@ -396,7 +396,7 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
     fetch, read = Snapshot.fetch, reader.read_checkpoint
     monkeypatch.setattr(Snapshot, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
-        "q8lightning.checkpoint.io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
+        "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
     )
     io = QuantizedCheckpointIO(kind())
     io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")

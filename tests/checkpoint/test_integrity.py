@@ -21,7 +21,7 @@ from q8lightning import (
     keep_encoded,
     without_verification,
 )
-from q8lightning.checkpoint import archive, summed_file
+from q8lightning.checkpoint.file import archive, summed_file
 from q8lightning.quantization.codec import Codec
 
 WEIGHT = "state_dict.decoder.weight"

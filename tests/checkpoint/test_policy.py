@@ -11,7 +11,7 @@ from torch import nn
 
 from q8lightning import CheckpointPolicy, Codebook, QuantizationCallback, QuantizedCheckpointIO, Rule
 from q8lightning.checkpoint.policy import PRESETS, CodecName, Preset
-from q8lightning.quantization.codebook import ALIASES, BUILTIN
+from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN
 
 TERNARY = [-1.0, 0.0, 1.0]
 

@@ -25,17 +25,19 @@ from q8lightning import (
     keep_encoded,
     without_verification,
 )
-from q8lightning.checkpoint import archive, payload_group, reader
-from q8lightning.checkpoint.durable_io import DurableCheckpointIO
-from q8lightning.checkpoint.open_file import OpenFile
-from q8lightning.checkpoint.payload_group import decode_payloads, replace_payloads
-from q8lightning.checkpoint.reader import read_checkpoint
-from q8lightning.checkpoint.summed_file import LONG, SummedFile
-from q8lightning.checkpoint.writer import write_checkpoint
-from q8lightning.quantization import workers
+from q8lightning.checkpoint.file import archive
+from q8lightning.checkpoint.file import payloads as payload_group
+from q8lightning.checkpoint.file import read as reader
+from q8lightning.checkpoint.file.open_file import OpenFile
+from q8lightning.checkpoint.file.payloads import decode_payloads, replace_payloads
+from q8lightning.checkpoint.file.read import read_checkpoint
+from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
+from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import Unpacking
-from q8lightning.quantization.workers import Workers
+from q8lightning.quantization.many.encode import Unpacking
+from q8lightning.system import workers
+from q8lightning.system.workers import Workers
+from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 Pair = namedtuple("Pair", ["one", "two"])
 

@@ -13,9 +13,10 @@ from steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint import learn
-from q8lightning.checkpoint.repeat import Routine
-from q8lightning.quantization import packing, update_direction
+from q8lightning.checkpoint.encode import learn
+from q8lightning.checkpoint.encode.repeat import Routine
+from q8lightning.quantization.many import encode as packing
+from q8lightning.quantization.many import update_directions as update_direction
 
 CUDA = pytest.param(
     "cuda",
@@ -27,7 +28,7 @@ CUDA = pytest.param(
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where tensors are that are encoded in launches: on the CPU the kernels are interpreted."""
     if request.param == "cpu":
-        blockwise = pytest.importorskip("q8lightning.quantization.kernels.blockwise")
+        blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
         if not blockwise.INTERPRETED:
             pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
         for module in (packing, update_direction, learn):

@@ -24,7 +24,7 @@ from models import Autoencoder, quiet_trainer
 from promises import assert_same, load
 
 from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, export_quantized
-from q8lightning.checkpoint.open_file import OpenFile
+from q8lightning.checkpoint.file.open_file import OpenFile
 
 main = pytest.importorskip("q8lightning.cli.main", reason="needs the extra cli").main
 

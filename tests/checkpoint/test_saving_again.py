@@ -10,7 +10,7 @@ from promises import load, payloads_of, same_parts
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, Rule
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 GENERATIONS = 10
 FINE = [*(-1 + k / 4096 for k in range(120)), 0.0, *(1 - k / 4096 for k in reversed(range(120)))]

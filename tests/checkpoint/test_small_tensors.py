@@ -12,12 +12,12 @@ from test_zip_writer import without_identity, written
 from torch import nn
 
 from q8lightning import QuantizedCheckpointIO
-from q8lightning.checkpoint import compact_pickle, zip_writer
-from q8lightning.checkpoint.locations import located
+from q8lightning.checkpoint.file import compact_pickle, zip_writer
+from q8lightning.checkpoint.file.read import read_checkpoint
+from q8lightning.checkpoint.file.small_tensors import SMALL, SmallTensors
+from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import is_dense
-from q8lightning.checkpoint.reader import read_checkpoint
-from q8lightning.checkpoint.small_tensors import SMALL, SmallTensors
-from q8lightning.checkpoint.writer import write_checkpoint
 
 
 class Holder:

@@ -18,9 +18,10 @@ from test_special_tensors import ODD
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint import host_memory, snapshot
-from q8lightning.checkpoint.host_memory import ALIGNMENT, PinnedMemory, Transfer
-from q8lightning.checkpoint.snapshot import Snapshot
+from q8lightning.checkpoint.staging import snapshot
+from q8lightning.checkpoint.staging import transfer as host_memory
+from q8lightning.checkpoint.staging.snapshot import Snapshot
+from q8lightning.checkpoint.staging.transfer import ALIGNMENT, PinnedMemory, Transfer
 from q8lightning.quantization.codec import Codec
 
 Pair = namedtuple("Pair", ["one", "two"])

@@ -23,7 +23,7 @@ from promises import load, payloads_of, same_bits
 from steps import Steps
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.writer import STEPS, TEMPORARY_SUFFIX, write_checkpoint
+from q8lightning.checkpoint.file.write import STEPS, TEMPORARY_SUFFIX, write_checkpoint
 
 SAVE = "q8lightning.save"
 CONTENT = {"weight": torch.arange(50_000.0)}

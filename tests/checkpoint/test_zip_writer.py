@@ -25,15 +25,16 @@ from promises import assert_same
 from test_special_tensors import ODD
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint import write_behind, writer, zip_writer
-from q8lightning.checkpoint.crc32 import combine
+from q8lightning.checkpoint.file import write as writer
+from q8lightning.checkpoint.file import write_behind, zip_writer
+from q8lightning.checkpoint.file.crc32 import combine
+from q8lightning.checkpoint.file.payloads import checksums_ahead, payloads_in
+from q8lightning.checkpoint.file.write_behind import WriteBehind
+from q8lightning.checkpoint.file.zip_writer import CHUNK, ZipWriter
 from q8lightning.checkpoint.payload import CHECKSUMS
-from q8lightning.checkpoint.payload_group import checksums_ahead, payloads_in
-from q8lightning.checkpoint.write_behind import WriteBehind
-from q8lightning.checkpoint.zip_writer import CHUNK, ZipWriter
-from q8lightning.quantization import workers
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.workers import Workers
+from q8lightning.system import workers
+from q8lightning.system.workers import Workers
 
 
 def written(save: Callable[[Any, IO[bytes]], None], content: Any) -> bytes:
@@ -257,7 +258,7 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 
 
 def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.payload_group.WORTH_THREADS", 0)
+    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
     payloads = [QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), f"x{index}") for index in range(5)]
     expected = [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
@@ -265,7 +266,7 @@ def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.Monk
     made: list[str] = []
     real = writer.checksums_ahead.__wrapped__.__globals__["checksum"]  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        "q8lightning.checkpoint.payload_group.checksum",
+        "q8lightning.checkpoint.file.payloads.checksum",
         lambda *a: made.append(threading.current_thread().name) or real(*a),
     )
     with checksums_ahead(content):
@@ -276,7 +277,7 @@ def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.Monk
 
 
 def test_a_payload_that_was_loaded_keeps_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.payload_group.WORTH_THREADS", 0)
+    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
     payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
     payload.checksum = 7
     with checksums_ahead([payload]):
@@ -426,7 +427,7 @@ def test_without_threads_the_work_is_done_all_the_same(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        patch.setattr("q8lightning.checkpoint.payload_group.WORTH_THREADS", 0)
+        patch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
         writer.write_checkpoint(LARGE | everything(), tmp_path / "a.ckpt")
     found = torch.load(tmp_path / "a.ckpt", weights_only=False)
     assert_same(found["large"], everything()["large"])

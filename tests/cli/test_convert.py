@@ -27,11 +27,11 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
+from q8lightning.checkpoint.encode.state_dict import Encoded, encode_and_report
+from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX
 from q8lightning.checkpoint.policy import PRESETS
-from q8lightning.checkpoint.state_dict import Encoded, encode_and_report
-from q8lightning.checkpoint.writer import TEMPORARY_SUFFIX
-from q8lightning.cli import convert, encoder
-from q8lightning.cli.source import open_checkpoint
+from q8lightning.tools import convert, encoder
+from q8lightning.tools.source import open_checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
 from promises import assert_same, load, payloads_of, same_bits, same_parts

@@ -14,7 +14,7 @@ from models import Autoencoder, TwoOptimizers, quiet_trainer
 from torch import Tensor, nn
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.cli.source import KINDS
+from q8lightning.tools.source import KINDS
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
 from promises import load, payloads_of, tensors

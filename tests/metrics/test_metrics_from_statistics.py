@@ -9,7 +9,7 @@ from torch import Tensor
 from q8lightning.metrics import MaxReconstructionError, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.metrics.functional.update_direction import update_direction_update
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.reference import ErrorStatistics, measure
+from q8lightning.quantization.spec.reference import ErrorStatistics, measure
 
 FROM_STATISTICS = [case for case in CASES if case.batch is pair]
 CODECS = [Codec("linear"), Codec("softsign", 128), Codec("linear", residual=True), Codec("log", 128)]

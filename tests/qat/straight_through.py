@@ -12,8 +12,8 @@ from models import OPTIMIZERS, batches
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 
 def quantized(x: Tensor, codebook: str = "linear", block_size: int = 256) -> Tensor:

@@ -14,7 +14,7 @@ from models import Autoencoder, quiet_trainer
 from straight_through import Trained, quantized
 from torch import Tensor, nn
 
-import q8lightning.qat.export
+import q8lightning.export.quantized
 from q8lightning import (
     QATConfig,
     QuantizationCallback,
@@ -24,7 +24,7 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec.codebook import BUILTIN
 from q8lightning.quantization.weight_codec import WeightCodec
 
 
@@ -71,7 +71,7 @@ def trained(folder: Path, rule: WeightRule, checkpoint: Any = "resume", steps: i
 
 def documented_reader(path: Path) -> dict[str, Tensor]:
     """Run the reader that the module's docstring shows, as it stands there."""
-    source = q8lightning.qat.export.__doc__.split("::\n\n", 1)[1]
+    source = q8lightning.export.quantized.__doc__.split("::\n\n", 1)[1]
     assert len(source.strip().splitlines()) <= 11
     namespace: dict[str, Any] = {"torch": torch}
     exec(textwrap.dedent(source), namespace)

@@ -19,7 +19,7 @@ from models import quiet_trainer
 from straight_through import Trained, quantized
 from torch import Tensor, nn
 
-import q8lightning.qat.export
+import q8lightning.export.quantized
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule, export_quantized
 
 INT4 = QATConfig([WeightRule("*", "int4", 64)])
@@ -55,7 +55,7 @@ def saved(folder: Path, checkpoint: Any, weights_only: bool, **options: Any) -> 
 
 def read_codes(path: Path) -> dict[str, Tensor]:
     namespace: dict[str, Any] = {"torch": torch}
-    exec(textwrap.dedent(q8lightning.qat.export.__doc__.split("::\n\n", 1)[1]), namespace)
+    exec(textwrap.dedent(q8lightning.export.quantized.__doc__.split("::\n\n", 1)[1]), namespace)
     state: dict[str, Tensor] = namespace["load_codes"](path)
     return state
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.quantization.block_choice import chosen_blocks
 from q8lightning.quantization.functional import fake_quantize_rows
+from q8lightning.quantization.spec.block_choice import chosen_blocks
 
 
 def layers() -> nn.Module:

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import q8lightning
 from q8lightning import LostWriteError, QATConfig, QuantizationCallback, WeightRule
-from q8lightning.qat import writes
+from q8lightning.qat.writes import follow
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=32)])
 SIZE = 16
@@ -425,7 +425,7 @@ class Embeddings(pl.LightningModule):
 def test_embeddings_renormalize_their_masters_and_look_up_quantized_rows(
     norm_type: float, kind: type[nn.Module], followed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writes, "FOLLOWED", 100 if followed else 0)
+    monkeypatch.setattr(follow, "FOLLOWED", 100 if followed else 0)
     torch.manual_seed(0)
     model = Embeddings(kind, norm_type=norm_type)
     reference = Embeddings(kind, by_hand=True, norm_type=norm_type)
@@ -519,8 +519,8 @@ def test_a_write_that_begins_late_stops_the_run(
     kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At no step that is followed, or compared on a sample."""
-    monkeypatch.setattr(writes, "FOLLOWED", 1)
-    monkeypatch.setattr(writes, "COMPARED", 1)
+    monkeypatch.setattr(follow, "FOLLOWED", 1)
+    monkeypatch.setattr(follow, "COMPARED", 1)
     calls = []
 
     def late(pair: Pair) -> None:
@@ -568,7 +568,7 @@ def test_a_write_beside_a_compiled_function_stops_the_run(fresh: bool, after: bo
 def test_inside_masters_everything_is_possible(
     kind: str, followed: bool, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writes, "FOLLOWED", 100 if followed else 0)
+    monkeypatch.setattr(follow, "FOLLOWED", 100 if followed else 0)
     write = EXACT[kind] if kind in EXACT else LOST[kind][0]
 
     def inside(pair: Pair) -> None:
@@ -664,7 +664,7 @@ def test_reading_is_the_same_in_steps_that_are_followed_and_in_others(
     """And nothing is followed longer than it must be if nobody writes."""
     runs = []
     for followed in (0, 2, 100):
-        monkeypatch.setattr(writes, "FOLLOWED", followed)
+        monkeypatch.setattr(follow, "FOLLOWED", followed)
         torch.manual_seed(3)
         model = Reader()
         runs.append((*train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=4), model.read))
@@ -700,14 +700,14 @@ def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
     seen = []
     for each, followed in zip(copies, (0, 100), strict=True):
         each.where = ""
-        monkeypatch.setattr(writes, "FOLLOWED", followed)
+        monkeypatch.setattr(follow, "FOLLOWED", followed)
         seen.append(train(tmp_path, each, QuantizationCallback(None, qat=QAT), max_steps=1, limit_val_batches=1)[0])
     assert seen[0] == seen[1]
     assert written[1] == seen[0][1]
 
 
 def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writes, "FOLLOWED", 1)
+    monkeypatch.setattr(follow, "FOLLOWED", 1)
     calls = []
 
     def every_other(pair: Pair) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import cpu, reference
-from q8lightning.quantization.codebook import ALIASES, BUILTIN, CellTable, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, CellTable, Codebook, CodebookName, get_codebook
 from q8lightning.quantization.weight_codec import WeightCodec
 
 ULP = 2.0**-23  # of float32, relative: at most this far apart are neighbouring floats

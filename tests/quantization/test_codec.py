@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import BUILTIN, Codebook
 from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 CUSTOM = Codebook("mine", (-0.5, -0.1, 0.0, 0.3, 1.0))
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]

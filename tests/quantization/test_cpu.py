@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from q8lightning.quantization import cpu, reference
-from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.backends import cpu
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 if TYPE_CHECKING:
     from conftest import Scheme

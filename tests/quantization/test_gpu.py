@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from q8lightning import fake_quantize, quantize_blockwise
-from q8lightning.quantization import ops, reference
-from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization import ops
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import pack
+from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytestmark = [
     pytest.mark.gpu,

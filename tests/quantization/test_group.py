@@ -8,10 +8,11 @@ import torch
 from oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization import group_batches, reference
-from q8lightning.quantization.block_choice import chosen_blocks, mix
-from q8lightning.quantization.codebook import BUILTIN, Codebook
-from q8lightning.quantization.group import FakeQuantizeGroup
+from q8lightning.quantization.many import launches as group_batches
+from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.block_choice import chosen_blocks, mix
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 MINE = Codebook("mine", (-1.0, -0.3, 0.0, 0.4, 1.0))
 BOOKS = [*(book for book in BUILTIN.values() if book.signed), MINE]
@@ -264,7 +265,7 @@ def kernel_cases() -> list[Tensor]:
 @pytest.fixture(params=[pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where groups are engaged by the kernels: on the CPU those are interpreted, float32 and float16 only."""
-    launch = pytest.importorskip("q8lightning.quantization.kernels.launch", reason="Triton is not installed")
+    launch = pytest.importorskip("q8lightning.quantization.backends.kernels.launch", reason="Triton is not installed")
     if request.param == "cuda":
         if not torch.cuda.is_available() or launch.INTERPRETED:
             pytest.skip("compiled kernels need a GPU, and TRITON_INTERPRET must not be set")
@@ -339,7 +340,7 @@ def test_kernels_engage_to_the_same_bits(
 
 
 def test_a_launch_for_each_dtype_and_its_work_list_is_kept(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q8lightning.quantization.kernels import grouped, work_list
+    from q8lightning.quantization.backends.kernels import grouped, work_list
 
     live = [torch.randn(64 * n, 64, device=kernel_device).to(d) for n in (1, 2) for d in (torch.float32, torch.float16)]
     launches = []

@@ -8,15 +8,15 @@ import torch
 from oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.block_choice import chosen_blocks
-from q8lightning.quantization.codebook import BUILTIN, Codebook
 from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.block_choice import chosen_blocks
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from test_kernels import device as device  # the fixture: interpreted here, compiled there
 
-from q8lightning.quantization.kernels import grouped, launch, work_list
+from q8lightning.quantization.backends.kernels import grouped, launch, work_list
 
 CODECS = [
     Codec("softsign", 128),

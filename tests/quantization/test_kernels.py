@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from q8lightning.quantization.kernels import blockwise, launch
+from q8lightning.quantization.backends.kernels import blockwise, launch
 
 NOT_INTERPRETED = pytest.mark.skipif(
     not blockwise.INTERPRETED, reason="CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start"

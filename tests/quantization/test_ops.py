@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from q8lightning.quantization import measured_ops, ops, reference
-from q8lightning.quantization.codebook import BUILTIN, Codebook, get_codebook
+from q8lightning.quantization import measured_ops, ops
 from q8lightning.quantization.functional import (
     dequantize_blockwise,
     fake_quantize,
     fake_quantize_rows,
     quantize_blockwise,
 )
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, get_codebook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

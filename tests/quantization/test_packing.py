@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from q8lightning.quantization import reference
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import Unpacking, bytes_to_unpack, pack, unpack_on
+from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, pack, unpack_on
+from q8lightning.quantization.spec import reference
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from q8lightning.quantization import logarithm, reference
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec import logarithm, reference
+from q8lightning.quantization.spec.codebook import BUILTIN
 
 if TYPE_CHECKING:
     from conftest import Scheme

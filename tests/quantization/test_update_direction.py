@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
-from q8lightning.quantization import sampling, update_direction
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import pack, repack
-from q8lightning.quantization.update_direction import Moments, StoredMoment, update_direction_sums
+from q8lightning.quantization.many import update_directions as update_direction
+from q8lightning.quantization.many.encode import pack, repack
+from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
+from q8lightning.quantization.spec import sampling
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -160,7 +161,7 @@ def test_a_gpu_is_not_waited_for() -> None:
 def launching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where directions are measured by the kernels: on the CPU those are interpreted."""
     if request.param == "cpu":
-        blockwise = pytest.importorskip("q8lightning.quantization.kernels.blockwise")
+        blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
         if not blockwise.INTERPRETED:
             pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
         monkeypatch.setattr(update_direction, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from oracle import same_bits
 
-from q8lightning.quantization import reference
-from q8lightning.quantization.bit_packing import pack, unpack
-from q8lightning.quantization.codebook import BUILTIN
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.bit_packing import pack, unpack
+from q8lightning.quantization.spec.codebook import BUILTIN
 from q8lightning.quantization.weight_codec import WeightCodec
 
 WEIGHTS = [name for name, codebook in BUILTIN.items() if codebook.signed]
@@ -98,6 +98,6 @@ def test_packed_codes_come_back(numel: int, bits: int) -> None:
 def test_packing_in_chunks_leaves_no_gaps(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(2**bits, (1000,), dtype=torch.uint8)
     at_once = pack(codes, bits)
-    monkeypatch.setattr("q8lightning.quantization.bit_packing.CHUNK", 64)
+    monkeypatch.setattr("q8lightning.quantization.spec.bit_packing.CHUNK", 64)
     assert torch.equal(pack(codes, bits), at_once)
     assert torch.equal(unpack(at_once, bits, 1000), codes)

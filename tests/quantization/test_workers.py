@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from q8lightning.quantization import workers
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.packing import pack
-from q8lightning.quantization.update_direction import Moments, StoredMoment, update_direction_sums
-from q8lightning.quantization.workers import share_out
+from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
+from q8lightning.system import workers
+from q8lightning.system.workers import share_out
 
 
 @pytest.fixture

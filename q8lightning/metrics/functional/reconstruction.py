@@ -15,8 +15,8 @@ All sums are float64, whatever the dtype of the tensors. NaN in either tensor ma
 import torch
 from torch import Tensor
 
-from q8lightning.ambient import neutral
 from q8lightning.metrics.functional.checks import check_floats, check_sums
+from q8lightning.system.ambient import neutral
 
 STATISTICS = 5
 """How many numbers describe one tensor's loss."""

@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor
 
-from q8lightning.ambient import neutral
 from q8lightning.metrics.functional.checks import check_floats, check_sums
 from q8lightning.metrics.functional.reconstruction import relative_error_compute, squared_error_update
+from q8lightning.system.ambient import neutral
 
 
 def check_eps(eps: float) -> None:

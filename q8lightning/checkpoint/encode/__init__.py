@@ -1,0 +1,1 @@
+"""From a checkpoint to an encoded one: what to encode, how, and what that loses."""

@@ -1,0 +1,31 @@
+"""Links to checkpoints that are there all the time, while they are turned to a newer one."""
+
+import os
+import shutil
+from contextlib import suppress
+
+from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX, write_durably
+from q8lightning.system.paths import PathLike
+
+
+def link_checkpoint(target: PathLike, path: PathLike) -> None:
+    """Let ``path`` be a relative link to ``target``, in one step; a copy of it where the system has no links.
+
+    Whatever was at ``path`` is gone afterwards, a folder too.
+
+    Raises:
+        OSError: If there can be neither a link nor a copy; what was at ``path`` stays, unless it was a folder.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    temporary = os.path.join(folder, f".{name}{TEMPORARY_SUFFIX}")  # one that a kill left is in nobody's way
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        os.symlink(os.path.relpath(target, folder), temporary)
+    except OSError:  # a right that not every user has on Windows
+        with open(target, "rb") as file:
+            write_durably(path, lambda copy: shutil.copyfileobj(file, copy))
+    else:
+        os.replace(temporary, path)

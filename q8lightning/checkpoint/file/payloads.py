@@ -1,0 +1,130 @@
+"""All payloads of a checkpoint at once: checksums in several threads, decoding in few launches."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.integrity import checksum
+from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
+from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
+from q8lightning.quantization.many.encode import Unpacking, batches, bytes_to_unpack, unpack_on, unpack_together
+from q8lightning.system.ambient import neutral
+from q8lightning.system.workers import WORTH_THREADS, Workers, count_workers, share_out
+
+
+def payloads_in(content: Any) -> list[QuantizedTensor]:
+    """Return the payloads in the containers of a checkpoint, each once."""
+    found = {id(leaf): leaf for _, leaf in leaves(content) if isinstance(leaf, QuantizedTensor)}
+    return list(found.values())
+
+
+@contextmanager
+def checksums_ahead(content: Any) -> Iterator[list[QuantizedTensor]]:
+    """Within this context, threads compute the checksums that the payloads of ``content`` are pickled with.
+
+    Gives the payloads, which must not change meanwhile.
+    """
+    payloads = payloads_in(content)
+    unsummed = [each for each in payloads if each.checksum is None and each.data.device.type == "cpu"]
+    if sum(payload.nbytes for payload in unsummed) < WORTH_THREADS:
+        yield payloads
+        return
+    with Workers(count_workers(len(unsummed))) as workers:
+        sums = {id(payload): workers.submit(checksum, payload.header, payload.data) for payload in unsummed}
+        token = CHECKSUMS.set(sums)
+        try:
+            yield payloads
+        finally:
+            CHECKSUMS.reset(token)
+
+
+@neutral()
+def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | None = None) -> dict[int, Tensor]:
+    """Decode loaded payloads, each verified before.
+
+    Args:
+        payloads: Each once.
+        device: A GPU to decode on, all of them in few launches, if they fit; None for where they are.
+
+    Returns:
+        The tensors by the payloads' ids.
+
+    Raises:
+        CorruptCheckpointError: If a payload is not what was saved.
+    """
+    decoded: dict[int, Tensor] = {}
+    if device is not None:
+        share_out([partial(copy_context().run, each.verify) for each in payloads], [each.nbytes for each in payloads])
+        decoded = _decode_on(device, payloads)
+    left = [payload for payload in payloads if id(payload) not in decoded]
+    jobs, sizes = [], []
+    for batch in batches([_unpacking(payload) for payload in left], torch.get_num_threads()):
+        members = [left[index] for index in batch]
+        jobs.append(partial(copy_context().run, _decode_together, members))
+        sizes.append(sum(payload.nbytes for payload in members))
+    for values in share_out(jobs, sizes):
+        decoded |= values
+    return decoded
+
+
+def _decode_together(payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
+    """Verify and decode what may be decoded in one go; return the tensors by the payloads' ids."""
+    for payload in payloads:
+        payload.verify()
+    values = unpack_together([_unpacking(payload) for payload in payloads])
+    return {id(payload): payload.as_decoded(each) for payload, each in zip(payloads, values, strict=True)}
+
+
+def _unpacking(payload: QuantizedTensor) -> Unpacking:
+    return Unpacking(payload.data, payload.codec, math.prod(payload.shape), payload.dtype)
+
+
+def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
+    """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
+    chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
+    items = [_unpacking(each) for each in chosen]
+    if not items or bytes_to_unpack(items) > _free_bytes(device):
+        return {}
+    try:
+        values = unpack_on(device, items)
+    except torch.OutOfMemoryError:  # somebody else was faster
+        return {}
+    return {id(payload): payload.as_decoded(each) for payload, each in zip(chosen, values, strict=True)}
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return how many bytes of a GPU may be used: some remain for a training that goes on there."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - total // 20
+
+
+class TensorsWantedError(Exception):
+    """A container did something with what was put into it, and has got payloads in the place of tensors."""
+
+
+def replace_payloads(content: Any, decoded: Mapping[int, Tensor]) -> Any:
+    """Put tensors in the place of payloads in containers, changing them where they can be changed.
+
+    Args:
+        content: A checkpoint that nobody else has.
+        decoded: The tensors by the payloads' ids.
+
+    Raises:
+        TensorsWantedError: If that would not give what unpickling with the tensors would have given.
+    """
+
+    def check(container: Any, _: Any) -> None:
+        if not is_unpickled_plainly(container):
+            raise TensorsWantedError
+
+    def change(leaf: Any) -> Any:
+        return decoded[id(leaf)] if isinstance(leaf, QuantizedTensor) else leaf
+
+    return rebuild(content, change, in_place=True, copied=check)

@@ -1,0 +1,133 @@
+"""Fast reading of whole checkpoints: each byte is read once, and everything is read, summed and decoded in parallel."""
+
+import gc
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.file.archive import verified
+from q8lightning.checkpoint.file.open_file import OpenFile
+from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
+from q8lightning.checkpoint.file.summed_file import SummedFile
+from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
+from q8lightning.system.workers import MOST, Workers, count_workers
+
+OPTIMIZER_STATES = "optimizer_states"
+"""The section of a checkpoint that may be decoded elsewhere than the rest."""
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    load: Callable[[IO[bytes]], Any],
+    verify: bool = True,
+    optimizer_device: torch.device | None = None,
+) -> Any:
+    """Load a checkpoint with all its payloads decoded, as ``load`` would by itself.
+
+    Args:
+        path: A file of this machine.
+        load: Loads from an open file; ``torch.load`` with its options.
+        verify: Compare checksums of payloads, and sums of everything else.
+        optimizer_device: A GPU on which the payloads of optimizer states are decoded, where they then are; None for the
+            host.
+
+    Raises:
+        CorruptCheckpointError: If the content is not what was saved.
+        OSError: If there is no such file or it cannot be read.
+    """
+    with ExitStack() as stack:
+        if not verify:
+            stack.enter_context(without_verification())
+        workers = stack.enter_context(Workers(count_workers(MOST)))
+        file = stack.enter_context(OpenFile(path))
+        through = stack.enter_context(SummedFile(file, workers, sums=verify))
+        if verify:
+            stack.enter_context(verified(file, through))
+        opened = cast("IO[bytes]", through)
+        if stays_encoded():
+            return load(opened)
+        loaded = _load_and_decode(load, opened, optimizer_device)
+        if loaded is not None:
+            return loaded[0]
+        through.seek(0)
+        return load(opened)
+
+
+def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any:
+    """Let somebody load a checkpoint by its name, and verify the file meanwhile.
+
+    If another file takes the name meanwhile, nobody knows which of the two was loaded. It is loaded again then; where
+    that happens time and again, at last with the payloads' own checksums alone, and a warning.
+
+    Raises:
+        CorruptCheckpointError: If the content is not what was saved.
+    """
+    for _ in range(_ATTEMPTS):
+        with OpenFile(path) as file:
+            try:
+                with verified(file):
+                    content = load()
+            except Exception:
+                if file.has_its_name():
+                    raise
+            else:
+                if file.has_its_name():
+                    return content
+    warnings.warn(
+        f"{os.fspath(path)} was replaced each of the {_ATTEMPTS} times that it was loaded: of this load, only quantized"
+        " tensors are compared with their checksums; load a file that stays if everything is to be",
+        stacklevel=2,
+    )
+    return load()
+
+
+_ATTEMPTS = 5
+
+
+def _load_and_decode(
+    load: Callable[[IO[bytes]], Any], file: IO[bytes], optimizer_device: torch.device | None
+) -> tuple[Any] | None:
+    """Load, then decode everything at once; None if an object needs its tensors while it is loaded."""
+    with collect_encoded() as payloads:
+        try:
+            content = load(file)
+        except Exception:
+            if payloads:
+                return None  # perhaps because of one; the other way will tell
+            raise
+    try:
+        content = replace_payloads(content, _decode(content, payloads, optimizer_device))
+    except TensorsWantedError:
+        return None
+    # What still has a payload is an object that is no container.
+    return (content,) if _are_gone(payloads) else None
+
+
+def _are_gone(payloads: list[QuantizedTensor]) -> bool:
+    """Empty the list and tell whether nobody else has any of them."""
+    references = [weakref.ref(payload) for payload in payloads]
+    payloads.clear()
+    if any(reference() is not None for reference in references):
+        gc.collect()  # or is it only a cycle that has them?
+    return all(reference() is None for reference in references)
+
+
+def _decode(
+    content: Any, payloads: list[QuantizedTensor], optimizer_device: torch.device | None
+) -> Mapping[int, Tensor]:
+    if optimizer_device is None or not isinstance(content, dict):
+        return decode_payloads(payloads)
+    there = {id(payload) for payload in payloads_in(content.get(OPTIMIZER_STATES))}
+    here = {id(each) for key, section in content.items() if key != OPTIMIZER_STATES for each in payloads_in(section)}
+    there -= here
+    return {
+        **decode_payloads([each for each in payloads if id(each) in there], optimizer_device),
+        **decode_payloads([each for each in payloads if id(each) not in there]),
+    }

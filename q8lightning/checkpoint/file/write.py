@@ -1,0 +1,202 @@
+"""Durable writing: a file that is there under its name is whole, whatever happens while it is written."""
+
+import errno
+import os
+import platform
+import re
+import secrets
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, cast
+
+from q8lightning.checkpoint.file import zip_writer
+from q8lightning.checkpoint.file.payloads import checksums_ahead
+from q8lightning.checkpoint.file.write_behind import WriteBehind
+from q8lightning.system.advice import advise
+from q8lightning.system.ambient import neutral
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY_SUFFIX = ".q8lightning.tmp"
+"""Files with this ending are being written, or were when their writer was killed; the next save removes those."""
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_TEMPORARY = re.compile(r"\.([0-9a-f]{8})?[0-9a-f]{16}" + re.escape(TEMPORARY_SUFFIX))
+_FOREIGN_AGE = 3600.0
+"""Seconds without a write after which another host's file counts as left over: locks may not reach across hosts."""
+
+
+STEPS = ("frozen", "fetched", "opened", "written", "flushed", "renamed", "durable", "removing", "removed")
+"""What happens to a checkpoint, in this order, unless there is nothing to remove.
+
+Each is announced as an audit event, ``q8lightning.save`` with the step and the path (see ``sys.addaudithook``).
+"""
+
+
+@neutral()
+def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
+    """Write ``checkpoint`` as ``torch.save`` does so that ``path`` holds either its old content or all of the new one.
+
+    The content goes to the file without a second copy of it in memory; see :func:`write_durably`. If it holds payloads,
+    and so needs q8lightning to be loaded, then it takes less room than ``torch.save`` would need for the rest.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a directory.
+        OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with checksums_ahead(checkpoint) as payloads:
+            zip_writer.save(checkpoint, file, compact=bool(payloads))
+
+    write_durably(path, write)
+
+
+def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a file so that ``path`` holds either its old content or all of the new one.
+
+    The content goes to a temporary file beside the target, from there to the disk while more is written, and is flushed
+    before the file takes the target's name; the folder is flushed last, if its file system can do that. Missing folders
+    are made; temporary files that a killed writer left there are removed.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a directory.
+        OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was, as they
+            are after any other error of ``write``.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"a checkpoint is a file, but {target} is a directory; choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    with _naming(target):
+        with _temporary_beside(target) as file:
+            announce("opened", target)
+            with WriteBehind(file) as behind:
+                write(cast("IO[bytes]", behind))
+            file.flush()
+            announce("written", target)
+            os.fsync(file.fileno())
+            announce("flushed", target)
+            os.replace(file.name, target)
+            announce("renamed", target)
+        flushed = _flush_directory(target.parent)
+    announce("durable", target)
+    if not flushed:
+        _warn_of(target.parent)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let errors of the system, which know the number of a file or the temporary one at best, name the target."""
+    try:
+        yield
+    except OSError as error:
+        known = error.filename is not None and not str(error.filename).endswith(TEMPORARY_SUFFIX)
+        if error.errno is not None and error.filename2 is None and not known:
+            error.filename = str(target)
+        raise
+    except RuntimeError as error:
+        # When a write fails (a full disk), torch's own zip writer reports its own confusion about it.
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
+        raise
+
+
+def announce(step: str, path: str | os.PathLike[str]) -> None:
+    """Raise the audit event of one of the ``STEPS``."""
+    sys.audit("q8lightning.save", step, os.fspath(path))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writers from ``folder``, never one of a writer that lives.
+
+    A writer holds a lock on its file, which ends with the process that holds it.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if match := _TEMPORARY.fullmatch(entry.name):
+                _remove_unless_locked(Path(entry.path), own_host=match[1] == _HOST)
+
+
+def _remove_unless_locked(path: Path, own_host: bool) -> None:
+    if sys.platform == "win32":  # an open file cannot be deleted there
+        with suppress(OSError):
+            path.unlink()
+        return
+    # OSError: its writer lives (BlockingIOError), it is gone, it is not ours, or there are no locks here
+    with suppress(OSError), open(path, "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if own_host or time.time() - os.fstat(file.fileno()).st_mtime > _FOREIGN_AGE:
+            path.unlink()
+
+
+@contextmanager
+def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
+    """Open a new file in the target's folder (with the user's usual permissions); remove it if the block fails."""
+    file = _open_locked(target.parent)
+    try:
+        with file:
+            yield file
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(file.name)
+        raise
+
+
+def _open_locked(folder: Path) -> IO[bytes]:
+    while True:
+        # Short enough for wherever a name fits.
+        file = open(folder / f".{_HOST}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}", "xb")  # noqa: SIM115 (the caller does)
+        if sys.platform != "win32":
+            with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.exists(file.name):  # taken for a leftover in the moment before it was locked
+                file.close()
+                continue
+        return file
+
+
+_FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Errors of the disk itself. Any other means that the file system does not flush folders."""
+
+
+def _flush_directory(directory: Path) -> bool:
+    """Flush a folder, so that a new name in it survives a crash of the system; tell whether that is possible.
+
+    Network file systems and those in user space (cifs, FUSE) refuse it in many ways. A folder may also be such as may
+    be written to, but not read.
+
+    Raises:
+        OSError: If the disk fails.
+    """
+    if os.name == "nt":  # Windows cannot open directories
+        return True
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _FAILING:
+            raise
+        return False
+    return True
+
+
+@cache
+def _warn_of(directory: Path) -> None:
+    """Say of a folder, once in this process, that it cannot be flushed."""
+    advise(  # the file is whole: an exception would report a save that went well as one that failed
+        f"{directory} cannot be flushed to the disk, as on some network file systems: checkpoints there are whole, but"
+        " a crash of the machine soon after a save may take the new file's name away; keep more than one checkpoint,"
+        " or save to a local disk",
+        stacklevel=2,
+    )

@@ -1,0 +1,242 @@
+"""The zip file of a checkpoint, as ``torch.save`` lays it out to the byte, or in fewer, but summed while it is written.
+
+``torch.save`` computes the CRC32 of a record before it writes it, so that the processor waits for the disk and the disk
+for the processor. Here threads sum a stretch while it and the ones after it are written.
+"""
+
+import pickle
+import struct
+import zlib
+from collections import deque
+from collections.abc import Collection
+from concurrent.futures import Future
+from inspect import signature
+from typing import IO, Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from q8lightning.checkpoint.file.compact_pickle import PICKLE, WORTHWHILE, compact_pickle, deflate
+from q8lightning.checkpoint.file.crc32 import combine
+from q8lightning.checkpoint.file.small_tensors import SmallTensors
+from q8lightning.checkpoint.load_locations import located
+from q8lightning.system.workers import Workers, count_workers
+
+CHUNK = 2**22
+"""Bytes that are summed and written at a time: few enough to stay in the cache between the two."""
+
+SUMMING_THREADS = 2
+"""One sums about as fast as another writes to the page cache; two are sure to."""
+
+ZIP64_LIMIT = 0xFFFFFFFF
+"""Sizes and offsets from here on are stored in 64 bits."""
+
+_ARCHIVE = "archive"
+"""What ``torch.save`` calls the folder of all records in a file that it was given opened."""
+
+_VERSION = "3"
+"""Of torch's format for zip files, the same since torch 1.6."""
+
+_DEFLATED = 8
+"""The number of the method by which a zip's records are compressed; 0 stands for none."""
+
+_NAME_IS_UTF8, _SUM_FOLLOWS = 0x0800, 0x0008
+_LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
+_END64, _END64_LOCATOR, _END = b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"
+
+
+def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
+    """Write ``obj`` to an open file as ``torch.save`` does, with the same bytes except the file's random-looking id.
+
+    Where the installed torch has no such inner function as this needs, or an option is set that this does not know,
+    ``torch.save`` itself does it.
+
+    Args:
+        obj: What to save.
+        file: Where to.
+        compact: Take less room than ``torch.save``: small tensors lie together, which only q8lightning takes apart when
+            they are loaded, and the pickle is compressed, as a zip's records may be. If memory that they share with an
+            object that is no container would not be shared any more, they lie apart.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    start = file.tell()
+    for small in (SmallTensors(obj), None) if compact else (None,):
+        try:
+            if _knows_torch():
+                _save(obj, file, compact, small)
+                return
+        except (UnknownRequest, SharedMemory):
+            file.seek(start)
+            file.truncate()
+    torch.save(obj, file)
+
+
+def _save(obj: Any, file: IO[bytes], compact: bool, small: SmallTensors | None) -> None:
+    # Private: pickles, and calls write_record(name, data, nbytes) for the pickle and then for each storage. The same in
+    # torch 2.6 to 2.13, checked by _knows_torch.
+    serialization: Any = torch.serialization
+    module = compact_pickle(small) if compact else pickle
+    compressed, unwanted = {PICKLE} if compact else set[str](), small.originals if small else set[int]()
+    with (
+        located(small.tags if small else {}),
+        ZipWriter(file, serialization._get_storage_alignment(), compressed, unwanted) as archive,
+    ):
+        serialization._save(obj, archive, module, serialization.DEFAULT_PROTOCOL, False)
+
+
+def _knows_torch() -> bool:
+    serialization: Any = torch.serialization
+    try:
+        parameters = list(signature(serialization._save).parameters)
+        plain = serialization.get_crc32_options() and not serialization._serialization_tls.skip_data
+        serialization._get_storage_alignment()
+    except (AttributeError, TypeError, ValueError):
+        return False
+    known = ["obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record"]
+    return bool(plain and parameters == known)
+
+
+class UnknownRequest(AttributeError):
+    """A later torch asks its zip writer for something that this one does not have."""
+
+
+class SharedMemory(Exception):
+    """Something else that is saved shares the memory of a small tensor."""
+
+
+class ZipWriter:
+    """Writes records one after the other; what ``torch.serialization`` knows as a ``PyTorchFileWriter``.
+
+    Leaving its context completes the file, unless an error is on its way; no thread is left in any case.
+
+    Args:
+        file: Open for writing, at the place where the archive begins.
+        alignment: The data of every record begins at a multiple of so many bytes, so that it can be memory-mapped.
+        compressed: The names of records to compress, which cannot be memory-mapped.
+        unwanted: Addresses of storages that must not be written.
+    """
+
+    def __init__(
+        self, file: IO[bytes], alignment: int = 64, compressed: Collection[str] = (), unwanted: Collection[int] = ()
+    ) -> None:
+        self._file = file
+        self._alignment = alignment
+        self._compressed = compressed
+        self._unwanted = unwanted
+        self._workers = Workers(count_workers(SUMMING_THREADS))
+        self._position = 0
+        self._directory: list[bytes] = []
+        self._names = 0
+        self._sums = 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownRequest(name)
+
+    def __enter__(self) -> "ZipWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._workers:  # in any case
+            if kind is None:
+                self._write_end()
+
+    def write_record(self, name: str, data: bytes | str | UntypedStorage, nbytes: int) -> None:
+        """Append a record.
+
+        Args:
+            name: Its path in the archive.
+            data: Its content, in host memory; not needed any more when this returns.
+            nbytes: How many bytes of it.
+
+        Raises:
+            OSError: If the file cannot be written.
+            SharedMemory: If the data is an unwanted storage.
+        """
+        if isinstance(data, UntypedStorage) and data.data_ptr() in self._unwanted:
+            raise SharedMemory
+        path, start, content = f"{_ARCHIVE}/{name}".encode(), self._position, _bytes_of(data)[:nbytes]
+        compressed = deflate(content) if name in self._compressed and 0 < nbytes <= WORTHWHILE else None
+        size64, offset64 = nbytes >= ZIP64_LIMIT, start >= ZIP64_LIMIT
+        offset = struct.pack("<Q", start) if offset64 else b""
+        local = _zip64(struct.pack("<QQ", nbytes, 0) if size64 else b"", offset)
+        before = start + 30 + len(path) + len(local) + 4
+        local += _padding(-before % self._alignment)
+        flags = _NAME_IS_UTF8 | (_SUM_FOLLOWS if nbytes else 0)
+        method = 0 if compressed is None else _DEFLATED
+        fixed = (0, 0, flags, method, 0, 0)  # versions, flags, method, no time: the same content, the same file
+        self._write(_LOCAL + struct.pack("<5H3I2H", *fixed[1:], 0, 0, 0, len(path), len(local)) + path + local)
+        if compressed is None:
+            stored, crc = nbytes, self._write_and_sum(content)
+        else:
+            stored, crc = len(compressed), zlib.crc32(content)
+            self._write(compressed)
+        if nbytes:
+            layout = "<I2Q" if size64 or offset64 else "<3I"
+            self._write(_DESCRIPTOR + struct.pack(layout, crc, stored, nbytes))
+        central = _zip64(struct.pack("<QQ", nbytes, stored) if size64 else b"", offset)
+        sizes, lengths = (min(stored, ZIP64_LIMIT), min(nbytes, ZIP64_LIMIT)), (len(path), len(central), 0)
+        entry = struct.pack("<6H3I3H2H2I", *fixed, crc, *sizes, *lengths, 0, 0, 0, min(start, ZIP64_LIMIT))
+        self._directory.append(_CENTRAL + entry + path + central)
+        self._names = zlib.crc32(path, self._names)
+        self._sums = zlib.crc32(struct.pack("<I", crc), self._sums)
+
+    def _write_and_sum(self, content: memoryview) -> int:
+        """Write ``content``; return its CRC32."""
+        if len(content) <= CHUNK:
+            self._write(content)
+            return zlib.crc32(content)
+        crc = 0
+        pending: deque[tuple[Future[int], int]] = deque()
+        for start in range(0, len(content), CHUNK):
+            chunk = content[start : start + CHUNK]
+            pending.append((self._workers.submit(zlib.crc32, chunk), len(chunk)))
+            self._write(chunk)
+            while pending and (pending[0][0].done() or len(pending) > 4 * SUMMING_THREADS):
+                crc = _add(crc, *pending.popleft())
+        while pending:
+            crc = _add(crc, *pending.popleft())
+        return crc
+
+    def _write_end(self) -> None:
+        self.write_record("version", f"{_VERSION}\n", 2)
+        # Two numbers of 20 digits in which different contents differ; torch derives them from names and sums, too.
+        identity = f"{self._names:020}{self._sums:020}"
+        self.write_record(".data/serialization_id", identity, len(identity))
+        start, directory, count = self._position, b"".join(self._directory), len(self._directory)
+        self._write(directory)
+        end = self._position
+        self._write(_END64 + struct.pack("<Q2H2I4Q", 44, 0x031E, 45, 0, 0, count, count, len(directory), start))
+        self._write(_END64_LOCATOR + struct.pack("<IQI", 0, end, 1))
+        short = (min(count, 0xFFFF), min(count, 0xFFFF), min(len(directory), ZIP64_LIMIT), min(start, ZIP64_LIMIT))
+        self._write(_END + struct.pack("<4H2IH", 0, 0, *short, 0))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._position += len(data)
+
+
+def _add(crc: int, following: "Future[int]", length: int) -> int:
+    return combine(crc, following.result(), length)
+
+
+def _bytes_of(data: Any) -> memoryview:
+    if isinstance(data, str):
+        return memoryview(data.encode())
+    if isinstance(data, bytes):
+        return memoryview(data)
+    if not isinstance(data, UntypedStorage) or data.device.type != "cpu":
+        raise UnknownRequest(f"a record of {type(data).__name__}")
+    tensor: Tensor = torch.empty(0, dtype=torch.uint8, device="cpu").set_(data)
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
+
+
+def _zip64(sizes: bytes, offset: bytes) -> bytes:
+    """Return the extra field for what 32 bits do not hold."""
+    return struct.pack("<2H", 1, len(sizes + offset)) + sizes + offset if sizes or offset else b""
+
+
+def _padding(nbytes: int) -> bytes:
+    """Return an extra field of ``nbytes + 4`` bytes, by the name that torch gives it."""
+    return b"FB" + struct.pack("<H", nbytes) + b"Z" * nbytes

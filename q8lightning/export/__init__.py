@@ -1,0 +1,1 @@
+"""What a trained model is shipped as: one module a target format."""

@@ -1,0 +1,135 @@
+"""Write what a QAT checkpoint is for: the quantized weights, as plain floats or as codes.
+
+A file of codes needs nothing but torch to be read. This is all that a reader has to know::
+
+    def load_codes(path):
+        state, tensors = torch.load(path, weights_only=True)["state_dict"], {}
+        for name, q in state.items():
+            if isinstance(q, dict):
+                bits = (q["codes"][:, None] >> torch.arange(8)) & 1
+                bits = bits.flatten()[: q["rows"] * q["row"] * q["bits"]].view(q["rows"], q["row"], q["bits"])
+                levels = q["levels"][(bits << torch.arange(q["bits"])).sum(-1)]
+                scales = q["scales"].repeat_interleave(q["block_size"], 1)[:, : q["row"]]
+                tensor = (levels * scales).to(q["dtype"]).view(q["shape"]).permute(q["order"])
+                state[name] = tensors.setdefault(id(q), tensor)  # tied weights share an entry
+        return state
+"""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
+from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.file.read import read_checkpoint
+from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.qat_codes import CODES_KEY, Codes, read_codes
+from q8lightning.quantization.spec.bit_packing import pack
+from q8lightning.system.ambient import neutral
+
+FOR_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
+"""Sections of a checkpoint that an exported one leaves out."""
+
+
+@neutral()
+def export_quantized(
+    checkpoint: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    format: Literal["float", "codes"] = "float",
+    weights_only: bool = True,
+) -> None:
+    """Write the quantized weights of a checkpoint that was saved during QAT, without what only training needs.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: The file to write.
+        format: ``"float"``: a Lightning checkpoint whose weights are the ones that the forward pass used, bit for bit;
+            ``load_from_checkpoint`` and ``torch.load`` read it without this package. ``"codes"``: packed codes, scales
+            and levels for the quantized weights, and all other tensors as they are; the end of
+            ``docs/qat.md`` and the head of :mod:`q8lightning.export.quantized` show the reader.
+        weights_only: As for ``torch.load``: pass False for a checkpoint of your own that holds other objects.
+
+    Raises:
+        ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
+            ``start_step`` or after ``end_step``), or a weight is not finite.
+        CorruptCheckpointError: If the checkpoint is not what was saved.
+    """
+    if format not in ("float", "codes"):
+        raise ValueError(f'format is "float" or "codes", got {format!r}')
+    with explained(checkpoint), keep_encoded():
+        loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
+    entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
+    if not entries:
+        raise ValueError(
+            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
+            " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
+        )
+    with explained(checkpoint):
+        state = _exported_state(loaded["state_dict"], entries, format)
+    if format == "codes":
+        write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
+        return
+    plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
+    write_checkpoint(plain | {"state_dict": state}, Path(path))
+
+
+def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:
+    tied: dict[Any, Any] = {}
+    state: dict[str, Any] = {}
+    for name, value in loaded.items():
+        identity = _identity(value)
+        if identity not in tied:
+            tied[identity] = _exported(name, value, entries.get(name), format)
+        state[name] = tied[identity]
+    return state
+
+
+def _identity(value: Any) -> Any:
+    """Identify what a value shows of its memory: equal for tied tensors only. Each of them is an object of its own."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    return id(value)
+
+
+def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:
+    if isinstance(value, QuantizedTensor):
+        value.verify()  # its codes are taken as they are
+    if entry is None:
+        return value.decode() if isinstance(value, QuantizedTensor) else value
+    codes = read_codes(value, entry)
+    if not bool(codes[2].isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity, which has no codes; export a checkpoint from before it did")
+    return _plain_codes(codes) if format == "codes" else _values(codes)
+
+
+def _values(weight: Codes) -> Tensor:
+    codec, codes, scales, like = weight
+    return codec.decode(codes, scales, like)
+
+
+def _plain_codes(weight: Codes) -> dict[str, Any]:
+    """Return the codes in primitives and tensors, for readers that know nothing of this package."""
+    codec, codes, scales, like = weight
+    if codec.axis is None:
+        strides = like.stride()
+        order = sorted(range(like.ndim), key=lambda dimension: -strides[dimension])
+    else:
+        order = [codec.axis, *(dimension for dimension in range(like.ndim) if dimension != codec.axis)]
+    return {
+        "codes": pack(codes, codec.bits),
+        "scales": scales.clone(),
+        "levels": codec.book.tensor().clone(),
+        "bits": codec.bits,
+        "rows": codes.shape[0],
+        "row": codes.shape[1],
+        "block_size": codec.block_size,
+        "dtype": like.dtype,
+        "shape": [like.shape[dimension] for dimension in order],
+        "order": [order.index(dimension) for dimension in range(like.ndim)],
+    }

@@ -1,0 +1,1 @@
+"""Writes to engaged weights inside a step: followed to the masters, or refused with a name."""

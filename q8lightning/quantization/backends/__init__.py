@@ -1,0 +1,1 @@
+"""What computes: C++ operators of torch on the CPU, Triton kernels on a GPU, the same functions in each."""

@@ -1,0 +1,131 @@
+"""What computes: three modules with the same functions, chosen by the device of a tensor."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.backends import cpu
+from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.coding import Coding
+
+
+class Backend(Protocol):
+    """The functions that ``reference.py``, ``cpu.py`` and ``kernels/blockwise.py`` have, as ``reference.py`` says."""
+
+    def quantize(
+        self, x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
+    def dequantize(
+        self, codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+    def fake_quantize(self, x: Tensor, codebook: Codebook, block_size: int) -> Tensor: ...
+    def quantize_residual(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_residual(
+        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+    def quantize_log(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
+    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
+    def quantize_affine(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_affine(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+class MeasuringBackend(Backend, Protocol):
+    """A backend that writes :func:`reference.measure` to ``statistics`` (``[5]`` float64) in the same pass."""
+
+    def quantize(
+        self,
+        x: Tensor,
+        codebook: Codebook,
+        block_size: int,
+        signed_scale: bool = False,
+        statistics: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def fake_quantize(
+        self, x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None
+    ) -> Tensor: ...
+    def quantize_residual(
+        self, x: Tensor, block_size: int, statistics: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def quantize_log(self, x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def quantize_affine(
+        self, x: Tensor, block_size: int, statistics: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class GroupedBackend(Protocol):
+    """Encodes, decodes and fake-quantizes many tensors in few launches; see ``kernels/grouped.py``."""
+
+    def encode(
+        self,
+        tensors: Sequence[Tensor],
+        buffer: Tensor,
+        starts: tuple[int, ...],
+        coding: Coding,
+        failed: Tensor,
+        statistics: Tensor | None = None,
+    ) -> None: ...
+    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None: ...
+    def fake_quantize(
+        self,
+        tensors: Sequence[Tensor],
+        buffer: Tensor,
+        starts: tuple[int, ...],
+        codebook: Codebook,
+        block_size: int,
+        numbers: tuple[int, ...] | None = None,
+        share: float = 1.0,
+        seed: int = 0,
+        statistics: Tensor | None = None,
+    ) -> None: ...
+
+
+class DirectionBackend(Protocol):
+    """Measures the update directions of many parameters in a launch; see ``kernels/update_direction.py``."""
+
+    def update_direction_sums(
+        self,
+        tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
+        starts: tuple[tuple[int, ...], tuple[int, ...]],
+        codings: tuple[Coding | None, Coding | None],
+        buffer: Tensor,
+        eps: float,
+        sums: Tensor,
+    ) -> None: ...
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the kernels for many tensors read and write such tensors."""
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def backend_of(x: Tensor) -> Backend:
+    """Return what computes with ``x``."""
+    if x.is_cuda:
+        return kernels()
+    return cpu if x.device.type == "cpu" else reference
+
+
+def kernels() -> MeasuringBackend:
+    """Return the kernels; with the first call Triton is imported."""
+    from q8lightning.quantization.backends.kernels import blockwise
+
+    return blockwise
+
+
+def grouped() -> GroupedBackend:
+    """Return the kernels for many tensors; with the first call Triton is imported."""
+    from q8lightning.quantization.backends.kernels import grouped
+
+    return grouped
+
+
+def update_directions() -> DirectionBackend:
+    """Return the kernels for update directions; with the first call Triton is imported."""
+    from q8lightning.quantization.backends.kernels import update_direction
+
+    return update_direction

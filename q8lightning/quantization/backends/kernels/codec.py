@@ -1,0 +1,217 @@
+"""What each codec means for a tile of blocks in registers (the log codec has ``log.py``); kernels move the tiles.
+
+A tile ``x`` is ``[ROWS, BLOCK]`` float32, one block a row, zero where a short last block has ended. What belongs to a
+block, such as its scale, is ``[ROWS]`` float32. Codes are ``[ROWS, BLOCK]`` int32.
+
+These functions return the bits of ``reference.py``, so they round once an operation. They divide with ``tl.div_rn``,
+because Triton's ``/`` is approximate on a GPU, and kernels that call them must be launched with
+``enable_fp_fusion=False``, because a fused multiply-add rounds once for two operations.
+"""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from q8lightning.quantization.backends.kernels.bits import (
+    INFINITY,
+    INTERPRETED,
+    MAGNITUDE,
+    ROUNDING,
+    ROUNDING_PATTERN,
+    SIGN,
+    bits_of,
+    float_of,
+    is_finite,
+    nan_unless_finite,
+    round_to_code,
+)
+from q8lightning.quantization.spec import reference
+
+SMALLEST_NORMAL = tl.constexpr(reference.SMALLEST_NORMAL)
+RESIDUAL_DIVISOR = tl.constexpr(reference.RESIDUAL_DIVISOR)
+
+HIGH_127TH = tl.constexpr(float(2064 * 2.0**-18))  # 1 / 127 to 12 bits
+LOW_127TH = tl.constexpr(1 / 127 - 2064 * 2.0**-18)
+
+
+# Codebooks
+
+
+@triton.jit
+def block_scale(x, END: tl.constexpr):
+    """As ``reference.block_scale``: the largest magnitude of each row, signed towards END unless that is 0."""
+    bits = bits_of(x)
+    magnitude = tl.max(bits & MAGNITUDE, axis=1)
+    scale = float_of(magnitude)
+    scale = tl.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    if END != 0:
+        holds_positive = tl.max(bits, axis=1) == magnitude  # patterns of negative numbers are negative
+        scale = tl.where(holds_positive, scale * END, scale * -END) + 0.0  # no negative zero
+    return scale
+
+
+@triton.jit
+def reciprocal(scale):
+    """1 / scale, and 0 where the scale is 0 or not finite."""
+    usable = (scale != 0.0) & is_finite(scale)
+    return tl.where(usable, _one_over(tl.where(usable, scale, 1.0)), 0.0)
+
+
+@triton.jit
+def _one_over(x):
+    """1 / x, correctly rounded."""
+    if INTERPRETED:
+        return tl.div_rn(1.0, x)
+    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def normalise(x, scale):
+    """x / scale by way of the reciprocal; 0, which every codebook has a code for, in blocks that are not finite."""
+    return tl.where(is_finite(scale)[:, None], x, 0.0) * reciprocal(scale)[:, None]
+
+
+@triton.jit
+def look_up(table, index):
+    """The patterns, int32, of ``table[index]`` for an int32 index that is not negative."""
+    if INTERPRETED:
+        return tl.load(table + index).to(tl.int32, bitcast=True)
+    # One multiplication makes the address; the compiler takes two instructions.
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at]; }", "=r,r,l",
+        [index, table.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """How many thresholds lie below each normalised value; see ``tables.Tables`` for what tells the search."""
+    if SEARCH == "linear":
+        code = round_to_code(y * 127.0, 127)
+    elif SEARCH == "softsign":
+        share = bits_of(1.0 - reciprocal_to_two(tl.abs(y) + 1.0)) | (bits_of(y) & SIGN)
+        code = round_to_code(float_of(share) * 254.0, 127)
+    elif SEARCH == "cells":
+        word = look_up(table, (y.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32))
+        code = (word & 0xFF) + (y > float_of(word & -0x100)).to(tl.int32)
+    else:
+        code = tl.zeros(y.shape, tl.int32)
+        for bit in tl.static_range(BITS):
+            half = 1 << (BITS - 1 - bit)
+            code += tl.where(y > float_of(tl.load(table + code + (half - 1))), half, 0)
+    return code
+
+
+@triton.jit
+def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+    """As ``reference.quantize``: codes and scale."""
+    scale = block_scale(x, END)
+    # Cells have one for what is not finite.
+    y = x * reciprocal(scale)[:, None] if SEARCH == "cells" else normalise(x, scale)
+    return nearest_code(y, table, SEARCH, SHIFT, BITS), scale
+
+
+@triton.jit
+def reciprocal_to_two(a):
+    """1 / a, correctly rounded, for a in [1, 2]."""
+    if INTERPRETED:
+        return tl.div_rn(1.0, a)
+    # One Newton step is enough in this range, for each of its 2**23 floats (tests enumerate them), at a third of the
+    # instructions of a general division.
+    estimate = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return tl.fma(tl.fma(-a, estimate, 1.0), estimate, estimate)
+
+
+@triton.jit
+def linear_level(k):
+    """k / 127 for an integer k in [-127, 127] as float32, correctly rounded."""
+    # In two parts: the first product is exact, fused or not, and the sum is the correctly rounded quotient for these k.
+    return tl.fma(k, HIGH_127TH, k * LOW_127TH)
+
+
+@triton.jit
+def linear_steps(y):
+    """The nearest integer number of steps of the linear codebook, as float32."""
+    return (y * 127.0 + (ROUNDING + 127.0)) - (ROUNDING + 127.0)
+
+
+@triton.jit
+def level(code, levels, SEARCH: tl.constexpr):
+    """``levels[code]``; ``levels``: ``[256]`` float32, 0 for codes that the codebook lacks."""
+    if SEARCH == "linear":
+        k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
+        return tl.where(code == 255, 0.0, linear_level(k))
+    else:
+        return float_of(look_up(levels, code))
+
+
+@triton.jit
+def decode(code, levels, scale, SEARCH: tl.constexpr):
+    """As ``reference.dequantize``."""
+    return level(code, levels, SEARCH) * nan_unless_finite(scale)[:, None]
+
+
+@triton.jit
+def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+    """As ``reference.dequantize`` of ``reference.quantize``, float32."""
+    scale = block_scale(x, END)
+    y = x * reciprocal(scale)[:, None]  # NaN only in a block that is not finite, whatever its codes
+    if SEARCH == "linear":
+        value = linear_level(linear_steps(y))
+    else:
+        value = level(nearest_code(y, table, SEARCH, SHIFT, BITS), levels, SEARCH)
+    return value * nan_unless_finite(scale)[:, None]
+
+
+# Residual
+
+
+@triton.jit
+def encode_residual(x):
+    """As ``reference.quantize_residual``: codes, residual codes and scale."""
+    scale = block_scale(x, 0)
+    per_unit = reciprocal(scale)[:, None]
+    finite = is_finite(scale)
+    x = tl.where(finite[:, None], x, 0.0)
+    k = linear_steps(x * per_unit)
+    left = x - linear_level(k) * tl.where(finite, scale, 0.0)[:, None]
+    residual = round_to_code(left * per_unit * (RESIDUAL_DIVISOR * 127), 127)
+    code = bits_of(k + (ROUNDING + 127.0)) & 0xFF
+    return code, tl.minimum(tl.maximum(residual, 1), 253), scale
+
+
+@triton.jit
+def decode_residual(code, residual, scale):
+    """As ``reference.dequantize_residual``."""
+    return decode(code, 0, scale, "linear") + decode(residual, 0, tl.div_rn(scale, RESIDUAL_DIVISOR), "linear")
+
+
+# Affine
+
+
+@triton.jit
+def encode_affine(x):
+    """As ``reference.quantize_affine``: codes, scale and zero point (``[ROWS]`` int32)."""
+    finite = tl.max(bits_of(x) & MAGNITUDE, axis=1) < INFINITY
+    x = tl.where(finite[:, None], x, 0.0)
+    low, high = tl.minimum(tl.min(x, axis=1), 0.0), tl.maximum(tl.max(x, axis=1), 0.0)
+    scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
+    scale = tl.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    per_unit = reciprocal(scale)
+    zero_point = _byte(0.5 - low * per_unit)
+    code = _byte(x * per_unit[:, None] + (zero_point + 0.5)[:, None])
+    return code.to(tl.int32), tl.where(finite, scale, float("nan")), zero_point.to(tl.int32)
+
+
+@triton.jit
+def _byte(x):
+    return tl.minimum(tl.maximum(tl.floor(x), 0.0), 255.0)
+
+
+@triton.jit
+def decode_affine(code, scale, zero_point):
+    """As ``reference.dequantize_affine``."""
+    return (code - zero_point[:, None]).to(tl.float32) * nan_unless_finite(scale)[:, None]

@@ -1,0 +1,94 @@
+"""Kernels that write quantized values and no codes; one of them measures on the way.
+
+Those for groups (``grouped.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
+how, in plain torch.
+"""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from q8lightning.quantization.backends.kernels import codec
+from q8lightning.quantization.backends.kernels.bits import as_pairs, packed, rounded, unpacked
+from q8lightning.quantization.backends.kernels.statistics import add, measure_many, nothing
+from q8lightning.quantization.backends.kernels.tiles import load_float, store, tile
+
+
+@triton.jit
+def fake_quantize_kernel(
+    x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    first, _, _, elements, mask, _ = tile(numel, ROWS, BLOCK)
+    x_tile = load_float(x + first * BLOCK, elements, mask)
+    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0)
+    store(values + first * BLOCK, elements, value, mask)
+
+
+@triton.jit
+def measured_fake_quantize_kernel(
+    x, values, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, IN_PAIRS: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * (TILES * ROWS * BLOCK)
+    left = tl.minimum(numel - start, TILES * ROWS * BLOCK).to(tl.int32)
+    fake_quantize_tiles(
+        x + start, values + start, left, table, levels, partials, tl.program_id(0), tl.num_programs(0), 0, 0, 0, 0,
+        ROWS, BLOCK, TILES, SEARCH, SHIFT, BITS, 0, False, IN_PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def fake_quantize_tiles(
+    x, values, left, table, levels, partials, column, columns, seed, limit, number, block, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    END: tl.constexpr, CHOOSE: tl.constexpr, IN_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Fake-quantize and measure tile after tile, each loaded while the one before is worked on.
+
+    Sums stay with their lanes until the last tile. With CHOOSE only some blocks are quantized, see :func:`is_chosen`;
+    the first one here has the number ``block``. With IN_PAIRS, for an even number of bfloat16 values that are aligned
+    to 4 bytes, two of them are loaded, stored and compared with zero at a time.
+    """
+    WIDTH: tl.constexpr = 2 if IN_PAIRS else 1
+    words, written, count = x, values, left
+    if IN_PAIRS:
+        words, written = as_pairs(x), as_pairs(values)
+        count = left // 2
+    rows = tl.arange(0, ROWS)
+    places = rows[:, None] * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)[None, :]
+    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, IN_PAIRS)
+    TILE: tl.constexpr = ROWS * BLOCK // WIDTH
+    ahead = tl.load(words + places, mask=places < count, other=0)
+    for i in range(TILES):
+        original, at = ahead, places + i * TILE
+        following = at + TILE
+        ahead = tl.load(words + following, mask=following < count, other=0)
+        value = unpacked(original, IN_PAIRS)
+        quantized = codec.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END)
+        if CHOOSE:
+            quantized = tl.where(is_chosen(seed, limit, number, block + i * ROWS + rows)[:, None], quantized, value)
+        quantized = packed(quantized) if IN_PAIRS else rounded(quantized, values)
+        tl.store(written + at, quantized, mask=at < count)
+        error, squares, largest, zeros, zeroed = add(
+            value, unpacked(quantized, IN_PAIRS), original, quantized, error, squares, largest, zeros, zeroed, IN_PAIRS
+        )
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    measure_many(error, squares, largest, zeros, zeroed, x, values, elements, left, TILES, partials, column, columns)
+
+
+@triton.jit
+def is_chosen(seed, limit, number, blocks):
+    """As ``block_choice.chosen_blocks``, for blocks of tensor ``number``; ``seed`` and ``limit`` are patterns of
+    unsigned integers, int32."""
+    key = _mix(_mix(seed.to(tl.uint32, bitcast=True)) ^ number.to(tl.uint32))
+    return _mix(key ^ blocks.to(tl.uint32)) < limit.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _mix(x):
+    """As ``block_choice.mix``, uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

@@ -1,0 +1,223 @@
+"""The kernels of ``grouped.py``, which launches them: each program handles its part of one of many tensors."""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from q8lightning.quantization.backends.kernels import codec, log
+from q8lightning.quantization.backends.kernels.bits import is_finite, rounded
+from q8lightning.quantization.backends.kernels.fake_quantize import fake_quantize_tiles, is_chosen
+from q8lightning.quantization.backends.kernels.statistics import (
+    add,
+    add_in_units,
+    is_safe,
+    load_again,
+    nothing,
+    reduce,
+    unit_of_tiles,
+    write_many,
+)
+from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store
+from q8lightning.quantization.backends.kernels.work_list import SEGMENT
+
+_SEGMENT = tl.constexpr(SEGMENT)
+
+
+@triton.jit
+def _own(work, COLUMNS: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row of the work list, the elements to skip there, and how many are left."""
+    program = tl.program_id(0)
+    row = work + (program // _SEGMENT).to(tl.int64) * COLUMNS
+    skip = (program % _SEGMENT) * TILE
+    left = tl.minimum(tl.load(row) - skip, TILE).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return row, skip, left
+
+
+@triton.jit
+def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
+    """Where the elements of a column of the work list begin; a multiple of MULTIPLE."""
+    return tl.multiple_of(tl.load(row + COLUMN) + skip, MULTIPLE)
+
+
+@triton.jit
+def _encode_tile(
+    values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
+    BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """Encode a tile; return what it decodes to, in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, row_mask = elements < left, rows * BLOCK < left
+    decoded = values
+    if CODEC == "log":
+        code, scale, high = log.encode(values)
+        if STORE:
+            store(scales, rows * 2, scale, row_mask)
+            store(scales, rows * 2 + 1, high, row_mask)
+        if DECODE:
+            decoded = rounded(log.decode(code, scale, high), like)
+    elif CODEC == "residual":
+        code, second, scale = codec.encode_residual(values)
+        if STORE:
+            store(rest, elements, second, mask)
+            store(scales, rows, scale, row_mask)
+        if DECODE:
+            decoded = rounded(codec.decode_residual(code, second, scale), like)
+    else:
+        code, scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
+        if STORE:
+            store(scales, rows, scale, row_mask)
+        if DECODE:
+            decoded = rounded(codec.decode(code, levels, scale, SEARCH), like)
+    if STORE:
+        store(codes, elements, code, mask)
+    return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def encode_kernel(
+    x, codes, scales, failed, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, elements < left)
+    rest = codes + _start(row, 4, skip, 16 if ALIGNED else 1)
+    _, wrong = _encode_tile(
+        values, x, codes + _start(row, 2, skip, 16 if ALIGNED else 1), rest,
+        scales + tl.load(row + 3) + skip // BLOCK * (2 if CODEC == "log" else 1), left, table, levels,
+        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, END,
+    )  # fmt: skip
+    if wrong != 0:
+        tl.atomic_or(failed + tl.load(row + 5), 1)
+
+
+@triton.jit
+def measured_encode_kernel(
+    x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """A segment a program, tile after tile as in ``fake_quantize_tiles``: sums stay with their lanes."""
+    TILE: tl.constexpr = ROWS * BLOCK
+    segment = tl.program_id(0)
+    row = work + segment.to(tl.int64) * 6
+    left = tl.minimum(tl.load(row), _SEGMENT * TILE).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    tiles = tl.cdiv(left, TILE)
+    x += tl.multiple_of(tl.load(row + 1), MULTIPLE)
+    rest = codes + tl.multiple_of(tl.load(row + 4), 16 if ALIGNED else 1)
+    codes += tl.multiple_of(tl.load(row + 2), 16 if ALIGNED else 1)
+    scales += tl.load(row + 3)
+
+    elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    error, squares, largest, zeros, zeroed = nothing(ROWS, BLOCK, False)
+    wrong = 0
+    ahead = tl.load(x + elements, mask=elements < left, other=0.0)
+    for i in range(tiles):
+        values = ahead.to(tl.float32)
+        following = elements + (i + 1) * TILE
+        ahead = tl.load(x + following, mask=following < left, other=0.0)
+        decoded, tile_wrong = _encode_tile(
+            values, x, codes + i * TILE, rest + i * TILE, scales + i * (ROWS * (2 if CODEC == "log" else 1)),
+            left - i * TILE, table, levels, ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, END,
+        )  # fmt: skip
+        wrong |= tile_wrong
+        error, squares, largest, zeros, zeroed = add(
+            values, decoded.to(tl.float32), values, decoded, error, squares, largest, zeros, zeroed, False
+        )
+    if wrong != 0:
+        tl.atomic_or(failed + tl.load(row + 5), 1)
+
+    error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
+    unit = 1.0
+    if is_safe(error, squares):
+        zeroed -= zeros
+    else:
+        unit, shrink = unit_of_tiles(x, elements, left, tiles)
+        error, squares, zeroed = 0.0, 0.0, 0.0
+        for i in range(tiles):
+            values, _, _ = load_again(x, elements, left, i)
+            decoded, _ = _encode_tile(
+                values, x, codes, rest, scales, left - i * TILE, table, levels,
+                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, END,
+            )  # fmt: skip
+            error, squares, zeroed = add_in_units(values, decoded.to(tl.float32), shrink, error, squares, zeroed)
+        largest = tl.where(error == error, largest, error)
+    write_many(
+        error, squares, largest, zeros, zeroed, unit, elements, left, tiles, partials, segment, tl.num_programs(0)
+    )
+
+
+@triton.jit
+def decode_kernel(
+    x, codes, scales, work, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, row_mask = elements < left, rows * BLOCK < left
+    code = load_code(codes + _start(row, 2, skip, 16 if ALIGNED else 1), elements, mask)
+    blocks = (skip // BLOCK + rows) // PARTS
+    if CODEC == "log":
+        scale = scales + tl.load(row + 3)
+        value = log.decode(code, load_float(scale, blocks * 2, row_mask), load_float(scale, blocks * 2 + 1, row_mask))
+    else:
+        block_scale = load_float(scales + tl.load(row + 3), blocks, row_mask)
+        if CODEC == "residual":
+            rest = load_code(codes + _start(row, 4, skip, 16 if ALIGNED else 1), elements, mask)
+            value = codec.decode_residual(code, rest, block_scale)
+        else:
+            value = codec.decode(code, levels, block_scale, SEARCH)
+    store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
+
+
+@triton.jit(do_not_specialize=["seed", "limit"])
+def fake_quantize_kernel(
+    x, values, work, table, levels, seed, limit, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    row, skip, left = _own(work, 5, ROWS * BLOCK, ALIGNED)
+    if left <= 0:
+        return
+    rows = tl.arange(0, ROWS)
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = elements < left
+    original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
+    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
+    if CHOOSE:
+        blocks = tl.load(row + 3) + skip // BLOCK + rows
+        quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)
+    store(values + _start(row, 2, skip, MULTIPLE), elements, quantized, mask)
+
+
+@triton.jit(do_not_specialize=["seed", "limit"])
+def measured_fake_quantize_kernel(
+    x, values, work, table, levels, seed, limit, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    row = work + segment.to(tl.int64) * 5
+    left = tl.minimum(tl.load(row), _SEGMENT * ROWS * BLOCK).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    here = x + tl.multiple_of(tl.load(row + 1), MULTIPLE)
+    there = values + tl.multiple_of(tl.load(row + 2), MULTIPLE)
+    fake_quantize_tiles(
+        here, there, left, table, levels, partials, segment, tl.num_programs(0),
+        seed, limit, tl.load(row + 4), tl.load(row + 3),
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, END, CHOOSE, IN_PAIRS,
+    )  # fmt: skip

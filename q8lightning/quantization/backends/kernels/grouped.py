@@ -1,0 +1,161 @@
+"""One launch for many tensors: encode, decode, and for QAT write the quantized values.
+
+A work list on the device tells each program where its part of which tensor lies, as offsets from the first tensor of
+the group. Its rows stand for segments of several tiles, so that it stays small enough for the caches and a program
+waits for one short load before its own. A list depends on nothing but addresses and sizes and is kept for the next
+call, so groups whose tensors stay where they are cost one launch each.
+
+There is one launch for each dtype, and another for those tensors of it that are not aligned to 16 bytes, because the
+compiler must know the alignment of all of them. Empty tensors are welcome.
+
+A tensor's counterpart, its encoded form or its quantized values, lies in a buffer that all tensors of the group share.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.backends.kernels.group_kernels import (
+    decode_kernel,
+    encode_kernel,
+    fake_quantize_kernel,
+    measured_encode_kernel,
+    measured_fake_quantize_kernel,
+)
+from q8lightning.quantization.backends.kernels.launch import LOG_ROW, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.tables import tables_of
+from q8lightning.quantization.backends.kernels.totals import empty_partials, totals
+from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch, describe, launches
+from q8lightning.quantization.spec.block_choice import limit_of
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.coding import Coding
+
+
+def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
+    with torch.cuda.device_of(launch.work):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](
+            *arguments, **constants, ALIGNED=launch.aligned, MULTIPLE=launch.multiple,
+            num_warps=launch.warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+        )  # fmt: skip
+
+
+def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
+    """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
+    totals(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
+
+
+def encode(
+    tensors: Sequence[Tensor],
+    buffer: Tensor,
+    starts: tuple[int, ...],
+    coding: Coding,
+    failed: Tensor,
+    statistics: Tensor | None = None,
+) -> None:
+    """Encode each tensor into its stretch of a buffer: scales, codes and, if there is one, the residual's codes.
+
+    Args:
+        tensors: ``[numel]`` float32, float16 or bfloat16 each, on one device.
+        buffer: uint8, aligned to 16 bytes, on the same device.
+        starts: Where in the buffer each tensor's scales begin, a multiple of 4. It is fastest if the codes behind them
+            begin at a multiple of 16.
+        coding: How to encode.
+        failed: ``[tensors]`` int32 zeros, to be set to 1 where a block could not be encoded and has a scale that is not
+            finite.
+        statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
+    """
+    book = coding.codebook or BUILTIN["linear"]
+    tables = tables_of(book, buffer.device)
+    in_cells = coding.kind == "codebook" and tables.search not in ("linear", "softsign")
+    settings = "group in cells" if in_cells else f"group {coding.kind}"
+    if statistics is not None:
+        settings = f"measured {settings}"
+    constants = {"CODEC": coding.kind, "END": book.end if coding.signed_scale else 0, **search_constants(tables)}
+    for launch in launches(describe(tensors, starts), coding, coding.block_size, settings, buffer.device):
+        parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
+        constants |= {"ROWS": launch.rows, "BLOCK": coding.block_size}
+        if statistics is None:
+            _run(encode_kernel, launch, launch.programs, *parts, tables.table, tables.levels, **constants)
+        else:
+            partials = empty_partials(launch.work, len(launch.work))
+            measured = *parts, tables.table, tables.levels, partials
+            _run(measured_encode_kernel, launch, len(launch.work), *measured, **constants)
+            _collect(partials, launch, SEGMENT, statistics)
+
+
+def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None:
+    """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
+    tables = tables_of(coding.codebook or BUILTIN["linear"], buffer.device)
+    row = min(coding.block_size, LOG_ROW) if coding.kind == "log" else coding.block_size
+    settings = "group decode log" if coding.kind == "log" else "group decode"
+    search = "linear" if tables.search == "linear" else "table"
+    for launch in launches(describe(values, starts), coding, row, settings, buffer.device):
+        _run(
+            decode_kernel, launch, launch.programs,
+            values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
+            ROWS=launch.rows, BLOCK=row, PARTS=coding.block_size // row, CODEC=coding.kind, SEARCH=search,
+        )  # fmt: skip
+
+
+def fake_quantize(
+    tensors: Sequence[Tensor],
+    buffer: Tensor,
+    starts: tuple[int, ...],
+    codebook: Codebook,
+    block_size: int,
+    numbers: tuple[int, ...] | None = None,
+    share: float = 1.0,
+    seed: int = 0,
+    statistics: Tensor | None = None,
+) -> None:
+    """Write the quantized values of each tensor into its stretch of a buffer.
+
+    They are those of ``reference.quantize``, with a signed scale if the codebook is one-sided, and
+    ``reference.dequantize``.
+
+    Args:
+        tensors: Float32, float16 or bfloat16 each, dense in memory, on one device; read in the order of memory.
+        buffer: uint8, aligned to 16 bytes, on the same device, to be written.
+        starts: Where in ``buffer`` the values of each tensor go, in bytes; multiples of 16 are fastest.
+        codebook: The levels.
+        block_size: Elements that share a scale.
+        numbers: The number of each tensor, for ``share`` and ``statistics``; without them, they count from 0.
+        share: The share of the blocks that is quantized, as ``block_choice.chosen_blocks`` chooses them; the others
+            are copied.
+        seed: Chooses the blocks, if ``share`` is below 1.
+        statistics: ``[any, 5]`` float64: the rows of the tensors' numbers are written, if wanted; not those of empty
+            tensors.
+    """
+    tables = tables_of(codebook, buffer.device)
+    settings = "group fake_quantize" if tables.search in ("linear", "softsign") else "group fake_quantize in cells"
+    if statistics is not None:
+        settings = f"measured {settings}"
+    constants = {
+        "BLOCK": block_size, "CHOOSE": share < 1.0, **search_constants(tables),
+        "END": codebook.end if codebook.one_sided else 0,
+    }  # fmt: skip
+    numbered = describe(tensors, starts, numbers)
+    for launch in launches(numbered, None, block_size, settings, buffer.device):
+        x, values = tensors[launch.members[0]], _as(buffer, launch.dtype)
+        parts = x, values, launch.work, tables.table, tables.levels, _int32(seed), _int32(limit_of(share))
+        if statistics is None:
+            _run(fake_quantize_kernel, launch, launch.programs, *parts, ROWS=launch.rows, **constants)
+        else:
+            partials = empty_partials(launch.work, len(launch.work))
+            pairs = launch.aligned and in_pairs(x)
+            _run(
+                measured_fake_quantize_kernel, launch, len(launch.work), *parts, partials,
+                ROWS=launch.rows, IN_PAIRS=pairs, **constants,
+            )  # fmt: skip
+            _collect(partials, launch, SEGMENT, statistics)
+
+
+def _as(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _int32(pattern: int) -> int:
+    """The int32 with the last 32 bits of an integer: kernels take one type whatever the number."""
+    return ((pattern + 2**31) & 0xFFFFFFFF) - 2**31

@@ -1,0 +1,87 @@
+"""What the log codec means for a tile of blocks in registers; ``codec.py`` tells tiles and the rules of arithmetic."""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from q8lightning.quantization.backends.kernels.bits import (
+    INFINITY,
+    INTERPRETED,
+    NAN,
+    bits_of,
+    float_of,
+    one_and_mantissa,
+    round_to_code,
+    round_to_integer,
+)
+from q8lightning.quantization.spec import logarithm
+
+FINEST_LOG_STEP = tl.constexpr(float(logarithm.FINEST_LOG_STEP))
+LOG_MARGIN = tl.constexpr(logarithm.LOG_MARGIN)  # an integer, exact as float32
+LOG2_C0, LOG2_C1, LOG2_C2 = (tl.constexpr(c) for c in logarithm.LOG2_POLYNOMIAL)
+EXP2_C0, EXP2_C1, EXP2_C2, EXP2_C3 = (tl.constexpr(c) for c in logarithm.EXP2_POLYNOMIAL)
+
+
+@triton.jit
+def log2_correction(pattern):
+    """As ``logarithm.log2_correction``, for any shape."""
+    mantissa = one_and_mantissa(pattern) - 1.0
+    return mantissa * (1.0 - mantissa) * (mantissa * (mantissa * LOG2_C2 + LOG2_C1) + LOG2_C0)
+
+
+@triton.jit
+def exp2_pattern(position):
+    """As ``logarithm.exp2_pattern``: a bit pattern, int32."""
+    fraction = one_and_mantissa(position)
+    power = fraction * (fraction * (fraction * EXP2_C3 + EXP2_C2) + EXP2_C1) + EXP2_C0
+    return position - bits_of(fraction) + bits_of(power)
+
+
+@triton.jit
+def log_grid(low, high):
+    """As ``logarithm.log_grid``, of the bounds' patterns: offset, codes per pattern, origin and step."""
+    correction = log2_correction(low)
+    span = (high - low).to(tl.float32) + (log2_correction(high) - correction)
+    steps = tl.minimum(tl.maximum(tl.floor(span * (1.0 / FINEST_LOG_STEP)), 1.0), 254.0)
+    step = round_to_integer(tl.div_rn(span + 2.0 * LOG_MARGIN, steps))
+    first = low + round_to_integer(correction) - LOG_MARGIN
+    return -correction, tl.div_rn(steps, tl.maximum(span, 0.25)), first - step, step
+
+
+@triton.jit
+def once(x):
+    """``x``, int32, worked out by one lane a row rather than by all lanes that need it."""
+    if INTERPRETED:
+        return x
+    # The compiler would rather repeat cheap arithmetic in each lane than exchange results; it may not repeat this.
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def encode(x):
+    """As ``reference.quantize_log``: codes, and the smallest positive and the largest value."""
+    pattern = bits_of(x + 0.0)  # no negative zero
+    # Unsigned, a negative value's pattern lies above that of NaN, and one less than zero's above all.
+    high = tl.max(pattern.to(tl.uint32, bitcast=True), axis=1)
+    low = tl.min((pattern - 1).to(tl.uint32, bitcast=True), axis=1).to(tl.int32, bitcast=True) + 1
+    wrong = high >= INFINITY
+    low = tl.where(wrong, NAN, low)
+    high = tl.where(wrong, NAN, high.to(tl.int32, bitcast=True))
+
+    offset, codes_per_pattern, _, _ = log_grid(low, high)
+    distance = (pattern - low[:, None]).to(tl.float32) + log2_correction(pattern)
+    code = round_to_code((distance + offset[:, None]) * codes_per_pattern[:, None], 1)
+    code = tl.where(wrong[:, None], 1, tl.where(pattern == 0, 0, code))
+    return code, float_of(low), float_of(high)
+
+
+@triton.jit
+def decode(code, low, high):
+    """As ``reference.dequantize_log``."""
+    low, high = bits_of(low), bits_of(high)
+    _, _, origin, step = log_grid(low, high)
+    origin, step = once(origin), once(step)
+    pattern = exp2_pattern(code * step[:, None] + origin[:, None])
+    pattern = tl.minimum(tl.maximum(pattern, low[:, None]), high[:, None])
+    return float_of(tl.where(code == 0, 0, pattern))

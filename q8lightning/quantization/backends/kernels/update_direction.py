@@ -1,0 +1,244 @@
+"""How far stored moments turn the direction in which Adam steps: one launch for all parameters that are stored alike.
+
+Work lists, alignment and launches are as in ``grouped.py``, with two tensors to a row; of large ones, an eighth of the
+segments is in the list (``sampling.py``). Sums are float64 and added up in a fixed order.
+"""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from q8lightning.quantization.backends.kernels import codec, log
+from q8lightning.quantization.backends.kernels.bits import rounded
+from q8lightning.quantization.backends.kernels.launch import LOG_ROW
+from q8lightning.quantization.backends.kernels.tables import tables_of
+from q8lightning.quantization.backends.kernels.tiles import load_code, load_float
+from q8lightning.quantization.backends.kernels.work_list import SEGMENT
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
+from q8lightning.system.ambient import lasting
+
+TILE = STRETCH // SEGMENT
+"""Elements of a tile, 512: a warp for each of them."""
+
+_SEGMENT = tl.constexpr(SEGMENT)
+
+
+class _Place(NamedTuple):
+    """Where one moment of all parameters lies, as numbers."""
+
+    addresses: tuple[int, ...]
+    itemsize: int
+    starts: tuple[int, ...]
+    coding: Coding | None
+
+    @property
+    def block_size(self) -> int:
+        return TILE if self.coding is None else self.coding.block_size
+
+    def columns(self, index: int, numel: int) -> tuple[int, int, int, int]:
+        """Return offsets: of the values, in elements from the first tensor's; of codes, scales and residual codes."""
+        offset = (self.addresses[index] - self.addresses[0]) // self.itemsize
+        if self.coding is None:
+            return offset, 0, 0, 0
+        codes = self.starts[index] + self.coding.scale_bytes(numel)
+        return offset, codes, self.starts[index] // 4, codes + numel
+
+    def advance(self, segment: int) -> tuple[int, int, int, int]:
+        """Return how far these move on from one segment to the next."""
+        scales = 0 if self.coding is None else segment // self.coding.block_size * self.coding.scales
+        return segment, segment, scales, segment
+
+    def is_aligned(self, index: int, numel: int) -> bool:
+        codes = 0 if self.coding is None else self.starts[index] + self.coding.scale_bytes(numel)
+        return not any(n % 16 for n in (self.addresses[index], numel, codes))
+
+
+class _Launch(NamedTuple):
+    """Parameters of one alignment: which, and their work list as in ``work_list.Launch``.
+
+    Attributes:
+        weights: ``[members]`` float64: what their sums are to be multiplied by.
+    """
+
+    aligned: bool
+    work: Tensor
+    first: Tensor
+    used: Tensor
+    members: Tensor
+    weights: Tensor
+
+
+@triton.jit
+def _stored(
+    values, like, buffer, floats, levels, row, COLUMN: tl.constexpr, elements, mask, tile_rows, row_mask,
+    PARTS: tl.constexpr, KIND: tl.constexpr, SEARCH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What a tile of ``values`` is after decoding, float32."""
+    MULTIPLE: tl.constexpr = 16 if ALIGNED else 1
+    if KIND == "raw":
+        return values
+    else:
+        code = load_code(buffer + tl.multiple_of(tl.load(row + COLUMN + 1), MULTIPLE), elements, mask)
+        scales, blocks = floats + tl.load(row + COLUMN + 2), tile_rows // PARTS
+        if KIND == "log":
+            low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)
+            value = log.decode(code, low, high)
+        elif KIND == "residual":
+            rest = load_code(buffer + tl.multiple_of(tl.load(row + COLUMN + 3), MULTIPLE), elements, mask)
+            value = codec.decode_residual(code, rest, load_float(scales, blocks, row_mask))
+        else:
+            value = codec.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH)
+        return rounded(value, like).to(tl.float32)
+
+
+@triton.jit
+def _direction(first, second, eps):
+    return tl.div_rn(first, tl.sqrt_rn(second) + eps)
+
+
+@triton.jit
+def _sums_kernel(
+    firsts, seconds, buffer, floats, first_levels, second_levels, work, partials, eps,
+    ROWS: tl.constexpr, ROW: tl.constexpr, ALIGNED: tl.constexpr,
+    FIRST_MULTIPLE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_KIND: tl.constexpr, FIRST_SEARCH: tl.constexpr,
+    SECOND_MULTIPLE: tl.constexpr, SECOND_PARTS: tl.constexpr, SECOND_KIND: tl.constexpr, SECOND_SEARCH: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = ROWS * ROW
+    segment = tl.program_id(0)
+    row = work + segment.to(tl.int64) * 9
+    left = tl.minimum(tl.load(row), _SEGMENT * TILE).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    firsts += tl.multiple_of(tl.load(row + 1), FIRST_MULTIPLE)
+    seconds += tl.multiple_of(tl.load(row + 5), SECOND_MULTIPLE)
+    rows = tl.arange(0, ROWS)
+    error, squares = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    for i in range(tl.cdiv(left, TILE)):
+        tile_rows = i * ROWS + rows
+        elements = tile_rows[:, None] * ROW + tl.arange(0, ROW)[None, :]
+        mask, row_mask = elements < left, tile_rows * ROW < left
+        first, second = load_float(firsts, elements, mask), load_float(seconds, elements, mask)
+        direction = _direction(first, second, eps)
+        stored = _direction(
+            _stored(first, firsts, buffer, floats, first_levels, row, 1, elements, mask, tile_rows, row_mask,
+                    FIRST_PARTS, FIRST_KIND, FIRST_SEARCH, ALIGNED),
+            _stored(second, seconds, buffer, floats, second_levels, row, 5, elements, mask, tile_rows, row_mask,
+                    SECOND_PARTS, SECOND_KIND, SECOND_SEARCH, ALIGNED),
+            eps,
+        )  # fmt: skip
+        off = tl.where(mask, stored - direction, 0.0).to(tl.float64)
+        direction = tl.where(mask, direction, 0.0).to(tl.float64)
+        error += tl.sum(tl.sum(off * off, axis=1), axis=0)
+        squares += tl.sum(tl.sum(direction * direction, axis=1), axis=0)
+    tl.store(partials + segment * 2, error)
+    tl.store(partials + segment * 2 + 1, squares)
+
+
+@triton.jit
+def _totals_kernel(partials, first, used, members, weights, sums, WIDTH: tl.constexpr):
+    item, member = tl.program_id(0), tl.program_id(1)
+    start, count, lanes = tl.load(first + member), tl.load(used + member), tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float64)
+    for at in range(0, count, WIDTH):
+        total += tl.load(partials + (start + at + lanes) * 2 + item, at + lanes < count, 0.0)
+    tl.store(sums + tl.load(members + member) * 2 + item, tl.sum(total, axis=0) * tl.load(weights + member))
+
+
+def update_direction_sums(
+    tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
+    starts: tuple[tuple[int, ...], tuple[int, ...]],
+    codings: tuple[Coding | None, Coding | None],
+    buffer: Tensor,
+    eps: float,
+    sums: Tensor,
+) -> None:
+    """Write how far each parameter's update direction is off.
+
+    Args:
+        tensors: The first and the second moment of each parameter, ``[numel]`` float32, float16 or bfloat16, contiguous
+            and on one device; all first moments have one dtype, and so have all second ones.
+        starts: Where in the buffer the scales of each begin, in bytes; not read where ``codings`` has None.
+        codings: How the first and the second moments are encoded; None for those that are stored as they are.
+        buffer: uint8, aligned to 16 bytes: what is stored of all.
+        eps: The optimizer's.
+        sums: ``[parameters, 2]`` float64 to be written; see ``quantization.update_direction``.
+    """
+    places = tuple(
+        _Place(tuple(x.data_ptr() for x in each), each[0].element_size(), begin, coding)
+        for each, begin, coding in zip(tensors, starts, codings, strict=True)
+    )
+    row = min(LOG_ROW, *(place.block_size for place in places))
+    rows = TILE // row
+    sums.zero_()  # of empty tensors
+    floats = buffer[: buffer.numel() // 4 * 4].view(torch.float32)
+    books = [tables_of(_codebook(coding), buffer.device) for coding in codings]
+    constants: dict[str, Any] = {"ROWS": rows, "ROW": row}
+    for name, place, tables in zip(("FIRST", "SECOND"), places, books, strict=True):
+        constants |= {
+            f"{name}_PARTS": place.block_size // row,
+            f"{name}_KIND": "raw" if place.coding is None else place.coding.kind,
+            f"{name}_SEARCH": "linear" if tables.search == "linear" else "table",
+        }
+    numels = tuple(x.numel() for x in tensors[0])
+    for launch in _launches(*places, numels, buffer.device):
+        members = tensors[0][0], tensors[1][0]
+        partials = torch.empty(len(launch.work), 2, dtype=torch.float64, device=buffer.device)
+        multiples = {
+            f"{name}_MULTIPLE": 16 // x.element_size() if launch.aligned else 1
+            for name, x in zip(("FIRST", "SECOND"), members, strict=True)
+        }
+        with torch.cuda.device_of(buffer):
+            _sums_kernel[(len(launch.work),)](
+                *members, buffer, floats, books[0].levels, books[1].levels, launch.work, partials, eps,
+                ALIGNED=launch.aligned, **multiples, **constants, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            _totals_kernel[(2, len(launch.members))](
+                partials, launch.first, launch.used, launch.members, launch.weights, sums, WIDTH=1024
+            )  # fmt: skip
+
+
+def _codebook(coding: Coding | None) -> Codebook:
+    return BUILTIN["linear"] if coding is None or coding.codebook is None else coding.codebook
+
+
+@lru_cache(maxsize=32)
+@lasting()
+def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: torch.device) -> tuple[_Launch, ...]:
+    kinds: dict[bool, list[int]] = {}
+    for index, numel in enumerate(numels):
+        if numel:
+            aligned = first.is_aligned(index, numel) and second.is_aligned(index, numel)
+            # Offsets count from the first tensors, whose own alignment the compiler sees.
+            base = not (first.addresses[0] % 16 or second.addresses[0] % 16)
+            kinds.setdefault(aligned and base, []).append(index)
+    steps = [-STRETCH, *first.advance(STRETCH), *second.advance(STRETCH)]
+    advance = torch.tensor(steps, dtype=torch.int64, device=device)
+    launches = []
+    for aligned, members in kinds.items():
+        columns = [(numels[i], *first.columns(i, numels[i]), *second.columns(i, numels[i])) for i in members]
+        taken = [_stretches(numels[i]) for i in members]
+        used = torch.tensor([len(each) for each in taken], dtype=torch.int64, device="cpu")
+        begins = used.cumsum(0) - used
+        start = torch.tensor(columns, dtype=torch.int64, device=device)
+        nth = torch.cat(taken).to(device)
+        rows = torch.repeat_interleave(start, used.to(device), dim=0, output_size=len(nth))
+        work = (rows + nth[:, None] * advance).contiguous()
+        weights = torch.tensor([weight_of(numels[i]) for i in members], dtype=torch.float64, device=device)
+        numbers = torch.tensor(members, dtype=torch.int64, device=device)
+        launches.append(_Launch(aligned, work, begins.to(device), used.to(device), numbers, weights))
+    return tuple(launches)
+
+
+def _stretches(numel: int) -> Tensor:
+    """Return the numbers of the stretches of a tensor that are looked at."""
+    taken = stretches_of(numel)
+    return torch.arange(-(-numel // STRETCH), dtype=torch.int64, device="cpu") if taken is None else taken

@@ -1,0 +1,1 @@
+"""Many tensors at once, in few launches: encode, fake-quantize, update directions."""

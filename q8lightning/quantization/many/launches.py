@@ -1,0 +1,136 @@
+"""How the quantized values of a group come into its buffer: by the grouped kernels where they fit, else by operators.
+
+Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory:
+those without an axis, and those along one whose rows are whole blocks and lie one after another.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from q8lightning.quantization.backends.choose import grouped, has_kernels
+from q8lightning.quantization.spec.block_choice import chosen_blocks
+from q8lightning.quantization.spec.reference import measure
+from q8lightning.quantization.weight_codec import WeightCodec
+
+BATCH = 2**22
+"""Elements that operators quantize in one call: many small tensors together, while scratch stays small."""
+
+
+@dataclass(frozen=True)
+class InLaunch:
+    """Tensors of one dtype and block size that are quantized in one launch (two if only some are aligned).
+
+    Attributes:
+        indices: Where they are in the group.
+        codec: How they are quantized.
+        buffer: uint8, the memory of their slots.
+        starts: Where each slot begins, in bytes.
+    """
+
+    indices: tuple[int, ...]
+    codec: WeightCodec
+    buffer: Tensor
+    starts: tuple[int, ...]
+
+    def only(self, indices: Container[int]) -> "InLaunch | None":
+        """Return what is left with some of the tensors, None if that is nothing."""
+        kept = [(index, start) for index, start in zip(self.indices, self.starts, strict=True) if index in indices]
+        if not kept:
+            return None
+        return replace(self, indices=tuple(index for index, _ in kept), starts=tuple(start for _, start in kept))
+
+    def write(
+        self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
+    ) -> None:
+        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        own = [sources[index] for index in self.indices]
+        book, size = self.codec.book, self.codec.block_size
+        grouped().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one dtype and codec that operators quantize in one call, on any device.
+
+    Attributes:
+        indices: Where they are in the group.
+        codec: How they are quantized.
+    """
+
+    indices: tuple[int, ...]
+    codec: WeightCodec
+
+    def only(self, indices: Container[int]) -> "Batch | None":
+        """Return what is left with some of the tensors, None if that is nothing."""
+        kept = tuple(index for index in self.indices if index in indices)
+        return replace(self, indices=kept) if kept else None
+
+    def write(
+        self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
+    ) -> None:
+        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        size = self.codec.block_size
+        rows = [self.codec.to_rows(sources[index]) for index in self.indices]
+        padded = [pad(each, (0, -each.shape[1] % size)) if each.shape[1] % size else each for each in rows]
+        together = torch.cat([each.reshape(-1) for each in padded]) if len(padded) > 1 else padded[0].reshape(-1)
+        values = WeightCodec(self.codec.codebook, size).fake_quantize(together).view(-1, size)
+        counts = [each.numel() // size for each in padded]
+        if share < 1.0:
+            chosen = [
+                chosen_blocks(index, count, share, seed, values.device)
+                for index, count in zip(self.indices, counts, strict=True)
+            ]
+            values = torch.where(torch.cat(chosen)[:, None], values, together.view(-1, size))
+        for index, each, part in zip(self.indices, rows, torch.split(values, counts), strict=True):
+            slot = slots[index]
+            slot.copy_(self.codec.from_rows(part.reshape(each.shape[0], -1)[:, : each.shape[1]], slot))
+            if statistics is not None:
+                statistics[index] = measure(sources[index], slot)
+
+
+def batches(tensors: Sequence[Tensor], slots: Sequence[Tensor], codec: WeightCodec) -> list[Batch | InLaunch]:
+    """Sort tensors by how they are quantized; empty ones need nothing.
+
+    Args:
+        tensors: Dense in memory, all on one device.
+        slots: One for each, of the same shape, strides and dtype; those of one dtype in one storage.
+        codec: How they are quantized.
+
+    Raises:
+        ValueError: If a tensor has no such axis.
+    """
+    launched: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
+    others: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        fitted = codec.fitted(tensor.shape)
+        if not tensor.numel():
+            continue
+        if has_kernels(tensor) and fitted.runs_along_memory(tensor):
+            fitted = WeightCodec(fitted.codebook, fitted.block_size)
+            launched.setdefault((tensor.dtype, fitted), []).append(index)
+        else:
+            others.setdefault((tensor.dtype, fitted), []).append(index)
+    return [
+        *(_in_launch(indices, slots, fitted) for (_, fitted), indices in launched.items()),
+        *(batch for (_, fitted), indices in others.items() for batch in _cut(indices, tensors, fitted)),
+    ]
+
+
+def _in_launch(indices: list[int], slots: Sequence[Tensor], codec: WeightCodec) -> InLaunch:
+    storage = slots[indices[0]].untyped_storage()
+    buffer = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    starts = tuple(int(slots[index].storage_offset()) * slots[index].element_size() for index in indices)
+    return InLaunch(tuple(indices), codec, buffer, starts)
+
+
+def _cut(indices: list[int], tensors: Sequence[Tensor], codec: WeightCodec) -> Iterator[Batch]:
+    while indices:
+        totals = accumulate(tensors[index].numel() for index in indices)
+        count = max(1, sum(total <= BATCH for total in totals))
+        yield Batch(tuple(indices[:count]), codec)
+        indices = indices[count:]

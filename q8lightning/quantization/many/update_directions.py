@@ -1,0 +1,190 @@
+"""How far stored moments turn the direction in which Adam steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
+
+The error of a small second moment counts here as much as it changes the step; the error of the tensors themselves
+cannot see it. Of large tensors an eighth is looked at (``sampling.py``): training stands still meanwhile, and a
+hundred thousand elements tell the ratio of error to signal as well as all of them.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.backends.choose import has_kernels, update_directions
+from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.many.encode import kept_index, unpack
+from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
+from q8lightning.system.ambient import neutral
+from q8lightning.system.workers import share_out
+
+CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
+half a gigabyte."""
+
+
+class StoredMoment(NamedTuple):
+    """A moment and what is stored in its place.
+
+    Attributes:
+        values: ``[numel]`` float, the original.
+        codec: How it is encoded; None if it is stored as it is.
+        data: ``[nbytes]`` uint8, what :func:`q8lightning.quantization.many.encode.pack` returned for it; None if it is
+            stored as it is.
+    """
+
+    values: Tensor
+    codec: Codec | None = None
+    data: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """The moments of one parameter, of one size, on one device.
+
+    Attributes:
+        exp_avg: The first moment.
+        exp_avg_sq: The second moment, its elements in the same order.
+        eps: The optimizer's.
+    """
+
+    exp_avg: StoredMoment
+    exp_avg_sq: StoredMoment
+    eps: float = 1e-8
+
+    @property
+    def moments(self) -> tuple[StoredMoment, StoredMoment]:
+        """Both."""
+        return self[:2]
+
+
+class Alike(NamedTuple):
+    """Pairs of moments that one launch measures.
+
+    Attributes:
+        members: Which of the pairs.
+        codecs: How all first and all second moments are encoded; None for those that are stored as they are.
+        starts: Where in the buffer the data of each first and of each second moment begins, in bytes; 0 for none.
+        eps: The optimizer's.
+    """
+
+    members: tuple[int, ...]
+    codecs: tuple[Codec | None, Codec | None]
+    starts: tuple[tuple[int, ...], tuple[int, ...]]
+    eps: float
+
+    def measure(self, firsts: Sequence[Tensor], seconds: Sequence[Tensor], buffer: Tensor, sums: Tensor) -> None:
+        """Write the rows of the pairs in what :func:`update_direction_sums` returns.
+
+        Args:
+            firsts: The first moment of each pair, dense in memory, in the same order of memory as the second.
+            seconds: The second moment of each.
+            buffer: uint8, where the data of all is.
+            sums: ``[pairs, 2]`` float64.
+        """
+        first, second = (None if codec is None else codec.coding for codec in self.codecs)
+        part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
+        update_directions().update_direction_sums(
+            (firsts, seconds), self.starts, (first, second), buffer, self.eps, part
+        )
+        sums[kept_index(self.members, sums.device)] = part
+
+
+@neutral()
+def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
+    """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
+
+    Args:
+        pairs: At least one; all on one device.
+
+    Returns:
+        ``[len(pairs), 2]`` float64 on their device: the sum of squared differences between the direction of what is
+        stored and that of the original, and the sum of squares of the original one, in squared units of the learning
+        rate. Zeros for empty tensors; NaN where a moment has no numbers, or where both moments and ``eps`` are zero.
+        Directions are float32 (float64 for moments that are), the sums float64.
+    """
+    sums = torch.empty(len(pairs), 2, dtype=torch.float64, device=pairs[0].exp_avg.values.device)
+    alike: dict[Hashable, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        alike.setdefault(_likeness(pair), []).append(index)
+    for likeness, members in alike.items():
+        chosen = [pairs[index] for index in members]
+        if likeness is None:
+            sizes = [pair.exp_avg.values.nbytes if sums.device.type == "cpu" else 0 for pair in chosen]
+            each = share_out([partial(_sums, pair) for pair in chosen], sizes)
+            sums[kept_index(tuple(members), sums.device)] = torch.stack(each)
+        else:
+            _measure_in_a_launch(tuple(members), chosen, sums)
+    return sums
+
+
+def _likeness(pair: Moments) -> Hashable:
+    """Return what pairs of one launch have in common, None for those that no launch takes."""
+    memory = {each.data.untyped_storage()._cdata for each in pair.moments if each.data is not None}
+    if len(memory) > 1 or not all(has_kernels(each.values) and each.values.is_contiguous() for each in pair.moments):
+        return None
+    return *memory, *((each.values.dtype, each.codec) for each in pair.moments), pair.eps
+
+
+def _measure_in_a_launch(members: tuple[int, ...], pairs: Sequence[Moments], sums: Tensor) -> None:
+    stored = [each.data for each in pairs[0].moments if each.data is not None]
+    buffer = torch.empty(0, dtype=torch.uint8, device=sums.device)
+    if stored:
+        buffer.set_(stored[0].untyped_storage())
+    first, second = ([pair.moments[i] for pair in pairs] for i in range(2))
+    alike = Alike(members, (first[0].codec, second[0].codec), (_starts(first), _starts(second)), pairs[0].eps)
+    alike.measure([each.values for each in first], [each.values for each in second], buffer, sums)
+
+
+def _starts(moments: list[StoredMoment]) -> tuple[int, ...]:
+    return tuple(0 if each.data is None else int(each.data.storage_offset()) for each in moments)
+
+
+def _sums(pair: Moments) -> Tensor:
+    exp_avg, exp_avg_sq, eps = pair
+    sums = torch.zeros(2, dtype=torch.float64, device=exp_avg.values.device)
+    for part in _parts(exp_avg.values):
+        first, stored_first = _look(exp_avg, part)
+        second, stored_second = _look(exp_avg_sq, part)
+        direction = first / second.sqrt_().add_(eps)
+        error = (stored_first / stored_second.sqrt_().add_(eps)).sub_(direction).double()
+        direction = direction.double()
+        sums += torch.stack([torch.dot(error, error), torch.dot(direction, direction)])
+    return sums * weight_of(exp_avg.values.numel())
+
+
+_Part = slice | Tensor
+"""Stretches of a tensor: a range of them, or their numbers."""
+
+
+def _parts(values: Tensor) -> list[_Part]:
+    """Cut what is looked at into parts of a chunk each."""
+    count = max(CHUNK.get(values.device.type, CHUNK["cuda"]) // STRETCH, 1)
+    taken = stretches_of(values.numel())
+    if taken is not None:
+        return list(torch.split(taken.to(values.device), count))
+    stretches = -(-values.numel() // STRETCH)
+    return [slice(start, start + count) for start in range(0, stretches, count)]
+
+
+def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
+    """Return original and decoded elements, copies in float32 or float64."""
+    values, codec, data = moment
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    original = _rows(values, part, STRETCH)
+    if codec is None or data is None:
+        return original.to(dtype, copy=True), original.to(dtype, copy=True)
+    codes, scales, *residual = unpack(data, codec, values.numel())
+    scales = _rows(scales, part, STRETCH // codec.block_size)
+    stored = codec.decode(
+        (_rows(codes, part, STRETCH), scales, *(_rows(r, part, STRETCH) for r in residual)), values.dtype
+    )
+    return original.to(dtype, copy=True), stored.to(dtype)
+
+
+def _rows(x: Tensor, part: _Part, stretch: int) -> Tensor:
+    """Return the rows of a part, of which a stretch has so many."""
+    if isinstance(part, slice):
+        return x[part.start * stretch : part.stop * stretch]
+    whole = x[: x.shape[0] // stretch * stretch]
+    return whole.view(-1, stretch, *x.shape[1:])[part].flatten(0, 1)

@@ -1,0 +1,1 @@
+"""What every codec means: codebooks and the reference, in words of arithmetic."""

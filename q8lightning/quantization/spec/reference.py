@@ -1,0 +1,247 @@
+"""The specification: what every codec means, in plain torch, slow and obvious.
+
+All other implementations (``cpu.py``, ``kernels/``) are tested to return these codes and values bit for bit.
+
+A tensor is read as one flat row-major sequence, cut into blocks of ``block_size`` elements; the last block may be
+short. All arithmetic is IEEE float32, one rounding an operation (no fused multiply-add); float64, float16 and bfloat16
+inputs are converted to float32 first and outputs from float32 last.
+
+A block that holds NaN or infinity has a non-finite scale and decodes to non-finite values only.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.logarithm import exp2_pattern, log2_correction, log_grid
+
+SMALLEST_NORMAL = 2.0**-126
+"""A block whose largest magnitude is below this is stored as zeros: the reciprocal of its scale would overflow."""
+
+RESIDUAL_DIVISOR = 253.0
+"""The residual's scale is the first scale over this odd number, a little above half a step of the linear codebook, so
+that no decoded value lies on a threshold of the first stage."""
+
+ROUNDING = 2.0**23
+"""Adding this to a float32 in [0, 2**23] leaves the nearest integer, ties to even, in the low bits of the pattern."""
+
+
+class ErrorStatistics(NamedTuple):
+    """What a reconstruction lost, as five 0-dimensional float64 tensors.
+
+    Attributes:
+        squared_error: Sum of squared differences, in squared units of the input.
+        squares: Sum of squares of the original.
+        max_error: Largest absolute difference, in units of the input.
+        zeros: How many original elements are zero.
+        zeroed: How many nonzero elements became zero.
+    """
+
+    squared_error: Tensor
+    squares: Tensor
+    max_error: Tensor
+    zeros: Tensor
+    zeroed: Tensor
+
+
+def to_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Return ``x`` as ``[ceil(numel / block_size), block_size]`` float32, the last block filled up with zeros."""
+    flat = x.detach().reshape(-1).float()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
+def from_blocks(blocks: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`to_blocks`: drop the filling, take the shape of ``like`` and convert to ``dtype``."""
+    return blocks.reshape(-1)[: like.numel()].view(like.shape).to(dtype)
+
+
+def block_scale(blocks: Tensor, end: int = 0) -> Tensor:
+    """Return the largest magnitude of each block, ``[blocks]`` float32; with ``end`` its sign is chosen.
+
+    Args:
+        blocks: ``[blocks, block_size]`` float32.
+        end: 0 for a plain absmax. 1 or -1: the scale is signed so that the block's largest element over the scale is
+            this end of the codebook. If a block holds both ``+a`` and ``-a``, then ``+a`` is its largest element.
+
+    Returns:
+        0 for an all-zero block and for one whose magnitudes are all below the smallest normal float32; NaN or infinity
+        for a block that holds one.
+    """
+    absmax = blocks.abs().amax(dim=1)
+    scale = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
+    if end == 0:
+        return scale
+    return torch.where(blocks.amax(dim=1) == absmax, end * scale, -end * scale) + 0.0  # no negative zero
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """Return 1 / scale in float32, and 0 where the scale is 0 or not finite."""
+    return torch.where((scale == 0) | ~scale.isfinite(), 0.0, 1.0 / scale)
+
+
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """Return ``x / divisor`` correctly rounded; torch multiplies by the reciprocal of a number on CUDA."""
+    return x / torch.full_like(x, divisor)
+
+
+def _search(y: Tensor, codebook: Codebook, scale: Tensor) -> Tensor:
+    """Return the number of thresholds below each normalised value; the code of 0 in blocks that are not finite."""
+    code = torch.searchsorted(codebook.thresholds.to(y.device), y.contiguous()).to(torch.uint8)
+    return torch.where(scale.isfinite()[:, None], code, codebook.zero_code)
+
+
+def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+    """Encode each element as the nearest level of the codebook, relative to the largest magnitude of its block.
+
+    Args:
+        x: ``[*shape]`` of any float dtype.
+        codebook: The levels.
+        block_size: Elements that share a scale.
+        signed_scale: Give the scale a sign, so that the block's largest element becomes :attr:`Codebook.end`.
+
+    Returns:
+        codes ``[*shape]`` uint8, and scale ``[ceil(numel / block_size)]`` float32 in the units of ``x``, 0 for an
+        all-zero block, non-finite for a block with NaN or infinity.
+    """
+    blocks = to_blocks(x, block_size)
+    scale = block_scale(blocks, codebook.end if signed_scale else 0)
+    codes = _search(blocks * reciprocal(scale)[:, None], codebook, scale)
+    return from_blocks(codes, x, torch.uint8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return ``level * scale`` for each code, ``[*codes.shape]`` of ``dtype``; NaN or infinity where the scale is."""
+    levels = torch.zeros(256, dtype=torch.float32, device=codes.device)
+    levels[: len(codebook.levels)] = codebook.tensor(codes.device)
+    indices = torch.nn.functional.pad(codes.reshape(-1), (0, -codes.numel() % block_size)).long()
+    values = levels[indices].view(-1, block_size) * scale[:, None]
+    values = torch.where(scale.isfinite()[:, None], values, torch.nan)
+    return from_blocks(values, codes, dtype)
+
+
+def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
+    """Return ``dequantize(quantize(x))`` in the dtype of ``x``."""
+    return dequantize(*quantize(x, codebook, block_size), codebook, block_size, x.dtype)
+
+
+def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
+    """As :func:`fake_quantize`, with blocks of ``row`` elements, however many that is."""
+    return fake_quantize(x, codebook, row)
+
+
+def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode with the linear codebook, then encode what is left with it again, at a 253rd of the scale.
+
+    A step of the residual is ``scale / (253 * 127)``. Its codes stay within 126 steps of its zero, so that the sum
+    never reaches a threshold of the first stage and encoding it again gives the same codes.
+
+    Returns:
+        codes and residual codes, ``[*shape]`` uint8 each, and scale ``[ceil(numel / block_size)]`` float32.
+    """
+    linear = BUILTIN["linear"]
+    codes, scale = quantize(x, linear, block_size)
+    left = to_blocks(x, block_size) - to_blocks(dequantize(codes, scale, linear, block_size, torch.float32), block_size)
+    residual = round_to_code(left * reciprocal(scale)[:, None] * (RESIDUAL_DIVISOR * 127), zero=127).clamp(1, 253)
+    residual = torch.where(scale.isfinite()[:, None], residual, 127)
+    return codes, from_blocks(residual, x, torch.uint8), scale
+
+
+def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of both stages, ``[*codes.shape]`` of ``dtype``."""
+    linear = BUILTIN["linear"]
+    first = dequantize(codes, scale, linear, block_size, torch.float32)
+    second = dequantize(residual, divide(scale, RESIDUAL_DIVISOR), linear, block_size, torch.float32)
+    return (first + second).to(dtype)
+
+
+def round_to_code(x: Tensor, zero: int) -> Tensor:
+    """Return ``x + zero`` rounded once to an integer, ties to even, as float32; ``x + zero`` in [0, 2**22]."""
+    return (x + (ROUNDING + zero)) - ROUNDING
+
+
+def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Encode values that are never negative at equal steps of their logarithm; for second moments.
+
+    Code 0 is exactly zero; codes from 1 on are equal steps of log2 from the smallest positive to the largest value of
+    the block, 254 of them or fewer if they would be finer than 1/64 octave. Both ends come back exactly and a nonzero
+    value never decodes to zero (float64 values that are zero in float32 aside). The logarithm is a polynomial of the
+    mantissa added to the bit pattern, so that all processors agree on every bit; below the smallest normal number,
+    where patterns are linear, so are the steps.
+
+    Returns:
+        codes ``[*shape]`` uint8, and bounds ``[ceil(numel / block_size), 2]`` float32, the smallest positive and the
+        largest value of each block in the units of ``x``: 0 and 0 for an all-zero block, NaN for a block that holds
+        NaN, infinity or a negative value.
+    """
+    blocks = to_blocks(x, block_size)
+    positive = blocks > 0
+    low = torch.where(positive, blocks, torch.inf).amin(dim=1)
+    bounds = torch.stack([torch.where(positive.any(dim=1), low, 0.0), blocks.amax(dim=1).clamp(min=0.0) + 0.0], dim=1)
+    wrong = (~blocks.isfinite() | (blocks < 0)).any(dim=1)
+    bounds = torch.where(wrong[:, None], torch.nan, bounds)
+
+    grid = log_grid(bounds)
+    pattern = torch.where(positive, blocks, 0.0).view(torch.int32)
+    distance = (pattern - bounds.view(torch.int32)[:, :1]).float() + log2_correction(pattern)
+    code = round_to_code((distance + grid.offset[:, None]) * grid.codes_per_pattern[:, None], zero=1)
+    code = torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0))
+    return from_blocks(code, x, torch.uint8), bounds
+
+
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of :func:`quantize_log`, ``[*codes.shape]`` of ``dtype``; NaN where the bounds are."""
+    code = to_blocks(codes, block_size).to(torch.int32)
+    grid = log_grid(bounds)
+    pattern = exp2_pattern(code * grid.step[:, None] + grid.origin[:, None])
+    low, high = bounds.contiguous().view(torch.int32)[:, :, None].unbind(dim=1)  # patterns order as their floats do
+    values = torch.minimum(torch.maximum(pattern, low), high) * code.clamp(max=1)
+    return from_blocks(values.view(torch.float32), codes, dtype)
+
+
+def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode with 256 equal steps from the smallest to the largest value of each block, zero always among them.
+
+    The standard asymmetric integer quantization: ``x = (code - zero_point) * scale``. It suits values on one side of
+    zero, such as activations; it is not offered for checkpoints, because encoding again moves the scale.
+
+    Returns:
+        codes ``[*shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32 in the units of ``x`` (0 for an all-zero
+        block, NaN for one with NaN or infinity), and zero_point ``[ceil(numel / block_size)]`` uint8, the code of 0.
+    """
+    blocks = to_blocks(x, block_size)
+    low, high = blocks.amin(dim=1).clamp(max=0.0), blocks.amax(dim=1).clamp(min=0.0)
+    scale = divide(high, 255.0) - divide(low, 255.0)
+    scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    per_unit = reciprocal(scale)
+    zero_point = (0.5 - torch.where(scale.isfinite(), low, 0.0) * per_unit).floor().clamp(0, 255)
+    code = (blocks * per_unit[:, None] + (zero_point + 0.5)[:, None]).floor().clamp(0, 255)
+    code = torch.where(scale.isfinite()[:, None], code, 0.0)
+    return from_blocks(code, x, torch.uint8), scale, zero_point.to(torch.uint8)
+
+
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return ``(code - zero_point) * scale``, ``[*codes.shape]`` of ``dtype``; NaN where the scale is."""
+    values = (to_blocks(codes, block_size) - zero_point.float()[:, None]) * scale[:, None]
+    values = torch.where(scale.isfinite()[:, None], values, torch.nan)
+    return from_blocks(values, codes, dtype)
+
+
+def error_statistics(x: Tensor, reconstruction: Tensor) -> ErrorStatistics:
+    """Measure what ``reconstruction`` lost of ``x``, tensors of one shape, in float64; all zeros if they are empty."""
+    original, decoded = x.detach().double(), reconstruction.detach().double()
+    error = (decoded - original).abs()
+    return ErrorStatistics(
+        squared_error=error.square().sum(),
+        squares=original.square().sum(),
+        max_error=error.max() if error.numel() else error.new_zeros(()),
+        zeros=(original == 0).sum().double(),
+        zeroed=((original != 0) & (decoded == 0)).sum().double(),
+    )
+
+
+def measure(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return :func:`error_statistics` as one tensor, ``[5]`` float64."""
+    return torch.stack(error_statistics(x, reconstruction))

@@ -1,0 +1,44 @@
+"""Which part of a large tensor is looked at where all of it would take too long: an eighth, in stretches, by a hash.
+
+The same on every device, and from save to save.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.spec.block_choice import mix
+from q8lightning.system.ambient import lasting
+
+STRETCH = 8192
+"""Elements in a row that are taken or left together; a multiple of every block size."""
+
+ONE_IN = 8
+"""Of so many stretches in a row, one is taken."""
+
+WHOLE = 2**20
+"""Tensors of up to so many elements are looked at in whole."""
+
+
+@lru_cache(maxsize=64)
+@lasting()
+def stretches_of(numel: int) -> Tensor | None:
+    """Return the numbers of the stretches that are taken of a tensor, None if it is looked at in whole.
+
+    Of each ``ONE_IN`` stretches one is taken, not always the one at the same place: rows may be as long as all of them.
+    The last elements, too few for ``ONE_IN`` stretches, are never taken.
+
+    Returns:
+        ``[stretches]`` int64 on the CPU, in ascending order.
+    """
+    if numel <= WHOLE:
+        return None
+    first = torch.arange(numel // (STRETCH * ONE_IN), dtype=torch.int64, device="cpu")
+    return first * ONE_IN + mix(first) % ONE_IN
+
+
+def weight_of(numel: int) -> float:
+    """Return by how much a sum over the stretches of a tensor is to be multiplied to stand for all of it."""
+    stretches = stretches_of(numel)
+    return 1.0 if stretches is None else numel / (len(stretches) * STRETCH)

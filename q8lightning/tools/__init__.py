@@ -1,0 +1,1 @@
+"""Inspect, compress, decompress, verify and compare checkpoints: what the command line calls."""

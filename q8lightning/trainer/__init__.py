@@ -1,0 +1,1 @@
+"""What knows Lightning: the callback and its parts, the CheckpointIO, and what is recorded of both."""

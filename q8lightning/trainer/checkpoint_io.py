@@ -1,0 +1,372 @@
+"""The door that every save of a Trainer passes: encode what the policy selects, hand the rest of the work on."""
+
+import gc
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+
+from q8lightning.checkpoint.encode.guard import warn_of_guarded
+from q8lightning.checkpoint.encode.learn import routine_of
+from q8lightning.checkpoint.encode.leaves import ModelNames
+from q8lightning.checkpoint.encode.outline import Outline, outline_of
+from q8lightning.checkpoint.encode.repeat import Repeated, Routine
+from q8lightning.checkpoint.encode.state_dict import (
+    SUMMARY_KEY,
+    encode_and_report,
+    warn_of_passed_over,
+    warn_of_refused,
+)
+from q8lightning.checkpoint.file.link import link_checkpoint
+from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.file.read import read_checkpoint, read_elsewhere
+from q8lightning.checkpoint.file.write import announce
+from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
+from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
+from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.staging.snapshot import Snapshot
+from q8lightning.checkpoint.staging.transfer import PinnedMemory
+from q8lightning.system.advice import advise
+from q8lightning.system.paths import check_is_there, keeping, local_path
+from q8lightning.system.save_queue import BackgroundSaves
+from q8lightning.trainer.durable_io import DurableCheckpointIO, is_ours, make_durable
+from q8lightning.trainer.io_chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.trainer.twins import count_as_twins
+
+_MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
+"""Files by which the Trainer hands live weights to itself (the tuner) or to the process that started it (spawn) a
+moment later; they must come back exactly."""
+
+_URGENT = ("hpc_ckpt_",)
+"""What the Trainer saves when SLURM is about to end the process."""
+
+
+_NOTEWORTHY = 0.1
+"""Seconds of waiting that are worth a line in the log."""
+
+
+class QuantizedCheckpointIO(_WrappingCheckpointIO):
+    """Saves checkpoints quantized, through whatever CheckpointIO it wraps; loading needs nothing special.
+
+    The callback installs it; ``Trainer(plugins=[QuantizedCheckpointIO()])`` does the same, and its methods work without
+    a Trainer. Passed by itself it does not know the model: buffers other than BatchNorm's running statistics are then
+    told from weights by nothing but the policy's rules. Nor does it know the Trainer's callbacks: with ``async_save``,
+    two ModelCheckpoints need folders or names of their own.
+
+    Args:
+        checkpoint_io: What writes, reads and removes files. Lightning's default is replaced by a durable version of it,
+            also where another wrapper stands between.
+        checkpoint: A preset, ``"resume"`` or ``"compact"``, or a policy.
+        async_save: Return from a save as soon as training can go on without changing what is saved; one thread copies
+            it to the host and writes it. Removals wait for the saves before them, loads for everything. One save at
+            most is in flight, a second one waits. A save that fails raises at the next save, load or wait, or at
+            :meth:`finish`, which the Trainer's teardown calls.
+        verify: Compare files with their checksums when they are loaded.
+
+    Raises:
+        ValueError: If there is no such preset, ``checkpoint_io`` is no CheckpointIO, or ``async_save`` is to wrap an
+            AsyncCheckpointIO.
+    """
+
+    def __init__(
+        self,
+        checkpoint_io: CheckpointIO | None = None,
+        checkpoint: Preset | CheckpointPolicy = "resume",
+        async_save: bool = False,
+        verify: bool = True,
+    ) -> None:
+        if checkpoint_io is not None and not hasattr(checkpoint_io, "save_checkpoint"):
+            raise ValueError(
+                f"checkpoint_io is a CheckpointIO, which writes the files, got {checkpoint_io!r}; presets and policies"
+                ' have a name of their own, as in QuantizedCheckpointIO(checkpoint="compact")'
+            )
+        count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning takes it for one of its CheckpointIOs
+        super().__init__(checkpoint_io or DurableCheckpointIO())
+        self.policy = CheckpointPolicy.of(checkpoint)
+        self.async_save = async_save
+        self.verify = verify
+        self.describe_model: Callable[[], ModelNames] | None = None
+        """Asked at each save for what only the model knows; set by the callback."""
+        self.optimizer_device: torch.device | None = None
+        """Where optimizer states are decoded when they are loaded, and stay, if it is a GPU; set by the callback."""
+        self.waits: list[float] = []
+        """Seconds for which saves in the background held training up, each until the one before it was written."""
+        self.report: Callable[[], SaveReport] | None = None
+        """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self.durable: deque[str] | None = None
+        """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
+        self.telling = False
+        """Whether somebody is emptying it at the moment."""
+        self._warned: set[tuple[str, str]] = set()
+        self._unsaid: SaveReport | None = None
+        self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
+        self._memory = PinnedMemory()
+        self._routine: Routine | None = None
+        self._outline: Outline | None = None
+        make_durable(self)
+        if async_save:
+            check_not_async(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
+        left_out = {"report": None, "_unsaid": None, "_routine": None, "_outline": None, "_background": None}
+        return {**self.__dict__, **left_out, "telling": False, "_memory": PinnedMemory()}
+
+    @property
+    def base(self) -> CheckpointIO:
+        """The wrapped CheckpointIO."""
+        assert self.checkpoint_io is not None
+        return self.checkpoint_io
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Encode a copy of ``checkpoint``, which is left as it is, and save it to ``path``.
+
+        Raises:
+            BackgroundSaveError: If an earlier save in the background failed; nothing is saved then.
+        """
+        name = os.path.basename(path)
+        if name.startswith(_MESSAGES):
+            self._wait()
+            self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
+            return
+        self._wait_for_room(path)
+        names = self.describe_model() if self.describe_model is not None else None
+        with _without_collection():
+            snapshot = self._freeze(checkpoint, names)
+        announce("frozen", path)
+        if self.async_save:
+            if self._background is None:
+                self._background = BackgroundSaves()
+            place = self._fixed(path)
+            if place is not None:
+                os.makedirs(os.path.dirname(place), exist_ok=True)  # as if it were written now
+            self._background.save(path, partial(self._write, snapshot, path, storage_options, place))
+            if name.startswith(_URGENT):
+                self._wait()
+        else:
+            self._write(snapshot, path, storage_options)
+        self._warn()
+
+    def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
+        """Encode; return the checkpoint as it is now."""
+        if type(checkpoint) is not dict:
+            checkpoint = dict(checkpoint)
+        if self._routine is not None and self._routine.policy is self.policy and self.async_save:
+            repeated = self._routine.save(checkpoint, names, self._only_pickles)
+            if repeated is not None:
+                self.report = repeated.report
+                return repeated
+        encoded, report = encode_and_report(checkpoint, self.policy, names)
+        self._unsaid = report
+        self.report = lambda: report
+        snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
+        if self.async_save:
+            self._learn(checkpoint, names, report)
+        return snapshot
+
+    def _learn(self, checkpoint: dict[str, Any], names: ModelNames | None, report: SaveReport) -> None:
+        """Find out how to save the same tensors again: after the first save, and after two of the same tensors."""
+        described = outline_of(checkpoint)
+        outline = None if described is None else described[0]
+        if self._outline is None or self._outline.is_that_of(outline):
+            self._routine = routine_of(checkpoint, self.policy, names, report)
+        self._outline = outline
+
+    def _warn(self) -> None:
+        """Warn of what was stored otherwise, after the checkpoint was written or queued: warnings may be errors.
+
+        Of what the guard did, each tensor is named once; that nothing is encoded is said once.
+        """
+        report, self._unsaid = self._unsaid, None
+        if report is None:
+            return
+        warn_of_refused(report.refused)
+        new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
+        self._warned |= {(each.path, each.remedy) for each in new}
+        warn_of_guarded(new)
+        if report.passed_over and ("", "") not in self._warned:
+            self._warned.add(("", ""))
+            warn_of_passed_over(report.passed_over)
+
+    @property
+    def _only_pickles(self) -> bool:
+        """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
+        return is_ours(self.base, "save_checkpoint")
+
+    def _fixed(self, path: str | os.PathLike[str]) -> str | None:
+        """Return the absolute path of a file, which another working directory does not change; None if it has none."""
+        local = local_path(path) if writes_where_told(self) else None
+        return None if local is None else os.path.abspath(local)
+
+    def _write(
+        self,
+        snapshot: Snapshot | Repeated,
+        path: str | os.PathLike[str],
+        storage_options: Any | None,
+        place: str | None = None,
+    ) -> None:
+        memory = self._memory if self._only_pickles else None  # others may keep what they are given
+        with snapshot.fetch(memory) as content, keeping(place and os.path.dirname(place)):
+            announce("fetched", path)
+            self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
+        if self.durable is not None:
+            self.durable.append(os.fspath(path))
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load the checkpoint at ``path``, decoded; further arguments go to the wrapped CheckpointIO.
+
+        Payloads are compared with their checksums; of local files, everything else with the sums of the zip.
+
+        Raises:
+            CorruptCheckpointError: If the content is not what was saved.
+            NewerFormatError: If the file was written in a later format than this version reads.
+            BackgroundSaveError: If a save in the background failed.
+        """
+        self._wait()
+        with explained(path):
+            checkpoint = self._load(path, local_path(path), *args, **kwargs)
+        summary = checkpoint.get(SUMMARY_KEY)
+        if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
+            raise NewerFormatError(summary["format_version"])
+        return checkpoint
+
+    def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        load: Callable[..., dict[str, Any]] = self.base.load_checkpoint
+        if local_path is None or not os.path.isfile(local_path):
+            with nullcontext() if self.verify else without_verification():
+                return load(path, *args, **kwargs)
+        if not is_ours(self.base, "load_checkpoint"):  # it may do something with the tensors
+            if self.verify:
+                checkpoint: dict[str, Any] = read_elsewhere(local_path, partial(load, path, *args, **kwargs))
+                return checkpoint
+            with without_verification():
+                return load(path, *args, **kwargs)
+        device = self.optimizer_device
+        checkpoint = read_checkpoint(
+            local_path,
+            lambda file: load(file, *args, **kwargs),
+            self.verify,
+            device if device is not None and device.type == "cuda" else None,
+        )
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove the checkpoint at ``path``, after the saves before and not at all if the last of them failed."""
+        if self._background is None:
+            self._remove(path)
+        else:
+            self._background.remove(path, partial(self._remove, self._fixed(path) or path))
+
+    def _remove(self, path: str | os.PathLike[str]) -> None:
+        announce("removing", path)
+        self.base.remove_checkpoint(path)  # type: ignore[arg-type]
+        announce("removed", path)
+
+    def link_checkpoint(self, target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+        """Let ``path`` be a link to ``target``, when :meth:`remove_checkpoint` would remove it."""
+        link = partial(link_checkpoint, os.path.abspath(target), os.path.abspath(path))
+        if self._background is None:
+            link()
+        else:
+            self._background.link(path, target, link)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool | None:
+        """Whether ``path`` is taken when everything is done; None if nothing that is pending changes it."""
+        return None if self._background is None else self._background.exists(path)
+
+    def settle(self, path: str | os.PathLike[str]) -> None:
+        """Wait until nothing that is pending changes ``path``, whether it goes well or not."""
+        if self._background is not None:
+            self._background.settle(path)
+
+    def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
+
+        Of a folder, wait until all that is in it is there. In other processes than the one that writes, nothing is
+        pending.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that no save, load or wait has reported yet; it names
+                which, and nobody reports it again.
+            FileNotFoundError: If nobody is saving ``path`` and there is nothing: it was never saved, it was removed, or
+                its save failed and that has been reported.
+            RuntimeError: If an AsyncCheckpointIO does the saving, which does not say when it is done.
+        """
+        if is_async(self):
+            raise RuntimeError(
+                "AsyncCheckpointIO does not say when a checkpoint is durable; remove it from the Trainer's plugins and"
+                " pass async_save=True to the QuantizationCallback or the QuantizedCheckpointIO"
+            )
+        if self._background is not None:
+            self._background.wait(path)
+        if path is not None and writes_where_told(self):
+            check_is_there(path)
+
+    def finish(self) -> None:
+        """Wait for everything in the background and give pinned memory back.
+
+        Raises:
+            BackgroundSaveError: If something failed that no save has reported yet. Of what failed after it, there are
+                warnings.
+        """
+        try:
+            self._wait()
+        finally:
+            for error in () if self._background is None else self._background.unheard():
+                advise(str(error))  # one of them can be raised
+            self._background = None
+            self._routine = self._outline = None
+            self._memory.release()
+
+    def teardown(self) -> None:
+        """Finish what is in the background and tear the wrapped CheckpointIO down."""
+        try:
+            self.finish()
+        finally:
+            self.base.teardown()
+
+    def _wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
+        if self._background is None:
+            return
+        if not self.async_save:
+            self._background.wait()
+            return
+        seconds = self._background.wait_for_room()
+        if seconds:
+            self.waits.append(seconds)
+        if seconds > _NOTEWORTHY:
+            rank_zero_info(
+                f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
+                " written; save less often, or to a faster disk, if that is too long"
+            )
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage, which can take longer than all else that training waits for."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def find_quantized_io(checkpoint_io: CheckpointIO | None) -> QuantizedCheckpointIO | None:
+    """Return the :class:`QuantizedCheckpointIO` in a chain of wrappers, if there is one."""
+    return next((each for each in chain_of(checkpoint_io) if isinstance(each, QuantizedCheckpointIO)), None)

@@ -1,0 +1,59 @@
+"""Lightning's own CheckpointIO, made durable: what a save ends in, unless the user brings something else."""
+
+import os
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.system.paths import local_path
+from q8lightning.trainer.twins import is_a, is_exactly_a
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Lightning's default CheckpointIO, except that local files are flushed to the disk before they get their name.
+
+    A subclass that overrides ``save_checkpoint`` may keep the tensors: what comes from a GPU then gets memory of its
+    own at each save. One that overrides ``load_checkpoint`` may look at them: they are then decoded one by one, while
+    the file is read. What is not overridden is as fast as here.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``; see :func:`q8lightning.checkpoint.file.write.write_checkpoint`."""
+        local = local_path(path)
+        if storage_options is None and local is not None:
+            write_checkpoint(checkpoint, local)
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
+
+    def load_checkpoint(self, path: str | os.PathLike[str] | IO[bytes], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load as Lightning's CheckpointIO does, also from an open file."""
+        if isinstance(path, str | os.PathLike):
+            return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
+        return self._load_file(path, *args, **kwargs)
+
+    @staticmethod
+    def _load_file(
+        file: IO[bytes], map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
+        return checkpoint
+
+
+def is_ours(checkpoint_io: CheckpointIO, method: str) -> bool:
+    """Whether a method is that of :class:`DurableCheckpointIO`."""
+    return getattr(type(checkpoint_io), method) is getattr(DurableCheckpointIO, method)
+
+
+def make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:
+    """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one alone."""
+    base = checkpoint_io.checkpoint_io
+    if is_a(base, _WrappingCheckpointIO):
+        make_durable(base)
+    elif base is None or is_exactly_a(base, TorchCheckpointIO):
+        checkpoint_io._checkpoint_io = DurableCheckpointIO()
+        checkpoint_io._base_checkpoint_io_configured = True
