@@ -1,22 +1,20 @@
-"""A checkpoint as it is at this moment, however training goes on, in host memory once it is fetched.
+"""Copy a checkpoint as it is at this moment, however training goes on; in host memory once that is fetched.
 
 Tensors are copied storage by storage, as ``torch.save`` writes them, so that tied tensors and views stay what they are.
 """
 
 import copy
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.storage import TypedStorage
 
-from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.staging.stand_in import freeze
-from q8lightning.checkpoint.staging.transfer import PinnedMemory, Transfer
+from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
 from q8lightning.checkpoint.tree import ATOMS, is_ordinary, rebuild
 
 _IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
@@ -24,36 +22,6 @@ _IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
 """Offset, shape and strides of a tensor in its storage."""
-
-
-class Snapshot:
-    """A checkpoint that nobody changes any more.
-
-    Args:
-        checkpoint: What :func:`~q8lightning.checkpoint.encode.state_dict.encode_checkpoint` returned; left as it is.
-            The bytes of its payloads belong to it alone and are not copied on the host.
-        live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the snapshot shares
-            everything with the checkpoint but what is on a device.
-        stand_ins: See :class:`Copier`.
-    """
-
-    def __init__(self, checkpoint: Any, live: bool, stand_ins: bool = False) -> None:
-        self._copier = Copier(live, stand_ins=stand_ins)
-        self._content = self._copier.copy(checkpoint)
-        self._copier.start()
-
-    @contextmanager
-    def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
-        """Wait for the copies from devices and give the content; once.
-
-        Saved within this context, tensors get the location that they had, so that they load to where they were.
-
-        Args:
-            memory: Where copies go that are not needed after this context; None for memory of their own.
-        """
-        # In a function of its own: no variable keeps the device's memory alive while the file is written.
-        with located(self._copier.fetch(memory).tags):
-            yield self._content
 
 
 class Copies(NamedTuple):
@@ -66,12 +34,6 @@ class Copies(NamedTuple):
 
     storages: dict[int, UntypedStorage]
     tags: dict[int, str]
-
-
-def _space(nbytes: int, memory: PinnedMemory | None) -> Tensor:
-    return (
-        torch.empty(nbytes, dtype=torch.uint8, device="cpu") if memory is None or nbytes == 0 else memory.take(nbytes)
-    )
 
 
 def _locate(tensor: Tensor) -> tuple[int, _Place]:
@@ -136,12 +98,12 @@ class Copier:
         for transfer in self._transfers.values():
             transfer.start()
 
-    def fetch(self, memory: PinnedMemory | None) -> Copies:
+    def fetch(self, memory: HostMemory | None) -> Copies:
         """Put everything on the host and let the copies show it."""
         for payload in self._payloads:
             storage = payload.data.untyped_storage()
             self._transfers[storage.device].add(storage, private=True)
-        space = _space(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
+        space = take(sum(transfer.nbytes for transfer in self._transfers.values()), memory)
         copies = Copies({}, {})
         for transfer in self._transfers.values():
             nbytes = transfer.nbytes
