@@ -18,8 +18,9 @@ from torch import Tensor
 
 from q8lightning.checkpoint.encode.candidates import Candidate, Pair, encode_and_measure, reason_to_refuse
 from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors
-from q8lightning.checkpoint.policy import SECOND_MOMENTS, CheckpointPolicy
+from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
+from q8lightning.checkpoint.sections import SECOND_MOMENTS
 from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.many.encode import repack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums

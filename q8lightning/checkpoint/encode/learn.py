@@ -9,12 +9,13 @@ from torch import Tensor
 
 from q8lightning.checkpoint.encode.candidates import Candidate, Pair, is_held_unless_it_failed
 from q8lightning.checkpoint.encode.guard import Watched
-from q8lightning.checkpoint.encode.leaves import ModelNames, epsilons_of, names_from
+from q8lightning.checkpoint.encode.leaves import ModelNames, names_from
 from q8lightning.checkpoint.encode.outline import outline_of
 from q8lightning.checkpoint.encode.repeat import EncodedPart, RawPart, Routine
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY, find
+from q8lightning.checkpoint.encode.state_dict import find
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, SaveReport
+from q8lightning.checkpoint.sections import SUMMARY_KEY, epsilons_of
 from q8lightning.checkpoint.tree import has_memory, is_ordinary
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.many.encode import Packing

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning.checkpoint.encode.guard import Watched
-from q8lightning.checkpoint.encode.leaves import ModelNames, epsilons_of, names_from
+from q8lightning.checkpoint.encode.leaves import ModelNames, names_from
 from q8lightning.checkpoint.encode.outline import Outline, outline_of
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY, summary_of
+from q8lightning.checkpoint.encode.state_dict import summary_of
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, SaveReport, TensorLoss
+from q8lightning.checkpoint.sections import SUMMARY_KEY, epsilons_of
 from q8lightning.checkpoint.staging.snapshot import Copier
 from q8lightning.checkpoint.staging.transfer import PinnedMemory
 from q8lightning.checkpoint.tree import rebuild

@@ -12,21 +12,17 @@ from q8lightning.checkpoint.encode.guard import encode_candidates, warn_of_guard
 from q8lightning.checkpoint.encode.leaves import (
     Leaf,
     ModelNames,
-    epsilons_of,
     leaves_of,
     names_from,
     pairs_of,
     passed_over,
-    state_dicts_in,
 )
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
+from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sections import CODES_KEY, SUMMARY_KEY, epsilons_of, state_dicts_in
 from q8lightning.checkpoint.tree import leaves, rebuild, tensors
-
-SUMMARY_KEY = "q8lightning"
-"""Where a checkpoint says how it was written and what that lost: dicts, lists, numbers and strings, but for codes."""
 
 
 class Encoded(NamedTuple):
