@@ -16,9 +16,6 @@ from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.spec.bit_packing import unpack
 from q8lightning.quantization.weight_codec import WeightCodec
 
-CODES_KEY = "qat"
-"""Where the summary of a checkpoint says how each weight is quantized."""
-
 Codes = tuple[WeightCodec, Tensor, Tensor, Tensor]
 """Codec, codes ``[rows, row]`` uint8, scales ``[rows, blocks a row]`` float32, and a tensor on ``meta`` that has the
 weight's shape, strides and dtype."""

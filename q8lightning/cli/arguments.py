@@ -13,8 +13,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
+from q8lightning.checkpoint.sections import path_of
 from q8lightning.tools.compare import Comparison
-from q8lightning.tools.source import CommandError, Source, leaves, path_of
+from q8lightning.tools.source import CommandError, Source, leaves
 
 
 def make_parser(commands: Mapping[str, Callable[[Namespace], int]]) -> ArgumentParser:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.tools.compare import UPDATE_DIRECTION, Comparison
 from q8lightning.tools.source import KINDS
 
@@ -54,6 +55,6 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
 
 
 def _shorten(name: str) -> str:
-    for prefix in ("state_dict.", "optimizer_states."):
-        name = name.removeprefix(prefix)
+    for section in (STATE_DICT, OPTIMIZER_STATES):
+        name = name.removeprefix(f"{section}.")
     return name if len(name) <= 48 else f"...{name[-45:]}"

@@ -24,17 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
-from q8lightning.checkpoint.qat_codes import CODES_KEY, Codes, read_codes
+from q8lightning.checkpoint.qat_codes import Codes, read_codes
+from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
 from q8lightning.quantization.spec.bit_packing import pack
 from q8lightning.system.ambient import neutral
-
-FOR_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
-"""Sections of a checkpoint that an exported one leaves out."""
 
 
 @neutral()
@@ -64,19 +61,19 @@ def export_quantized(
         raise ValueError(f'format is "float" or "codes", got {format!r}')
     with explained(checkpoint), keep_encoded():
         loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
-    entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
+    entries = summary_in(loaded).get(CODES_KEY)
     if not entries:
         raise ValueError(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
             " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
         )
     with explained(checkpoint):
-        state = _exported_state(loaded["state_dict"], entries, format)
+        state = _exported_state(loaded[STATE_DICT], entries, format)
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
     plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
-    write_checkpoint(plain | {"state_dict": state}, Path(path))
+    write_checkpoint(plain | {STATE_DICT: state}, Path(path))
 
 
 def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:

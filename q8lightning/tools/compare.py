@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.leaves import FIRST_MOMENT, SECOND_MOMENTS, names_from
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import relative_error, sqnr_db
+from q8lightning.checkpoint.sections import (
+    DEFAULT_EPS,
+    FIRST_OF_ADAM,
+    OPTIMIZER_STATES,
+    SECONDS_OF_ADAM,
+    optimizers_in,
+    parameter_names_in,
+    path_of,
+)
+from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.inspect import label
-from q8lightning.tools.source import KINDS, CommandError, Keys, Source, kind_of, leaves, path_of
+from q8lightning.tools.source import KINDS, CommandError, Source, kind_of, leaves
 
 CHUNK = 2**18
 """Elements that are compared at a time, in float64."""
@@ -162,8 +171,8 @@ def _sum(differences: Iterator[Difference]) -> Difference:
 
 def _update_directions(first: Source, second: Source) -> Iterator[Row]:
     """Yield by how much Adam would step into another direction, for each parameter that both have moments of."""
-    optimizers = [_optimizers(source.content) for source in (first, second)]
-    names = names_from(first.content).optimizer_parameters if optimizers[0] else ()
+    optimizers = [optimizers_in(source.content) for source in (first, second)]
+    names = parameter_names_in(first.content) if optimizers[0] else ()
     for index, (one, two) in enumerate(zip(*optimizers, strict=False)):
         for key, state in one.get("state", {}).items():
             moments = [_moments(state), _moments(two.get("state", {}).get(key))]
@@ -178,19 +187,14 @@ def _update_directions(first: Source, second: Source) -> Iterator[Row]:
             difference = _sum(_difference(a, b) for a, b in zip(*directions, strict=True))
             known = names[index] if index < len(names) else ()
             name = known[key] if isinstance(key, int) and key < len(known) else str(key)
-            path = name if name != str(key) else path_of(("optimizer_states", index, "state", key))
+            path = name if name != str(key) else path_of((OPTIMIZER_STATES, index, "state", key))
             yield Row(path, UPDATE_DIRECTION, _stored_as(moments[0][0]), _stored_as(moments[1][0]), difference)
-
-
-def _optimizers(content: Any) -> list[Mapping[str, Any]]:
-    states = content.get("optimizer_states", []) if isinstance(content, Mapping) else []
-    return [state for state in states if isinstance(state, Mapping)] if isinstance(states, list | tuple) else []
 
 
 def _moments(state: Any) -> tuple[_Value, _Value] | None:
     if not isinstance(state, Mapping):
         return None
-    m, v = state.get(FIRST_MOMENT), next((state[key] for key in SECOND_MOMENTS if key in state), None)
+    m, v = state.get(FIRST_OF_ADAM), next((state[key] for key in SECONDS_OF_ADAM if key in state), None)
     if not isinstance(m, _Value) or not isinstance(v, _Value) or tuple(m.shape) != tuple(v.shape):
         return None
     return m, v
@@ -199,8 +203,8 @@ def _moments(state: Any) -> tuple[_Value, _Value] | None:
 def _eps(optimizer: Mapping[str, Any], key: Keys) -> float:
     for group in optimizer.get("param_groups", ()):
         if key in group.get("params", ()):
-            return float(group.get("eps", 1e-8))
-    return 1e-8
+            return float(group.get("eps", DEFAULT_EPS))
+    return DEFAULT_EPS
 
 
 def _direction(m: Tensor, v: Tensor, eps: float) -> Iterator[Tensor]:

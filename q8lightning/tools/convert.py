@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.checkpoint.file.zip_writer import SharedMemory
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.qat_codes import CODES_KEY
+from q8lightning.checkpoint.sections import CODES_KEY, SUMMARY_KEY
 from q8lightning.tools.encoder import Conversion, Encoder, Progress, Work, without_summary
 from q8lightning.tools.source import CommandError, Source, leaves
 from q8lightning.tools.stream import Replace, Store, Stored, write_stream

@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
-from q8lightning.checkpoint.encode.leaves import ModelNames, names_from
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY, encode_and_report, warn_of_refused
+from q8lightning.checkpoint.encode.leaves import ModelNames
+from q8lightning.checkpoint.encode.state_dict import encode_and_report, warn_of_refused
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
-from q8lightning.checkpoint.qat_codes import CODES_KEY
-from q8lightning.checkpoint.tree import tensors
+from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY, parameter_names_in, path_of
+from q8lightning.checkpoint.tree import Keys, tensors
 from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.tools.pieces import Piece, memory_of, part_of, pieces_of
-from q8lightning.tools.source import Keys, Source, decoded_bytes, leaves, path_of
+from q8lightning.tools.source import Source, decoded_bytes, leaves
 from q8lightning.tools.stream import Store, Stored
 from q8lightning.tools.tally import Account
 
@@ -76,7 +76,7 @@ class Encoder(Work):
         super().__init__((value for _, value in found), progress)
         self._source = source
         self._policy = policy
-        self._parameters = names_from(source.content).optimizer_parameters
+        self._parameters = parameter_names_in(source.content)
         self._pieces = pieces_of(found)
         self._account = Account(source.summary)
         self._codes: dict[str, Mapping[str, Any]] = dict(source.summary.get(CODES_KEY, {}))
@@ -152,7 +152,7 @@ class Encoder(Work):
         part = part_of(self.content, wanted)
         codecs = {
             name: WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
-            for name in part.get("state_dict", {})
+            for name in part.get(STATE_DICT, {})
             if (entry := self._codes.get(name)) is not None and "codes" not in entry
         }
         messages: list[str] = []
@@ -166,7 +166,7 @@ class Encoder(Work):
             new: Any = reduce(lambda item, key: item[key], keys, encoded) if keys in seen else None
             if isinstance(value, Tensor) or (isinstance(new, QuantizedTensor) and new.nbytes < value.nbytes):
                 results[id(value)] = new
-                if keys[0] == "state_dict" and keys[-1] in codes:
+                if keys[0] == STATE_DICT and keys[-1] in codes:
                     self._codes[keys[-1]] = codes[keys[-1]]
             else:
                 self._account.keep(keys, value, None if new is None else new.nbytes)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.qat_codes import CODES_KEY
-from q8lightning.tools.source import KINDS, Keys, Source, decoded_bytes, kind_of, leaves, path_of
+from q8lightning.checkpoint.sections import CODES_KEY, path_of
+from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.source import KINDS, Source, decoded_bytes, kind_of, leaves
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.tools.source import Keys
+from q8lightning.checkpoint.sections import is_state
+from q8lightning.checkpoint.tree import Keys
 
 Found = tuple[Keys, Tensor | QuantizedTensor]
 """A tensor of a checkpoint, after the keys that lead to it."""
@@ -54,7 +55,7 @@ def pieces_of(found: Sequence[Found]) -> dict[int, Piece]:
         return mark
 
     for keys, value in found:
-        if keys[0] == "optimizer_states" and len(keys) == 5:
+        if is_state(keys):
             leader[find(keys[:4])] = find(memory_of(value))
     pieces: dict[Any, Piece] = {}
     by_tensor: dict[int, Piece] = {}

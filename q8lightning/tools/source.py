@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint import tree
-from q8lightning.checkpoint.encode.leaves import kind_of as kind_by_keys
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
@@ -25,13 +23,12 @@ from q8lightning.checkpoint.payload import (
     register_functions,
     watch_apart,
 )
-from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
+from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS, summary_in
+from q8lightning.checkpoint.sections import kind_of as kind_by_keys
+from q8lightning.checkpoint.tree import Keys
 
 KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
 """What a tensor of a checkpoint is: of the model, a moment by its optimizer's name for it, or anything else."""
-
-Keys = tuple[Any, ...]
-"""Keys and indices that lead to a tensor."""
 
 
 class CommandError(Exception):
@@ -60,8 +57,7 @@ class Source:
     @property
     def summary(self) -> Mapping[str, Any]:
         """What the checkpoint says about how it was quantized, empty if it says nothing."""
-        found = self.content.get(SUMMARY_KEY) if isinstance(self.content, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+        return summary_in(self.content)
 
     def values(self, value: "Tensor | QuantizedTensor") -> Tensor:
         """Return the values of one of its tensors, decoded if need be.
@@ -131,9 +127,8 @@ def read_source(file: OpenFile, trust: bool = False) -> Source:
         with verified(file):
             pass  # it is whole: something else is wrong
         raise _explain(path, error) from error
-    version = content.get(SUMMARY_KEY) if isinstance(content, Mapping) else None
-    if isinstance(version, Mapping) and version.get("format_version", 0) > FORMAT_VERSION:
-        raise NewerFormatError(version["format_version"])
+    if (version := summary_in(content).get("format_version", 0)) > FORMAT_VERSION:
+        raise NewerFormatError(version)
     return Source(file, content, locations)
 
 
@@ -162,11 +157,6 @@ def _first_line(error: Exception) -> str:
 def leaves(content: Any) -> list[tuple[Keys, "Tensor | QuantizedTensor"]]:
     """Return the tensors of a checkpoint, encoded where they are, with the keys that lead to them."""
     return [leaf for leaf in tree.leaves(content, tree.PATHS) if isinstance(leaf[1], Tensor | QuantizedTensor)]
-
-
-def path_of(keys: Keys) -> str:
-    """Return the path by which policies and messages name a tensor."""
-    return ".".join(map(str, keys))
 
 
 def kind_of(keys: Keys, value: "Tensor | QuantizedTensor") -> str:

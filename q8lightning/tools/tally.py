@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from q8lightning.checkpoint.encode.leaves import kind_of, moments_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import Guarded, SaveReport
-from q8lightning.tools.source import Keys, decoded_bytes, path_of
+from q8lightning.checkpoint.sections import kind_of, moments_of, path_of
+from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.source import decoded_bytes
 
 
 class Account:

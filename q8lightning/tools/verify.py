@@ -8,7 +8,8 @@ from pathlib import Path
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.tools.source import leaves, open_file, path_of, read_source
+from q8lightning.checkpoint.sections import path_of
+from q8lightning.tools.source import leaves, open_file, read_source
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from q8lightning.checkpoint.encode.leaves import ModelNames
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
-from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
+from q8lightning.checkpoint.qat_codes import describe_codes
+from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY
 from q8lightning.metrics.recorder import Detail
 from q8lightning.qat.config import QATConfig
 from q8lightning.system.paths import check_is_there
@@ -189,7 +189,7 @@ class QuantizationCallback(QATCallback):
     def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
         codecs = self.codecs(trainer)
-        state = checkpoint.get("state_dict")
+        state = checkpoint.get(STATE_DICT)
         if not codecs or not isinstance(state, Mapping):
             return {}
         described = describe_codes(state, state, codecs)

@@ -19,7 +19,6 @@ from q8lightning.checkpoint.encode.leaves import ModelNames
 from q8lightning.checkpoint.encode.outline import Outline, outline_of
 from q8lightning.checkpoint.encode.repeat import Repeated, Routine
 from q8lightning.checkpoint.encode.state_dict import (
-    SUMMARY_KEY,
     encode_and_report,
     warn_of_passed_over,
     warn_of_refused,
@@ -32,6 +31,7 @@ from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.staging.snapshot import Snapshot
 from q8lightning.checkpoint.staging.transfer import PinnedMemory
 from q8lightning.system.advice import advise
@@ -235,9 +235,8 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._wait()
         with explained(path):
             checkpoint = self._load(path, local_path(path), *args, **kwargs)
-        summary = checkpoint.get(SUMMARY_KEY)
-        if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
-            raise NewerFormatError(summary["format_version"])
+        if (version := summary_in(checkpoint).get("format_version", 0)) > FORMAT_VERSION:
+            raise NewerFormatError(version)
         return checkpoint
 
     def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payl
 from q8lightning.checkpoint.file.summed_file import SummedFile
 from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES
 from q8lightning.system.workers import MOST, Workers, count_workers
-
-OPTIMIZER_STATES = "optimizer_states"
-"""The section of a checkpoint that may be decoded elsewhere than the rest."""
 
 
 def read_checkpoint(
