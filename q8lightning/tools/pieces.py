@@ -1,6 +1,6 @@
 """Cut a checkpoint into pieces that can be encoded one after the other with the same result.
 
-A piece is what :func:`~q8lightning.checkpoint.encode.state_dict.encode_and_report` must see together: tensors that
+A piece is what :func:`~q8lightning.checkpoint.encode.checkpoint.encode_and_report` must see together: tensors that
 share memory, and the optimizer's state of one parameter.
 """
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from q8lightning.checkpoint.encode.leaves import ModelNames
+from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.qat_codes import describe_codes
@@ -21,6 +21,7 @@ from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.described_saves import describe_saves
 from q8lightning.trainer.io_chain import check_not_async
+from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
     leave_callbacks_alone,
@@ -84,6 +85,7 @@ class QuantizationCallback(QATCallback):
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._moments = Moments()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out whose callback this is."""
@@ -147,6 +149,7 @@ class QuantizationCallback(QATCallback):
             )
         if installed is not None:
             installed.describe_model = DescribeModel(trainer, self)
+            installed.moment = self._moments
         elif self.qat is not None:
             describe_saves(trainer, self._description)
         return installed
@@ -158,9 +161,53 @@ class QuantizationCallback(QATCallback):
         self.recorder.start_run()
         super().on_fit_start(trainer, pl_module)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on, hooks tell the CheckpointIO before training changes what it saved."""
+        super().on_train_start(trainer, pl_module)
+        self._moments.begin()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """In manual optimization the step may change weights at any time: let go of them now."""
+        super().on_train_batch_start(trainer, pl_module, *args)
+        self._moments.end_one()
+        if not pl_module.automatic_optimization:
+            self._let_go(trainer)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Let go of the weights and the optimizer's state: they change now."""
+        super().on_before_optimizer_step(trainer, *args)
+        self._let_go(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Others may put other weights in place to validate."""
+        super().on_validation_start(trainer, pl_module)
+        self._moments.end_one()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Others may have put the weights back."""
+        super().on_validation_end(trainer, pl_module)
+        self._moments.end_one()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Others may do something at the end of an epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._moments.end_one()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No hook follows before somebody may change the weights."""
+        super().on_train_end(trainer, pl_module)
+        self._moments.end()
+
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        installed = find_quantized_io(trainer.strategy.checkpoint_io)
+        if installed is not None:
+            installed.let_go()
+        self._moments.end_one()
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Tell callbacks which checkpoints are durable by now, and those that are new which are not yet."""
         super().on_train_batch_end(trainer, pl_module, *args)
+        self._moments.end_one()
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
@@ -192,7 +239,7 @@ class QuantizationCallback(QATCallback):
         state = checkpoint.get(STATE_DICT)
         if not codecs or not isinstance(state, Mapping):
             return {}
-        described = describe_codes(state, state, codecs)
+        described = describe_codes(state, codecs, {})
         summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self.restored, CODES_KEY: described}
         return {SUMMARY_KEY: summary}
 
@@ -204,6 +251,7 @@ class QuantizationCallback(QATCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
         super().on_exception(trainer, pl_module, exception)
+        self._moments.end()
         try:
             self._finish(trainer)
         except BackgroundSaveError as error:

@@ -20,8 +20,8 @@ from torch import Tensor, UntypedStorage, nn
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.checkpoint.staging import snapshot
 from q8lightning.checkpoint.staging import transfer as host_memory
-from q8lightning.checkpoint.staging.snapshot import Snapshot
-from q8lightning.checkpoint.staging.transfer import ALIGNMENT, PinnedMemory, Transfer
+from q8lightning.checkpoint.staging.copier import Snapshot
+from q8lightning.checkpoint.staging.transfer import ALIGNMENT, HostMemory, Transfer
 from q8lightning.quantization.codec import Codec
 
 Pair = namedtuple("Pair", ["one", "two"])
@@ -135,7 +135,7 @@ def test_what_comes_from_a_device_is_the_same(live: bool) -> None:
     if live:
         for tensor in (*checkpoint["state_dict"].values(), *checkpoint["dtypes"], checkpoint["parameters"][0].data):
             tensor.zero_()
-    with frozen.fetch(PinnedMemory()) as content:
+    with frozen.fetch(HostMemory()) as content:
         found = content["payload"]
         assert found.data.data_ptr() != payload.data.data_ptr()
         assert same_bits(found.data, payload.data)
@@ -170,7 +170,7 @@ def test_a_transfer_gives_each_storage_its_bytes_at_an_address_that_fits(tmp_pat
     values = [tensor.clone() for tensor in live]
     for tensor in live:
         tensor.zero_()
-    memory = PinnedMemory().take(transfer.nbytes)
+    memory = HostMemory().take(transfer.nbytes)
     copies = transfer.finish(memory)
     for tensor, expected in (*zip(live, values, strict=True), *zip(private, private, strict=True)):
         copied = copies[tensor.untyped_storage()._cdata]
@@ -182,7 +182,7 @@ def test_a_transfer_gives_each_storage_its_bytes_at_an_address_that_fits(tmp_pat
 
 
 def test_pinned_memory_is_kept_for_the_next_save_and_given_back_at_the_end() -> None:
-    memory = PinnedMemory()
+    memory = HostMemory()
     first = memory.take(1000)
     assert memory.take(500).data_ptr() == first.data_ptr()
     assert 1000 < memory.nbytes < 1100
@@ -264,7 +264,7 @@ def test_locked_memory_is_given_back_with_the_object_but_not_when_python_ends(mo
     given_back: list[int] = []
     monkeypatch.setattr(host_memory, "_register", lambda memory: True)
     monkeypatch.setattr(host_memory, "_unregister", lambda memory: given_back.append(memory.nbytes))
-    memory = PinnedMemory()
+    memory = HostMemory()
     memory.take(1000)
     assert memory._unregister is not None
     assert not memory._unregister.atexit

@@ -27,7 +27,7 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import Encoded, encode_and_report
+from q8lightning.checkpoint.encode.checkpoint import Encoded, encode_and_report
 from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.tools import convert, encoder

@@ -256,9 +256,7 @@ def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, flo
 def _correspond(first: Leaf, second: Leaf, encoded: set[int]) -> bool:
     """Whether elements at the same place in memory have the same index."""
     for leaf in (first, second):
-        if id(leaf.tensor) not in encoded and not (
-            leaf.storage and leaf.tensor.numel() and is_encodable(leaf.tensor)
-        ):
+        if id(leaf.tensor) not in encoded and not (leaf.storage and leaf.tensor.numel() and is_encodable(leaf.tensor)):
             return False
     one, two = first.tensor, second.tensor
     return one.shape == two.shape and one.stride() == two.stride() and one.device == two.device

@@ -8,7 +8,6 @@ an error close to a limit may then be found on its other side. A tensor whose er
 and which the residual stage holds without any loss, was loaded from such a file and keeps the stage.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

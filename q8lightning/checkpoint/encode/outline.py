@@ -47,10 +47,12 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
             if numbers[id(item)] == len(pending):
                 pending.append(item)
     properties = list(map(_PROPERTIES, tensors))
+    addresses: list[int] | None
     try:
-        return Outline(structure, list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), properties), tensors
+        addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
     except (RuntimeError, NotImplementedError):  # sparse, nested
-        return Outline(structure, None, [_stride(tensor) for tensor in tensors], properties), tensors
+        addresses, strides = None, [_stride(tensor) for tensor in tensors]
+    return Outline(structure, addresses, strides, properties), tensors
 
 
 def _stride(tensor: Tensor) -> tuple[int, ...]:

@@ -1,14 +1,14 @@
 """Plan a save: which tensor gets which codec, in which launches, and what is stored as it is.
 
-A plan is made from the first checkpoint and run by every save, first or later (``run.py``). It keeps no tensor alive: it
-knows tensors by their numbers in the checkpoint's outline, and holds while the outline stays the same.
+A plan is made from the first checkpoint and run by every save, first or later (``run.py``). It keeps no tensor alive:
+it knows tensors by their numbers in the checkpoint's outline, and holds while the outline stays the same.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +135,8 @@ class DevicePlan:
             alike.measure([tensors[i] for i in firsts], [tensors[i] for i in seconds], packed.buffer, sums)
         if self.loose:
             data, places = packed.data, {member: place for place, member in enumerate(self.members)}
-            moments = [
-                Moments(*(self._stored(side, tensors, data, places) for side in pair[:2]), pair.eps)
-                for _, pair in self.loose
-            ]
+            stored = partial(self._stored, tensors=tensors, data=data, places=places)
+            moments = [Moments(stored(pair.exp_avg), stored(pair.exp_avg_sq), pair.eps) for _, pair in self.loose]
             sums[kept_index(tuple(place for place, _ in self.loose), sums.device)] = update_direction_sums(moments)
         return packed, torch.cat([packed.failed.double(), packed.statistics.view(-1), sums.view(-1)])
 
@@ -231,7 +229,9 @@ class Plan:
     passed_over: tuple[str, ...]
     looked_at: frozenset[int] = field(default=frozenset())
 
-    def fits(self, checkpoint: Mapping[str, Any], outline: Outline, policy: CheckpointPolicy, names: ModelNames) -> bool:
+    def fits(
+        self, checkpoint: Mapping[str, Any], outline: Outline, policy: CheckpointPolicy, names: ModelNames
+    ) -> bool:
         """Whether this is how to save a checkpoint, too."""
         return (
             policy is self.policy
@@ -342,7 +342,7 @@ def _launches(
     pairs: Sequence[PairPlan], tensors: Sequence[Tensor], packing: Packing, place: Mapping[int, int]
 ) -> tuple[_Launches, tuple[tuple[int, PairPlan], ...]]:
     """Sort pairs by the launch that measures them; return those that no launch takes by themselves."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     loose = []
     for i, pair in enumerate(pairs):
         sides = [tensors[side.number] for side in pair[:2]]
@@ -352,11 +352,14 @@ def _launches(
         else:
             loose.append((i, pair))
     launches = []
-    for (one, two, *_, eps), group in groups.items():  # type: ignore[misc]
-        first, second = ([pairs[i][side] for i in group] for side in range(2))
-        begin = [tuple(0 if x.member is None else packing.starts[place[x.member]] for x in each) for each in (first, second)]
-        alike = Alike(tuple(group), (one, two), (begin[0], begin[1]), eps)
-        launches.append((alike, tuple(x.number for x in first), tuple(x.number for x in second)))
+    for (one, two, *_), group in groups.items():
+        first, second = [pairs[i].exp_avg for i in group], [pairs[i].exp_avg_sq for i in group]
+        starts = [
+            tuple(0 if side.member is None else packing.starts[place[side.member]] for side in sides)
+            for sides in (first, second)
+        ]
+        alike = Alike(tuple(group), (one, two), (starts[0], starts[1]), pairs[group[0]].eps)
+        launches.append((alike, tuple(side.number for side in first), tuple(side.number for side in second)))
     return tuple(launches), tuple(loose)
 
 
@@ -385,7 +388,7 @@ def _codes(
     masters = state_dicts_in(checkpoint).get(STATE_DICT, {})
     for name, codec in names.quantized.items():
         number = numbers.get(id(masters.get(name)))
-        if number in places and not is_first_stage(members[places[number]].codec, codec):
+        if number is not None and number in places and not is_first_stage(members[places[number]].codec, codec):
             yield name, number, codec
 
 

@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from q8lightning.checkpoint.staging.transfer import HostMemory, take
 from q8lightning.quantization.many.encode import Packed, repack, split
 from q8lightning.quantization.spec.bit_packing import pack
 from q8lightning.system.ambient import neutral
+
+_VERSION = attrgetter("_version")
 
 
 class Buffer(NamedTuple):
@@ -111,7 +114,7 @@ class Run:
         self._tensors = list(tensors)
         self._originals = list(tensors)
         self._copied: set[int] = set()
-        self._versions = [tensors[each.number]._version for each in plan.members] if live else []
+        self._versions = _versions_of(tensors)
         self._parts = [_Part(each) for each in plan.devices]
         self._codes: dict[str, tuple[Tensor, Tensor]] = {}
         self._lock, self._settled, self._judged = threading.Lock(), False, threading.Event()
@@ -142,8 +145,7 @@ class Run:
         sizes = [-(-each.nbytes // 64) * 64 for each in originals]
         space = take(sum(sizes), memory)
         copies = [
-            part[: each.nbytes].view(each.dtype)
-            for part, each in zip(space.split(sizes), originals, strict=True)
+            part[: each.nbytes].view(each.dtype) for part, each in zip(torch.split(space, sizes), originals, strict=True)
         ]
         torch._foreach_copy_(copies, originals)
         for i, copy in zip(numbers, copies, strict=True):
@@ -162,13 +164,18 @@ class Run:
     def _neighbours(self) -> None:
         for group in self.plan.neighbours:
             own = self._tensors[group[0]].detach().clone()
-            self.own |= {i: own for i in group}
+            self.own |= dict.fromkeys(group, own)
 
     def _encode_codes(self, device: torch.device) -> None:
         for name, number, codec in self.plan.codes:
             tensor = self._originals[number]
             if tensor.device == device:
                 self._codes[name] = codec.encode(tensor)
+
+    def is_of(self, plan: Plan, tensors: Sequence[Tensor], live: bool) -> bool:
+        """Whether this is what a run of the plan would be now, as far as versions of tensors tell."""
+        versions = self._versions
+        return self.plan is plan and self._live == live and versions is not None and versions == _versions_of(tensors)
 
     def let_go(self) -> None:
         """Wait until nothing needs the tensors themselves any more: training may change them after this.
@@ -225,19 +232,19 @@ class Run:
         self._report(losses, directions)
         self.next_plan = self.plan.looking_at(frozenset(i for look in looks for i in look.numbers))
         self._parts.clear()
-        self._versions.clear()
+        self._tensors.clear()
+        self._originals.clear()
 
     def _keep(self, look: "_Look", part: _Part) -> None:
         """Copy what will be looked at and nobody has a copy of, before training changes it."""
         missing = sorted(look.numbers - self._copied) if self._live else []
         if not missing:
             return
-        place = {each.number: i for i, each in enumerate(self.plan.members)}
-        versions = {i: self._tensors[i]._version for i in missing}
         for i in missing:
             self._set_copy(i, in_memory_order(self._tensors[i]).clone())
-        written = {i for i in missing if i in place and versions[i] != self._versions[place[i]]}
-        look.gone |= written
+        now = _versions_of(self._tensors)
+        if now is not None and self._versions is not None:
+            look.gone |= {i for i in missing if now[i] != self._versions[i]}
         if part.stream is not None:
             self._late.append(part.stream.record_event())
 
@@ -288,9 +295,7 @@ class Run:
                 codes, scales = self._codes.pop(name)
                 self.codes[name] = pack(codes, codec.bits), scales
 
-    def _report(
-        self, losses: Mapping[int, tuple[float, ...]], directions: Mapping[int, tuple[float, float]]
-    ) -> None:
+    def _report(self, losses: Mapping[int, tuple[float, ...]], directions: Mapping[int, tuple[float, float]]) -> None:
         report = self.report
         for i, (member, payload) in enumerate(zip(self.plan.members, self.payloads, strict=True)):
             if payload is not None:
@@ -317,7 +322,7 @@ class Run:
             own = self._originals[number].detach()
             if number not in self._copied:
                 own = own.clone()
-            self.own |= {i: own for i in tied}
+            self.own |= dict.fromkeys(tied, own)
 
     def _count_bytes(self) -> None:
         """Count what all tensors take, and what is stored of them: whole memories, as ``torch.save`` writes them."""
@@ -329,6 +334,14 @@ class Run:
         )
         report.stored_bytes += sum(payload.nbytes for payload in self.payloads if payload is not None)
         report.stored_bytes += sum(own.nbytes for own in {id(own): own for own in self.own.values()}.values())
+
+
+def _versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Return how often each tensor was written to; None if one does not count that (inference tensors)."""
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return None
 
 
 class _Look:
@@ -374,17 +387,13 @@ class _Look:
             i: CandidatePair(candidates[one.number], candidates[two.number], eps, *directions[i])
             for i, (one, two, eps, *_) in ((i, plan.pairs[i]) for i in self._pairs)
         }
-        usable = {
-            i: pair
-            for i, pair in pairs.items()
-            if not self.gone & {side.number for side in plan.pairs[i][:2]}
-        }
+        usable = {i: pair for i, pair in pairs.items() if not self.gone & {side.number for side in plan.pairs[i][:2]}}
         usable_candidates = [each for number, each in candidates.items() if number not in self.gone]
-        by_sqnr = [candidates[device.numbers[i]] for i in device.watched.by_sqnr.tolist() if device.numbers[i] in candidates]
+        by_sqnr = [candidates.get(device.numbers[i]) for i in device.watched.by_sqnr.tolist()]
         guard(
             usable_candidates,
             list(usable.values()),
-            [each for each in by_sqnr if each in usable_candidates],
+            [each for each in by_sqnr if each is not None and each in usable_candidates],
             plan.policy,
             run.report,
         )

@@ -1,7 +1,8 @@
 """A save from the moment it was asked for to the content of its file: a run of a plan, and a copy of all the rest."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Save:
         live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the content shares
             with the checkpoint what is not encoded.
         stand_ins: See :class:`~q8lightning.checkpoint.staging.copier.Copier`.
+
+    Attributes:
+        plan: What is run.
+        next_plan: The plan for the next save of the same tensors; once fetched.
+        report: What is lost; once fetched.
     """
 
     def __init__(
@@ -44,7 +50,8 @@ class Save:
         live: bool,
         stand_ins: bool = False,
     ) -> None:
-        plan = run.plan
+        self.plan = self.next_plan = plan = run.plan
+        self.report = run.report
         known = [*plan.places, *(i for group in plan.neighbours for i in group)]
         if live:
             known += [i for raw in plan.raws for i in raw.numbers]
@@ -75,7 +82,9 @@ class Save:
         """Put on the host what is not there, and into the content what belongs there; return the locations."""
         run, self._run = self._run, None
         assert run is not None
-        report, plan = run.settle(), run.plan
+        run.settle()
+        plan, self.next_plan = run.plan, run.next_plan
+        report = self.report = replace(run.report)  # others share the run, each with a file of its own
         buffers = [(self._bring(each.memory), each.cuts, each.members) for each in run.buffers]
         codes = {name: tuple(map(self._bring, each)) for name, each in run.codes.items()}
         own = {i: self._bring(each) for i, each in run.own.items()}

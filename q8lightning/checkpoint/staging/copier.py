@@ -80,8 +80,8 @@ class Copier:
             pending, self._pending = self._pending, []
             parts = [part for part, _ in pending]
             self._alive.append(parts)
-            for copied, (_, take) in zip(self._copy(parts), pending, strict=True):
-                take(copied)
+            for copied, (_, give) in zip(self._copy(parts), pending, strict=True):
+                give(copied)
         self._known = known
         self._memo = {"torch": self._clones}
         self._alive.clear()

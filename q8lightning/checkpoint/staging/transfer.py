@@ -22,9 +22,9 @@ _SPARE = 32
 class HostMemory:
     """One stretch of host memory that is kept from save to save, a little larger than the largest needs.
 
-    With a GPU its pages are locked. It is registered memory rather than torch's own pinned memory, which is rounded up to a power of two and cached
-    until the process ends. Its pages are its own: registered memory that shares a page with other memory, or that is
-    freed while it is registered, makes later registrations fail.
+    With a GPU its pages are locked. It is registered memory rather than torch's own pinned memory, which is rounded up
+    to a power of two and cached until the process ends. Its pages are its own: registered memory that shares a page
+    with other memory, or that is freed while it is registered, makes later registrations fail.
     """
 
     def __init__(self) -> None:
