@@ -4,6 +4,7 @@ import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -52,6 +53,9 @@ _URGENT = ("hpc_ckpt_",)
 _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
 
+_REPORTS = 8
+"""How many saves back one can ask what they lost."""
+
 
 class QuantizedCheckpointIO(_WrappingCheckpointIO):
     """Saves checkpoints quantized, through whatever CheckpointIO it wraps; loading needs nothing special.
@@ -99,8 +103,9 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Where optimizer states are decoded when they are loaded, and stay, if it is a GPU; set by the callback."""
         self.waits: list[float] = []
         """Seconds for which saves in the background held training up, each until the one before it was written."""
-        self.report: Callable[[], SaveReport] | None = None
-        """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
+        """What the last saves lost, in their order, for whoever takes it: completed when it is known, by any thread;
+        cancelled or failed with the save."""
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
         self.telling = False
@@ -117,8 +122,9 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
-        left_out = {"report": None, "_unsaid": None, "_routine": None, "_outline": None, "_background": None}
-        return {**self.__dict__, **left_out, "telling": False, "_memory": PinnedMemory()}
+        left_out = {"_unsaid": None, "_routine": None, "_outline": None, "_background": None}
+        reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
+        return {**self.__dict__, **left_out, "reports": reports, "telling": False, "_memory": PinnedMemory()}
 
     @property
     def base(self) -> CheckpointIO:
@@ -164,11 +170,13 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         if self._routine is not None and self._routine.policy is self.policy and self.async_save:
             repeated = self._routine.save(checkpoint, names, self._only_pickles)
             if repeated is not None:
-                self.report = repeated.report
+                self.reports.append(repeated.report)
                 return repeated
         encoded, report = encode_and_report(checkpoint, self.policy, names)
         self._unsaid = report
-        self.report = lambda: report
+        known: Future[SaveReport] = Future()
+        known.set_result(report)
+        self.reports.append(known)
         snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
         if self.async_save:
             self._learn(checkpoint, names, report)

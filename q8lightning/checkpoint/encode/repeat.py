@@ -9,9 +9,9 @@ Whatever is not as it was, or must be looked at more closely, is left to the usu
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -201,12 +201,19 @@ class Repeated:
         self._tensors = tensors
         self._packed: Packed | None = packed
         self._frozen = frozen
-        self.report: Callable[[], SaveReport] = cache(lambda: routine.encoding.report(measured, *routine.bytes))
-        """Returns what was lost; made when it is first asked for."""
+        self._measured = measured
+        self.report: Future[SaveReport] = Future()
+        """What was lost; completed by the thread that fetches."""
 
     @contextmanager
     def fetch(self, memory: PinnedMemory | None = None) -> Iterator[Any]:
         """As :meth:`q8lightning.checkpoint.staging.snapshot.Snapshot.fetch`."""
+        try:
+            report = self._routine.encoding.report(self._measured, *self._routine.bytes)
+        except BaseException as error:
+            self.report.set_exception(error)
+            raise
+        self.report.set_result(report)
         with located(self._fill(memory)):
             yield self._content
 
@@ -242,7 +249,7 @@ class Repeated:
         rebuild(self._content, lambda leaf: replacements.get(id(leaf), leaf), in_place=True)
         self._tensors.clear()
         self._frozen.clear()
-        self._content[SUMMARY_KEY] = summary_of(self.report(), routine.policy, routine.names.restored)
+        self._content[SUMMARY_KEY] = summary_of(self.report.result(), routine.policy, routine.names.restored)
         return copies.tags
 
 
