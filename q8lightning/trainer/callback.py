@@ -29,8 +29,16 @@ from q8lightning.trainer.pending_names import (
     tell_callbacks,
     wait_until_durable,
 )
+from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_callback import QATCallback
-from q8lightning.trainer.recording import is_watched, print_totals, warn_safely, watch_saves
+from q8lightning.trainer.recording import (
+    begin_to_defer,
+    publish_before_a_look,
+    publish_known,
+    publish_rest,
+    watch_of,
+    watch_saves,
+)
 from q8lightning.trainer.twins import is_a
 
 
@@ -159,6 +167,7 @@ class QuantizationCallback(QATCallback):
         if self.policy is not None:
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
+        begin_to_defer(trainer)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,11 +197,6 @@ class QuantizationCallback(QATCallback):
         super().on_validation_end(trainer, pl_module)
         self._moments.end_one()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Others may do something at the end of an epoch."""
-        super().on_train_epoch_end(trainer, pl_module)
-        self._moments.end_one()
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """No hook follows before somebody may change the weights."""
         super().on_train_end(trainer, pl_module)
@@ -205,16 +209,31 @@ class QuantizationCallback(QATCallback):
         self._moments.end_one()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Tell callbacks which checkpoints are durable by now, and those that are new which are not yet."""
+        """Publish what is known of saves; tell callbacks which checkpoints are durable by now, and which are not."""
         super().on_train_batch_end(trainer, pl_module, *args)
         self._moments.end_one()
+        publish_known(trainer)
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publish what is known of saves before callbacks look."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        publish_before_a_look(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Publish what is known of saves before callbacks look. Others may do something at the end of an epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._moments.end_one()
+        publish_before_a_look(trainer)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say in a few words what the saves came to; finish them before any callback is torn down."""
-        print_totals(trainer, self.recorder)
-        self._finish(trainer)
+        """Finish the saves before any callback is torn down; publish the rest, and say what they came to."""
+        try:
+            self._finish(trainer)
+        finally:
+            publish_rest(trainer, together=True)
+            print_totals(trainer, self.recorder)
         tell_callbacks(trainer)
 
     def on_load_checkpoint(
@@ -229,7 +248,7 @@ class QuantizationCallback(QATCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Install what quantizes if nothing was set up: before the first run, or where other processes ran."""
-        if not is_watched(trainer) and not self._is_installed(trainer):
+        if watch_of(trainer) is None and not self._is_installed(trainer):
             self._install(trainer)
         self._select_after_other_processes(trainer, pl_module)
 
@@ -256,12 +275,14 @@ class QuantizationCallback(QATCallback):
             self._finish(trainer)
         except BackgroundSaveError as error:
             warn_safely(str(error))
+        publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish the pending save where the strategy does not tear its CheckpointIO down (FSDP, ModelParallel)."""
         super().teardown(trainer, pl_module, stage)
         self._finish(trainer)
+        publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
     def _finish(self, trainer: pl.Trainer) -> None:

@@ -16,7 +16,7 @@ from q8lightning.qat.trained import TrainedWeights
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.trainer.engagement import Windows
-from q8lightning.trainer.recording import harmless, publish
+from q8lightning.trainer.publishing import harmless, publish
 from q8lightning.trainer.twins import is_a
 
 QAT_PREFIX = f"{PREFIX}/qat"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from q8lightning.checkpoint.encode.repeat import Routine
 from steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
 from q8lightning.checkpoint.encode import learn
-from q8lightning.checkpoint.encode.repeat import Routine
 from q8lightning.quantization.many import encode as packing
 from q8lightning.quantization.many import update_directions as update_direction
 
@@ -139,10 +139,8 @@ def test_it_reports_what_the_usual_way_reports(device: str, repeated: list[bool]
         each.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
         each.finish()
     assert repeated == [True]
-    assert io.report is not None
-    assert usual.report is not None
-    assert io.report() == usual.report()
-    assert io.report().directions
+    assert io.reports[-1].result() == usual.reports[-1].result()
+    assert io.reports[-1].result().directions
 
 
 def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
@@ -202,10 +200,10 @@ def test_parameters_shared_containers_and_objects_are_saved_as_in_the_usual_way(
     io.finish()
     assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
-    assert io.report is not None
-    directions = [each.path for each in io.report().directions]
+    report = io.reports[-1].result()
+    directions = [each.path for each in report.directions]
     assert len(set(directions)) == len(directions) == 4
-    assert {"current_model_state.live", "current_model_state.frozen"} < {each.path for each in io.report().tensors}
+    assert {"current_model_state.live", "current_model_state.frozen"} < {each.path for each in report.tensors}
 
 
 class Bag(dict[str, Any]):

@@ -145,7 +145,8 @@ class Run:
         sizes = [-(-each.nbytes // 64) * 64 for each in originals]
         space = take(sum(sizes), memory)
         copies = [
-            part[: each.nbytes].view(each.dtype) for part, each in zip(torch.split(space, sizes), originals, strict=True)
+            part[: each.nbytes].view(each.dtype)
+            for part, each in zip(torch.split(space, sizes), originals, strict=True)
         ]
         torch._foreach_copy_(copies, originals)
         for i, copy in zip(numbers, copies, strict=True):
