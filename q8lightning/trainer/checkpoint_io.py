@@ -332,6 +332,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             )
         if self._background is not None:
             self._background.wait(path)
+        self._warn()
         if path is not None and writes_where_told(self):
             check_is_there(path)
 
@@ -351,6 +352,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             self._plan = self._run = None
             self._memory.release()
             self._copies.release()
+        self._warn()
 
     def teardown(self) -> None:
         """Finish what is in the background and tear the wrapped CheckpointIO down."""

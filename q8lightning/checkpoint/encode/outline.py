@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.tree import ATOMS, is_container
+from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
 
@@ -18,8 +18,8 @@ class Outline(NamedTuple):
         structure: Types and keys of its containers, and the types of what is in them.
         addresses: Where each tensor begins in memory; None if one has no memory to look at (sparse, nested), and then
             no outline equals this one.
-        strides: Of each tensor, in elements.
-        properties: Shape, dtype and ``requires_grad`` of each tensor.
+        strides: Of each tensor, in elements; empty for one without memory to look at, if there is one.
+        properties: Shape, dtype and ``requires_grad`` of each tensor; likewise.
     """
 
     structure: list[Any]
@@ -46,20 +46,13 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
             structure.append(numbers.setdefault(id(item), len(pending)))  # which of the containers it is
             if numbers[id(item)] == len(pending):
                 pending.append(item)
-    properties = list(map(_PROPERTIES, tensors))
-    addresses: list[int] | None
     try:
         addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
+        return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
     except (RuntimeError, NotImplementedError):  # sparse, nested
-        addresses, strides = None, [_stride(tensor) for tensor in tensors]
-    return Outline(structure, addresses, strides, properties), tensors
-
-
-def _stride(tensor: Tensor) -> tuple[int, ...]:
-    try:
-        return tensor.stride()
-    except (RuntimeError, NotImplementedError):
-        return ()
+        strides = [tensor.stride() if has_memory(tensor) else () for tensor in tensors]
+        properties = [_PROPERTIES(tensor) if has_memory(tensor) else () for tensor in tensors]
+        return Outline(structure, None, strides, properties), tensors
 
 
 def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> list[Any]:

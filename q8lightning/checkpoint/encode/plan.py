@@ -22,6 +22,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor, in_memory_order
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import is_first_stage
 from q8lightning.checkpoint.sections import STATE_DICT, epsilons_of, state_dicts_in
+from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import has_memory, is_ordinary, leaves
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codec import Codec
@@ -248,8 +249,8 @@ class Plan:
     @cached_property
     def always(self) -> frozenset[int]:
         """Numbers of tensors that are looked at each time, since finite scales do not say that a codec holds them."""
-        dtypes = [properties[1] for properties in self.outline.properties]
-        return frozenset(x.number for x in self.members if not is_held_if_finite(dtypes[x.number], x.codec))
+        properties = self.outline.properties
+        return frozenset(x.number for x in self.members if not is_held_if_finite(properties[x.number][1], x.codec))
 
 
 def plan_save(
@@ -275,7 +276,10 @@ def plan_save(
     pairs = [_pair(pair, numbers, places) for pair in found.pairs]
     neighbours = [tuple(dict.fromkeys(numbers[id(leaf.tensor)] for leaf in group)) for group in found.neighbours]
     apart = {number for group in neighbours for number in group}
-    holds_payloads = any(isinstance(leaf, QuantizedTensor) for _, leaf in leaves(checkpoint))
+    others = [leaf for _, leaf in leaves(checkpoint) if not isinstance(leaf, Tensor)]
+    holds_payloads = any(isinstance(leaf, QuantizedTensor) for leaf in others)
+    # An object may hold a view of a tensor; both must have the same copy, which nobody makes who copies in one piece.
+    alone = all(type(leaf) in IMMUTABLE or isinstance(leaf, QuantizedTensor) for leaf in others)
     nothing = not (members or found.refused or holds_payloads)
     plan = Plan(
         outline=outline,
@@ -286,7 +290,7 @@ def plan_save(
         places=places,
         pairs=tuple(pairs),
         devices=tuple(_devices(members, pairs, tensors, policy)),
-        raws=tuple(_raws(tensors, places.keys() | apart)),
+        raws=tuple(_raws(tensors, places.keys() | apart)) if alone else (),
         neighbours=tuple(neighbours),
         codes=tuple(_codes(checkpoint, names, members, numbers, places)),
         storages=tuple(_storages(found, numbers)),

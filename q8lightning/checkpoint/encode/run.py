@@ -141,6 +141,8 @@ class Run:
             if self._tensors[side.number].device.type == "cpu"
         }
         numbers = sorted(wanted)
+        if not numbers:
+            return
         originals = [in_memory_order(self._tensors[i]) for i in numbers]
         sizes = [-(-each.nbytes // 64) * 64 for each in originals]
         space = take(sum(sizes), memory)

@@ -17,7 +17,8 @@ from q8lightning.checkpoint.staging.stand_in import freeze
 from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
 from q8lightning.checkpoint.tree import ATOMS, is_ordinary, rebuild
 
-_IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
+IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
+"""Types of what nobody can change, and what needs no copy."""
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -130,7 +131,7 @@ class Copier:
 
     def _change(self, value: Any) -> Any:
         """Return what takes the place of a leaf."""
-        if type(value) in _IMMUTABLE or id(value) in self._known:
+        if type(value) in IMMUTABLE or id(value) in self._known:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
