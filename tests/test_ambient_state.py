@@ -31,7 +31,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import batches, quiet_trainer
+from support.models import batches, quiet_trainer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors  # what a default device changes

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Autoencoder, Diary, quiet_trainer
-from promises import assert_same, edit_pickle, load, payloads_of
+from support.models import Autoencoder, Diary, quiet_trainer
+from support.promises import assert_same, edit_pickle, load, payloads_of
 
 import q8lightning_autoload
 from q8lightning import NewerFormatError, QuantizationCallback, QuantizedCheckpointIO, export_quantized
@@ -34,7 +34,7 @@ import io, json, os, sys, threading, warnings
 folder = sys.argv[1]
 import torch
 import lightning.pytorch as pl
-from models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer
 
 assert not [name for name in sys.modules if name.startswith("q8lightning.") or name == "q8lightning"]
 warnings.simplefilter("ignore")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Autoencoder, Diary, quiet_trainer
-from promises import assert_same, edit_pickle, load, payloads_of, same_bits
+from support.models import Autoencoder, Diary, quiet_trainer
+from support.promises import assert_same, edit_pickle, load, payloads_of, same_bits
 
 from q8lightning import (
     CorruptCheckpointError,

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from models import Autoencoder, Shrink, batches, quiet_trainer
-from promises import load, payloads_of, same_bits, same_parts, stored
+from support.models import Autoencoder, Shrink, batches, quiet_trainer
+from support.promises import load, payloads_of, same_bits, same_parts, stored
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Autoencoder, TwoOptimizers, quiet_trainer
-from promises import load, payloads_of, same_parts
+from support.models import Autoencoder, TwoOptimizers, quiet_trainer
+from support.promises import load, payloads_of, same_parts
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, Rule

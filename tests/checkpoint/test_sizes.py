@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Shrink, quiet_trainer
-from promises import payloads_of
+from support.models import Shrink, quiet_trainer
+from support.promises import payloads_of
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback

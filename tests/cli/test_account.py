@@ -1,21 +1,18 @@
 """What a compressed file says about itself: what the callback would have said; of what stayed as it was, as before."""
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, quiet_trainer
+from support.promises import assert_same, load, payloads_of, same_parts
 from test_convert import assert_same_content, assert_same_summary, content_of, without_summary
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, QuantizedCheckpointIO, Rule, WeightRule
-
-sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
-from promises import assert_same, load, payloads_of, same_parts
 
 Run = Callable[..., Any]
 FIRST, SECOND = (f"optimizer_states.0.state.0.{key}" for key in ("exp_avg", "exp_avg_sq"))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
-from models import Autoencoder
-from promises import edit_pickle
+from support import forked
+from support.models import Autoencoder
+from support.promises import edit_pickle
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.cli.main import COMMANDS

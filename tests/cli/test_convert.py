@@ -14,7 +14,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
-from models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, quiet_trainer
+from support.promises import assert_same, load, payloads_of, same_bits, same_parts
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -32,9 +33,6 @@ from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.tools import convert, encoder
 from q8lightning.tools.source import open_checkpoint
-
-sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
-from promises import assert_same, load, payloads_of, same_bits, same_parts
 
 Run = Callable[..., Any]
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import Autoencoder, TwoOptimizers, quiet_trainer
+from support.models import Autoencoder, TwoOptimizers, quiet_trainer
+from support.promises import load, payloads_of, tensors
 from torch import Tensor, nn
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.tools.source import KINDS
-
-sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
-from promises import load, payloads_of, tensors
 
 Run = Callable[..., Any]
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "checkpoint")]
+sys.path[:0] = [str(HERE.parent)]
 
-from models import batches, quiet_trainer  # noqa: E402
-from promises import promised, promised_paths, same_bits, tensors  # noqa: E402
+from support.models import batches, quiet_trainer  # noqa: E402
+from support.promises import promised, promised_paths, same_bits, tensors  # noqa: E402
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO  # noqa: E402
 

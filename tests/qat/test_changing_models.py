@@ -26,8 +26,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import quiet_trainer
-from straight_through import Call, Trained, as_it_is, quantized, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Call, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 

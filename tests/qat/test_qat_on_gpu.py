@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from models import quiet_trainer
-from straight_through import Call, Trained, as_it_is, quantized, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Call, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, QATConfig, QuantizationCallback, WeightRule, export_quantized

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     WeightAveraging,
 )
-from models import batches, quiet_trainer
-from straight_through import Adversaries, Trained, as_it_is, quantized, straight_through
+from support.models import batches, quiet_trainer
+from support.straight_through import Adversaries, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from models import quiet_trainer
-from straight_through import Adversaries, Trained, quantized
+from support.models import quiet_trainer
+from support.straight_through import Adversaries, Trained, quantized
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule

@@ -25,8 +25,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from models import batches, quiet_trainer
-from straight_through import StraightThrough, quantized
+from support.models import batches, quiet_trainer
+from support.straight_through import StraightThrough, quantized
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F

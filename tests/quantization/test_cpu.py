@@ -1,27 +1,22 @@
 """The implementation for CPU tensors returns what the reference returns, bit for bit, however it cuts the work up."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
+from support.schemes import Scheme
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
-
-if TYPE_CHECKING:
-    from conftest import Scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 CHUNK = 4096  # small enough to cross often, large enough for a block

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import same_bits
+from support.oracle import same_bits
 from torch import Tensor
 
 from q8lightning.quantization.many import launches as group_batches

@@ -5,7 +5,7 @@ Interpreted on the CPU (``TRITON_INTERPRET=1``) and compiled on a GPU, as in ``t
 
 import pytest
 import torch
-from oracle import same_bits
+from support.oracle import same_bits
 from torch import Tensor
 
 from q8lightning.quantization.codec import Codec
@@ -14,8 +14,6 @@ from q8lightning.quantization.spec.block_choice import chosen_blocks
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_kernels import device as device  # the fixture: interpreted here, compiled there
-
 from q8lightning.quantization.backends.kernels import grouped, launch, work_list
 
 CODECS = [

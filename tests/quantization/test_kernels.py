@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.devices import NOT_COMPILED
 from torch import Tensor
 
 from q8lightning.quantization.spec import reference
@@ -17,24 +18,6 @@ from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from q8lightning.quantization.backends.kernels import blockwise, launch
-
-NOT_INTERPRETED = pytest.mark.skipif(
-    not blockwise.INTERPRETED, reason="CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start"
-)
-NOT_COMPILED = pytest.mark.skipif(
-    not torch.cuda.is_available() or blockwise.INTERPRETED,
-    reason="compiled kernels need a GPU, and TRITON_INTERPRET must not be set",
-)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=NOT_INTERPRETED, id="interpreted"),
-        pytest.param("cuda", marks=[pytest.mark.gpu, NOT_COMPILED]),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def _uneven(count: int) -> Codebook:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from support.devices import CUDA, each_device
 from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
@@ -13,11 +14,6 @@ from q8lightning.quantization.many import update_directions as update_direction
 from q8lightning.quantization.many.encode import pack, repack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import sampling
-
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 EPS = 1e-8
 SIZES = (4096, 5001, 1, 33, 300_000)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import same_bits
+from support.oracle import same_bits
 
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.bit_packing import pack, unpack
