@@ -22,8 +22,8 @@ from support.steps import Steps
 from torch import nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.file import read as reader
-from q8lightning.checkpoint.staging.copier import Snapshot
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 
@@ -393,8 +393,8 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
 ) -> None:
     memories: list[HostMemory | None] = []
     reads: list[str] = []
-    fetch, read = Snapshot.fetch, reader.read_checkpoint
-    monkeypatch.setattr(Snapshot, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
+    fetch, read = Save.fetch, reader.read_checkpoint
+    monkeypatch.setattr(Save, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
         "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
     )

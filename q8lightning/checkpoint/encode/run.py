@@ -52,6 +52,8 @@ class _Part:
     Attributes:
         plan: Of the device.
         encoded: What was encoded, and all that was measured; None before.
+        measured: What was measured, on the host; None before.
+        look: Which tensors need a closer look; None before it was measured.
         stream: Where a thread other than the training's works; None on a CPU.
         started: When what training launched is complete.
     """
@@ -59,6 +61,8 @@ class _Part:
     def __init__(self, plan: DevicePlan) -> None:
         self.plan = plan
         self.encoded: tuple[Packed, Tensor] | None = None
+        self.measured: Measured | None = None
+        self.look: _Look | None = None
         self.stream: Any = None
         self.started: Any = None
 
@@ -117,7 +121,7 @@ class Run:
         self._versions = _versions_of(tensors)
         self._parts = [_Part(each) for each in plan.devices]
         self._codes: dict[str, tuple[Tensor, Tensor]] = {}
-        self._lock, self._settled, self._judged = threading.Lock(), False, threading.Event()
+        self._settling, self._measuring, self._settled = threading.Lock(), threading.Lock(), False
         self._late: list[Any] = []
         self._error: BaseException | None = None
         self.frozen = [raw.freeze(tensors) if live else None for raw in plan.raws]
@@ -180,15 +184,32 @@ class Run:
         versions = self._versions
         return self.plan is plan and self._live == live and versions is not None and versions == _versions_of(tensors)
 
+    @neutral()
+    @torch.inference_mode(False)
     def let_go(self) -> None:
         """Wait until nothing needs the tensors themselves any more: training may change them after this.
 
         What this waits for is the device having encoded, a moment after it did what training wanted before the save;
-        called as late as possible, it has. Whoever settles the run must be another thread, or be done.
+        called as late as possible, it has. Nothing to do where everything was copied.
         """
-        self._judged.wait()
-        for event in self._late:
-            torch.cuda.current_stream(event.device).wait_event(event)
+        if self._live:
+            self._measure_devices()
+            for event in self._late:
+                torch.cuda.current_stream(event.device).wait_event(event)
+
+    def _measure_devices(self) -> None:
+        """Find out what devices have measured, and keep what needs a closer look; once, by whoever comes first."""
+        with self._measuring:
+            for part in self._parts:
+                if part.look is None and part.encoded is not None:
+                    with part.aside():
+                        self._measure(part)
+
+    def _measure(self, part: _Part) -> None:
+        assert part.encoded is not None
+        part.measured = part.plan.measured(part.encoded[1].cpu())
+        part.look = _Look(self.plan, part.plan, part.measured)
+        self._keep(part.look, part)
 
     @neutral()
     @torch.inference_mode(False)
@@ -198,42 +219,38 @@ class Run:
         Raises:
             RuntimeError: If a tensor that no codec can hold was written to before it could be stored as it is.
         """
-        with self._lock:
+        with self._settling:
             if not self._settled:
+                self._settled = True
                 try:
                     self._settle()
                 except BaseException as error:
                     self._error = error
                     raise
-                finally:
-                    self._settled = True
-                    self._judged.set()
             elif self._error is not None:
                 raise self._error
         return self.report
 
     def _settle(self) -> None:
-        measured: list[Measured] = []
-        looks: list[_Look] = []
+        self._measure_devices()
+        directions: dict[int, tuple[float, float]] = {}
+        losses: dict[int, tuple[float, ...]] = {}
+        looked_at: set[int] = set()
         for part in self._parts:
             with part.aside():
                 if part.encoded is None:
                     part.encoded = part.plan.encode(self._originals)
                     self._encode_codes(part.plan.device)
-                measured.append(part.plan.measured(part.encoded[1].cpu()))
-                looks.append(_Look(self.plan, part.plan, measured[-1]))
-                self._keep(looks[-1], part)
-        self._judged.set()
-        directions: dict[int, tuple[float, float]] = {}
-        losses: dict[int, tuple[float, ...]] = {}
-        for part, numbers, look in zip(self._parts, measured, looks, strict=True):
-            with part.aside():
-                losses |= dict(zip(part.plan.members, map(tuple, numbers.statistics.tolist()), strict=True))
-                directions |= dict(zip(part.plan.pairs, map(tuple, numbers.directions.tolist()), strict=True))
-                self._store(part, numbers, look, losses, directions)
+                    self._measure(part)
+                assert part.measured is not None
+                assert part.look is not None
+                losses |= dict(zip(part.plan.members, map(tuple, part.measured.statistics.tolist()), strict=True))
+                directions |= dict(zip(part.plan.pairs, map(tuple, part.measured.directions.tolist()), strict=True))
+                looked_at |= part.look.numbers
+                self._store(part, part.measured, part.look, losses, directions)
                 self._pack_codes(part.plan.device)
         self._report(losses, directions)
-        self.next_plan = self.plan.looking_at(frozenset(i for look in looks for i in look.numbers))
+        self.next_plan = self.plan.looking_at(frozenset(looked_at))
         self._parts.clear()
         self._tensors.clear()
         self._originals.clear()

@@ -1,4 +1,4 @@
-"""A snapshot is the checkpoint at its moment: every storage copied once, what was shared still shared, nothing changed.
+"""A copy is the checkpoint at its moment: every storage copied once, what was shared still shared, nothing changed.
 
 Copies from a device are tested here with the CPU in its place, and on a GPU in ``test_on_gpu.py``.
 """
@@ -7,6 +7,8 @@ import copy
 import gc
 import weakref
 from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,28 @@ from support.promises import assert_same, load, same_bits
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint.staging import snapshot
+from q8lightning.checkpoint.load_locations import located
+from q8lightning.checkpoint.staging import copier
 from q8lightning.checkpoint.staging import transfer as host_memory
-from q8lightning.checkpoint.staging.copier import Snapshot
+from q8lightning.checkpoint.staging.copier import Copier
 from q8lightning.checkpoint.staging.transfer import ALIGNMENT, HostMemory, Transfer
 from q8lightning.quantization.codec import Codec
 
 Pair = namedtuple("Pair", ["one", "two"])
+
+
+class Snapshot:
+    """A copy of a checkpoint, as a save makes one of what it does not encode."""
+
+    def __init__(self, checkpoint: Any, live: bool) -> None:
+        self._copier = Copier(live)
+        self._content = self._copier.copy(checkpoint)
+        self._copier.start()
+
+    @contextmanager
+    def fetch(self, memory: HostMemory | None = None) -> Iterator[Any]:
+        with located(self._copier.fetch(memory).tags):
+            yield self._content
 
 
 def content_of(checkpoint: Any, live: bool = True) -> Any:
@@ -122,7 +139,7 @@ def test_whatever_torch_can_save_is_saved_in_the_background(make: Any, tmp_path:
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every storage of the CPU treated as if it were on a device."""
-    monkeypatch.setattr(snapshot, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(copier, "_on_host", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("as_device")
@@ -198,12 +215,13 @@ def test_the_io_reuses_its_memory_only_where_nobody_keeps_what_is_written(tmp_pa
     io = QuantizedCheckpointIO(async_save=True)
     addresses = set()
     for value in range(3):
-        io.save_checkpoint({"state_dict": {"weight": torch.full((64, 64), float(value))}}, tmp_path / f"{value}.ckpt")
+        memory = torch.full((64, 65), float(value))
+        io.save_checkpoint({"state_dict": {"weight": memory[0], "table": memory}}, tmp_path / f"{value}.ckpt")
         io.wait_until_durable()
         assert io._memory._memory is not None
         addresses.add(io._memory._memory.data_ptr())
     assert len(addresses) == 1
-    assert [load(tmp_path / f"{value}.ckpt")["state_dict"]["weight"][0, 0] for value in range(3)] == [0, 1, 2]
+    assert [load(tmp_path / f"{value}.ckpt")["state_dict"]["weight"][0] for value in range(3)] == [0, 1, 2]
     io.teardown()
     assert io._memory.nbytes == 0
 
@@ -225,7 +243,7 @@ def test_copies_are_saved_under_the_location_of_what_they_are_copies_of(
 ) -> None:
     """As a plain checkpoint of a GPU's tensors: it loads to the GPU, wherever its bytes were when they were written."""
     real = torch.serialization.location_tag
-    monkeypatch.setattr(snapshot, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(copier, "_on_host", lambda tensor: False)
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     frozen = Snapshot({"state_dict": {"weight": torch.ones(3), "payload": torch.ones(64, 64)}}, live=True)
     monkeypatch.setattr(torch.serialization, "location_tag", real)

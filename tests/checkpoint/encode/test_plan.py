@@ -1,4 +1,4 @@
-"""A save of the same tensors as the one before does less while training waits, and writes the same file."""
+"""A plan is made once; every save runs it, and writes the file that a first save would write."""
 
 import gc
 import weakref
@@ -14,10 +14,11 @@ from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode import learn
-from q8lightning.checkpoint.encode.repeat import Routine
+from q8lightning.checkpoint.encode import plan as plan_module
+from q8lightning.checkpoint.encode.plan import Plan, plan_save
 from q8lightning.quantization.many import encode as packing
 from q8lightning.quantization.many import update_directions as update_direction
+from q8lightning.trainer import checkpoint_io
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreted"), CUDA])
@@ -27,24 +28,22 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
         if not blockwise.INTERPRETED:
             pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        for module in (packing, update_direction, learn):
+        for module in (packing, update_direction, plan_module):
             monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
     return str(request.param)
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """For each save that a routine was asked for, whether it did it."""
-    done: list[bool] = []
-    save = Routine.save
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that are made."""
+    made: list[Plan] = []
 
-    def spy(self: Routine, *arguments: Any) -> Any:
-        result = save(self, *arguments)
-        done.append(result is not None)
-        return result
+    def plan(*arguments: Any) -> Plan:
+        made.append(plan_save(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(Routine, "save", spy)
-    return done
+    monkeypatch.setattr(checkpoint_io, "plan_save", plan)
+    return made
 
 
 class Net(nn.Module):
@@ -105,7 +104,7 @@ RESUME, COMPACT = (replace(CheckpointPolicy.of(name), min_numel=256) for name in
 
 
 def written(checkpoint: dict[str, Any], path: Path, policy: CheckpointPolicy) -> bytes:
-    """What the usual way writes of it."""
+    """What a CheckpointIO writes of it that has saved nothing before."""
     io = QuantizedCheckpointIO(checkpoint=policy, async_save=True)
     io.save_checkpoint(checkpoint, path)
     io.finish()
@@ -113,20 +112,17 @@ def written(checkpoint: dict[str, Any], path: Path, policy: CheckpointPolicy) ->
 
 
 @pytest.mark.parametrize("policy", [RESUME, COMPACT], ids=["resume", "compact"])
-def test_the_file_is_byte_for_byte_that_of_the_usual_way(
-    policy: CheckpointPolicy, device: str, repeated: list[bool], tmp_path: Path
-) -> None:
+def test_the_file_is_byte_for_byte_that_of_a_first_save(policy: CheckpointPolicy, device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
     for _ in range(2):
         training.step()
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
         io.wait_until_durable()
         assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", policy)
-    assert repeated == [True]
     io.finish()
 
 
-def test_it_reports_what_the_usual_way_reports(device: str, repeated: list[bool], tmp_path: Path) -> None:
+def test_it_reports_what_a_first_save_reports(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     usual = QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
@@ -134,16 +130,11 @@ def test_it_reports_what_the_usual_way_reports(device: str, repeated: list[bool]
     for each in (io, usual):
         each.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
         each.finish()
-    assert repeated == [True]
-    assert io.report is not None
-    assert usual.report is not None
-    assert io.report() == usual.report()
-    assert io.report().directions
+    assert io.reports[-1].result() == usual.reports[-1].result()
+    assert io.reports[-1].result().directions
 
 
-def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
-    device: str, repeated: list[bool], tmp_path: Path
-) -> None:
+def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     expected = written(training.checkpoint, tmp_path / "b.ckpt", RESUME)
@@ -156,7 +147,6 @@ def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(
     checkpoint["loops"]["fit_loop"]["progress"].append(7)
     del checkpoint, value
     io.wait_until_durable()
-    assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
     io.finish()
 
@@ -172,8 +162,8 @@ class Remark:
 
 
 @pytest.mark.parametrize("policy", [RESUME, COMPACT], ids=["resume", "compact"])
-def test_parameters_shared_containers_and_objects_are_saved_as_in_the_usual_way(
-    policy: CheckpointPolicy, device: str, repeated: list[bool], steps: Steps, tmp_path: Path
+def test_parameters_shared_containers_and_objects_are_saved_as_by_a_first_save(
+    policy: CheckpointPolicy, device: str, steps: Steps, tmp_path: Path
 ) -> None:
     """As is the state of AMSGrad."""
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
@@ -196,12 +186,11 @@ def test_parameters_shared_containers_and_objects_are_saved_as_in_the_usual_way(
         tensor.detach().zero_()
     gate.set()
     io.finish()
-    assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
-    assert io.report is not None
-    directions = [each.path for each in io.report().directions]
+    report = io.reports[-1].result()
+    directions = [each.path for each in report.directions]
     assert len(set(directions)) == len(directions) == 4
-    assert {"current_model_state.live", "current_model_state.frozen"} < {each.path for each in io.report().tensors}
+    assert {"current_model_state.live", "current_model_state.frozen"} < {each.path for each in report.tensors}
 
 
 class Bag(dict[str, Any]):
@@ -218,7 +207,7 @@ def shrink(tensor: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [freeze, shrink], ids=lambda f: f.__name__)
 def test_tensors_that_become_something_else_before_they_are_written_are_saved_as_they_were(
-    change: Callable[[Tensor], None], device: str, repeated: list[bool], steps: Steps, tmp_path: Path
+    change: Callable[[Tensor], None], device: str, steps: Steps, tmp_path: Path
 ) -> None:
     """A parameter that a callback freezes; a state whose memory an optimizer replaces."""
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
@@ -233,11 +222,10 @@ def test_tensors_that_become_something_else_before_they_are_written_are_saved_as
         change(tensor)
     gate.set()
     io.finish()
-    assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == expected
 
 
-def test_attributes_of_containers_have_copies(device: str, repeated: list[bool], steps: Steps, tmp_path: Path) -> None:
+def test_attributes_of_containers_have_copies(device: str, steps: Steps, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     live = torch.ones(8, device=device)
     training.more["bag"] = bag = Bag(tensor=live)
@@ -250,19 +238,17 @@ def test_attributes_of_containers_have_copies(device: str, repeated: list[bool],
     live.zero_()
     gate.set()
     io.finish()
-    assert repeated == [True]
     found = torch.load(tmp_path / "a.ckpt", weights_only=False)["bag"]
     assert found["tensor"].tolist() == found.same["tensor"].tolist() == [1] * 8
 
 
-def test_another_policy_is_followed_at_once(device: str, repeated: list[bool], tmp_path: Path) -> None:
+def test_another_policy_is_followed_at_once(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     io.policy = COMPACT
     for _ in range(2):
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     io.finish()
-    assert repeated == [True]
     assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
 
 
@@ -312,54 +298,84 @@ def lose(training: Training) -> None:
 
 @pytest.mark.filterwarnings("ignore:stored as they are", "ignore:would have lost more")
 @pytest.mark.parametrize("change", [move, narrow, share, other_epsilon, diverge, lose], ids=lambda f: f.__name__)
-def test_what_is_not_as_before_is_saved_in_the_usual_way(
-    change: Callable[[Training], None], device: str, repeated: list[bool], tmp_path: Path
+@pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
+def test_what_is_not_as_before_is_saved_as_by_a_first_save(
+    async_save: bool, change: Callable[[Training], None], device: str, planned: list[Plan], tmp_path: Path
 ) -> None:
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
+    """Other tensors need another plan; other values do not, and the guard decides anew by values alone."""
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=async_save)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     change(training)
-    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    io.wait_until_durable()
-    assert repeated == [False]
-    if change in (diverge, lose):  # which the routine encoded before it gave up
+    for _ in range(2):
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+        io.wait_until_durable()
+        made = len(planned)
+        assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
+        del planned[made:]
+    assert len(planned) == (1 if change in (diverge, lose) else 2)
+    io.finish()
+
+
+@pytest.mark.filterwarnings("ignore:would have lost more")
+def test_what_the_guard_did_is_undone_when_values_allow_it(device: str, tmp_path: Path) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
+    before = training.checkpoint["optimizer_states"][0]["state"]
+    before = {key: {name: value.clone() for name, value in state.items()} for key, state in before.items()}
+    lose(training)
+    for guarded in (True, False):
+        if not guarded:
+            training.optimizer.load_state_dict({**training.optimizer.state_dict(), "state": before})
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+        io.wait_until_durable()
+        assert bool(io.reports[-1].result().guarded) == guarded
         assert (tmp_path / "a.ckpt").read_bytes() == written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
     io.finish()
 
 
-def test_keys_that_are_tensors_do_not_compare(device: str, repeated: list[bool], tmp_path: Path) -> None:
+def test_keys_that_are_tensors_do_not_compare(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
     for _ in range(2):
         training.more["by tensor"] = {torch.ones(2): 1}
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    assert repeated == [False]
     io.finish()
 
 
-def test_two_saves_of_the_same_tensors_make_a_new_routine(device: str, repeated: list[bool], tmp_path: Path) -> None:
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
-    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+@pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
+def test_a_plan_is_made_once_for_the_same_tensors(
+    async_save: bool, device: str, planned: list[Plan], tmp_path: Path
+) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=async_save)
+    for _ in range(3):
+        training.step()
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    assert len(planned) == 1
     grow(training)
     for _ in range(3):
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    assert len(planned) == 2
     io.finish()
-    assert repeated == [False, False, True]
 
 
-def test_values_that_need_a_second_look_have_no_routine(device: str, tmp_path: Path) -> None:
+def test_values_that_need_a_second_look_are_saved_as_by_a_first_save(device: str, tmp_path: Path) -> None:
     """Whether float16 holds what was decoded of it is not known before it was decoded."""
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
-    training.more["current_model_state"] = {"average": torch.randn(512, device=device).half()}
-    io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    assert io._routine is None
+    average = torch.randn(512, device=device).half()
+    training.more["current_model_state"] = {"average": average}
+    for _ in range(2):
+        expected = written(training.checkpoint, tmp_path / "b.ckpt", COMPACT)
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+        average.zero_()
+        io.wait_until_durable()
+        assert (tmp_path / "a.ckpt").read_bytes() == expected
+        average.normal_()
     io.finish()
 
 
-def test_a_routine_keeps_no_tensor_alive(device: str, repeated: list[bool], tmp_path: Path) -> None:
+def test_a_plan_keeps_no_tensor_alive(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     for _ in range(2):
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
         io.wait_until_durable()
-    assert repeated == [True]
     gone = [
         weakref.ref(x)
         for x in (training.model.layers[0].weight, training.optimizer.state_dict()["state"][0]["exp_avg"])
@@ -368,10 +384,3 @@ def test_a_routine_keeps_no_tensor_alive(device: str, repeated: list[bool], tmp_
     gc.collect()
     assert [each() for each in gone] == [None, None]
     io.finish()
-
-
-def test_a_save_that_is_not_in_the_background_has_no_routine(device: str, tmp_path: Path) -> None:
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME)
-    for _ in range(2):
-        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
-    assert io._routine is None
