@@ -340,8 +340,8 @@ class Run:
         alone = storage.nbytes == self.plan.members[member].nbytes and set(storage.numbers) <= set(tied)
         if self._live or not alone:
             own = self._originals[number].detach()
-            if number not in self._copied:
-                own = own.clone()
+            if number not in self._copied or own.device.type == "cpu":
+                own = own.clone()  # a file has whole memories, and copies on the host share one
             self.own |= dict.fromkeys(tied, own)
 
     def _count_bytes(self) -> None:

@@ -137,6 +137,7 @@ def test_it_reports_what_a_first_save_reports(device: str, tmp_path: Path) -> No
 def test_training_goes_on_at_once_and_changes_nothing_of_what_is_saved(device: str, tmp_path: Path) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io.wait_until_durable()
     expected = written(training.checkpoint, tmp_path / "b.ckpt", RESUME)
     io.save_checkpoint(checkpoint := training.checkpoint, tmp_path / "a.ckpt")
     training.step()
@@ -176,6 +177,7 @@ def test_parameters_shared_containers_and_objects_are_saved_as_by_a_first_save(
     remark = Remark(torch.ones(3, device=device))
     training.more = {"current_model_state": live, "family": family, "remark": remark}
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io.wait_until_durable()
     training.step()
     expected = written(training.checkpoint, tmp_path / "b.ckpt", policy)
     io.wait_until_durable()
@@ -214,6 +216,7 @@ def test_tensors_that_become_something_else_before_they_are_written_are_saved_as
     live = {"small": nn.Parameter(torch.randn(8, device=device)), "large": torch.randn(16, 32, device=device)}
     training.more["current_model_state"] = live
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+    io.wait_until_durable()
     expected = written(training.checkpoint, tmp_path / "b.ckpt", RESUME)
     gate = steps.hold("removing")
     io.remove_checkpoint(tmp_path / "none.ckpt")
