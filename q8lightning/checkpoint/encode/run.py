@@ -133,7 +133,8 @@ class Run:
             if part.plan.device.type != "cpu":
                 part.encoded = part.plan.encode(self._tensors)
                 self._encode_codes(part.plan.device)
-            part.mark()
+            if live:
+                part.mark()
 
     def _copy_to_host(self, memory: HostMemory | None) -> None:
         """Copy what a CPU encodes later: its members, and moments that they are measured with."""

@@ -83,6 +83,8 @@ class Save:
         run, self._run = self._run, None
         assert run is not None
         run.settle()
+        if not self._live:
+            self._copier.start()  # anew, after what settling has launched
         plan, self.next_plan = run.plan, run.next_plan
         report = self.report = replace(run.report)  # others share the run, each with a file of its own
         buffers = [(self._bring(each.memory), each.cuts, each.members) for each in run.buffers]
@@ -135,7 +137,7 @@ class Save:
                 sizes = [outline.properties[i][0].numel() for i in raw.numbers]
                 on_host.append((raw.numbers, list(torch.split(frozen.view(-1), sizes))))
             else:
-                parts = [(_key(i), self._tensors[i].nbytes) for i in raw.numbers]
+                parts = [(_key(i), _nbytes(outline, i)) for i in raw.numbers]  # training may have changed them
                 self._copier.transfer_of(frozen.untyped_storage()).add_frozen(frozen, parts)
                 on_host.append((raw.numbers, None))
 
@@ -152,6 +154,11 @@ class Save:
 def _key(number: int) -> int:
     """Return what a tensor's bytes are called among the copies: no address, as the keys of storages are."""
     return -1 - number
+
+
+def _nbytes(outline: Outline, number: int) -> int:
+    shape, dtype, _ = outline.properties[number]
+    return int(shape.numel() * dtype.itemsize)
 
 
 def _restored(outline: Outline, number: int, source: UntypedStorage | Tensor) -> Tensor:
