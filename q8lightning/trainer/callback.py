@@ -17,10 +17,12 @@ from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
 from q8lightning.metrics.recorder import Detail
 from q8lightning.qat.config import QATConfig
 from q8lightning.system.paths import check_is_there
+from q8lightning.system.private_names import Part, check_names
 from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.described_saves import describe_saves
 from q8lightning.trainer.io_chain import check_not_async
+from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
     leave_callbacks_alone,
@@ -116,6 +118,7 @@ class QuantizationCallback(QATCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the quantizing CheckpointIO around the one that the Trainer has, once."""
+        check_names(self._parts(), warn_safely)
         super().setup(trainer, pl_module, stage)
         self._trainer = weakref.ref(trainer)
         installed = self._install(trainer)
@@ -128,6 +131,15 @@ class QuantizationCallback(QATCallback):
         watch_saves(trainer, installed, self.recorder)
         begin_to_tell(installed)
         let_callbacks_know(trainer)
+
+    def _parts(self) -> list[Part]:
+        """Return which parts of the package were asked for, of those that no CheckpointIO asks for itself."""
+        asked: dict[Part, bool] = {
+            "background": self.policy is not None and self.async_save,
+            "logging": self.recorder.detail is not None,
+            "qat": self.qat is not None,
+        }
+        return [part for part, is_asked in asked.items() if is_asked]
 
     def _install(self, trainer: pl.Trainer) -> QuantizedCheckpointIO | None:
         """Return the quantizing CheckpointIO of a Trainer, this callback's or the user's own, which knows the model."""
@@ -229,14 +241,9 @@ class QuantizationCallback(QATCallback):
 
 def _check_strategy(strategy: Strategy) -> None:
     """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
-    remedy = None
-    if is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
-        remedy = 'pass FSDPStrategy(state_dict_type="full")'
-    elif is_a(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
-        remedy = "pass ModelParallelStrategy(save_distributed_checkpoint=False)"
-    elif is_a(strategy, DeepSpeedStrategy):
-        remedy = "use another strategy"
-    if remedy is not None:
+    whole = saves_in_shards(strategy)
+    if whole is not None or is_a(strategy, DeepSpeedStrategy):
+        remedy = "use another strategy" if whole is None else f"pass {whole}"
         raise ValueError(
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
             f" quantized; {remedy}, or remove the QuantizationCallback (or pass it checkpoint=None)"

@@ -16,6 +16,7 @@ from q8lightning.qat.trained import TrainedWeights
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.trainer.engagement import Windows
+from q8lightning.trainer.lightning_internals import logs_next_step
 from q8lightning.trainer.recording import harmless, publish
 from q8lightning.trainer.twins import is_a
 
@@ -123,7 +124,7 @@ class QATCallback(pl.Callback):
             owners=[pl_module, getattr(trainer, "datamodule", None), *other_callbacks(trainer, self)],
             step=lambda: trainer.global_step if fitting else None,
             manual=fitting and not pl_module.automatic_optimization,
-            measure=lambda: self.recorder.detail is not None and trainer._logger_connector.should_update_logs,
+            measure=lambda: self.recorder.detail is not None and logs_next_step(trainer),
             follow=lambda: self._follow(trainer, quantizer),
         )
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.metrics.recorder import Loss, Recorder, Save
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+from q8lightning.trainer.lightning_internals import logged_steps
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.twins import is_a
 
@@ -101,7 +102,7 @@ def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]
     with harmless(recorder, "putting values into trainer.callback_metrics"):
         tensors = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
         trainer.callback_metrics.update(tensors)
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = logged_steps(trainer)
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     for index, logger in enumerate(trainer.loggers):
         with harmless(recorder, f"logging to {type(logger).__name__}, trainer.loggers[{index}],"):

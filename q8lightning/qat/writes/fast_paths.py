@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import _get_current_function_mode_stack
 
 from q8lightning.qat.writes.two_worlds import TwoWorlds
+from q8lightning.system.private_names import resolve
 
 FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -28,7 +28,7 @@ def fast_paths(worlds: TwoWorlds, model: nn.Module) -> Iterator[None]:
     def leave(module: nn.Module, args: Any) -> None:
         if type(module) not in FAST or module.training or left or torch.compiler.is_compiling():
             return
-        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = resolve("torch.overrides", "_get_current_function_mode_stack")()
         # With another mode, the fast path would not be taken without us either.
         if modes == [worlds] and _is_of_torch(module) and worlds.settled(args):
             worlds.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.lost_write import BESIDE_COMPILED, LostWriteError
@@ -40,6 +39,7 @@ from q8lightning.qat.writes.operators import (
     tensors_in,
     version_of,
 )
+from q8lightning.system.private_names import resolve
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class TwoWorlds(TorchFunctionMode):
         set_random_states(random)
         try:
             # What watches the user's operators, as selective checkpoints and counters of flops do, sees each once.
-            with torch.no_grad(), _disable_current_modes():
+            with torch.no_grad(), resolve("torch.utils._python_dispatch", "_disable_current_modes")():
                 there = func(*self._there(args), **self._there(kwargs))
         except Exception:  # the user's own call went well
             self._refuse(weights, "the operator does not take the master")
