@@ -19,7 +19,8 @@ from packages import PACKAGES, package
 
 import q8lightning
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.system.private_names import PRIVATE_NAMES, MissingNameError, PrivateName, is_there, resolve
+from q8lightning.system.find_names import is_declared
+from q8lightning.system.private_names import PRIVATE_NAMES, MissingNameError, PrivateName, is_there, owners, resolve
 from q8lightning.trainer.lightning_internals import logged_steps
 
 PACKAGE = Path(q8lightning.__file__).parent
@@ -91,6 +92,13 @@ def test_the_installed_versions_have_every_name(private: PrivateName) -> None:
         package(name)  # names of Lightning are looked for in both packages
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
     assert is_there(private), f"{private} has gone from {versions}: say in its row what replaced it"
+
+
+def test_a_setup_never_stops_because_of_what_only_code_tells() -> None:
+    """``torch.compile``, for one, puts a function of its own in the place of ``Module.__init__``."""
+    for private in PRIVATE_NAMES:
+        if private.without is None and private.part != "tools":
+            assert all(is_declared(owner, private.name) for owner in owners(private.owner)), private
 
 
 @pytest.mark.parametrize("private", PRIVATE_NAMES, ids=lambda each: f"{each.owner}.{each.name}")

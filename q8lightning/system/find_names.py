@@ -1,7 +1,7 @@
 """Find what a dotted name stands for, and whether something has an attribute without making one of it."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dis import get_instructions as dis
 from inspect import unwrap
 from types import CodeType, FunctionType
@@ -10,11 +10,10 @@ from typing import Any
 
 def find(dotted: str) -> Any:
     """Return a module, or something in one; None if it does not exist."""
-    found: Any = None
-    for part in dotted.split("."):
-        if found is None:
-            found = importlib.import_module(part)
-        elif hasattr(found, part):
+    first, *parts = dotted.split(".")
+    found: Any = importlib.import_module(first)
+    for part in parts:
+        if hasattr(found, part):
             found = getattr(found, part)
         else:
             try:
@@ -27,12 +26,23 @@ def find(dotted: str) -> Any:
 def has(owner: Any, name: str) -> bool:
     """Whether a module, class or function has something of a name.
 
-    That is an attribute; of a class also one that its methods set, or a text in them that begins so; of a function one
-    of its parameters, or such a text.
+    That is an attribute; of a class also one that it annotates or that its methods set, or a text in them that begins
+    so; of a function one of its parameters, or such a text.
     """
-    if owner is None:
-        return False
-    return hasattr(owner, name) or any(_sets(code, name) for code in _codes_of(owner))
+    return is_declared(owner, name) or any(_sets(code, name) for code in _codes_of(owner))
+
+
+def is_declared(owner: Any, name: str) -> bool:
+    """Whether something has an attribute, or is a class that annotates it for its objects."""
+    classes = owner.__mro__ if isinstance(owner, type) else ()
+    return hasattr(owner, name) or any(name in _annotations(each) for each in classes)
+
+
+def _annotations(owner: type) -> Mapping[str, Any]:
+    try:
+        return owner.__annotations__
+    except (AttributeError, NameError):  # of a type in C; of what Python 3.14 cannot evaluate
+        return {}
 
 
 def _codes_of(owner: Any) -> Iterator[CodeType]:

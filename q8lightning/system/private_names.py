@@ -194,7 +194,7 @@ def resolve(owner: str, name: str) -> Any:
 
 def is_there(private: PrivateName) -> bool:
     """Whether a name exists, in both of Lightning's packages if both are imported."""
-    return all(has(owner, private.name) for owner in _owners(private.owner))
+    return all(owner is not None and has(owner, private.name) for owner in owners(private.owner))
 
 
 def _listed(names: Collection[PrivateName]) -> str:
@@ -212,7 +212,7 @@ def _resolve(owner: str, name: str) -> Any:
     return getattr(find(owner), name)
 
 
-def _owners(owner: str) -> Iterator[Any]:
+def owners(owner: str) -> Iterator[Any]:
     """Yield what a dotted name stands for, None where it does not exist, in Lightning's packages that are imported."""
     if not owner.startswith("lightning."):
         yield find(owner)
