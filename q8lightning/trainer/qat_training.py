@@ -11,15 +11,26 @@ from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
-from q8lightning.qat.trained import TrainedWeights
+from q8lightning.qat.trained_weights import TrainedWeights
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.trainer.engage import Engagement
 from q8lightning.trainer.lightning_internals import logs_next_step
+from q8lightning.trainer.model_structure import ModelStructure
 from q8lightning.trainer.recording import harmless, publish
 
 QAT_PREFIX = f"{PREFIX}/qat"
 """What the names of values begin with that are measured while training, not when a checkpoint is saved."""
+
+
+class _KnownCodecs:
+    """How the weights of a model were quantized in training, known until the model or what was trained changes."""
+
+    def __init__(self, trained: TrainedWeights, module: pl.LightningModule) -> None:
+        self.trained = trained
+        self.structure = ModelStructure(module)
+        self.replaced = trained.replaced(module)
+        self.codecs = trained.codecs(module)
 
 
 class QATTraining:
@@ -36,11 +47,12 @@ class QATTraining:
         """The weights of the last run, for whoever saves a checkpoint after it."""
         self._recorder = recorder
         self._engagement: Engagement | None = None
+        self._known: _KnownCodecs | None = None
         self._logged: Mapping[str, ErrorStatistics] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what hangs on the run that goes on: a copy may be made, or pickled, in the middle of it."""
-        return self.__dict__ | {"_engagement": None}
+        return self.__dict__ | {"_engagement": None, "_known": None}
 
     @property
     def statistics(self) -> Mapping[str, ErrorStatistics]:
@@ -52,14 +64,16 @@ class QATTraining:
         pl_module, steps = trainer.lightning_module, trainer.global_step
         if steps and not self.config.active(steps - 1):
             return {}
-        replaced = self.trained.replaced(pl_module)
-        if replaced:
+        known = self._known
+        if known is None or known.trained is not self.trained or not known.structure.is_that_of(pl_module):
+            known = self._known = _KnownCodecs(self.trained, pl_module)
+        if known.replaced:
             rank_zero_warn(
-                f"{', '.join(replaced)} was replaced since it was last trained with quantized weights; checkpoints hold"
-                " it and do not say that it is quantized, and exports write it as it is. Train or validate with it"
-                " before saving, if it should be"
+                f"{', '.join(known.replaced)} was replaced since it was last trained with quantized weights;"
+                " checkpoints hold it and do not say that it is quantized, and exports write it as it is. Train or"
+                " validate with it before saving, if it should be"
             )
-        return self.trained.codecs(pl_module)
+        return dict(known.codecs)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Sequence[pl.Callback]) -> None:
         """Select the weights and begin to engage them around every step.
