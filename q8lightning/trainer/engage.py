@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.qat.writes.follow import Writes
+from q8lightning.qat.writes.follow import WriteFollower
 from q8lightning.system.ambient import untraced
 from q8lightning.trainer.twins import is_from_lightning
 
@@ -82,7 +82,7 @@ class Engagement:
     ) -> None:
         owners = list(owners)
         self.quantizer = quantizer
-        self._writes = Writes(quantizer)
+        self._writes = WriteFollower(quantizer)
         self._precision = precision
         self._step = step
         self._manual = manual

@@ -1,10 +1,10 @@
-"""Writes to quantized weights that reach the masters, and what they are computed from.
+"""Let writes to quantized weights reach the masters, with the values that they would have without QAT.
 
-While weights are engaged there are two worlds: the one that everybody sees, in which a weight is its quantized value,
-and the one of the masters, in which the user's writes have to happen. What is computed from weights has a value in
-both: a shadow beside the tensor that the user holds. A write to a weight happens in the world of the masters, with
-shadows for its inputs; the weight is quantized again when somebody reads it. What a layer returns (a linear map, a
-convolution, an embedding, attention) is the same in both, because layers compute with quantized weights.
+While weights are engaged, everybody sees their quantized values, but what the user writes belongs to the masters. So
+what is computed from weights is computed twice: as the user sees it, and from the masters. The second value is kept as
+the shadow of the first. A write to a weight happens to its master, with shadows for its inputs; the weight is quantized
+again when somebody reads it. What a layer returns (a linear map, a convolution, an embedding, attention) has no shadow,
+because layers compute with quantized weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.lost_write import BESIDE_COMPILED, LostWriteError
-from q8lightning.qat.writes.memory import Memory
 from q8lightning.qat.writes.operators import (
     ACCESSORS,
     ALIASES,
@@ -39,12 +38,13 @@ from q8lightning.qat.writes.operators import (
     tensors_in,
     version_of,
 )
+from q8lightning.qat.writes.storage_owners import StorageOwners
 from q8lightning.system.private_names import resolve
 
 
 @dataclass(frozen=True)
 class _Shadow:
-    """The value of a tensor in the world of the masters.
+    """The value that a tensor would have if weights held their masters.
 
     Attributes:
         of: The tensor.
@@ -57,7 +57,7 @@ class _Shadow:
     weight: int | None
 
 
-class TwoWorlds(TorchFunctionMode):
+class ShadowMode(TorchFunctionMode):
     """While it is active, every write to an engaged weight reaches its master, or raises.
 
     Args:
@@ -76,7 +76,7 @@ class TwoWorlds(TorchFunctionMode):
         self._spoiled: dict[int, weakref.ref[Any]] = {}
         self._number = ""
         self._written: set[int] = set()
-        self._memory = Memory(quantizer)
+        self._owners = StorageOwners(quantizer)
 
     def begin(self) -> None:
         """Begin a step: what Python took from weights in an earlier one is forgotten."""
@@ -93,7 +93,7 @@ class TwoWorlds(TorchFunctionMode):
             self._refuse([each for each in self._written if each in self._quantizer.places], BESIDE_COMPILED)
 
     def settled(self, arguments: Any) -> bool:
-        """Quantize again what was written to, and tell whether nothing in arguments differs between the worlds."""
+        """Quantize again what was written to, and tell whether nothing in arguments has a shadow."""
         self._quantizer.settle()
         return not any(self._value(each) is not None or self._is_spoiled(each) for each in tensors_in(arguments))
 
@@ -134,7 +134,7 @@ class TwoWorlds(TorchFunctionMode):
         refused = name != "__set__" and torch.is_grad_enabled() and any(each.requires_grad for each in targets)
         if ours and not refused and name not in RESHAPING:
             if name in ACCESSORS:
-                self._memory.moved = True
+                self._owners.moved = True
             return self._write(func, args, kwargs, tensors, weights)
         if name not in LAZY:
             self._settle(tensors)
@@ -143,7 +143,7 @@ class TwoWorlds(TorchFunctionMode):
         return self._both(func, name, args, kwargs, tensors, targets)
 
     def _write(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], weights: list[int]) -> Any:
-        """Run it in the world of the masters only, so that what a graph has saved of the other stays as it is."""
+        """Run it with shadows only, so that what a graph has saved of the tensors stays as it is."""
         self._check(weights, tensors)
         with torch.no_grad():
             result = func(*self._there(args), **self._there(kwargs))
@@ -170,7 +170,7 @@ class TwoWorlds(TorchFunctionMode):
         return result
 
     def _both(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]) -> Any:
-        """Run it in the world that is seen, then, with the same random numbers, in that of the masters."""
+        """Run it with the tensors that are seen, then, with the same random numbers, with their shadows."""
         generators = (*args, *kwargs.values())
         before, random = [version_of(each) for each in tensors], random_states(tensors, generators)
         result = func(*args, **kwargs)
@@ -200,18 +200,18 @@ class TwoWorlds(TorchFunctionMode):
         if name in NUMBERS and not same_numbers(result, there):
             self._number = self._number or name.strip("_")
         self._pair(result, there, tensors)
-        for weight in (*weights, *self._memory.masters_in(map(self._there, targets))):
+        for weight in (*weights, *self._owners.masters_in(map(self._there, targets))):
             self._take_down(weight)
         return result
 
     def _without(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run what no weight takes part in, unless it is a view of one, or what a state dict shows of a master."""
         targets = targets_of(name, args, kwargs) if self._quantizer.engaged else []
-        masters = self._memory.masters_in(targets)
+        masters = self._owners.masters_in(targets)
         if masters:
             self._check(masters, tensors)
         self._refuse(
-            self._memory.shown_in(targets),
+            self._owners.shown_in(targets),
             "it went through a view that was taken outside of the steps that are followed",
         )
         result = func(*args, **kwargs)
@@ -222,11 +222,11 @@ class TwoWorlds(TorchFunctionMode):
         return result
 
     def _there(self, value: Any) -> Any:
-        """Return arguments as they are in the world of the masters."""
+        """Return arguments with shadows for the tensors that have one."""
         return mapped(value, lambda each: each if (shadow := self._value(each)) is None else shadow)
 
     def _value(self, tensor: Tensor) -> Tensor | None:
-        """Return what a tensor is in the world of the masters, None if that is the same."""
+        """Return the shadow of a tensor, which of a weight is its master; None if it has none."""
         place = self._quantizer.places.get(id(tensor))
         if place is not None:
             group, index = place
@@ -244,7 +244,7 @@ class TwoWorlds(TorchFunctionMode):
         return shadow.weight
 
     def _is_other_parameter(self, tensor: Tensor) -> bool:
-        return self._value(tensor) is None and self._memory.is_other_parameter(tensor)
+        return self._value(tensor) is None and self._owners.is_other_parameter(tensor)
 
     def _settle(self, tensors: Iterable[Tensor]) -> None:
         """Quantize again what was written to, if somebody reads it."""
@@ -264,7 +264,7 @@ class TwoWorlds(TorchFunctionMode):
         self._quantizer.wrote(weight)
 
     def _pair(self, result: Any, there: Any, tensors: list[Tensor]) -> None:
-        """Remember the tensors of one world as the shadows of those of the other."""
+        """Remember what was computed with shadows as the shadows of what was computed without."""
         if isinstance(result, Tensor) and isinstance(there, Tensor):
             if self._value(result) is None and not any(result is each for each in tensors):
                 shares = {self._weight(each) for each in tensors if storage_of(each) == storage_of(result)} - {None}
@@ -283,7 +283,7 @@ class TwoWorlds(TorchFunctionMode):
     def _spoil(self, tensors: Iterable[Tensor]) -> None:
         """Remember that there is something in a tensor's memory that came from quantized values."""
         for tensor in tensors:
-            if storage_of(tensor) and not self._memory.shown_in([tensor]):
+            if storage_of(tensor) and not self._owners.shown_in([tensor]):
                 storage = tensor.untyped_storage()
                 self._spoiled[storage.data_ptr()] = _reference(storage, self._spoiled, storage.data_ptr())
 
