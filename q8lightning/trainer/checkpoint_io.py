@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from q8lightning.checkpoint.encode.checkpoint import warn_of_passed_over, warn_of_refused
@@ -33,9 +32,11 @@ from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
+from q8lightning.system.private_names import check_names
 from q8lightning.system.save_queue import BackgroundSaves
 from q8lightning.trainer.durable_io import DurableCheckpointIO, is_ours, make_durable
 from q8lightning.trainer.io_chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
 from q8lightning.trainer.twins import count_as_twins
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
@@ -53,7 +54,7 @@ _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
 
 
-class QuantizedCheckpointIO(_WrappingCheckpointIO):
+class QuantizedCheckpointIO(WrappingCheckpointIO):
     """Saves checkpoints quantized, through whatever CheckpointIO it wraps; loading needs nothing special.
 
     The callback installs it; ``Trainer(plugins=[QuantizedCheckpointIO()])`` does the same, and its methods work without
@@ -88,6 +89,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
                 f"checkpoint_io is a CheckpointIO, which writes the files, got {checkpoint_io!r}; presets and policies"
                 ' have a name of their own, as in QuantizedCheckpointIO(checkpoint="compact")'
             )
+        check_names(["saving"])
         count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning takes it for one of its CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)

@@ -1,4 +1,4 @@
-"""What a model consists of: notices cheaply that a parameter or a module was added, removed or replaced."""
+"""Notice in every step, in no time, that a parameter or a module was added, removed or replaced."""
 
 from itertools import chain
 from operator import is_
@@ -9,8 +9,8 @@ _END = (object(),)
 """Behind the last part, so that one more or one less is out of step with it."""
 
 
-class Parts:
-    """The parameters and modules that a model has at the moment.
+class Structure:
+    """The parameters and modules that a model has at the moment; keeps them alive until it is asked again.
 
     Args:
         module: The model.

@@ -1,10 +1,10 @@
-"""When weights are engaged: while forward and backward run, and at no other time that anybody could look.
+"""Engage weights while forward and backward run, and at no other time that anybody could look.
 
 Lightning surrounds forward, backward and the optimizer's step with methods of its precision plugin. They are wrapped on
-the plugin that the Trainer has, so that whatever the strategy, the precision and the kind of optimization, the windows
-are exactly where forward and backward are. Between two windows the weights stay engaged if no code of the user runs
-there (a hook of the model or of another callback): then they are quantized once for an optimizer step, also while
-gradients accumulate. If some runs, it sees the masters, and the next window quantizes what it left.
+the plugin that the Trainer has, so that this holds whatever the strategy, the precision and the kind of optimization.
+Between forward and backward, and between two batches, the weights stay engaged if no code of the user runs there (a
+hook of the model or of another callback): then they are quantized once for an optimizer step, also while gradients
+accumulate. If some runs, it sees the masters, and what it left is quantized before the next forward or backward.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.qat.writes.follow import Writes
+from q8lightning.qat.writes.follow import WriteFollower
 from q8lightning.system.ambient import untraced
 from q8lightning.trainer.twins import is_from_lightning
 
@@ -57,13 +57,13 @@ def somebody_runs(hooks: Iterable[str], owners: Iterable[Any]) -> bool:
     return any(not is_from_lightning(module) or module.rsplit(".", 1)[-1] in READERS for module in modules)
 
 
-class Windows:
-    """Engages a :class:`FakeQuantizer` around what a precision plugin surrounds.
+class Engagement:
+    """Engages a :class:`FakeQuantizer` around every step of a run, from when it is made until :meth:`close`.
 
     Args:
         quantizer: What is engaged.
         precision: Lightning's precision plugin; some of its methods are wrapped until :meth:`close`.
-        owners: The model and the callbacks, whose hooks may run between windows.
+        owners: The model and the callbacks, whose hooks may run in between.
         step: Returns the global step while training, None if the schedule does not apply.
         manual: Whether the model optimizes itself within its training step.
         measure: Returns whether statistics are wanted for the step that begins.
@@ -82,7 +82,7 @@ class Windows:
     ) -> None:
         owners = list(owners)
         self.quantizer = quantizer
-        self._writes = Writes(quantizer)
+        self._writes = WriteFollower(quantizer)
         self._precision = precision
         self._step = step
         self._manual = manual
@@ -129,7 +129,7 @@ class Windows:
         self.quantizer.engage(self._step(), training, measure)
 
     @contextmanager
-    def _window(self, training: bool = True) -> Iterator[None]:
+    def _engaged(self, training: bool = True) -> Iterator[None]:
         """Engage; what raises leaves the masters in place."""
         self._engage(training)
         try:
@@ -142,7 +142,7 @@ class Windows:
     def _around_training_step(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         self._follow()
         self._writes.begin("training")
-        with self._window():
+        with self._engaged():
             self._in_manual_step = self._manual
             try:
                 with context(), self._writes.step("training"):
@@ -156,7 +156,7 @@ class Windows:
     def _around_evaluation(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         self._follow()
         self._writes.begin("evaluation")
-        with self._window(training=False), context(), self._writes.step("evaluation"):
+        with self._engaged(training=False), context(), self._writes.step("evaluation"):
             yield
         if self._evaluating:
             self.quantizer.release()
@@ -167,7 +167,7 @@ class Windows:
         return pre_backward(*args, **kwargs)
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._window(), self._writes.outside():
+        with self._engaged(), self._writes.outside():
             self._in_backward = True
             try:
                 result = backward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``, which write to their weight in every forward pass."""
+"""Renormalize the masters of embeddings with ``max_norm``, which write to their weight in every forward pass."""
 
 import weakref
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whose memory a tensor looks at: that of a master, of a weight that is quantized now, or of another parameter."""
+"""Find out whose memory a tensor looks at: a master's, a quantized weight's, or another parameter's."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.operators import storage_of
 
 
-class Memory:
+class StorageOwners:
     """Where the parameters of a model lie while some of them are engaged; looked up again when they may have moved.
 
     Args:
