@@ -14,7 +14,7 @@ from models import Autoencoder, TwoOptimizers, quiet_trainer
 from torch import Tensor, nn
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.tools.source import KINDS
+from q8lightning.tools.tensors import KINDS
 
 sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
 from promises import load, payloads_of, tensors
@@ -237,12 +237,18 @@ def test_whole_files_are_whole(run: Run, plain: Path, by_callback: Path) -> None
     assert len(done.out.splitlines()) == 3
 
 
-@pytest.mark.parametrize("path", ["state_dict.decoder.weight", "optimizer_states.0.state.4.exp_avg_sq"])
+NAMES = {
+    "state_dict.decoder.weight": "state_dict.decoder.weight",
+    "optimizer_states.0.state.4.exp_avg_sq": "decoder.weight: exp_avg_sq",
+}
+
+
+@pytest.mark.parametrize("path", NAMES)
 def test_a_damaged_payload_is_named(path: str, run: Run, by_callback: Path, tmp_path: Path) -> None:
     bad = damaged(by_callback, tmp_path / "bad.ckpt", payloads_of(by_callback)[path].data)
     done = run("verify", bad)
     assert done.status == 1
-    assert done.err == f"q8lightning: error: {bad}: the tensor {path} is damaged\n"
+    assert done.err == f"q8lightning: error: {bad}: the tensor {NAMES[path]} is damaged\n"
 
 
 def test_all_damaged_payloads_are_named(run: Run, by_callback: Path, tmp_path: Path) -> None:
@@ -250,9 +256,9 @@ def test_all_damaged_payloads_are_named(run: Run, by_callback: Path, tmp_path: P
     bad = damaged(by_callback, tmp_path / "bad.ckpt", payloads["state_dict.decoder.weight"].data)
     bad = damaged(bad, bad, payloads["optimizer_states.0.state.0.exp_avg"].data)
     done = run("verify", bad)
-    assert [line.split(": ")[-1] for line in done.err.splitlines()] == [
+    assert [line.partition(f"{bad}: ")[2] for line in done.err.splitlines()] == [
         "the tensor state_dict.decoder.weight is damaged",
-        "the tensor optimizer_states.0.state.0.exp_avg is damaged",
+        "the tensor encoder.0.weight: exp_avg is damaged",
     ]
     assert "2 damaged" in done.out
 
@@ -376,7 +382,9 @@ def test_what_only_one_has_and_what_has_another_shape_is_listed(run: Run, tmp_pa
     found = compared(run, tmp_path / "a", tmp_path / "b")
     assert found["only_first"] == ["state_dict.gone"]
     assert found["only_second"] == ["state_dict.new"]
-    assert found["different_shapes"] == [{"path": "state_dict.shape", "first": [4, 5], "second": [5, 4]}]
+    assert found["different_shapes"] == [
+        {"path": "state_dict.shape", "name": "state_dict.shape", "first": [4, 5], "second": [5, 4]}
+    ]
     (row,) = found["tensors"]
     assert (row["path"], row["relative_error"], row["sqnr_db"]) == ("state_dict.same", 0.0, None)
     text = run("compare", tmp_path / "a", tmp_path / "b").out

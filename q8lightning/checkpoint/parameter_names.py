@@ -1,0 +1,152 @@
+"""The names of the parameters that optimizers remember something of, as far as a checkpoint tells or shows them.
+
+torch numbers the parameters of an optimizer. Their names are in the checkpoint where the optimizer was made from named
+parameters, where its states go by name, or where the file says so itself. Otherwise order and shapes show them: the
+parameters of a group stand in the order of the state dict, and only names to which every possible assignment leads are
+taken. That order is what ``module.parameters()`` gives; nothing proves it, so that these names are for people to read,
+and no rule of a policy goes by them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.sections import (
+    FIRST_MOMENTS,
+    OPTIMIZER_STATES,
+    PARAMETERS_KEY,
+    RUNNING_STATISTICS,
+    SECOND_MOMENTS,
+    STATE_DICT,
+    groups_of,
+    is_state,
+    listed,
+    optimizers_in,
+    path_of,
+    state_dicts_in,
+    summary_in,
+)
+from q8lightning.checkpoint.tree import Keys
+
+Shape = tuple[int, ...]
+
+
+def name_of(keys: Keys, parameters: Mapping[Keys, str]) -> str:
+    """Return how messages name a tensor: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
+
+    Args:
+        keys: What leads to the tensor.
+        parameters: What :func:`parameters_of_states` returned.
+    """
+    parameter = parameters.get(keys[:-1]) if is_state(keys) else None
+    return path_of(keys) if parameter is None else f"{parameter}: {keys[-1]}"
+
+
+def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
+    """Return the names of parameters by what precedes the keys of their states, as far as they are known.
+
+    Args:
+        checkpoint: A checkpoint, its payloads encoded or not; of anything else, nothing is known.
+
+    Returns:
+        Such as ``{("optimizer_states", 0, "state", 3): "layer.weight"}``.
+    """
+    found: dict[Keys, str] = {}
+    if not isinstance(checkpoint, Mapping):
+        return found
+    weights = _weights_in(checkpoint)
+    said = listed(summary_in(checkpoint).get(PARAMETERS_KEY))
+    for index, optimizer in enumerate(optimizers_in(checkpoint)):
+        state = optimizer.get("state")
+        if not isinstance(state, Mapping):
+            continue
+        shown = _shown(optimizer, state, weights)
+        told = dict(enumerate(listed(said[index]))) if index < len(said) else {}
+        named = {key: name for group in groups_of(optimizer) for key, name in _named(group)}
+        for key in state:
+            name = key if isinstance(key, str) else told.get(key) or named.get(key) or shown.get(key)
+            if isinstance(name, str):
+                found[(OPTIMIZER_STATES, index, "state", key)] = name
+    return found
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return the keys of a group's parameters and their names, nothing if it was not made from named ones."""
+    return list(zip(listed(group.get("params")), listed(group.get("param_names")), strict=False))
+
+
+def _shown(
+    optimizer: Mapping[str, Any], state: Mapping[Any, Any], weights: Sequence[tuple[str, Shape]]
+) -> dict[Any, str]:
+    """Return the names that order and shapes show, by the parameters' keys; none that two parameters would have."""
+    names: dict[Any, str] = {}
+    for group in groups_of(optimizer):
+        keys = listed(group.get("params"))
+        shapes = [_shape_of(state.get(key)) for key in keys]
+        names |= {key: name for key, name in zip(keys, _aligned(shapes, weights), strict=True) if name is not None}
+    often = Counter(names.values())
+    return {key: name for key, name in names.items() if often[name] == 1}
+
+
+def _shape_of(state: Any) -> Shape | None:
+    """Return the shape of a parameter, which its moments have too; None if it has none."""
+    if isinstance(state, Mapping):
+        for key in (*FIRST_MOMENTS, *SECOND_MOMENTS):
+            if isinstance(moment := state.get(key), Tensor | QuantizedTensor):
+                return tuple(moment.shape)
+    return None
+
+
+def _aligned(shapes: Sequence[Shape | None], weights: Sequence[tuple[str, Shape]]) -> list[str | None]:
+    """Return the name of the weight that each parameter is in every assignment that keeps order and shapes, else None.
+
+    The first possible place of each parameter and the last one are found from both ends. Where both are the same, there
+    is no other.
+    """
+    first = _earliest(shapes, [shape for _, shape in weights])
+    last = _earliest(shapes[::-1], [shape for _, shape in reversed(weights)])
+    if first is None or last is None:
+        return [None] * len(shapes)
+    ends = [len(weights) - 1 - place for place in reversed(last)]
+    return [weights[one][0] if one == two else None for one, two in zip(first, ends, strict=True)]
+
+
+def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[int] | None:
+    """Return the earliest place that each shape can have among others, in order; None if they do not all fit."""
+    found: list[int] = []
+    at = 0
+    for shape in shapes:
+        while at < len(places) and shape is not None and places[at] != shape:
+            at += 1
+        if at == len(places):
+            return None
+        found.append(at)
+        at += 1
+    return found
+
+
+def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
+    """Return names and shapes of what may be a parameter, in order; of tied ones the first, as optimizers see them."""
+    seen: set[Any] = set()
+    result = []
+    for name, value in state_dicts_in(checkpoint).get(STATE_DICT, {}).items():
+        if (
+            isinstance(value, Tensor | QuantizedTensor)
+            and (value.dtype.is_floating_point or value.dtype.is_complex)
+            and str(name).rpartition(".")[2] not in RUNNING_STATISTICS
+            and (identity := identity_of(value)) not in seen
+        ):
+            seen.add(identity)
+            result.append((str(name), tuple(value.shape)))
+    return result
+
+
+def identity_of(value: Tensor | QuantizedTensor) -> Any:
+    """Return what is equal for tied tensors only: those that show the same of one memory, or are one payload."""
+    if isinstance(value, QuantizedTensor) or not value.numel() or value.layout is not torch.strided:
+        return id(value)
+    return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())
