@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import (
     FIRST_MOMENTS,
     OPTIMIZER_STATES,
@@ -30,7 +29,7 @@ from q8lightning.checkpoint.sections import (
     state_dicts_in,
     summary_in,
 )
-from q8lightning.checkpoint.tree import Keys
+from q8lightning.checkpoint.tree import PATHS, Keys, leaves
 
 Shape = tuple[int, ...]
 
@@ -46,11 +45,21 @@ def name_of(keys: Keys, parameters: Mapping[Keys, str]) -> str:
     return path_of(keys) if parameter is None else f"{parameter}: {keys[-1]}"
 
 
+def names_of_states(checkpoint: Any) -> dict[str, str]:
+    """Return the names of optimizer states whose parameters are known, by their paths; see :func:`name_of`."""
+    parameters = parameters_of_states(checkpoint)
+    if not parameters:
+        return {}
+    found = ((OPTIMIZER_STATES, *keys) for keys, _ in leaves(checkpoint[OPTIMIZER_STATES], PATHS))
+    return {path_of(keys): name_of(keys, parameters) for keys in found if keys[:-1] in parameters}
+
+
 def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
     """Return the names of parameters by what precedes the keys of their states, as far as they are known.
 
     Args:
-        checkpoint: A checkpoint, its payloads encoded or not; of anything else, nothing is known.
+        checkpoint: A checkpoint, its payloads encoded or not, or what stands for tensors and has their shapes; of
+            anything else, nothing is known.
 
     Returns:
         Such as ``{("optimizer_states", 0, "state", 3): "layer.weight"}``.
@@ -86,19 +95,27 @@ def _shown(
     names: dict[Any, str] = {}
     for group in groups_of(optimizer):
         keys = listed(group.get("params"))
-        shapes = [_shape_of(state.get(key)) for key in keys]
+        shapes = [_shape_of_parameter(state.get(key)) for key in keys]
         names |= {key: name for key, name in zip(keys, _aligned(shapes, weights), strict=True) if name is not None}
     often = Counter(names.values())
     return {key: name for key, name in names.items() if often[name] == 1}
 
 
-def _shape_of(state: Any) -> Shape | None:
+def _shape_of_parameter(state: Any) -> Shape | None:
     """Return the shape of a parameter, which its moments have too; None if it has none."""
     if isinstance(state, Mapping):
         for key in (*FIRST_MOMENTS, *SECOND_MOMENTS):
-            if isinstance(moment := state.get(key), Tensor | QuantizedTensor):
-                return tuple(moment.shape)
+            if (shape := _shape(state.get(key))) is not None:
+                return shape
     return None
+
+
+def _shape(value: Any) -> Shape | None:
+    """Return the shape of a tensor, or of what stands for one; None if it has none that can be compared."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return None
+    shape = getattr(value, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple | list) else None
 
 
 def _aligned(shapes: Sequence[Shape | None], weights: Sequence[tuple[str, Shape]]) -> list[str | None]:
@@ -130,23 +147,28 @@ def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[i
 
 
 def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
-    """Return names and shapes of what may be a parameter, in order; of tied ones the first, as optimizers see them."""
+    """Return names and shapes of what may be a parameter, in order; of tied ones the first, as optimizers see them.
+
+    To take a buffer for one does no harm: it leaves more assignments possible.
+    """
     seen: set[Any] = set()
     result = []
     for name, value in state_dicts_in(checkpoint).get(STATE_DICT, {}).items():
+        shape, dtype = _shape(value), getattr(value, "dtype", None)
+        is_number = not isinstance(dtype, torch.dtype) or dtype.is_floating_point or dtype.is_complex
         if (
-            isinstance(value, Tensor | QuantizedTensor)
-            and (value.dtype.is_floating_point or value.dtype.is_complex)
+            shape is not None
+            and is_number
             and str(name).rpartition(".")[2] not in RUNNING_STATISTICS
             and (identity := identity_of(value)) not in seen
         ):
             seen.add(identity)
-            result.append((str(name), tuple(value.shape)))
+            result.append((str(name), shape))
     return result
 
 
-def identity_of(value: Tensor | QuantizedTensor) -> Any:
+def identity_of(value: Any) -> Any:
     """Return what is equal for tied tensors only: those that show the same of one memory, or are one payload."""
-    if isinstance(value, QuantizedTensor) or not value.numel() or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
         return id(value)
     return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())

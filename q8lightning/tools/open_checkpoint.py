@@ -17,7 +17,7 @@ from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.parameter_names import name_of, parameters_of_states
+from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
 from q8lightning.checkpoint.payload import (
     FORMAT_VERSION,
     NewerFormatError,
@@ -26,9 +26,9 @@ from q8lightning.checkpoint.payload import (
     register_functions,
     watch_apart,
 )
-from q8lightning.checkpoint.sections import path_of, summary_in
+from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.tree import Keys
-from q8lightning.tools.tensors import Value, tensors_in
+from q8lightning.tools.tensors import Value
 
 Progress = Callable[[int, int], None]
 """Told how much has been done, and of how much."""
@@ -74,8 +74,7 @@ class OpenCheckpoint:
     @cached_property
     def names(self) -> Mapping[str, str]:
         """How messages name tensors that do not go by their paths, by these."""
-        named = {path_of(keys): name_of(keys, self.parameters) for keys, _ in tensors_in(self.content)}
-        return {path: name for path, name in named.items() if name != path}
+        return names_of_states(self.content)
 
     def values(self, value: Value) -> Tensor:
         """Return the values of one of its tensors, decoded if need be.

@@ -18,6 +18,8 @@ from q8lightning.checkpoint.file.load_errors import CONTENTS, damage_in
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.parameter_names import name_of, parameters_of_states
+from q8lightning.checkpoint.tree import PATHS, leaves
 
 CHUNK = 2**20
 """Bytes that are read at a time: they stay in the cache between the reading and the sum."""
@@ -169,7 +171,7 @@ def _describe(archive: zipfile.ZipFile, damaged: zipfile.ZipInfo) -> str:
     if folder:
         try:
             with archive.open(f"{folder}/data.pkl") as content:
-                names = list(_tensors_in(_Outline(content).load(), _Holders(key), ()))
+                names = _tensors_with(_Outline(content).load(), key)
         except Exception:
             names = []
         if names:
@@ -187,6 +189,19 @@ class _Anything:
         self = super().__new__(cls)
         self.parts = parts
         return self
+
+    @property
+    def shape(self) -> Any:
+        """Of a tensor, as far as its parts say it; None of anything else."""
+        kind, *rest = self.parts or ("",)
+        match rest if type(kind) is str else self.parts:
+            case [_Storage(), int(), shape, *_]:  # as torch rebuilds a tensor
+                return shape
+            case [dict() as header, _Anything()]:
+                return header.get("shape")
+            case [_Anything(parts=[*_, list() as shapes, list()]), int() as number] if number < len(shapes):
+                return shapes[number]
+        return None
 
     def __setstate__(self, state: Any) -> None:
         self.parts += (state,)
@@ -215,6 +230,13 @@ class _Storage(str):
     """The key of a storage."""
 
 
+def _tensors_with(checkpoint: Any, key: str) -> list[str]:
+    """Return the names of the tensors that have a storage."""
+    holders = _Holders(key)
+    parameters = parameters_of_states(checkpoint)
+    return [name_of(keys, parameters) for keys, leaf in leaves(checkpoint, PATHS) if holders.has(leaf)]
+
+
 class _Holders:
     """Tells whether objects have a storage in them; each is looked at once, since many may share one."""
 
@@ -225,19 +247,9 @@ class _Holders:
     def has(self, value: Any) -> bool:
         if isinstance(value, _Storage):
             return value == self._key
-        if not isinstance(value, dict | list | tuple | _Anything):
+        if not isinstance(value, _Anything):
             return False
         if id(value) not in self._known:
             self._known[id(value)] = False  # while its parts are looked at, of which it may be one
-            parts = value.parts if isinstance(value, _Anything) else value
-            self._known[id(value)] = any(map(self.has, parts.values() if isinstance(parts, dict) else parts))
+            self._known[id(value)] = any(self.has(part) for _, part in leaves(value.parts))
         return self._known[id(value)]
-
-
-def _tensors_in(value: Any, holders: _Holders, path: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of the tensors that have the storage."""
-    if isinstance(value, dict | list | tuple):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors_in(item, holders, (*path, str(name)))
-    elif holders.has(value):
-        yield ".".join(path)
