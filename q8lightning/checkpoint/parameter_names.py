@@ -22,8 +22,8 @@ from q8lightning.checkpoint.sections import (
     SECOND_MOMENTS,
     STATE_DICT,
     groups_of,
-    is_state,
     listed,
+    name_of,
     optimizers_in,
     path_of,
     state_dicts_in,
@@ -34,24 +34,13 @@ from q8lightning.checkpoint.tree import PATHS, Keys, leaves
 Shape = tuple[int, ...]
 
 
-def name_of(keys: Keys, parameters: Mapping[Keys, str]) -> str:
-    """Return how messages name a tensor: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
-
-    Args:
-        keys: What leads to the tensor.
-        parameters: What :func:`parameters_of_states` returned.
-    """
-    parameter = parameters.get(keys[:-1]) if is_state(keys) else None
-    return path_of(keys) if parameter is None else f"{parameter}: {keys[-1]}"
-
-
 def names_of_states(checkpoint: Any) -> dict[str, str]:
-    """Return the names of optimizer states whose parameters are known, by their paths; see :func:`name_of`."""
+    """Return the names of optimizer states whose parameters are known, by their paths; see ``sections.name_of``."""
     parameters = parameters_of_states(checkpoint)
     if not parameters:
         return {}
     found = ((OPTIMIZER_STATES, *keys) for keys, _ in leaves(checkpoint[OPTIMIZER_STATES], PATHS))
-    return {path_of(keys): name_of(keys, parameters) for keys in found if keys[:-1] in parameters}
+    return {path_of(keys): name_of(keys, parameters[keys[:-1]]) for keys in found if keys[:-1] in parameters}
 
 
 def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:

@@ -81,6 +81,21 @@ def is_state(keys: Keys) -> bool:
     return len(keys) == 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
 
 
+def name_of(keys: Keys, parameter: str | None) -> str:
+    """Return how messages name a tensor: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
+
+    Args:
+        keys: What leads to the tensor.
+        parameter: The name of the parameter that it belongs to, None if nobody knows.
+    """
+    return path_of(keys) if parameter is None or not is_state(keys) else f"{parameter}: {keys[-1]}"
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a container is the state dict of an optimizer, wherever it stands: in Fabric's under a user's key."""
+    return isinstance(value, dict) and "state" in value and "param_groups" in value
+
+
 def kind_of(keys: Keys) -> str:
     """Return the kind of a tensor: ``weights``, the key of an optimizer's state, or else the section."""
     if keys[0] in WEIGHTS:

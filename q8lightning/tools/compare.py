@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.file.archive import verified
-from q8lightning.checkpoint.parameter_names import name_of
 from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
@@ -18,6 +17,7 @@ from q8lightning.checkpoint.sections import (
     OPTIMIZER_STATES,
     SECONDS_OF_ADAM,
     epsilons_of,
+    name_of,
     optimizers_in,
     path_of,
 )
@@ -180,22 +180,26 @@ def _compare(first: OpenCheckpoint, second: OpenCheckpoint, progress: Progress) 
     if one.keys().isdisjoint(two):
         raise ToolError(f"{first.path} and {second.path} have no tensor in common; `q8lightning inspect` shows both")
     parameters = {**second.parameters, **first.parameters}
+
+    def name(keys: Keys) -> str:
+        return name_of(keys, parameters.get(keys[:-1]))
+
     rows: list[Row] = []
     reshaped: list[Reshaped] = []
     for index, (path, (keys, a)) in enumerate(one.items()):
         progress(index + 1, len(one))
         if path not in two:
             continue
-        b, name = two[path][1], name_of(keys, parameters)
+        b = two[path][1]
         if tuple(a.shape) != tuple(b.shape):
-            reshaped.append(Reshaped(path, name, tuple(a.shape), tuple(b.shape)))
+            reshaped.append(Reshaped(path, name(keys), tuple(a.shape), tuple(b.shape)))
             continue
         difference = _sum(_differences(first.values(a).detach(), second.values(b).detach()))
-        rows.append(Row(path, name, kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
+        rows.append(Row(path, name(keys), kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
     return Comparison(
         rows=(*rows, *_update_directions(first, second, parameters)),
-        only_first=tuple(name_of(keys, parameters) for path, (keys, _) in one.items() if path not in two),
-        only_second=tuple(name_of(keys, parameters) for path, (keys, _) in two.items() if path not in one),
+        only_first=tuple(name(keys) for path, (keys, _) in one.items() if path not in two),
+        only_second=tuple(name(keys) for path, (keys, _) in two.items() if path not in one),
         reshaped=tuple(reshaped),
     )
 

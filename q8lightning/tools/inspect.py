@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from q8lightning.checkpoint.parameter_names import identity_of, name_of
+from q8lightning.checkpoint.parameter_names import identity_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import CODES_KEY, path_of
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -190,7 +190,7 @@ def _entries(opened: OpenCheckpoint) -> list[TensorEntry]:
     said = opened.summary.get("tensors") or {}
     entries = []
     for keys, value in tensors_in(opened.content):
-        path, name = path_of(keys), name_of(keys, opened.parameters)
+        path, name = path_of(keys), opened.name(keys)
         original, called = first.setdefault(identity_of(value), (path, name))
         tied = original != path
         size = decoded_bytes(value)

@@ -26,7 +26,7 @@ from q8lightning.checkpoint.payload import (
     register_functions,
     watch_apart,
 )
-from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.sections import name_of, summary_in
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
 
@@ -75,6 +75,10 @@ class OpenCheckpoint:
     def names(self) -> Mapping[str, str]:
         """How messages name tensors that do not go by their paths, by these."""
         return names_of_states(self.content)
+
+    def name(self, keys: Keys) -> str:
+        """Return how messages name a tensor that keys lead to."""
+        return name_of(keys, self.parameters.get(keys[:-1]))
 
     def values(self, value: Value) -> Tensor:
         """Return the values of one of its tensors, decoded if need be.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import is_state
+from q8lightning.checkpoint.sections import is_optimizer, is_state
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
 
@@ -86,7 +86,7 @@ def containers_around(content: Any, wanted: Sequence[tuple[Keys, Tensor]]) -> An
             original = original[key]
             if not _has(part, key):
                 _put(part, key, _empty(original))
-                if isinstance(original, dict) and "param_groups" in original:
+                if is_optimizer(original):
                     options.append((part[key], original["param_groups"]))
             part = part[key]
         _put(part, keys[-1], tensor)

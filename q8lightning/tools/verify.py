@@ -7,7 +7,6 @@ from pathlib import Path
 
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.parameter_names import name_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, open_file, read_checkpoint, silent
 from q8lightning.tools.tensors import tensors_in
@@ -75,7 +74,7 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
                 "checksums": sum(payload.checksum is not None for _, payload in payloads.values()),
             }
             for index, (keys, payload) in enumerate(payloads.values()):
-                damage += _damage(opened, name_of(keys, opened.parameters), payload)
+                damage += _damage(opened, opened.name(keys), payload)
                 progress(index + 1, len(payloads))
     except CorruptCheckpointError as error:
         if not damage:  # the sums of the file say less exactly where it is

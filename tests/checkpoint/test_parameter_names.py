@@ -13,8 +13,8 @@ from promises import edit_pickle, load, payloads_of
 from torch import Tensor, nn
 
 from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, keep_encoded
-from q8lightning.checkpoint.parameter_names import name_of, names_of_states, parameters_of_states
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES, PARAMETERS_KEY, SUMMARY_KEY
+from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, PARAMETERS_KEY, SUMMARY_KEY, name_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -156,10 +156,12 @@ def test_two_optimizers_name_nothing_wrongly(tmp_path: Path) -> None:
 
 def test_names_read_as_the_parameter_and_the_key(tmp_path: Path) -> None:
     path, _ = trained(Autoencoder(), tmp_path)
-    parameters = parameters_of_states(load(path))
-    assert name_of((OPTIMIZER_STATES, 0, "state", 4, "exp_avg"), parameters) == "decoder.weight: exp_avg"
-    assert name_of((OPTIMIZER_STATES, 0, "state", 9, "exp_avg"), parameters) == "optimizer_states.0.state.9.exp_avg"
-    assert name_of(("state_dict", "decoder.weight"), parameters) == "state_dict.decoder.weight"
+    names = names_of_states(load(path))
+    assert names["optimizer_states.0.state.4.exp_avg"] == "decoder.weight: exp_avg"
+    assert len(names) == 18
+    keys = (OPTIMIZER_STATES, 0, "state", 4, "exp_avg")
+    assert name_of(keys, None) == "optimizer_states.0.state.4.exp_avg"
+    assert name_of(("state_dict", "decoder.weight"), "decoder.weight") == "state_dict.decoder.weight"
 
 
 # Damage

@@ -18,7 +18,8 @@ from q8lightning.checkpoint.file.load_errors import CONTENTS, damage_in
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.parameter_names import name_of, parameters_of_states
+from q8lightning.checkpoint.parameter_names import parameters_of_states
+from q8lightning.checkpoint.sections import name_of
 from q8lightning.checkpoint.tree import PATHS, leaves
 
 CHUNK = 2**20
@@ -234,7 +235,7 @@ def _tensors_with(checkpoint: Any, key: str) -> list[str]:
     """Return the names of the tensors that have a storage."""
     holders = _Holders(key)
     parameters = parameters_of_states(checkpoint)
-    return [name_of(keys, parameters) for keys, leaf in leaves(checkpoint, PATHS) if holders.has(leaf)]
+    return [name_of(keys, parameters.get(keys[:-1])) for keys, leaf in leaves(checkpoint, PATHS) if holders.has(leaf)]
 
 
 class _Holders:
