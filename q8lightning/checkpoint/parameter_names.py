@@ -17,7 +17,6 @@ from torch import Tensor
 from q8lightning.checkpoint.sections import (
     FIRST_MOMENTS,
     OPTIMIZER_STATES,
-    PARAMETERS_KEY,
     RUNNING_STATISTICS,
     SECOND_MOMENTS,
     STATE_DICT,
@@ -25,9 +24,9 @@ from q8lightning.checkpoint.sections import (
     listed,
     name_of,
     optimizers_in,
+    parameter_names_in,
     path_of,
     state_dicts_in,
-    summary_in,
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, leaves
 
@@ -57,24 +56,20 @@ def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
     if not isinstance(checkpoint, Mapping):
         return found
     weights = _weights_in(checkpoint)
-    said = listed(summary_in(checkpoint).get(PARAMETERS_KEY))
-    for index, optimizer in enumerate(optimizers_in(checkpoint)):
+    for index, (optimizer, names) in enumerate(
+        zip(optimizers_in(checkpoint), parameter_names_in(checkpoint), strict=True)
+    ):
         state = optimizer.get("state")
         if not isinstance(state, Mapping):
             continue
+        keys = [key for group in groups_of(optimizer) for key in listed(group.get("params"))]
+        said = dict(zip(keys, names, strict=False))
         shown = _shown(optimizer, state, weights)
-        told = dict(enumerate(listed(said[index]))) if index < len(said) else {}
-        named = {key: name for group in groups_of(optimizer) for key, name in _named(group)}
         for key in state:
-            name = key if isinstance(key, str) else told.get(key) or named.get(key) or shown.get(key)
+            name = key if isinstance(key, str) else said.get(key) or shown.get(key)
             if isinstance(name, str):
                 found[(OPTIMIZER_STATES, index, "state", key)] = name
     return found
-
-
-def _named(group: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Return the keys of a group's parameters and their names, nothing if it was not made from named ones."""
-    return list(zip(listed(group.get("params")), listed(group.get("param_names")), strict=False))
 
 
 def _shown(

@@ -151,10 +151,16 @@ def groups_of(optimizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def parameter_names_in(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each optimizer's parameters, as far as it was made from named ones."""
+    """Return the names of each optimizer's parameters in the order of its groups, as far as the checkpoint says them.
+
+    The summary may say them, or the groups themselves, where the optimizer was made from named parameters.
+    """
+    said = listed(summary_in(checkpoint).get(PARAMETERS_KEY))
     return tuple(
-        tuple(name for group in groups_of(optimizer) for name in listed(group.get("param_names")))
-        for optimizer in optimizers_in(checkpoint)
+        tuple(listed(said[index]))
+        if index < len(said)
+        else tuple(name for group in groups_of(optimizer) for name in listed(group.get("param_names")))
+        for index, optimizer in enumerate(optimizers_in(checkpoint))
     )
 
 

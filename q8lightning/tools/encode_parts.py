@@ -14,7 +14,14 @@ from q8lightning.checkpoint.encode.leaves import ModelNames
 from q8lightning.checkpoint.encode.state_dict import encode_and_report, warn_of_refused
 from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
-from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY, parameter_names_in, path_of
+from q8lightning.checkpoint.sections import (
+    CODES_KEY,
+    PARAMETERS_KEY,
+    STATE_DICT,
+    SUMMARY_KEY,
+    parameter_names_in,
+    path_of,
+)
 from q8lightning.checkpoint.tree import Keys, tensors
 from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.tools.conversion import Converter
@@ -46,6 +53,8 @@ class PartEncoder(Converter):
             "policy": policy.as_primitives(),
             "restored": opened.summary.get("restored", 0),
         }
+        if PARAMETERS_KEY in opened.summary:
+            self._summary[PARAMETERS_KEY] = opened.summary[PARAMETERS_KEY]
         content[SUMMARY_KEY] = self._summary
 
     @property

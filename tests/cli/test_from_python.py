@@ -172,6 +172,22 @@ def test_names_of_either_file_count(tmp_path: Path) -> None:
         ]
 
 
+def test_names_that_a_summary_says_are_kept_and_known_to_rules(tmp_path: Path) -> None:
+    """Two layers that are alike, of which nothing but the file says which is which."""
+    weights = {name: torch.randn(64, 64) for name in ("a", "b")}
+    state = {index: {"exp_avg": torch.randn(64, 64)} for index in range(2)}
+    optimizer = {"state": state, "param_groups": [{"params": [0, 1]}]}
+    said = {"format_version": 1, "parameters": [["b", "a"]]}
+    torch.save({"state_dict": weights, "optimizer_states": [optimizer], "q8lightning": said}, tmp_path / "plain")
+    policy = CheckpointPolicy([Rule("*.exp_avg", "softsign", parameter="b")])
+    compress(tmp_path / "plain", tmp_path / "small", policy)
+    assert list(payloads_of(tmp_path / "small")) == ["optimizer_states.0.state.0.exp_avg"]
+    decompress(tmp_path / "small", tmp_path / "large")
+    for name in ("plain", "small", "large"):
+        names = [each.name for each in tools.inspect(tmp_path / name).tensors]
+        assert names == ["state_dict.a", "state_dict.b", "b: exp_avg", "a: exp_avg"]
+
+
 def test_the_tools_need_no_extra(plain: Path, tmp_path: Path) -> None:
     """Lightning itself imports rich where it is installed; the import contracts say that no tool does."""
     code = (
