@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from q8lightning.checkpoint.file.archive import verified
+from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.payload import NewerFormatError
 from q8lightning.cli import report
 from q8lightning.cli.arguments import (
     check_kept,

@@ -9,7 +9,8 @@ from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.checkpoint.file.zip_writer import SharedMemory
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import CODES_KEY
 from q8lightning.tools.encoder import Conversion, Encoder, Progress, Work, without_summary

@@ -17,14 +17,8 @@ from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
-from q8lightning.checkpoint.payload import (
-    FORMAT_VERSION,
-    NewerFormatError,
-    QuantizedTensor,
-    keep_encoded,
-    register_functions,
-    watch_apart,
-)
+from q8lightning.checkpoint.format import NewerFormatError, check_version
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
 from q8lightning.checkpoint.policy import FIRST_MOMENTS, SECOND_MOMENTS
 
 KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
@@ -131,9 +125,7 @@ def read_source(file: OpenFile, trust: bool = False) -> Source:
         with verified(file):
             pass  # it is whole: something else is wrong
         raise _explain(path, error) from error
-    version = content.get(SUMMARY_KEY) if isinstance(content, Mapping) else None
-    if isinstance(version, Mapping) and version.get("format_version", 0) > FORMAT_VERSION:
-        raise NewerFormatError(version["format_version"])
+    check_version(content.get(SUMMARY_KEY) if isinstance(content, Mapping) else None)
     return Source(file, content, locations)
 
 

@@ -19,7 +19,6 @@ class Verification:
         bytes: Size of the file.
         tensors: How many tensors it holds, as far as it could be read; tied ones count as often as they occur.
         payloads: How many of them are encoded.
-        checksums: How many of those have a checksum.
         has_sums: Whether the file has a CRC32 of each of its records.
         damage: What is damaged; nothing if the file is whole.
     """
@@ -27,7 +26,6 @@ class Verification:
     bytes: int
     tensors: int = 0
     payloads: int = 0
-    checksums: int = 0
     has_sums: bool = True
     damage: tuple[str, ...] = ()
 
@@ -47,11 +45,7 @@ def verify_file(path: Path, trust: bool = False, progress: Callable[[int, int], 
         with verified(file):
             found = [(path_of(keys), value) for keys, value in leaves(source.content)]
             payloads = {id(value): (name, value) for name, value in found if isinstance(value, QuantizedTensor)}
-            counts = {
-                "tensors": len(found),
-                "payloads": len(payloads),
-                "checksums": sum(payload.checksum is not None for _, payload in payloads.values()),
-            }
+            counts = {"tensors": len(found), "payloads": len(payloads)}
             for index, (name, payload) in enumerate(payloads.values()):
                 damage += _damage(name, payload)
                 if progress is not None:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from q8lightning.checkpoint.encode.leaves import ModelNames
 from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
-from q8lightning.checkpoint.payload import FORMAT_VERSION
+from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
 from q8lightning.metrics.recorder import Detail

@@ -28,8 +28,8 @@ from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.file.write import announce
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.staging.snapshot import Snapshot
@@ -235,9 +235,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._wait()
         with explained(path):
             checkpoint = self._load(path, local_path(path), *args, **kwargs)
-        summary = checkpoint.get(SUMMARY_KEY)
-        if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
-            raise NewerFormatError(summary["format_version"])
+        check_version(checkpoint.get(SUMMARY_KEY))
         return checkpoint
 
     def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:

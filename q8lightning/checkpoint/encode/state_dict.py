@@ -19,7 +19,8 @@ from q8lightning.checkpoint.encode.leaves import (
     passed_over,
     state_dicts_in,
 )
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
 from q8lightning.checkpoint.report import SaveReport
