@@ -41,8 +41,8 @@ class NewerFormatError(RuntimeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"this checkpoint has q8lightning {what}, which this installation (format version {FORMAT_VERSION}) does not"
-            " know; upgrade q8lightning to load it"
+            f"this checkpoint has q8lightning {what}, which this installation (format version {FORMAT_VERSION})"
+            " does not know; upgrade q8lightning to load it"
         )
         self.what = what
 

@@ -85,7 +85,7 @@ WRONG = {
     "inspect foreign": (1, "{foreign} holds an object of test_arguments.Unknown, which"),
     "inspect newer": (
         1,
-        "format version 2, which this installation (format version 1) does not know; upgrade q8lightning",
+        "format version 2, which this installation (format version 1) does not know; upgrade",
     ),
     "inspect plain --depth 0": (2, "--depth must be at least 1, got 0"),
     "inspect plain --depth deep": (2, "deep"),
