@@ -10,6 +10,9 @@ from q8lightning.checkpoint.file.compact_pickle import PICKLE
 from q8lightning.checkpoint.format import CHECKSUM_KEY
 from q8lightning.checkpoint.payload import TENSOR, rebuild_v1
 
+WORTHWHILE = 64
+"""Bytes of records for each byte of the pickle: so many are summed while one is read."""
+
 _DATA = "/data/"
 """Between the folder of all records and the number of a storage."""
 
@@ -32,16 +35,19 @@ def describe_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str:
 def records_of_payloads(archive: zipfile.ZipFile) -> set[str]:
     """Return the names of the records of which nothing is loaded but payloads, each of which has a checksum of its own.
 
-    What lies between two payloads in such a record belongs to no tensor.
+    What lies between two payloads in such a record belongs to no tensor. Nothing is returned where to read the pickle
+    would take longer than to sum all records.
     """
     try:
-        (name,) = (each for each in archive.namelist() if each.endswith(f"/{PICKLE}"))
-        with archive.open(name) as content:
+        (whole,) = (each for each in archive.infolist() if each.filename.endswith(f"/{PICKLE}"))
+        if sum(each.file_size for each in archive.infolist()) < WORTHWHILE * whole.file_size:
+            return set()
+        with archive.open(whole) as content:
             outline = _PayloadOutline(content)
             outline.load()
     except Exception:  # a damaged pickle, whose own record has a sum, or one of another kind
         return set()
-    folder = name.removesuffix(f"/{PICKLE}")
+    folder = whole.filename.removesuffix(f"/{PICKLE}")
     return {folder + _DATA + key for key, count in outline.payloads.items() if outline.references[key] == count}
 
 
