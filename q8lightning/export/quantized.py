@@ -28,6 +28,7 @@ from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.qat_codes import CODES_KEY, Codes, read_codes
 from q8lightning.quantization.spec.bit_packing import pack
@@ -59,11 +60,13 @@ def export_quantized(
         ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
             ``start_step`` or after ``end_step``), or a weight is not finite.
         CorruptCheckpointError: If the checkpoint is not what was saved.
+        NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
     with explained(checkpoint), keep_encoded():
         loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
+    check_version(loaded.get(SUMMARY_KEY))
     entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
     if not entries:
         raise ValueError(

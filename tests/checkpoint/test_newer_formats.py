@@ -15,6 +15,7 @@ from q8lightning import (
     QuantizationCallback,
     QuantizedCheckpointIO,
     QuantizedTensor,
+    export_quantized,
     keep_encoded,
 )
 from q8lightning.checkpoint import payload
@@ -23,6 +24,7 @@ from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import rebuild_v1
 from q8lightning.quantization.codec import Codec
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAME = "state_dict.weight"
 SAYS = r"format version 2, which this installation \(format version 1\) does not know; upgrade q8lightning"
 
@@ -110,6 +112,20 @@ def test_there_is_one_number() -> None:
 def test_an_unknown_name_of_the_module_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = payload.no_such_name
+
+
+@pytest.mark.parametrize(("version", "entry"), [(2, {}), (1, {"scale_dtype": "float16"})], ids=str)
+def test_codes_that_would_be_exported_as_something_else_are_refused(
+    version: int, entry: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = load(GOLDEN / "codecs_v1.ckpt")
+    export_quantized(GOLDEN / "codecs_v1.ckpt", tmp_path / "codes.pt", format="codes")
+    checkpoint["q8lightning"]["format_version"] = version
+    checkpoint["q8lightning"]["qat"]["rows.weight"] |= entry
+    torch.save(checkpoint, tmp_path / "later.ckpt")
+    says = "format version 2" if version == 2 else r"weights that were trained quantized with \['scale_dtype'\]"
+    with pytest.raises(NewerFormatError, match=f"{says}.*upgrade q8lightning"):
+        export_quantized(tmp_path / "later.ckpt", tmp_path / "codes.pt", format="codes")
 
 
 # Within the version
