@@ -172,17 +172,17 @@ def _leaf(key: str, entry: TensorEntry) -> str:
 
 def print_verifications(console: Console, found: Mapping[Path, Verification | str]) -> None:
     """Print what was found in each file, or why it could not be looked at."""
-    made = table("file", "bytes", "tensors", "quantized", "checksums")
+    made = table("file", "bytes", "tensors", "quantized")
     made.add_column("result", overflow="fold")
     for path, result in found.items():
         if isinstance(result, str):
-            made.add_row(escape(str(path)), "", "", "", "", "[red]cannot be read[/red]")
+            made.add_row(escape(str(path)), "", "", "", "[red]cannot be read[/red]")
             continue
         if not result.is_whole:
             text = f"[red]{len(result.damage)} damaged[/red]"
         else:
             text = "[green]whole[/green]" if result.has_sums else "[green]decodes[/green] (has no sums of its records)"
-        counts = (result.bytes, result.tensors, result.quantized, result.checksums)
+        counts = (result.bytes, result.tensors, result.quantized)
         made.add_row(escape(str(path)), *(f"{count:,}" for count in counts), text)
     console.print(made)
 

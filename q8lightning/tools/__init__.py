@@ -1,7 +1,7 @@
 """Inspect, verify, compare, compress and decompress checkpoints: functions for users and for the command line."""
 
+from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.payload import NewerFormatError
 from q8lightning.tools.compare import Comparison, Difference, Reshaped, Row, compare
 from q8lightning.tools.compress import compress
 from q8lightning.tools.conversion import Conversion

@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, SUMMARY_KEY
 from q8lightning.tools.conversion import Conversion, Converter, check_target
 from q8lightning.tools.encode_parts import without_summary

@@ -12,7 +12,8 @@ from torch import Tensor
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.leaves import ModelNames
 from q8lightning.checkpoint.encode.state_dict import encode_and_report, warn_of_refused
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.sections import (
     CODES_KEY,

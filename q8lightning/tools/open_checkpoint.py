@@ -16,16 +16,10 @@ from torch import Tensor
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
+from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
-from q8lightning.checkpoint.payload import (
-    FORMAT_VERSION,
-    NewerFormatError,
-    QuantizedTensor,
-    keep_encoded,
-    register_functions,
-    watch_apart,
-)
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
 from q8lightning.checkpoint.sections import name_of, summary_in
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
@@ -160,8 +154,7 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
         with verified(file):
             pass  # it is whole: something else is wrong
         raise _explain(path, error) from error
-    if (version := summary_in(content).get("format_version", 0)) > FORMAT_VERSION:
-        raise NewerFormatError(version)
+    check_version(summary_in(content))
     return OpenCheckpoint(file, content, locations)
 
 

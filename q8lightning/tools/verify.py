@@ -21,7 +21,6 @@ class Verification:
         bytes: Its size.
         tensors: How many tensors it holds, as far as it could be read; tied ones count as often as they occur.
         quantized: How many of them are encoded; tied ones count once.
-        checksums: How many of those have a checksum.
         has_sums: Whether the file has a CRC32 of each of its records.
         damage: What is damaged, such as ``the tensor state_dict.layer.weight``; empty if the file is whole.
     """
@@ -30,7 +29,6 @@ class Verification:
     bytes: int
     tensors: int = 0
     quantized: int = 0
-    checksums: int = 0
     has_sums: bool = True
     damage: tuple[str, ...] = ()
 
@@ -68,11 +66,7 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
         with verified(file):
             found = tensors_in(opened.content)
             payloads = {id(value): (keys, value) for keys, value in found if isinstance(value, QuantizedTensor)}
-            counts = {
-                "tensors": len(found),
-                "quantized": len(payloads),
-                "checksums": sum(payload.checksum is not None for _, payload in payloads.values()),
-            }
+            counts = {"tensors": len(found), "quantized": len(payloads)}
             for index, (keys, payload) in enumerate(payloads.values()):
                 damage += _damage(opened, opened.name(keys), payload)
                 progress(index + 1, len(payloads))

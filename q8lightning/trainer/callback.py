@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from q8lightning.checkpoint.encode.leaves import ModelNames
-from q8lightning.checkpoint.payload import FORMAT_VERSION
+from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY

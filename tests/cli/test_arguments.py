@@ -83,7 +83,10 @@ WRONG = {
     "compare plain truncated": (1, "the end of the file (cut off or changed) in {truncated} is damaged"),
     "inspect zip": (1, "{zip} is not a checkpoint that torch.load can read"),
     "inspect foreign": (1, "{foreign} holds an object of test_arguments.Unknown, which"),
-    "inspect newer": (1, "format version 2, but this installation reads up to 1; upgrade q8lightning"),
+    "inspect newer": (
+        1,
+        "format version 2, which this installation (format version 1) does not know; upgrade",
+    ),
     "inspect plain --depth 0": (2, "--depth must be at least 1, got 0"),
     "inspect plain --depth deep": (2, "deep"),
     "inspect": (2, "required: inspect.file"),

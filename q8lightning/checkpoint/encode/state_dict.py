@@ -17,7 +17,8 @@ from q8lightning.checkpoint.encode.leaves import (
     pairs_of,
     passed_over,
 )
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.report import SaveReport

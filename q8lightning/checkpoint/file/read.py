@@ -48,7 +48,7 @@ def read_checkpoint(
         file = stack.enter_context(OpenFile(path))
         through = stack.enter_context(SummedFile(file, workers, sums=verify))
         if verify:
-            stack.enter_context(verified(file, through))
+            stack.enter_context(verified(file, through, payloads=stays_encoded()))
         opened = cast("IO[bytes]", through)
         if stays_encoded():
             return load(opened)
@@ -71,7 +71,7 @@ def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any
     for _ in range(_ATTEMPTS):
         with OpenFile(path) as file:
             try:
-                with verified(file):
+                with verified(file, payloads=stays_encoded()):
                     content = load()
             except Exception:
                 if file.has_its_name():
