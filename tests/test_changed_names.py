@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Shrink, quiet_trainer
+from support.models import Shrink, quiet_trainer
 from torch import nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule

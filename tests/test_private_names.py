@@ -14,8 +14,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from models import Autoencoder, quiet_trainer
-from packages import PACKAGES, package
+from support.models import Autoencoder, quiet_trainer
+from support.packages import PACKAGES, package
 
 import q8lightning
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO

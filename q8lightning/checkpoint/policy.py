@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, NEVER, OPTIMIZER_STATES, SECOND_MOMENTS, WEIGHTS
+from q8lightning.checkpoint.sections import (
+    FIRST_MOMENTS,
+    NEVER,
+    OPTIMIZER_STATES,
+    RUNNING_STATISTICS,
+    SECOND_MOMENTS,
+    WEIGHTS,
+)
 from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
 from q8lightning.system.arguments import check_keys, did_you_mean
@@ -214,8 +221,7 @@ def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
     return CheckpointPolicy(
         [
             # Without a module at hand (a bare QuantizedCheckpointIO) these names are all that tells a buffer.
-            Rule("*.running_mean"),
-            Rule("*.running_var"),
+            *(Rule(f"*.{key}") for key in RUNNING_STATISTICS),
             *(Rule(f"{section}.*", **weights) for section in WEIGHTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", LOG, 128) for key in SECOND_MOMENTS),

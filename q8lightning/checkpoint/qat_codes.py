@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.spec.bit_packing import unpack
 from q8lightning.quantization.weight_codec import WeightCodec
+
+_KEYS = {"codebook", "block_size", "axis", "codes", "scales"}
+"""What it says of one."""
 
 Codes = tuple[WeightCodec, Tensor, Tensor, Tensor]
 """Codec, codes ``[rows, row]`` uint8, scales ``[rows, blocks a row]`` float32, and a tensor on ``meta`` that has the
@@ -54,7 +58,12 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     Args:
         value: What the state dict holds, encoded if it was.
         entry: What :func:`describe_codes` returned for it.
+
+    Raises:
+        NewerFormatError: If the entry says more than this version knows.
     """
+    if not entry.keys() <= _KEYS:
+        raise NewerFormatError(f"weights that were trained quantized with {sorted(entry.keys() - _KEYS)}")
     codec = WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
     like = torch.empty_strided(value.shape, _strides(value), dtype=value.dtype, device="meta")
     if "codes" in entry:

@@ -52,6 +52,12 @@ SUMMARY_KEY = "q8lightning"
 CODES_KEY = "qat"
 """Where the summary of a checkpoint says how each weight that is trained quantized is."""
 
+PARAMETERS_KEY = "parameters"
+"""Where the summary may have, for each optimizer, the names of its parameters in the order of its groups."""
+
+RUNNING_STATISTICS = ("running_mean", "running_var")
+"""Last parts of the names that buffers of BatchNorm and its kin have in a state dict."""
+
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 """Keys of the moments that optimizers of torch keep of a parameter."""
@@ -73,6 +79,21 @@ def path_of(keys: Keys) -> str:
 def is_state(keys: Keys) -> bool:
     """Whether the keys lead to what an optimizer remembers of one parameter."""
     return len(keys) == 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
+
+
+def name_of(keys: Keys, parameter: str | None) -> str:
+    """Return how messages name a tensor: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
+
+    Args:
+        keys: What leads to the tensor.
+        parameter: The name of the parameter that it belongs to, None if nobody knows.
+    """
+    return path_of(keys) if parameter is None or not is_state(keys) else f"{parameter}: {keys[-1]}"
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a container is the state dict of an optimizer, wherever it stands: in Fabric's under a user's key."""
+    return isinstance(value, dict) and "state" in value and "param_groups" in value
 
 
 def kind_of(keys: Keys) -> str:
@@ -120,20 +141,26 @@ def summary_in(checkpoint: Any) -> Mapping[str, Any]:
 
 def optimizers_in(checkpoint: Any) -> list[Mapping[str, Any]]:
     """Return the state of each optimizer, empty for what is none; a hook may have put anything there."""
-    states = _listed(checkpoint.get(OPTIMIZER_STATES)) if isinstance(checkpoint, Mapping) else ()
+    states = listed(checkpoint.get(OPTIMIZER_STATES)) if isinstance(checkpoint, Mapping) else ()
     return [state if isinstance(state, Mapping) else {} for state in states]
 
 
 def groups_of(optimizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parameter groups in an optimizer's state."""
-    return [group for group in _listed(optimizer.get("param_groups")) if isinstance(group, Mapping)]
+    return [group for group in listed(optimizer.get("param_groups")) if isinstance(group, Mapping)]
 
 
 def parameter_names_in(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each optimizer's parameters, as far as it was made from named ones."""
+    """Return the names of each optimizer's parameters in the order of its groups, as far as the checkpoint says them.
+
+    The summary may say them, or the groups themselves, where the optimizer was made from named parameters.
+    """
+    said = listed(summary_in(checkpoint).get(PARAMETERS_KEY))
     return tuple(
-        tuple(name for group in groups_of(optimizer) for name in _listed(group.get("param_names")))
-        for optimizer in optimizers_in(checkpoint)
+        tuple(listed(said[index]))
+        if index < len(said)
+        else tuple(name for group in groups_of(optimizer) for name in listed(group.get("param_names")))
+        for index, optimizer in enumerate(optimizers_in(checkpoint))
     )
 
 
@@ -143,10 +170,10 @@ def epsilons_of(checkpoint: Mapping[str, Any]) -> dict[Keys, float]:
     for index, optimizer in enumerate(optimizers_in(checkpoint)):
         for group in groups_of(optimizer):
             if isinstance(eps := group.get("eps"), float):
-                epsilons |= {(OPTIMIZER_STATES, index, "state", key): eps for key in _listed(group.get("params"))}
+                epsilons |= {(OPTIMIZER_STATES, index, "state", key): eps for key in listed(group.get("params"))}
     return epsilons
 
 
-def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
-    """Return a list or tuple as it is, nothing of anything else."""
+def listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    """Return a list or tuple as it is, nothing of anything else: a hook may have put anything into a checkpoint."""
     return value if isinstance(value, list | tuple) else ()

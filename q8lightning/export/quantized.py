@@ -27,6 +27,7 @@ from torch import Tensor
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
 from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
@@ -56,11 +57,13 @@ def export_quantized(
         ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
             ``start_step`` or after ``end_step``), or a weight is not finite.
         CorruptCheckpointError: If the checkpoint is not what was saved.
+        NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
     with explained(checkpoint), keep_encoded():
         loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
+    check_version(loaded.get(SUMMARY_KEY))
     entries = summary_in(loaded).get(CODES_KEY)
     if not entries:
         raise ValueError(

@@ -24,8 +24,8 @@ from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.file.write import announce
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import summary_in
@@ -261,8 +261,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         self._wait()
         with explained(path):
             checkpoint = self._load(path, local_path(path), *args, **kwargs)
-        if (version := summary_in(checkpoint).get("format_version", 0)) > FORMAT_VERSION:
-            raise NewerFormatError(version)
+        check_version(summary_in(checkpoint))
         return checkpoint
 
     def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:

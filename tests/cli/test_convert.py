@@ -31,8 +31,8 @@ from q8lightning import (
 from q8lightning.checkpoint.encode.checkpoint import Encoded, encode_and_report
 from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX
 from q8lightning.checkpoint.policy import PRESETS
-from q8lightning.tools import convert, encoder
-from q8lightning.tools.source import open_checkpoint
+from q8lightning.tools import compress, decompress, encode_parts
+from q8lightning.tools.open_checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
 
@@ -435,7 +435,7 @@ def test_a_model_that_diverged_does_not_fill_the_screen(
         warnings.warn("somebody else's", ResourceWarning, stacklevel=2)
         return encode_and_report(*arguments)
 
-    monkeypatch.setattr(encoder, "encode_and_report", encode)
+    monkeypatch.setattr(encode_parts, "encode_and_report", encode)
     state = {f"w{index}": torch.full((64, 64), torch.nan) for index in range(8)}
     torch.save({"state_dict": state | {"w": torch.randn(64, 64)}}, tmp_path / "plain.ckpt")
     done = run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt")
@@ -456,7 +456,7 @@ def test_the_moments_of_a_parameter_are_encoded_together_with_its_options(
         parts.append(part)
         return encode_and_report(part, *arguments)
 
-    monkeypatch.setattr(encoder, "encode_and_report", encode)
+    monkeypatch.setattr(encode_parts, "encode_and_report", encode)
     run("compress", plain, tmp_path / "out.ckpt")
     optimizers = [part["optimizer_states"][0] for part in parts if "optimizer_states" in part]
     assert [set(optimizer["state"]) for optimizer in optimizers] == [{index} for index in range(6)]
@@ -489,7 +489,7 @@ def test_an_interruption_leaves_no_temporary_file(
         assert any(path.name.endswith(TEMPORARY_SUFFIX) for path in tmp_path.iterdir()), "it is being written"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.Encoder, "advance", interrupt)
+    monkeypatch.setattr(encode_parts.PartEncoder, "advance", interrupt)
     done = run("compress", plain, tmp_path / "out.ckpt")
     assert done.status == 130
     assert content_of(tmp_path) == []
@@ -497,13 +497,11 @@ def test_an_interruption_leaves_no_temporary_file(
 
 def test_the_progress_ends_at_everything(plain: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    convert.compress(
-        open_checkpoint(plain), tmp_path / "a", CheckpointPolicy.of("resume"), lambda *now: told.append(now)
-    )
+    compress(plain, tmp_path / "a", progress=lambda *now: told.append(now))
     assert told[-1][0] == told[-1][1] > 0
     assert told == sorted(told)
     again: list[tuple[int, int]] = []
-    convert.decompress(open_checkpoint(tmp_path / "a"), tmp_path / "b", lambda *now: again.append(now))
+    decompress(tmp_path / "a", tmp_path / "b", progress=lambda *now: again.append(now))
     with keep_encoded():
         encoded = payloads_of(tmp_path / "a")
     assert again[-1] == (sum(4 * torch.Size(each.shape).numel() for each in encoded.values()),) * 2

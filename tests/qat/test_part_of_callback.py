@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, quiet_trainer
 
 import q8lightning
 from q8lightning import QATConfig, QuantizationCallback, WeightRule

@@ -11,7 +11,8 @@ from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.outline import outline_of
 from q8lightning.checkpoint.encode.plan import Plan, plan_save
 from q8lightning.checkpoint.encode.run import Run
-from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.report import SaveReport

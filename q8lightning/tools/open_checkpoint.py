@@ -1,42 +1,43 @@
 """Open a checkpoint without reading more of it than is looked at: memory-mapped, its payloads encoded."""
 
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint import tree
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
-from q8lightning.checkpoint.payload import (
-    FORMAT_VERSION,
-    NewerFormatError,
-    QuantizedTensor,
-    keep_encoded,
-    register_functions,
-    watch_apart,
-)
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS, summary_in
-from q8lightning.checkpoint.sections import kind_of as kind_by_keys
+from q8lightning.checkpoint.format import NewerFormatError, check_version
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
+from q8lightning.checkpoint.sections import name_of, summary_in
 from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.tensors import Value
 
-KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
-"""What a tensor of a checkpoint is: of the model, a moment by its optimizer's name for it, or anything else."""
+Progress = Callable[[int, int], None]
+"""Told how much has been done, and of how much."""
 
 
-class CommandError(Exception):
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+class ToolError(Exception):
     """What a user asked for cannot be done; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenCheckpoint:
     """An open checkpoint.
 
     Attributes:
@@ -59,22 +60,48 @@ class Source:
         """What the checkpoint says about how it was quantized, empty if it says nothing."""
         return summary_in(self.content)
 
-    def values(self, value: "Tensor | QuantizedTensor") -> Tensor:
+    @cached_property
+    def parameters(self) -> Mapping[Keys, str]:
+        """Names of parameters by what precedes the keys of their optimizer states, as far as they are known."""
+        return parameters_of_states(self.content)
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """How messages name tensors that do not go by their paths, by these."""
+        return names_of_states(self.content)
+
+    def name(self, keys: Keys) -> str:
+        """Return how messages name a tensor that keys lead to."""
+        return name_of(keys, self.parameters.get(keys[:-1]))
+
+    def values(self, value: Value) -> Tensor:
         """Return the values of one of its tensors, decoded if need be.
 
         Raises:
             CorruptCheckpointError: If they are not what was saved.
         """
         with explained(self.path):
-            return value.decode() if isinstance(value, QuantizedTensor) else value
+            return self.decode(value) if isinstance(value, QuantizedTensor) else value
 
-    def location(self, value: "Tensor | QuantizedTensor") -> str:
+    def decode(self, payload: QuantizedTensor) -> Tensor:
+        """Decode a payload; an error names it as a user does.
+
+        Raises:
+            CorruptCheckpointError: If it is not what was saved.
+        """
+        try:
+            return payload.decode()
+        except CorruptCheckpointError as error:
+            name = self.names.get(payload.name, payload.name)
+            raise CorruptCheckpointError(f"the tensor {name}", error.file) from error
+
+    def location(self, value: Value) -> str:
         """Return where a tensor was when it was saved."""
         data = value.data if isinstance(value, QuantizedTensor) else value
         return self.locations.get(data.untyped_storage()._cdata, "cpu")
 
 
-def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
+def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCheckpoint:
     """Open a file that ``torch.save`` or the callback wrote. Files of torch's old format (before 1.6) are read whole.
 
     Args:
@@ -83,28 +110,28 @@ def open_checkpoint(path: str | Path, trust: bool = False) -> Source:
             file.
 
     Raises:
-        CommandError: If there is no such file or it cannot be read.
+        ToolError: If there is no such file or it cannot be read.
         CorruptCheckpointError: If it is damaged in a way that keeps it from being read.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
-    return read_source(open_file(path), trust)
+    return read_checkpoint(open_file(path), trust)
 
 
-def open_file(path: str | Path) -> OpenFile:
+def open_file(path: str | os.PathLike[str]) -> OpenFile:
     """Open a file; whatever is to be done with it is done with what this returns, whoever replaces the file meanwhile.
 
     Raises:
-        CommandError: If there is no such file or it cannot be opened.
+        ToolError: If there is no such file or it cannot be opened.
     """
     if Path(path).is_dir():
-        raise CommandError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
+        raise ToolError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
     try:
         return OpenFile(path)
     except OSError as error:
-        raise CommandError(f"cannot open {path}: {error.strerror or error}") from error
+        raise ToolError(f"cannot open {path}: {error.strerror or error}") from error
 
 
-def read_source(file: OpenFile, trust: bool = False) -> Source:
+def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     """Read what :func:`open_checkpoint` does, from an open file."""
     path = file.path
     locations: dict[int, str] = {}
@@ -127,9 +154,8 @@ def read_source(file: OpenFile, trust: bool = False) -> Source:
         with verified(file):
             pass  # it is whole: something else is wrong
         raise _explain(path, error) from error
-    if (version := summary_in(content).get("format_version", 0)) > FORMAT_VERSION:
-        raise NewerFormatError(version)
-    return Source(file, content, locations)
+    check_version(summary_in(content))
+    return OpenCheckpoint(file, content, locations)
 
 
 def _explain(path: str, error: Exception) -> Exception:
@@ -137,43 +163,18 @@ def _explain(path: str, error: Exception) -> Exception:
     if newer is not None:
         return newer
     if isinstance(error, OSError):
-        return CommandError(f"cannot read {path}: {error.strerror or error}")
+        return ToolError(f"cannot read {path}: {error.strerror or error}")
     unknown = re.search(r"GLOBAL (\S+)", str(error))
     if not isinstance(error, pickle.UnpicklingError):
-        return CommandError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
+        return ToolError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
     if unknown is None:
-        return CommandError(f"{path} is not a checkpoint that torch.load can read")
-    return CommandError(
-        f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust if"
-        " you trust whoever wrote the file, because such objects can run code"
+        return ToolError(f"{path} is not a checkpoint that torch.load can read")
+    return ToolError(
+        f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust"
+        " (from Python: trust=True) if you trust whoever wrote the file, because such objects can run code"
     )
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *(line[:120] for line in lines[:1])])
-
-
-def leaves(content: Any) -> list[tuple[Keys, "Tensor | QuantizedTensor"]]:
-    """Return the tensors of a checkpoint, encoded where they are, with the keys that lead to them."""
-    return [leaf for leaf in tree.leaves(content, tree.PATHS) if isinstance(leaf[1], Tensor | QuantizedTensor)]
-
-
-def kind_of(keys: Keys, value: "Tensor | QuantizedTensor") -> str:
-    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats."""
-    if not keys or not (value.dtype.is_floating_point or value.dtype.is_complex):
-        return "other"
-    kind = kind_by_keys(keys)
-    return kind if kind in KINDS else "other"
-
-
-def decoded_bytes(value: "Tensor | QuantizedTensor") -> int:
-    """Return the bytes of a tensor's values as they are in memory when it is loaded."""
-    if isinstance(value, QuantizedTensor):
-        numel = torch.Size(value.shape).numel()
-        return numel * value.dtype.itemsize
-    if value.layout == torch.strided:
-        return value.nbytes
-    if value.layout == torch.sparse_coo:
-        return value._indices().nbytes + value._values().nbytes
-    return value.values().nbytes

@@ -52,7 +52,7 @@ class _Record:
         self.persistent_id = persistent_id
 
 
-def write_stream(
+def write_tensor_by_tensor(
     content: Any,
     file: IO[bytes],
     replace: Replace,

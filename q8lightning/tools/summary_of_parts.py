@@ -1,4 +1,4 @@
-"""What compressing a checkpoint loses and takes, gathered from its pieces, as the checkpoint says it of itself."""
+"""What a checkpoint says of itself that is encoded part by part: what all parts lost and take together."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import Guarded, SaveReport
 from q8lightning.checkpoint.sections import kind_of, moments_of, path_of
 from q8lightning.checkpoint.tree import Keys
-from q8lightning.tools.source import decoded_bytes
+from q8lightning.tools.tensors import decoded_bytes
 
 
-class Account:
-    """Adds up the reports of pieces. What was encoded before and stays as it is lost what its file says.
+class SummaryOfParts:
+    """Adds up the reports of parts. What was encoded before and stays as it is lost what its file says.
 
     Args:
         before: What the file says about how it was encoded; empty if nothing.
@@ -36,7 +36,7 @@ class Account:
         Args:
             keys: What leads to it.
             payload: The payload.
-            tried: Bytes that the report of its piece has for it, which was encoded again in vain; None if it was not.
+            tried: Bytes that the report of its part has for it, which was encoded again in vain; None if it was not.
         """
         self._kept[path_of(keys)] = kind_of(keys)
         if id(payload) not in self._kept_bytes:
@@ -45,7 +45,7 @@ class Account:
             self._report.stored_bytes += payload.nbytes - (tried or 0)
 
     def add(self, report: SaveReport) -> None:
-        """Add what a piece lost; leave out what it says of tensors that were kept, of which it knows before."""
+        """Add what a part lost; leave out what it says of tensors that were kept, of which it knows before."""
         report.tensors = [loss for loss in report.tensors if loss.path not in self._kept]
         encoded = {loss.path for loss in report.tensors}
         report.directions = [each for each in report.directions if not encoded.isdisjoint(moments_of(each.path))]
