@@ -1,13 +1,17 @@
 """What all suites share: the same start for every test, both presets, every way to encode, the steps of saves."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
+from support.devices import KERNELS
 from support.schemes import SCHEMES
 from support.steps import Steps, listening
+
+from q8lightning.quantization.backends.choose import launching
 
 collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
 """The command line is an extra; where it is not installed, the rest is tested."""
@@ -27,8 +31,9 @@ ADVICE = (
 
 
 def pytest_configure() -> None:
-    """Tests are small: handing their work to a second thread costs twenty times what it takes."""
+    """Tests are small: handing their work to a second thread costs up to twenty times what it takes."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +51,17 @@ def preset(request: pytest.FixtureRequest) -> str:
     """The name of each preset in turn; every test of a promise of both takes it."""
     name: str = request.param
     return name
+
+
+@pytest.fixture(params=KERNELS)
+def launch_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are that go to the kernels for many tensors in few launches; on the CPU those are interpreted."""
+    device: str = request.param
+    if device == "cuda":
+        yield device
+    else:
+        with launching(True):
+            yield device
 
 
 @pytest.fixture

@@ -9,27 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.devices import CUDA
 from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode import learn
 from q8lightning.checkpoint.encode.repeat import Routine
-from q8lightning.quantization.many import encode as packing
-from q8lightning.quantization.many import update_directions as update_direction
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), CUDA])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where tensors are that are encoded in launches: on the CPU the kernels are interpreted."""
-    if request.param == "cpu":
-        blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
-        if not blockwise.INTERPRETED:
-            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        for module in (packing, update_direction, learn):
-            monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
-    return str(request.param)
+@pytest.fixture
+def device(launch_device: str) -> str:
+    return launch_device
 
 
 @pytest.fixture
