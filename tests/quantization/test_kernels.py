@@ -393,8 +393,9 @@ def test_nothing_is_written_outside_the_results_or_to_the_input(device: str) -> 
 
 
 @pytest.mark.parametrize("name", ["quantize", "fake_quantize", "quantize_residual", "quantize_log", "quantize_affine"])
-@pytest.mark.parametrize("wrong", [None, -1.0, torch.nan, torch.inf])
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("wrong", "magnitude"), [(None, 1e-30), (None, 1.0), (None, 1e30), (-1.0, 1.0), (torch.nan, 1.0), (torch.inf, 1e30)]
+)
 def test_what_is_lost_is_measured_on_the_way(device: str, name: str, wrong: float | None, magnitude: float) -> None:
     x = torch.rand(3000, generator=torch.Generator().manual_seed(0)) * magnitude
     x[::7] = 0.0
