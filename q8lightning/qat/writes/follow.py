@@ -15,9 +15,6 @@ from q8lightning.qat.writes.fast_paths import fast_paths
 from q8lightning.qat.writes.renormalized import renormalize_masters
 from q8lightning.qat.writes.two_worlds import TwoWorlds
 
-FOLLOWED = 100
-"""Quantized steps of a stage (training, evaluation) that are followed before the first write."""
-
 COMPARED = 3
 """Quantized steps of a stage after which the first values are compared with what they were before."""
 
@@ -29,7 +26,8 @@ class Writes:
     """Watches the steps of a run.
 
     Args:
-        quantizer: Whose weights. If a part of the model is compiled, no step is followed: writes are only found.
+        quantizer: Whose weights. Its configuration says how many steps are followed before the first write. If a part
+            of the model is compiled, no step is followed: writes are only found.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
@@ -82,7 +80,8 @@ class Writes:
         """
         worlds, count = self._worlds, self._steps[stage]
         self._steps[stage] += self._quantizer.engaged
-        if worlds is None or not self._quantizer.engaged or (count >= FOLLOWED and not worlds.writes):
+        unwatched = count >= self._quantizer.config.follow_steps
+        if worlds is None or not self._quantizer.engaged or (unwatched and not worlds.writes):
             yield
             return
         worlds.begin()
