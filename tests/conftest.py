@@ -7,9 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from support.audit import listening
 from support.devices import KERNELS
+from support.disk import Disk
 from support.schemes import SCHEMES
-from support.steps import Steps, listening
+from support.steps import Steps, announced
 
 from q8lightning.quantization.backends.choose import launching
 
@@ -67,8 +69,16 @@ def launch_device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def steps() -> Iterator[Steps]:
     """What saves announce during the test."""
-    with listening() as listener:
-        yield listener
+    with announced() as steps:
+        yield steps
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """What the disk is asked for during the test."""
+    disk = Disk(monkeypatch)
+    with listening(disk.hear):
+        yield disk
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
