@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.files import edit_pickle
 from support.models import Autoencoder, Diary, quiet_trainer
-from support.promises import assert_same, edit_pickle, load, payloads_of
+from support.promises import assert_same, load, payloads_of
 
 import q8lightning_autoload
 from q8lightning import NewerFormatError, QuantizationCallback, QuantizedCheckpointIO, export_quantized

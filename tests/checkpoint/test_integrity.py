@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import edit_pickle, flip, position_of
 from support.models import Autoencoder, Diary, quiet_trainer
-from support.promises import assert_same, edit_pickle, load, payloads_of, same_bits
+from support.promises import assert_same, load, payloads_of, same_bits
 
 from q8lightning import (
     CorruptCheckpointError,
@@ -42,20 +42,6 @@ def file(whole: bytes, tmp_path: Path) -> Path:
     path = tmp_path / "a.ckpt"
     path.write_bytes(whole)
     return path
-
-
-def flip(path: Path, position: int, bit: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
-
-
-def position_of(path: Path, record: str) -> int:
-    """Return where the content of a record starts in the file."""
-    with zipfile.ZipFile(path) as archive:
-        (start,) = (each.header_offset for each in archive.infolist() if each.filename.endswith(f"/{record}"))
-    name_length, extra_length = struct.unpack("<HH", path.read_bytes()[start + 26 : start + 30])
-    return start + 30 + name_length + extra_length
 
 
 def position_in_payload(path: Path, name: str, offset: int) -> int:

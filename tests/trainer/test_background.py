@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from support.files import names
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads_of, same_bits
 from support.steps import Steps
@@ -42,10 +43,6 @@ def value_of(path: Path) -> float:
 @pytest.fixture
 def io() -> QuantizedCheckpointIO:
     return QuantizedCheckpointIO(async_save=True)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # The state at the call

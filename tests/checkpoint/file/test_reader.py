@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import flip
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, same_bits
 from torch import Tensor
@@ -248,14 +249,6 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
 
 
 # Damage
-
-
-def flip(path: Path, position: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 16]))
 
 
 def long_records(path: Path) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked
 from support.audit import listening
 from support.disk import Disk
+from support.files import names as names_in
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load, payloads_of, same_bits
 from support.steps import Steps
@@ -30,13 +31,9 @@ SAVE = "q8lightning.save"
 CONTENT = {"weight": torch.arange(50_000.0)}
 
 
-def content_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def assert_written(path: Path) -> None:
     assert same_bits(load(path)["weight"], CONTENT["weight"])
-    assert content_of(path.parent) == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 # What a save that goes well does
@@ -133,10 +130,10 @@ def test_every_spelling_of_a_local_path_that_lightning_takes_works(
     path, io = spelling.format(tmp_path / "a.ckpt"), QuantizedCheckpointIO()
     io.save_checkpoint({"state_dict": {"weight": torch.ones(64, 64)}}, path)
     assert payloads_of(tmp_path / "a.ckpt")
-    assert content_of(tmp_path / "elsewhere") == []
+    assert names_in(tmp_path / "elsewhere") == []
     assert bool(io.load_checkpoint(path)["state_dict"]["weight"].eq(1).all())
     io.remove_checkpoint(path)
-    assert content_of(tmp_path) == ["elsewhere"]
+    assert names_in(tmp_path) == ["elsewhere"]
 
 
 # What a save that fails leaves behind
@@ -160,7 +157,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         write_checkpoint({"old": torch.ones(3)}, path)
     before = path.read_bytes() if request.param else None
     yield path
-    assert content_of(tmp_path) == ([path.name] if request.param else [])
+    assert names_in(tmp_path) == ([path.name] if request.param else [])
     assert before is None or path.read_bytes() == before
 
 
@@ -229,7 +226,7 @@ def test_a_training_goes_on_where_folders_cannot_be_flushed(async_save: bool, tm
     trainer = quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, enable_checkpointing=True, callbacks=callbacks)
     with pytest.warns(UserWarning, match="cannot be flushed"):
         trainer.fit(Autoencoder())
-    assert content_of(tmp_path) == ["step=3.ckpt"]
+    assert names_in(tmp_path) == ["step=3.ckpt"]
     assert payloads_of(tmp_path / "step=3.ckpt")
 
 
@@ -270,7 +267,7 @@ def test_a_folder_is_no_place_for_a_file(make: Callable[[Path], Any], tmp_path: 
     make(tmp_path / "a.ckpt")
     with pytest.raises(IsADirectoryError, match=r"a\.ckpt is a directory; choose another path"):
         write_checkpoint(CONTENT, tmp_path / "a.ckpt")
-    assert content_of(tmp_path) == ["a.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt"]
 
 
 def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(tmp_path: Path, disk: Disk) -> None:
@@ -283,7 +280,7 @@ def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(tmp_path:
     with pytest.raises(OSError, match="Input/output error"):
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == before
-    assert content_of(tmp_path) == ["a.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt"]
 
 
 # What a writer that was killed left behind
@@ -327,7 +324,7 @@ def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path: Path) ->
     go_on.set()
     other.join(60)
     assert other.exitcode == 0
-    assert content_of(tmp_path) == ["a.ckpt", "other.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt", "other.ckpt"]
     assert bool((load(tmp_path / "other.ckpt")["weight"] == 0).all())
 
 

@@ -34,7 +34,6 @@ from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.file.zip_writer import CHUNK, ZipWriter
 from q8lightning.checkpoint.payload import CHECKSUMS
 from q8lightning.quantization.codec import Codec
-from q8lightning.system import workers
 from q8lightning.system.workers import Workers
 
 
@@ -239,31 +238,24 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 # Checksums ahead
 
 
-def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
-    payloads = [QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), f"x{index}") for index in range(5)]
+def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
+    payloads = [QuantizedTensor.encode(torch.randn(1024, 1024), Codec("softsign"), f"x{index}") for index in range(5)]
     expected = [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
-    made: list[str] = []
-    real = writer.checksums_ahead.__wrapped__.__globals__["checksum"]  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        "q8lightning.checkpoint.file.payloads.checksum",
-        lambda *a: made.append(threading.current_thread().name) or real(*a),
-    )
     with checksums_ahead(content):
+        assert set(CHECKSUMS.get()) == set(map(id, payloads)), "threads compute them"
         assert [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads] == expected
-    assert made == ["q8lightning worker"] * 5
     assert [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads] == expected
     assert [payload.checksum for payload in payloads] == [None] * 5, "they are as they were"
 
 
-def test_a_payload_that_was_loaded_keeps_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
+def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
+    large = QuantizedTensor.encode(torch.randn(2**23), Codec("softsign"), "large")  # for which threads are started
     payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
     payload.checksum = 7
-    with checksums_ahead([payload]):
-        assert not CHECKSUMS.get()
+    with checksums_ahead([payload, large]):
+        assert set(CHECKSUMS.get()) == {id(large)}
         assert payload.__reduce__()[1][0]["xxh3_64"] == 7
 
 
@@ -298,16 +290,12 @@ class Failing:
     [lambda: OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt, MemoryError],
     ids=["full disk", "interrupt", "memory"],
 )
-def test_an_error_of_the_file_is_raised_as_it_is(
-    at: int, make: Callable[[], BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_file_is_raised_as_it_is(at: int, make: Callable[[], BaseException], tmp_path: Path) -> None:
     error = make()
     writer.write_checkpoint({"old": torch.ones(3)}, tmp_path / "a.ckpt")
     before = (tmp_path / "a.ckpt").read_bytes()
-    real = writer.WriteBehind
-    monkeypatch.setattr(writer, "WriteBehind", lambda file: real(Failing(file, at, error)))  # type: ignore[arg-type]
     with pytest.raises(type(error)) as raised:
-        writer.write_checkpoint(LARGE, tmp_path / "a.ckpt")
+        writer.write_durably(tmp_path / "a.ckpt", lambda file: zip_writer.save(LARGE, Failing(file, at, error)))
     assert raised.value is error
     assert not isinstance(error, OSError) or str(tmp_path / "a.ckpt") in str(error)
     assert threads() == []
@@ -431,13 +419,6 @@ def test_jobs_that_nobody_began_are_dropped_and_the_others_waited_for() -> None:
     assert done == ["slow"]
     assert never.cancelled()
     assert threads() == []
-
-
-def test_no_more_threads_than_jobs_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert [workers.count_workers(jobs) for jobs in (0, 1, 3, 1000)] == [1, 1, 3, workers.MOST]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
-    assert workers.count_workers(1000) == 2
 
 
 SCRIPT = """
