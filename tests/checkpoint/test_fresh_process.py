@@ -244,6 +244,7 @@ def test_registering_never_raises(cleared: None, monkeypatch: pytest.MonkeyPatch
     def fail(_: object) -> None:
         raise RuntimeError("torch has changed")
 
+    # As with a later torch.
     monkeypatch.setattr(torch.serialization, "add_safe_globals", fail)
     q8lightning_autoload.register()
     monkeypatch.delattr(torch.serialization, "add_safe_globals")

@@ -425,6 +425,7 @@ def test_a_plot_shows_every_tensor_that_differs(
 
     drawn: list[Figure] = []
     save = Figure.savefig
+    # A picture does not say what was drawn.
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
     picture = tmp_path / "plot.png"
     assert run("compare", plain, by_callback, "--plot", picture).status == 0

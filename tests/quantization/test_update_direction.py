@@ -158,6 +158,7 @@ def test_a_gpu_is_not_waited_for() -> None:
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets tensors of a hundred thousand elements count as large."""
+    # Interpreted kernels take ten seconds for tensors that are large by themselves.
     monkeypatch.setattr(sampling, "WHOLE", 2**16)
     sampling.stretches_of.cache_clear()
     yield

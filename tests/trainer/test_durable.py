@@ -394,6 +394,7 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
     memories: list[PinnedMemory | None] = []
     reads: list[str] = []
     fetch, read = Snapshot.fetch, reader.read_checkpoint
+    # Speed has no other sign that a test could rely on.
     monkeypatch.setattr(Snapshot, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
         "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)

@@ -172,6 +172,7 @@ def test_a_computation_that_fails_is_one_warning(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("nothing there")
 
+    # No state is known for which it fails; it must not matter if there is one.
     monkeypatch.setattr(Recorder, "losses", fail)
     _, said = run(tmp_path, qat=qat, logger=Keeps(), log_every_n_steps=1)
     assert len(said) == (1 if qat is None else 2)

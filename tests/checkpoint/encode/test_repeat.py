@@ -32,6 +32,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         done.append(result is not None)
         return result
 
+    # Both ways write the same file.
     monkeypatch.setattr(Routine, "save", spy)
     return done
 

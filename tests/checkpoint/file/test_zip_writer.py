@@ -163,6 +163,7 @@ def test_without_the_functions_that_this_needs_torch_writes(monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.delattr(torch.serialization, name)
             assert not zip_writer._knows_torch(), name
+    # As with a later torch.
     monkeypatch.setattr(zip_writer, "_knows_torch", lambda: False)
     assert written(zip_writer.save, content) == expected, "with torch's identity"
 
@@ -311,6 +312,7 @@ def test_an_error_of_a_sum_is_raised_and_no_half_file_is_completed(monkeypatch: 
                 raise MemoryError("no memory")
             return zlib.crc32(data, start)
 
+    # Sums do not fail, unless there is no memory.
     monkeypatch.setattr(zip_writer, "zlib", Zlib)
     file = io.BytesIO()
     with pytest.raises(MemoryError, match="no memory"):
@@ -330,6 +332,7 @@ def test_what_the_disk_refuses_behind_our_back_is_raised(
         tried.set()
         raise error
 
+    # As on a system without it, with a disk that fails.
     monkeypatch.setattr(write_behind, "_sync_file_range", lambda: None)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
 
@@ -345,18 +348,13 @@ def test_what_the_disk_refuses_behind_our_back_is_raised(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("has_range", [True, False])
-def test_what_is_written_is_sent_to_the_disk_meanwhile(
-    has_range: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_is_sent_to_the_disk_meanwhile(tmp_path: Path) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        write_behind,
-        "_sync_file_range",
-        lambda: (lambda _, start, n, __: sent.append((start, n))) if has_range else None,
-    )
-    monkeypatch.setattr(os, "fdatasync", lambda _: sent.append((-1, -1)))
-    with open(tmp_path / "a", "wb") as file, WriteBehind(file) as behind:
+
+    def send(_: int, start: int, nbytes: int) -> None:
+        sent.append((start, nbytes))
+
+    with open(tmp_path / "a", "wb") as file, WriteBehind(file, send) as behind:
         for _ in range(6):
             behind.write(bytes(write_behind.STEP // 2))
             for _ in range(100):
@@ -364,25 +362,23 @@ def test_what_is_written_is_sent_to_the_disk_meanwhile(
                     break
                 time.sleep(0.01)
     assert len(sent) == 3
-    if has_range:
-        assert [start for start, _ in sent] == [0, *itertools.accumulate(n for _, n in sent)][:-1]
+    assert [start for start, _ in sent] == [0, *itertools.accumulate(n for _, n in sent)][:-1]
     assert (tmp_path / "a").stat().st_size == 3 * write_behind.STEP
     sent.clear()
-    with open(tmp_path / "b", "wb") as file, WriteBehind(file) as behind:
+    with open(tmp_path / "b", "wb") as file, WriteBehind(file, send) as behind:
         behind.write(bytes(write_behind.STEP - 1))
     assert sent == [], "a small file needs no thread"
 
 
-def test_the_file_is_not_closed_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_not_closed_while_it_is_sent(tmp_path: Path) -> None:
     began, closed = threading.Event(), []
 
-    def send_range(*_: int) -> None:
+    def send(*_: int) -> None:
         began.set()
         time.sleep(0.1)
         closed.append(file.closed)
 
-    monkeypatch.setattr(write_behind, "_sync_file_range", lambda: send_range)
-    with open(tmp_path / "a", "wb") as file, WriteBehind(file) as behind:
+    with open(tmp_path / "a", "wb") as file, WriteBehind(file, send) as behind:
         behind.write(bytes(write_behind.STEP))
         assert began.wait(20)
     assert closed == [False]
