@@ -1,13 +1,19 @@
 """What all suites share: the same start for every test, both presets, every way to encode, the steps of saves."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
+from support.audit import listening
+from support.devices import KERNELS
+from support.disk import Disk
 from support.schemes import SCHEMES
-from support.steps import Steps, listening
+from support.steps import Steps, announced
+
+from q8lightning.quantization.backends.choose import launching
 
 collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
 """The command line is an extra; where it is not installed, the rest is tested."""
@@ -27,8 +33,9 @@ ADVICE = (
 
 
 def pytest_configure() -> None:
-    """Tests are small: handing their work to a second thread costs twenty times what it takes."""
+    """Tests are small: handing their work to a second thread costs up to twenty times what it takes."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +55,30 @@ def preset(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=KERNELS)
+def launch_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are that go to the kernels for many tensors in few launches; on the CPU those are interpreted."""
+    device: str = request.param
+    if device == "cuda":
+        yield device
+    else:
+        with launching(True):
+            yield device
+
+
 @pytest.fixture
 def steps() -> Iterator[Steps]:
     """What saves announce during the test."""
-    with listening() as listener:
-        yield listener
+    with announced() as steps:
+        yield steps
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """What the disk is asked for during the test."""
+    disk = Disk(monkeypatch)
+    with listening(disk.hear):
+        yield disk
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

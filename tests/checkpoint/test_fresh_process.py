@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.files import edit_pickle
 from support.models import Autoencoder, Diary, quiet_trainer
-from support.promises import assert_same, edit_pickle, load, payloads_of
+from support.promises import assert_same, load, payloads_of
 
 import q8lightning_autoload
 from q8lightning import NewerFormatError, QuantizationCallback, QuantizedCheckpointIO, export_quantized
@@ -242,6 +243,7 @@ def test_registering_never_raises(cleared: None, monkeypatch: pytest.MonkeyPatch
     def fail(_: object) -> None:
         raise RuntimeError("torch has changed")
 
+    # As with a later torch.
     monkeypatch.setattr(torch.serialization, "add_safe_globals", fail)
     q8lightning_autoload.register()
     monkeypatch.delattr(torch.serialization, "add_safe_globals")

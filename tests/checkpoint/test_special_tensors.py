@@ -12,7 +12,7 @@ import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from support.models import Autoencoder, Shrink, quiet_trainer
 from support.odd_checkpoints import ODD
-from support.promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, stored
+from support.promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, same_memory, stored
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -38,10 +38,6 @@ def save_both(
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     trainer.save_checkpoint(folder / "plain.ckpt", weights_only=weights_only)
     return folder / "quantized.ckpt", load(folder / "plain.ckpt")
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class TiedHead(nn.Module):

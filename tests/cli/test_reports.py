@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.files import flip, place_of
 from support.models import Autoencoder, TwoOptimizers, quiet_trainer
 from support.promises import load, payloads_of, tensors
 from torch import Tensor, nn
@@ -218,11 +219,8 @@ def test_files_of_any_content_can_be_looked_at(run: Run, tmp_path: Path) -> None
 
 def damaged(path: Path, target: Path, of: Tensor) -> Path:
     """Write a copy in which one bit of a tensor's bytes is another."""
-    content, part = bytearray(path.read_bytes()), of.contiguous().view(torch.uint8).numpy().tobytes()
-    at = content.find(part)
-    assert at > 0
-    content[at + len(part) // 2] ^= 4
-    target.write_bytes(content)
+    target.write_bytes(path.read_bytes())
+    flip(target, place_of(target, of), bit=2)
     return target
 
 
@@ -426,6 +424,7 @@ def test_a_plot_shows_every_tensor_that_differs(
 
     drawn: list[Figure] = []
     save = Figure.savefig
+    # A picture does not say what was drawn.
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
     picture = tmp_path / "plot.png"
     assert run("compare", plain, by_callback, "--plot", picture).status == 0

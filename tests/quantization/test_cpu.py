@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -23,8 +23,14 @@ CHUNK = 4096  # small enough to cross often, large enough for a block
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CHUNK", CHUNK)
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Cuts the work into chunks of so many elements: at the real size, these tests would take minutes."""
+    return lambda numel: monkeypatch.setattr(cpu, "CHUNK", numel)
+
+
+@pytest.fixture
+def small_chunks(chunked: Callable[[int], None]) -> None:
+    chunked(CHUNK)
 
 
 def random(numel: int, seed: int = 0) -> Tensor:
@@ -66,9 +72,9 @@ def test_it_equals_the_reference_around_the_borders_of_a_chunk(scheme: Scheme) -
         assert_same(scheme, x[:numel], 32)
 
 
-def test_it_equals_the_reference_whatever_the_chunk(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_equals_the_reference_whatever_the_chunk(scheme: Scheme, chunked: Callable[[int], None]) -> None:
     for chunk in (32, 100, 1000, 1024):  # elements; not all hold whole blocks
-        monkeypatch.setattr(cpu, "CHUNK", chunk)
+        chunked(chunk)
         assert_same(scheme, scheme.admissible(random(2500)).float(), 32)
 
 

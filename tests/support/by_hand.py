@@ -1,6 +1,6 @@
 """Read checkpoints by docs/format.md alone: ``zipfile``, ``pickletools`` and NumPy, neither torch nor q8lightning.
 
-    python tests/checkpoint/by_hand.py FILE NPZ
+    python tests/support/by_hand.py FILE NPZ
 
 What a file's tensors are goes to ``NPZ``: arrays, and a record named ``about`` with JSON of everything that an array
 does not say. The code of the page's own blocks is run as it stands there.

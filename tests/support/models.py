@@ -30,6 +30,18 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
     return pl.Trainer(**(defaults | options))
 
 
+def trainer_with(strategy: Any, folder: Path) -> pl.Trainer:
+    """Return a real Trainer on the CPU that has this strategy.
+
+    Constructing one with it would ask for a GPU (FSDP) or for deepspeed; setup, where they are refused, comes before
+    any of their machinery runs.
+    """
+    trainer = quiet_trainer(folder)
+    trainer._accelerator_connector.strategy = strategy
+    assert trainer.strategy is strategy
+    return trainer
+
+
 def batches(count: int = 4, *shape: int, size: int = 8) -> DataLoader[Tensor]:
     """Return a loader of ``count`` batches of ``size`` samples, the same ones every time."""
     samples = torch.randn(count * size, *(shape or (WIDTH,)), generator=torch.Generator().manual_seed(0))

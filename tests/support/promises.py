@@ -3,13 +3,11 @@
 Nothing here asks the package's policy, walk or payload; values come from the reference, which specifies the codecs.
 """
 
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,21 +74,6 @@ def promised(path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = fro
     return tensor if codec is None else stored(tensor, *codec)
 
 
-def edit_pickle(path: Path, old: bytes, new: bytes, keep_sum: bool = False) -> None:
-    """Replace bytes in the pickle of a file; with ``keep_sum``, leave the sum of it as it was."""
-    with zipfile.ZipFile(path) as archive:
-        records = [(each.filename, each.compress_type, archive.read(each)) for each in archive.infolist()]
-    (pickled,) = (content for name, _, content in records if name.endswith("/data.pkl"))
-    assert old in pickled
-    edited = pickled.replace(old, new)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, method, content in records:
-            archive.writestr(name, edited if content is pickled else content, method)
-    if keep_sum:
-        before, after = (struct.pack("<I", zlib.crc32(content)) for content in (pickled, edited))
-        path.write_bytes(path.read_bytes().replace(after, before))
-
-
 def tensors(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Tensor]]:
     """Yield all tensors of nested mappings and sequences with the keys that lead to them."""
     if isinstance(value, Tensor):
@@ -146,6 +129,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(one, two)
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share their storage."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def same_parts(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether two payloads hold the same codes and scales, under the same codec."""
     return (
@@ -187,8 +175,7 @@ def assert_kept(after: dict[str, Any], before: dict[str, Any], preset: str, raw:
     """
     assert list(after) == [*before, SUMMARY]
     assert after[SUMMARY]["format_version"] == 1
-    without_summary = {key: value for key, value in after.items() if key != SUMMARY}
-    assert_same(without_summary, promise_for(before, preset, raw))
+    assert_same(without_summary(after), promise_for(before, preset, raw))
 
 
 def promise_for(value: Any, preset: str, raw: frozenset[str] = frozenset(), path: Path_ = ()) -> Any:
@@ -204,3 +191,25 @@ def promise_for(value: Any, preset: str, raw: frozenset[str] = frozenset(), path
     if isinstance(value, list | tuple):
         return type(value)(promise_for(item, preset, raw, (*path, index)) for index, item in enumerate(value))
     return value
+
+
+def without_summary(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in checkpoint.items() if key != "q8lightning"}
+
+
+def assert_same_content(after: Path, before: Path) -> None:
+    """Check that two files hold the same, and say the same about how they were encoded, to the rounding of floats."""
+    after, before = load(after), load(before)
+    assert_same(without_summary(after), without_summary(before))
+    assert_same_summary(after["q8lightning"], before["q8lightning"])
+
+
+def assert_same_summary(found: Any, expected: Any, path: str = "summary") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_same_summary(found[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=0, nan_ok=True), path
+    else:
+        assert found == expected, path

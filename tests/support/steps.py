@@ -1,13 +1,13 @@
 """What saves announce, step by step, in this process; tests watch it, hold it up or make it fail."""
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from support.audit import listening
 
 
 class Steps:
@@ -50,28 +50,17 @@ class Steps:
             raise self._failures[step, name]
 
 
-_LISTENERS: list[Steps] = []
-
-
-def _listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "q8lightning.save":
-        for listener in _LISTENERS:
-            listener(*arguments)
-
-
-@cache
-def _install() -> None:
-    sys.addaudithook(_listen)  # for good: hooks cannot be removed
-
-
 @contextmanager
-def listening() -> Iterator[Steps]:
-    """Listen within this context."""
-    _install()
-    listener = Steps()
-    _LISTENERS.append(listener)
-    try:
-        yield listener
-    finally:
-        listener.release()
-        _LISTENERS.remove(listener)
+def announced() -> Iterator[Steps]:
+    """Hear the steps within this context."""
+    steps = Steps()
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "q8lightning.save":
+            steps(*arguments)
+
+    with listening(hear):
+        try:
+            yield steps
+        finally:
+            steps.release()

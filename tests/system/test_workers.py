@@ -9,16 +9,14 @@ import torch
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import pack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
-from q8lightning.system import workers
-from q8lightning.system.workers import share_out
+from q8lightning.system.workers import MOST, WORTH_THREADS, count_workers, share_out
 
 
 @pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has torch use two threads, and anything be worth starting some."""
+def two_threads() -> Iterator[None]:
+    """Has torch use two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(workers, "WORTH_THREADS", 0)
     yield
     torch.set_num_threads(before)
 
@@ -29,7 +27,7 @@ def where() -> tuple[str, int]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_each_job_has_a_thread_of_its_own_and_torch_is_left_as_it_was() -> None:
-    assert share_out([where] * 4, [1] * 4) == [("q8lightning worker", 1)] * 4
+    assert share_out([where] * 4, [WORTH_THREADS] * 4) == [("q8lightning worker", 1)] * 4
     assert torch.get_num_threads() == 2
     inside: list[int] = []
     thread = threading.Thread(target=lambda: inside.append(torch.get_num_threads()))
@@ -41,12 +39,19 @@ def test_each_job_has_a_thread_of_its_own_and_torch_is_left_as_it_was() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_what_would_keep_one_thread_busy_alone_has_all_of_them() -> None:
     here = threading.current_thread().name
-    assert share_out([where] * 3, [1, 10, 1]) == [("q8lightning worker", 1), (here, 2), ("q8lightning worker", 1)]
+    found = share_out([where] * 3, [WORTH_THREADS, 10 * WORTH_THREADS, WORTH_THREADS])
+    assert found == [("q8lightning worker", 1), (here, 2), ("q8lightning worker", 1)]
 
 
 def test_little_work_stays_in_the_thread_that_asks() -> None:
     assert share_out([where] * 2, [100, 100]) == [where()] * 2
     assert share_out([], []) == []
+
+
+def test_no_more_threads_than_jobs_or_cores() -> None:
+    assert [count_workers(jobs, cores=64) for jobs in (0, 1, 3, 1000)] == [1, 1, 3, MOST]
+    assert count_workers(1000, cores=2) == 2
+    assert 1 <= count_workers(1000) <= MOST
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -55,7 +60,7 @@ def test_an_error_of_a_job_is_the_callers() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        share_out([where, fail, where], [1, 1, 1])
+        share_out([where, fail, where], [WORTH_THREADS] * 3)
     assert torch.get_num_threads() == 2
 
 
@@ -65,7 +70,7 @@ def test_tensors_are_encoded_and_measured_as_one_after_the_other(inference: bool
     """Also within validation, whose tensors nobody outside of inference mode may write to."""
     torch.manual_seed(0)
     with torch.inference_mode(inference):
-        tensors = [x for numel in (5000, 4096, 33, 70_000) for x in (torch.randn(numel), torch.rand(numel) + 0.1)]
+        tensors = [x for numel in (500_000, 4096, 33, 400_001) for x in (torch.randn(numel), torch.rand(numel) + 0.1)]
         codecs = [Codec("softsign", 128), Codec("log", 128)] * 4
         packed = pack(tensors, codecs, measure=True)
         moments = [StoredMoment(x, codec, data) for x, codec, data in zip(tensors, codecs, packed.data, strict=True)]

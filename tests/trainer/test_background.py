@@ -18,6 +18,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from support.files import names
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads_of, same_bits
 from support.steps import Steps
@@ -41,10 +43,6 @@ def value_of(path: Path) -> float:
 @pytest.fixture
 def io() -> QuantizedCheckpointIO:
     return QuantizedCheckpointIO(async_save=True)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # The state at the call
@@ -371,14 +369,16 @@ def test_what_slurm_waits_for_is_there_when_the_save_returns(
     assert steps.seen[-1] == ("durable", "hpc_ckpt_1.ckpt")
 
 
-def test_a_strategy_that_forgets_the_io_at_its_teardown_loses_nothing(
-    steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_strategy_that_forgets_the_io_at_its_teardown_loses_nothing(steps: Steps, tmp_path: Path) -> None:
     """As FSDP's and ModelParallel's do; the callback ends the work all the same."""
+
+    class Forgets(SingleDeviceStrategy):
+        def teardown(self) -> None:
+            """Leave the CheckpointIO as it is."""
+
     gate = steps.hold("flushed")
     threading.Timer(0.5, gate.set).start()
-    monkeypatch.setattr(QuantizedCheckpointIO, "teardown", lambda self: None)
-    trainer_that_saves_every_step(tmp_path, max_steps=1).fit(Autoencoder())
+    trainer_that_saves_every_step(tmp_path, max_steps=1, strategy=Forgets("cpu")).fit(Autoencoder())
     assert steps.seen[-1] == ("durable", "step=1.ckpt")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
 

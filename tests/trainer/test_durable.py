@@ -394,6 +394,7 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
     memories: list[HostMemory | None] = []
     reads: list[str] = []
     fetch, read = Save.fetch, reader.read_checkpoint
+    # Speed has no other sign that a test could rely on.
     monkeypatch.setattr(Save, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
         "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
@@ -405,15 +406,18 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
     assert len(reads) == (kind is not Changes)
 
 
-def test_storage_options_go_by_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_options_go_by_keyword(tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def save(self: Any, checkpoint: Any, path: Any, *, storage_options: Any = None) -> None:
-        seen.append(storage_options)
+    class Strict(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, *, storage_options: Any = None) -> None:  # type: ignore[override]
+            seen.append(storage_options)
 
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", save)
-    QuantizedCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt", {"key": 1})
-    QuantizedCheckpointIO().save_checkpoint(checkpoint(), f"memory://{tmp_path}/a.ckpt")
+    class Over(DurableCheckpointIO, Strict):
+        """Writes to what is remote, or wants options, as the stricter class does."""
+
+    QuantizedCheckpointIO(Over()).save_checkpoint(checkpoint(), tmp_path / "a.ckpt", {"key": 1})
+    QuantizedCheckpointIO(Over()).save_checkpoint(checkpoint(), f"memory://{tmp_path}/a.ckpt")
     assert seen == [{"key": 1}, None]
 
 

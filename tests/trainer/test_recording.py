@@ -1,7 +1,6 @@
 """What saves lose reaches loggers, ``callback_metrics``, the file and the end of fit; training does not notice."""
 
 import csv
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from support import forked
 from support.models import Autoencoder, quiet_trainer
+from support.steps import Steps
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule
 from q8lightning.metrics.recorder import Recorder
-from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 NAMES = {
@@ -307,14 +306,8 @@ def test_recording_changes_no_bit_of_the_training(tmp_path: Path) -> None:
         assert all(torch.equal(state[key], plain[1][key]) for key in state)
 
 
-def test_the_stall_is_the_time_that_the_call_held_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = DurableCheckpointIO.save_checkpoint
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        time.sleep(0.5)
-        write(*args, **kwargs)
-
-    monkeypatch.setattr(DurableCheckpointIO, "save_checkpoint", slow)
+def test_the_stall_is_the_time_that_the_call_held_the_training(steps: Steps, tmp_path: Path) -> None:
+    steps.delay("opened", 0.5)
     for async_save in (False, True):
         trainer, _ = fitted(tmp_path, QuantizationCallback(async_save=async_save), max_steps=2)
         assert (trainer.callback_metrics["q8/save_stall_ms"] >= 500) == (not async_save)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.tuner import Tuner
+from support.disk import Disk
 from support.models import Autoencoder, batches, quiet_trainer
 from support.promises import (
     assert_kept,
@@ -232,10 +233,7 @@ def test_asynchronous_saves_get_payloads_and_are_finished_when_fit_returns(
         assert_kept(load(file), plain, preset, RAW)
 
 
-def test_the_default_behind_another_wrapper_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[int] = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.append(descriptor), real(descriptor))[1])
+def test_the_default_behind_another_wrapper_is_made_durable(tmp_path: Path, disk: Disk) -> None:
     trainer = quiet_trainer(
         tmp_path,
         max_steps=1,
@@ -247,7 +245,7 @@ def test_the_default_behind_another_wrapper_is_made_durable(tmp_path: Path, monk
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.strategy.checkpoint_io.teardown()
     assert payloads_of(tmp_path / "last.ckpt")
-    assert len(flushed) == 2, "the file and its folder"
+    assert [call for call, _ in disk.calls] == ["flush file", "rename", "flush folder"]
 
 
 # The tuner saves the live weights and restores them a moment later

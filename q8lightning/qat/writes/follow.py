@@ -15,9 +15,6 @@ from q8lightning.qat.writes.fast_paths import fast_paths
 from q8lightning.qat.writes.max_norm import renormalize_masters
 from q8lightning.qat.writes.shadow_mode import ShadowMode
 
-FOLLOWED = 100
-"""Quantized steps of a stage (training, evaluation) that are followed before the first write."""
-
 COMPARED = 3
 """Quantized steps of a stage after which the first values are compared with what they were before."""
 
@@ -29,7 +26,8 @@ class WriteFollower:
     """Watches the steps of a run.
 
     Args:
-        quantizer: Whose weights. If a part of the model is compiled, no step is followed: writes are only found.
+        quantizer: Whose weights. Its configuration says how many steps are followed before the first write. If a part
+            of the model is compiled, no step is followed: writes are only found.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
@@ -82,7 +80,8 @@ class WriteFollower:
         """
         mode, count = self._mode, self._steps[stage]
         self._steps[stage] += self._quantizer.engaged
-        if mode is None or not self._quantizer.engaged or (count >= FOLLOWED and not mode.writes):
+        unwatched = count >= self._quantizer.config.follow_steps
+        if mode is None or not self._quantizer.engaged or (unwatched and not mode.writes):
             yield
             return
         mode.begin()

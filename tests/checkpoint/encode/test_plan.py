@@ -9,28 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.devices import CUDA
 from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode import plan as plan_module
 from q8lightning.checkpoint.encode.plan import Plan, plan_save
-from q8lightning.quantization.many import encode as packing
-from q8lightning.quantization.many import update_directions as update_direction
 from q8lightning.trainer import checkpoint_io
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), CUDA])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where tensors are that are encoded in launches: on the CPU the kernels are interpreted."""
-    if request.param == "cpu":
-        blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
-        if not blockwise.INTERPRETED:
-            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        for module in (packing, update_direction, plan_module):
-            monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
-    return str(request.param)
+@pytest.fixture
+def device(launch_device: str) -> str:
+    return launch_device
 
 
 @pytest.fixture
@@ -42,6 +31,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         made.append(plan_save(*arguments))
         return made[-1]
 
+    # However many plans there are, the file is the same.
     monkeypatch.setattr(checkpoint_io, "plan_save", plan)
     return made
 
@@ -162,12 +152,11 @@ class Remark:
         return self
 
 
-@pytest.mark.parametrize("policy", [RESUME, COMPACT], ids=["resume", "compact"])
 def test_parameters_shared_containers_and_objects_are_saved_as_by_a_first_save(
-    policy: CheckpointPolicy, device: str, steps: Steps, tmp_path: Path
+    device: str, steps: Steps, tmp_path: Path
 ) -> None:
     """As is the state of AMSGrad."""
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-2, amsgrad=True)
     training.step()
     live = {"live": nn.Parameter(torch.randn(16, 32, device=device)), "frozen": torch.randn(16, 32, device=device)}
@@ -179,7 +168,7 @@ def test_parameters_shared_containers_and_objects_are_saved_as_by_a_first_save(
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     io.wait_until_durable()
     training.step()
-    expected = written(training.checkpoint, tmp_path / "b.ckpt", policy)
+    expected = written(training.checkpoint, tmp_path / "b.ckpt", RESUME)
     io.wait_until_durable()
     gate = steps.hold("fetched")
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")

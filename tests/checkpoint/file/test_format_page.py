@@ -21,12 +21,12 @@ from q8lightning import QuantizationCallback, export_quantized, keep_encoded
 from q8lightning.quantization.spec.codebook import BUILTIN, get_codebook
 from q8lightning.quantization.spec.reference import dequantize_log
 
-sys.path.append(str(Path(__file__).parents[1] / "golden"))
+sys.path.append(str(Path(__file__).parents[2] / "golden"))
 
-import by_hand
 from make import POLICY, QAT, EveryCodec
+from support import by_hand
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def trained(folder: Path, model: Any, callback: QuantizationCallback) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from support.files import flip
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads, same_bits
 from torch import Tensor
@@ -37,7 +38,6 @@ from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import Unpacking
-from q8lightning.system import workers
 from q8lightning.system.workers import Workers
 from q8lightning.tools.verify import verify_file
 from q8lightning.trainer.durable_io import DurableCheckpointIO
@@ -45,8 +45,10 @@ from q8lightning.trainer.durable_io import DurableCheckpointIO
 Pair = namedtuple("Pair", ["one", "two"])
 
 
-def payload(name: str = "x", codec: str = "softsign", dtype: torch.dtype = torch.float32) -> QuantizedTensor:
-    return QuantizedTensor.encode(torch.randn(64, 65).abs().to(dtype), Codec(codec), name)
+def payload(
+    name: str = "x", codec: str = "softsign", dtype: torch.dtype = torch.float32, elements: int = 64 * 65
+) -> QuantizedTensor:
+    return QuantizedTensor.encode(torch.randn(elements // 64, 64).abs().to(dtype), Codec(codec), name)
 
 
 def everything() -> Any:
@@ -103,6 +105,7 @@ def threads() -> list[str]:
 def test_the_io_reads_so_unless_somebody_else_stands_between(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     real = reader.replace_payloads
+    # Both ways give the same, in other times.
     monkeypatch.setattr(reader, "replace_payloads", lambda *a: seen.append(a) or real(*a))
     expected = load_all(path)
     assert_same(QuantizedCheckpointIO().load_checkpoint(path, weights_only=False), expected)
@@ -193,30 +196,38 @@ def test_an_error_of_loading_is_that_error(tmp_path: Path) -> None:
     assert threads() == []
 
 
-def test_an_interrupt_leaves_no_thread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
+class Watched(QuantizedTensor):
+    """A payload that calls when somebody verifies it, which is the first step of decoding."""
+
+    def __init__(self, payload: QuantizedTensor, call: Callable[[str], object]) -> None:
+        super().__init__(payload.codec, payload.data, payload.shape, payload.stride, payload.dtype, payload.name)
+        self.call = call
+
+    def verify(self) -> None:
+        self.call(self.name)
+        super().verify()
+
+
+def test_an_interrupt_leaves_no_thread(path: Path) -> None:
+    def interrupted(file: Any) -> None:
+        torch.load(file, weights_only=False)
+        assert threads() != [], "the records that they have read are in memory"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reader, "decode_payloads", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        read(path)
+        read_checkpoint(path, interrupted)
     assert threads() == []
 
 
-def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share() -> None:
     where: dict[str, tuple[str, int]] = {}
-    real = QuantizedTensor.verify
 
-    def verify(self: QuantizedTensor) -> None:
-        where[self.name] = threading.current_thread().name, torch.get_num_threads()
-        real(self)
+    def note(name: str) -> None:
+        where[name] = threading.current_thread().name, torch.get_num_threads()
 
-    monkeypatch.setattr(QuantizedTensor, "verify", verify)
-    payloads = [payload(str(index)) for index in range(9)]
-    payloads.insert(4, QuantizedTensor.encode(torch.randn(200_000), Codec("softsign"), "large"))
-    with using(3, monkeypatch):
+    payloads: list[QuantizedTensor] = [Watched(payload(str(index), elements=2**20), note) for index in range(9)]
+    payloads.insert(4, Watched(payload("large", elements=2**23), note))
+    with using(3):
         decoded = decode_payloads(payloads)
         assert torch.get_num_threads() == 3
         after: list[int] = []
@@ -231,9 +242,7 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
     assert threads() == []
 
 
-def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone() -> None:
     generator = torch.Generator().manual_seed(4)
     codecs = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("dynamic", 64)]
     payloads = []
@@ -243,7 +252,7 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
             dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float64)[index % 4]
             tensor = torch.randn(numel, generator=generator).abs().to(dtype)
             payloads.append(QuantizedTensor.encode(tensor.view(2, -1).t() if numel == 4096 else tensor, codec, "x"))
-    with using(2, monkeypatch):
+    with using(2):
         sizes = [len(batch) for batch in payload_group.batches([payload_group._unpacking(x) for x in payloads], 2)]
         decoded = decode_payloads(payloads)
     assert sum(sizes) == len(payloads) > len(sizes) > 4
@@ -255,14 +264,6 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
 
 
 # Damage
-
-
-def flip(path: Path, position: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 16]))
 
 
 def long_records(path: Path) -> list[tuple[int, int]]:
@@ -304,6 +305,7 @@ def test_long_records_are_read_once_and_short_ones_are_compared_all_the_same(
         read_again.append(self._orig_file_size)
         return real(self, n)
 
+    # Reading twice gives the same, and no audit event tells of a read.
     monkeypatch.setattr(zipfile.ZipExtFile, "read", remember)
     read(path)
     assert read_again
@@ -387,6 +389,7 @@ def test_the_sum_is_of_what_was_loaded_not_of_what_the_file_holds_later(
             buffers[0][100] ^= 1
         return nbytes
 
+    # Memory that fails cannot be had.
     monkeypatch.setattr(os, "preadv", preadv)
     with pytest.raises(CorruptCheckpointError, match=r"state_dict\.raw"):
         read(path)
@@ -405,10 +408,9 @@ def test_a_header_that_was_damaged_is_noticed(path: Path) -> None:
 
 
 @contextmanager
-def using(threads: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have torch use so many threads, and payloads of any size be worth them."""
+def using(threads: int) -> Iterator[None]:
+    """Have torch use so many threads."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(workers, "WORTH_THREADS", 0)
     torch.set_num_threads(threads)
     try:
         yield
@@ -416,16 +418,16 @@ def using(threads: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_without_verification_reaches_the_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_verification_reaches_the_threads(path: Path) -> None:
     start, _ = long_records(path)[1]
     flip(path, start + PADDING)
     with pytest.raises(CorruptCheckpointError, match="the tensor large "):
         read(path)
     read(path, verify=False)
-    damaged = [payload(), payload()]
+    damaged = [payload(elements=2**22), payload(elements=2**22)]
     damaged[1].checksum = 7
     for threads in (1, 2):
-        with using(threads, monkeypatch):
+        with using(threads):
             with without_verification():
                 decode_payloads(damaged)
             with pytest.raises(CorruptCheckpointError, match="the tensor x "):
@@ -506,7 +508,7 @@ def training(tmp_path: Path) -> Path:
 
 
 class Gpu:
-    """What is asked of a GPU."""
+    """What is asked of a GPU: without one, torch's questions and the launches have to be stood in for."""
 
     device = torch.device("cuda", 0)
 

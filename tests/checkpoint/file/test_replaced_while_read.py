@@ -200,6 +200,7 @@ def test_where_no_path_leads_to_an_open_file_its_name_must_do(tmp_path: Path, mo
     path = tmp_path / "a"
     path.touch()
     with OpenFile(path) as file:
+        # As on Windows.
         monkeypatch.setattr(os.path, "exists", lambda path: False)
         assert file.address == str(path)
 

@@ -1,7 +1,6 @@
 """A checkpoint that exists is whole: written beside its name, flushed and renamed; a save that failed left no trace."""
 
 import errno
-import fcntl
 import os
 import resource
 import signal
@@ -18,6 +17,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked
+from support.audit import listening
+from support.disk import Disk
+from support.files import names as names_in
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load, payloads_of, same_bits
 from support.steps import Steps
@@ -29,42 +31,17 @@ SAVE = "q8lightning.save"
 CONTENT = {"weight": torch.arange(50_000.0)}
 
 
-def content_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def assert_written(path: Path) -> None:
     assert same_bits(load(path)["weight"], CONTENT["weight"])
-    assert content_of(path.parent) == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 # What a save that goes well does
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """What was flushed and renamed, in order; everything is really done, too."""
-    made: list[tuple[str, Any]] = []
-    real_fsync, real_replace = os.fsync, os.replace
-
-    def fsync(descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        kind = "folder" if stat.S_ISDIR(status.st_mode) else "file"
-        made.append((f"flush {kind}", (status.st_ino, status.st_size)))
-        real_fsync(descriptor)
-
-    def replace(source: Any, target: Any) -> None:
-        made.append(("rename", (Path(source), Path(target), os.stat(source).st_ino, os.stat(source).st_size)))
-        real_replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    return made
-
-
-def assert_durable(calls: list[tuple[str, Any]], target: Path) -> None:
-    assert [name for name, _ in calls] == ["flush file", "rename", "flush folder"]
-    (inode, size), (source, renamed_to, *renamed), (folder_inode, _) = (value for _, value in calls)
+def assert_durable(disk: Disk, target: Path) -> None:
+    assert [name for name, _ in disk.calls] == ["flush file", "rename", "flush folder"]
+    (inode, size), (source, renamed_to, *renamed), (folder_inode, _) = (value for _, value in disk.calls)
     assert renamed == [inode, size], "what was renamed is what was flushed, all of it"
     assert size == target.stat().st_size
     assert renamed_to.absolute() == target
@@ -72,17 +49,17 @@ def assert_durable(calls: list[tuple[str, Any]], target: Path) -> None:
     assert folder_inode == target.parent.stat().st_ino
 
 
-def test_it_is_flushed_then_renamed_then_the_folder_is_flushed(calls: list[tuple[str, Any]], tmp_path: Path) -> None:
+def test_it_is_flushed_then_renamed_then_the_folder_is_flushed(disk: Disk, tmp_path: Path) -> None:
     write_checkpoint(CONTENT, tmp_path / "a.ckpt")
-    assert_durable(calls, tmp_path / "a.ckpt")
+    assert_durable(disk, tmp_path / "a.ckpt")
     assert_written(tmp_path / "a.ckpt")
 
 
-def test_every_save_of_a_trainer_is_durable(calls: list[tuple[str, Any]], preset: str, tmp_path: Path) -> None:
+def test_every_save_of_a_trainer_is_durable(disk: Disk, preset: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(preset)])
     trainer.fit(Autoencoder())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert_durable(calls, tmp_path / "a.ckpt")
+    assert_durable(disk, tmp_path / "a.ckpt")
     assert payloads_of(tmp_path / "a.ckpt")
 
 
@@ -153,10 +130,10 @@ def test_every_spelling_of_a_local_path_that_lightning_takes_works(
     path, io = spelling.format(tmp_path / "a.ckpt"), QuantizedCheckpointIO()
     io.save_checkpoint({"state_dict": {"weight": torch.ones(64, 64)}}, path)
     assert payloads_of(tmp_path / "a.ckpt")
-    assert content_of(tmp_path / "elsewhere") == []
+    assert names_in(tmp_path / "elsewhere") == []
     assert bool(io.load_checkpoint(path)["state_dict"]["weight"].eq(1).all())
     io.remove_checkpoint(path)
-    assert content_of(tmp_path) == ["elsewhere"]
+    assert names_in(tmp_path) == ["elsewhere"]
 
 
 # What a save that fails leaves behind
@@ -180,7 +157,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         write_checkpoint({"old": torch.ones(3)}, path)
     before = path.read_bytes() if request.param else None
     yield path
-    assert content_of(tmp_path) == ([path.name] if request.param else [])
+    assert names_in(tmp_path) == ([path.name] if request.param else [])
     assert before is None or path.read_bytes() == before
 
 
@@ -192,14 +169,9 @@ def test_a_failure_while_pickling_leaves_the_old_file_and_nothing_else(error: Ba
         write_checkpoint({**CONTENT, "last": Unpicklable(error)}, target)
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failure_after_writing_leaves_the_old_file_and_nothing_else(
-    step: str, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, step, fail)
+@pytest.mark.parametrize("step", ["flush file", "rename"])
+def test_a_failure_after_writing_leaves_the_old_file_and_nothing_else(step: str, target: Path, disk: Disk) -> None:
+    disk.refuse(step, errno.ENOSPC)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(CONTENT, target)
 
@@ -218,32 +190,12 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(target: Path) -> None:
 # Folders that cannot be flushed: network file systems, FUSE, folders without the right to read
 
 
-class Refusal:
-    """Has the system refuse to flush folders, or to open them for that."""
-
-    def __init__(self, call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        real_fsync, real_open = os.fsync, os.open
-
-        def fsync(descriptor: int) -> None:
-            if call == "fsync" and stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                raise OSError(code, os.strerror(code))
-            real_fsync(descriptor)
-
-        def open(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-            if call == "open" and os.path.isdir(path):
-                raise OSError(code, os.strerror(code), path)
-            return real_open(path, flags, *arguments, **options)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "open", open)
-
-
-@pytest.mark.parametrize("call", ["fsync", "open"])
+@pytest.mark.parametrize("call", ["flush folder", "open folder"])
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.ENOSYS])
 def test_a_folder_that_cannot_be_flushed_has_whole_files_and_is_named_once(
-    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps
+    call: str, code: int, tmp_path: Path, disk: Disk, steps: Steps
 ) -> None:
-    Refusal(call, code, monkeypatch)
+    disk.refuse(call, code)
     names = ("one/a.ckpt", "one/b.ckpt", "two/a.ckpt")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -257,9 +209,9 @@ def test_a_folder_that_cannot_be_flushed_has_whole_files_and_is_named_once(
 
 @pytest.mark.filterwarnings("error:.*cannot be flushed")
 def test_a_folder_that_cannot_be_flushed_is_no_failure_where_warnings_are_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, disk: Disk, steps: Steps, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Refusal("fsync", errno.EINVAL, monkeypatch)
+    disk.refuse("flush folder", errno.EINVAL)
     for name in ("a.ckpt", "b.ckpt"):
         write_checkpoint(CONTENT, tmp_path / name)
     assert [step for step, _ in steps.seen].count("durable") == 2
@@ -267,40 +219,27 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure_where_warnings_are_errors
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_training_goes_on_where_folders_cannot_be_flushed(
-    async_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Refusal("fsync", errno.EINVAL, monkeypatch)
+def test_a_training_goes_on_where_folders_cannot_be_flushed(async_save: bool, tmp_path: Path, disk: Disk) -> None:
+    disk.refuse("flush folder", errno.EINVAL)
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1)
     callbacks = [saving, QuantizationCallback(async_save=async_save)]
     trainer = quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, enable_checkpointing=True, callbacks=callbacks)
     with pytest.warns(UserWarning, match="cannot be flushed"):
         trainer.fit(Autoencoder())
-    assert content_of(tmp_path) == ["step=3.ckpt"]
+    assert names_in(tmp_path) == ["step=3.ckpt"]
     assert payloads_of(tmp_path / "step=3.ckpt")
 
 
-def test_a_disk_that_fails_while_a_folder_is_flushed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Refusal("fsync", errno.EIO, monkeypatch)
+def test_a_disk_that_fails_while_a_folder_is_flushed_is_an_error(tmp_path: Path, disk: Disk) -> None:
+    disk.refuse("flush folder", errno.EIO)
     with pytest.raises(OSError, match=r"Input/output error: '.*a\.ckpt'"):
         write_checkpoint(CONTENT, tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "builtins.open"])
-def test_errors_name_the_checkpoint(function: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["flush file", "rename", "make file"])
+def test_errors_name_the_checkpoint(call: str, target: Path, disk: Disk) -> None:
     """Of the temporary file, nobody has heard."""
-    module, name = function.split(".")
-    real = getattr(sys.modules[module], name)
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        if function == "builtins.open" and not str(arguments[0]).endswith(TEMPORARY_SUFFIX):
-            return real(*arguments, **options)
-        paths = [str(each) for each in arguments if isinstance(each, str | Path) and name != "fsync"]
-        raise OSError(errno.EDQUOT, "Disk quota exceeded", *paths[:1], *([None, paths[1]] if name == "replace" else []))
-
-    monkeypatch.setattr(sys.modules[module], name, fail)
+    disk.refuse(call, errno.EDQUOT)
     with pytest.raises(OSError, match="Disk quota exceeded") as error:
         write_checkpoint(CONTENT, target)
     assert str(target) in str(error.value)
@@ -328,25 +267,20 @@ def test_a_folder_is_no_place_for_a_file(make: Callable[[Path], Any], tmp_path: 
     make(tmp_path / "a.ckpt")
     with pytest.raises(IsADirectoryError, match=r"a\.ckpt is a directory; choose another path"):
         write_checkpoint(CONTENT, tmp_path / "a.ckpt")
-    assert content_of(tmp_path) == ["a.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt"]
 
 
-def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(tmp_path: Path, disk: Disk) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback()])
     trainer.fit(Autoencoder())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     before = (tmp_path / "a.ckpt").read_bytes()
 
-    def fail(_: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    disk.refuse("flush file", errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == before
-    assert content_of(tmp_path) == ["a.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt"]
 
 
 # What a writer that was killed left behind
@@ -390,7 +324,7 @@ def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path: Path) ->
     go_on.set()
     other.join(60)
     assert other.exitcode == 0
-    assert content_of(tmp_path) == ["a.ckpt", "other.ckpt"]
+    assert names_in(tmp_path) == ["a.ckpt", "other.ckpt"]
     assert bool((load(tmp_path / "other.ckpt")["weight"] == 0).all())
 
 
@@ -412,19 +346,17 @@ def test_files_that_no_writer_of_ours_named_are_left_alone(name: str, tmp_path: 
     assert (tmp_path / name).exists()
 
 
-def test_a_new_file_that_was_taken_for_a_leftover_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: Path) -> None:
     """In the moment between its making and its lock, another process may remove it."""
-    real, removed = fcntl.flock, []
+    removed = []
 
-    def flock(file: Any, operation: int) -> None:
-        if not removed:
-            removed.append(os.unlink(file.name))
-        real(file, operation)
+    def remove(event: str, _: tuple[Any, ...]) -> None:
+        if event == "fcntl.flock" and not removed:
+            (made,) = temporary(tmp_path)
+            removed.append(os.unlink(made))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    write_checkpoint(CONTENT, tmp_path / "a.ckpt")
+    with listening(remove):
+        write_checkpoint(CONTENT, tmp_path / "a.ckpt")
     assert removed
     assert_written(tmp_path / "a.ckpt")
 

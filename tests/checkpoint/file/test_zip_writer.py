@@ -34,7 +34,6 @@ from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.file.zip_writer import CHUNK, ZipWriter
 from q8lightning.checkpoint.payload import CHECKSUMS
 from q8lightning.quantization.codec import Codec
-from q8lightning.system import workers
 from q8lightning.system.workers import Workers
 
 
@@ -164,6 +163,7 @@ def test_without_the_functions_that_this_needs_torch_writes(monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.delattr(torch.serialization, name)
             assert not zip_writer._knows_torch(), name
+    # As with a later torch.
     monkeypatch.setattr(zip_writer, "_knows_torch", lambda: False)
     assert written(zip_writer.save, content) == expected, "with torch's identity"
 
@@ -239,31 +239,24 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 # Checksums ahead
 
 
-def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
-    payloads = [QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), f"x{index}") for index in range(5)]
+def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
+    payloads = [QuantizedTensor.encode(torch.randn(1024, 1024), Codec("softsign"), f"x{index}") for index in range(5)]
     expected = [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
-    made: list[str] = []
-    real = writer.checksums_ahead.__wrapped__.__globals__["checksum"]  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        "q8lightning.checkpoint.file.payloads.checksum",
-        lambda *a: made.append(threading.current_thread().name) or real(*a),
-    )
     with checksums_ahead(content):
+        assert set(CHECKSUMS.get()) == set(map(id, payloads)), "threads compute them"
         assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
-    assert made == ["q8lightning worker"] * 5
     assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
     assert [payload.checksum for payload in payloads] == [None] * 5, "they are as they were"
 
 
-def test_a_payload_that_was_loaded_keeps_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
+def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
+    large = QuantizedTensor.encode(torch.randn(2**23), Codec("softsign"), "large")  # for which threads are started
     payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
     payload.checksum = 7
-    with checksums_ahead([payload]):
-        assert not CHECKSUMS.get()
+    with checksums_ahead([payload, large]):
+        assert set(CHECKSUMS.get()) == {id(large)}
         assert payload.__reduce__()[1][1]["xxh3_64"] == 7
 
 
@@ -298,16 +291,12 @@ class Failing:
     [lambda: OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt, MemoryError],
     ids=["full disk", "interrupt", "memory"],
 )
-def test_an_error_of_the_file_is_raised_as_it_is(
-    at: int, make: Callable[[], BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_file_is_raised_as_it_is(at: int, make: Callable[[], BaseException], tmp_path: Path) -> None:
     error = make()
     writer.write_checkpoint({"old": torch.ones(3)}, tmp_path / "a.ckpt")
     before = (tmp_path / "a.ckpt").read_bytes()
-    real = writer.WriteBehind
-    monkeypatch.setattr(writer, "WriteBehind", lambda file: real(Failing(file, at, error)))  # type: ignore[arg-type]
     with pytest.raises(type(error)) as raised:
-        writer.write_checkpoint(LARGE, tmp_path / "a.ckpt")
+        writer.write_durably(tmp_path / "a.ckpt", lambda file: zip_writer.save(LARGE, Failing(file, at, error)))
     assert raised.value is error
     assert not isinstance(error, OSError) or str(tmp_path / "a.ckpt") in str(error)
     assert threads() == []
@@ -323,6 +312,7 @@ def test_an_error_of_a_sum_is_raised_and_no_half_file_is_completed(monkeypatch: 
                 raise MemoryError("no memory")
             return zlib.crc32(data, start)
 
+    # Sums do not fail, unless there is no memory.
     monkeypatch.setattr(zip_writer, "zlib", Zlib)
     file = io.BytesIO()
     with pytest.raises(MemoryError, match="no memory"):
@@ -342,6 +332,7 @@ def test_what_the_disk_refuses_behind_our_back_is_raised(
         tried.set()
         raise error
 
+    # As on a system without it, with a disk that fails.
     monkeypatch.setattr(write_behind, "_sync_file_range", lambda: None)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
 
@@ -357,18 +348,13 @@ def test_what_the_disk_refuses_behind_our_back_is_raised(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("has_range", [True, False])
-def test_what_is_written_is_sent_to_the_disk_meanwhile(
-    has_range: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_is_sent_to_the_disk_meanwhile(tmp_path: Path) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        write_behind,
-        "_sync_file_range",
-        lambda: (lambda _, start, n, __: sent.append((start, n))) if has_range else None,
-    )
-    monkeypatch.setattr(os, "fdatasync", lambda _: sent.append((-1, -1)))
-    with open(tmp_path / "a", "wb") as file, WriteBehind(file) as behind:
+
+    def send(_: int, start: int, nbytes: int) -> None:
+        sent.append((start, nbytes))
+
+    with open(tmp_path / "a", "wb") as file, WriteBehind(file, send) as behind:
         for _ in range(6):
             behind.write(bytes(write_behind.STEP // 2))
             for _ in range(100):
@@ -376,25 +362,23 @@ def test_what_is_written_is_sent_to_the_disk_meanwhile(
                     break
                 time.sleep(0.01)
     assert len(sent) == 3
-    if has_range:
-        assert [start for start, _ in sent] == [0, *itertools.accumulate(n for _, n in sent)][:-1]
+    assert [start for start, _ in sent] == [0, *itertools.accumulate(n for _, n in sent)][:-1]
     assert (tmp_path / "a").stat().st_size == 3 * write_behind.STEP
     sent.clear()
-    with open(tmp_path / "b", "wb") as file, WriteBehind(file) as behind:
+    with open(tmp_path / "b", "wb") as file, WriteBehind(file, send) as behind:
         behind.write(bytes(write_behind.STEP - 1))
     assert sent == [], "a small file needs no thread"
 
 
-def test_the_file_is_not_closed_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_not_closed_while_it_is_sent(tmp_path: Path) -> None:
     began, closed = threading.Event(), []
 
-    def send_range(*_: int) -> None:
+    def send(*_: int) -> None:
         began.set()
         time.sleep(0.1)
         closed.append(file.closed)
 
-    monkeypatch.setattr(write_behind, "_sync_file_range", lambda: send_range)
-    with open(tmp_path / "a", "wb") as file, WriteBehind(file) as behind:
+    with open(tmp_path / "a", "wb") as file, WriteBehind(file, send) as behind:
         behind.write(bytes(write_behind.STEP))
         assert began.wait(20)
     assert closed == [False]
@@ -431,13 +415,6 @@ def test_jobs_that_nobody_began_are_dropped_and_the_others_waited_for() -> None:
     assert done == ["slow"]
     assert never.cancelled()
     assert threads() == []
-
-
-def test_no_more_threads_than_jobs_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert [workers.count_workers(jobs) for jobs in (0, 1, 3, 1000)] == [1, 1, 3, workers.MOST]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
-    assert workers.count_workers(1000) == 2
 
 
 SCRIPT = """

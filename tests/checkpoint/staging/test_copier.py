@@ -138,7 +138,7 @@ def test_whatever_torch_can_save_is_saved_in_the_background(make: Any, tmp_path:
 
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every storage of the CPU treated as if it were on a device."""
+    """Have every storage of the CPU treated as if it were on a device: there is no other without a GPU."""
     monkeypatch.setattr(copier, "_on_host", lambda tensor: False)
 
 
@@ -238,15 +238,14 @@ def test_the_io_reuses_its_memory_only_where_nobody_keeps_what_is_written(tmp_pa
     assert [float(each["state_dict"]["weight"].decode()[0, 0]) for each in kept] == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("as_device")
 def test_copies_are_saved_under_the_location_of_what_they_are_copies_of(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As a plain checkpoint of a GPU's tensors: it loads to the GPU, wherever its bytes were when they were written."""
-    real = torch.serialization.location_tag
-    monkeypatch.setattr(copier, "_on_host", lambda tensor: False)
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-    frozen = Snapshot({"state_dict": {"weight": torch.ones(3), "payload": torch.ones(64, 64)}}, live=True)
-    monkeypatch.setattr(torch.serialization, "location_tag", real)
+    with monkeypatch.context() as where:  # torch's registry of locations can be added to, but nothing taken away
+        where.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        frozen = Snapshot({"state_dict": {"weight": torch.ones(3), "payload": torch.ones(64, 64)}}, live=True)
     seen = []
 
     def remember(storage: UntypedStorage, location: str) -> UntypedStorage:
@@ -278,7 +277,10 @@ def test_a_tensor_with_gaps_as_large_as_its_memory_keeps_its_strides() -> None:
 
 
 def test_locked_memory_is_given_back_with_the_object_but_not_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA may be torn down by then, and to call it would crash a process that has done its work."""
+    """CUDA may be torn down by then, and to call it would crash a process that has done its work.
+
+    Without a GPU no memory can be locked, so that the two calls of CUDA are stood in for.
+    """
     given_back: list[int] = []
     monkeypatch.setattr(host_memory, "_register", lambda memory: True)
     monkeypatch.setattr(host_memory, "_unregister", lambda memory: given_back.append(memory.nbytes))
