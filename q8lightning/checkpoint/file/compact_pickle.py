@@ -16,7 +16,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 PICKLE = "data.pkl"
 """The record of a file with everything but the values of tensors."""
 
-WORTHWHILE = 2**18
+WORTHWHILE = 2**20
 """Bytes of a pickle up to which it is compressed: longer ones only occur where they are nothing beside the tensors."""
 
 _LEVEL = 6
