@@ -161,7 +161,7 @@ def guard(
         if candidate.payload is not None and candidate.kind in SECOND_MOMENTS and candidate.statistics[4]:
             zeroed = f"{candidate.statistics[4]:.0f} nonzero values become zero under {candidate.payload.codec.label}"
             candidate.payload = None
-            report.guarded.append(Guarded(candidate.path, zeroed, "raw"))
+            report.guarded.append(Guarded(candidate.path, candidate.name, zeroed, "raw"))
     limit = policy.max_update_direction_error
     for alike in _by_first_moment(pairs):
         for pair in alike:
@@ -198,7 +198,8 @@ def _hold(
         remedy = "raw"
         candidate.payload = None
     if remedy is not None:
-        report.guarded.append(Guarded(candidate.path, f"{describe(error)} under {payload.codec.label}", remedy))
+        found = f"{describe(error)} under {payload.codec.label}"
+        report.guarded.append(Guarded(candidate.path, candidate.name, found, remedy))
     return remedy is not None
 
 
@@ -249,7 +250,7 @@ def _with_residual(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, 
     finer = Codec("linear", codec.block_size, residual=True)
     if finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
         return None
-    payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.name)], measure=True)
+    payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
     if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:
         return None
     return payloads[0], tuple(statistics[0].tolist())
@@ -266,7 +267,7 @@ def _as_direction(error: float) -> str:
 def warn_of_guarded(guarded: Iterable[Guarded]) -> None:
     """Name tensors that the guard kept from losing too much, in one warning; none if there are none."""
     remedies = {"residual": "stored with a residual stage", "raw": "stored as it is", "none": "stored all the same"}
-    named = [f"{each.path} ({each.found}; {remedies[each.remedy]})" for each in guarded]
+    named = [f"{each.name} ({each.found}; {remedies[each.remedy]})" for each in guarded]
     if named:
         more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
         warnings.warn(
