@@ -117,12 +117,13 @@ def summarize(
         described = describe_codes(stored, names.quantized, codes)
     report.stored_bytes += sum(each.nbytes for name in codes.keys() & described.keys() for each in codes[name])
     if report.tensors or not isinstance(before, Mapping) or not plan.holds_payloads:
+        parameters = names.optimizer_parameters
         restored = names.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)
         content[SUMMARY_KEY] = {
             "format_version": FORMAT_VERSION,
             "policy": plan.policy.as_primitives(),
             "restored": restored,
-            PARAMETERS_KEY: [list(each) for each in names.optimizer_parameters],
+            **({PARAMETERS_KEY: list(map(list, parameters))} if any(parameters) else {}),
             **report.summary(),
         }
     if described:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import edit_pickle
 from support.models import Autoencoder, quiet_trainer
-from support.promises import edit_pickle, load, same_bits
+from support.promises import load, same_bits
 
 from q8lightning import (
     CorruptCheckpointError,

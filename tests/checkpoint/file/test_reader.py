@@ -39,7 +39,7 @@ from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import Unpacking
 from q8lightning.system.workers import Workers
-from q8lightning.tools.verify import verify_file
+from q8lightning.tools import verify
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 Pair = namedtuple("Pair", ["one", "two"])
@@ -374,7 +374,7 @@ def test_bytes_of_no_tensor_are_left_to_the_command_line(path: Path) -> None:
     whole = read(path)
     flip(path, long_records(path)[1][0])
     assert_same(read(path), whole)
-    assert verify_file(path, trust=True).damage == ("the tensor large",)
+    assert verify(path, trust=True).damage == ("the tensor large",)
 
 
 def test_the_sum_is_of_what_was_loaded_not_of_what_the_file_holds_later(
