@@ -55,6 +55,7 @@ def test_a_diverged_training_saves_everything_it_has(preset: str, tmp_path: Path
     with pytest.warns(UserWarning, match="not quantized") as caught:
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     message = str(next(each.message for each in caught if "not quantized" in str(each.message)))
+    index = next(i for i, (name, _) in enumerate(module.named_parameters()) if name == "decoder.weight")
     assert "state_dict.decoder.weight (it holds NaN or infinity)" in message
     assert "decoder.weight: exp_avg (it holds NaN or infinity)" in message
     assert "decoder.weight: exp_avg_sq (it holds a negative value)" in message
