@@ -6,13 +6,14 @@ Copies from a device are tested here with the CPU in its place, and on a GPU in 
 import copy
 import gc
 import weakref
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.parsing import AttributeDict
+from support.containers import Pair
 from support.odd_checkpoints import ODD
 from support.promises import assert_same, load, same_bits
 from torch import Tensor, UntypedStorage, nn
@@ -23,8 +24,6 @@ from q8lightning.checkpoint.staging import transfer as host_memory
 from q8lightning.checkpoint.staging.snapshot import Snapshot
 from q8lightning.checkpoint.staging.transfer import ALIGNMENT, PinnedMemory, Transfer
 from q8lightning.quantization.codec import Codec
-
-Pair = namedtuple("Pair", ["one", "two"])
 
 
 def content_of(checkpoint: Any, live: bool = True) -> Any:
