@@ -49,7 +49,7 @@ from q8lightning import (
     Rule,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import encode_and_report, encode_checkpoint
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
 from q8lightning.checkpoint.payload import collect_encoded
 from q8lightning.quantization.codec import Codec
 

@@ -22,7 +22,6 @@ from q8lightning import (
     without_verification,
 )
 from q8lightning.checkpoint.file.summed_file import LONG
-from q8lightning.quantization.codec import Codec
 
 WEIGHT = "state_dict.decoder.weight"
 
@@ -111,14 +110,6 @@ def test_saving_a_damaged_payload_again_does_not_make_it_whole(file: Path, tmp_p
         torch.save(load(file), tmp_path / "again.ckpt")
     with pytest.raises(CorruptCheckpointError, match=r"state_dict\.decoder\.weight"):
         load(tmp_path / "again.ckpt")
-
-
-def test_a_payload_without_a_checksum_is_read_as_before() -> None:
-    payload = QuantizedTensor.encode(torch.randn(64, 64), Codec("softsign"), "x")
-    assert payload.checksum is None
-    function, (header, data) = payload.__reduce__()
-    del header["xxh3_64"]
-    assert same_bits(function(header, data), payload.decode())
 
 
 # The rest of the file, through the Trainer

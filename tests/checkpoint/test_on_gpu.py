@@ -19,7 +19,7 @@ from q8lightning import (
     QuantizedCheckpointIO,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import encode_and_report
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.quantization.codec import Codec
 
 pytestmark = [

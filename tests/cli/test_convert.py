@@ -42,8 +42,8 @@ from q8lightning import (
     keep_encoded,
 )
 from q8lightning.checkpoint.policy import PRESETS
-from q8lightning.tools import convert
-from q8lightning.tools.source import open_checkpoint
+from q8lightning.tools import compress, decompress
+from q8lightning.tools.open_checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
 
@@ -454,13 +454,11 @@ def test_an_interruption_leaves_no_temporary_file(run: Run, plain: Path, tmp_pat
 
 def test_the_progress_ends_at_everything(plain: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    convert.compress(
-        open_checkpoint(plain), tmp_path / "a", CheckpointPolicy.of("resume"), lambda *now: told.append(now)
-    )
+    compress(plain, tmp_path / "a", progress=lambda *now: told.append(now))
     assert told[-1][0] == told[-1][1] > 0
     assert told == sorted(told)
     again: list[tuple[int, int]] = []
-    convert.decompress(open_checkpoint(tmp_path / "a"), tmp_path / "b", lambda *now: again.append(now))
+    decompress(tmp_path / "a", tmp_path / "b", progress=lambda *now: again.append(now))
     with keep_encoded():
         encoded = payloads_of(tmp_path / "a")
     assert again[-1] == (sum(4 * torch.Size(each.shape).numel() for each in encoded.values()),) * 2

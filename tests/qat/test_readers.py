@@ -165,7 +165,7 @@ def test_weights_are_quantized_once_for_an_optimizer_step(accumulate: int, tmp_p
 
     class Count(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            (group,) = callback._windows.quantizer._groups
+            (group,) = callback.qat_training._engagement.quantizer._groups
             original = group.engage
             group.engage = lambda *args: engaged.append(trainer.global_step) or original(*args)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q8lightning import QuantizedTensor, keep_encoded
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import BUILTIN
+from q8lightning.quantization.spec.codebook import get_codebook
 
 SUMMARY = "q8lightning"
 
@@ -40,8 +40,9 @@ def stored(tensor: Tensor, codec: str, block_size: int) -> Tensor:
         parts = reference.quantize_residual(flat, block_size)
         values = reference.dequantize_residual(*parts, block_size, tensor.dtype)
     else:
-        parts = reference.quantize(flat, BUILTIN[codec], block_size)
-        values = reference.dequantize(*parts, BUILTIN[codec], block_size, tensor.dtype)
+        book = get_codebook(codec)
+        parts = reference.quantize(flat, book, block_size, book.one_sided)
+        values = reference.dequantize(*parts, book, block_size, tensor.dtype)
     inverse = [order.index(dimension) for dimension in range(tensor.ndim)]
     return values.view([tensor.shape[dimension] for dimension in order]).permute(inverse)
 

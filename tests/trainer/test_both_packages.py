@@ -24,7 +24,7 @@ from support.packages import PACKAGES, package
 from support.promises import load
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.trainer import engagement as windows
+from q8lightning.trainer import engage
 from q8lightning.trainer.checkpoint_io import find_quantized_io
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 from q8lightning.trainer.twins import is_a, is_exactly_a, twin_of
@@ -199,7 +199,7 @@ def test_lightnings_own_hooks_do_not_release_weights_between_windows(name: str) 
     """Weights would be quantized once for each batch instead of once for each step of the optimizer."""
     pl, models = package(name).pl, package(name).models
     owners = [models.Shrink(torch.nn.Linear(64, 64)), pl.LightningDataModule(), pl.callbacks.ModelCheckpoint()]
-    for hooks in (windows.BETWEEN, windows.AFTER_BACKWARD, windows.ACCUMULATING, windows.EVALUATING):
-        assert not windows.somebody_runs(hooks, owners)
-    assert windows.somebody_runs(windows.ACCUMULATING, [*owners, pl.callbacks.LambdaCallback(on_train_batch_end=print)])
-    assert windows.somebody_runs(windows.ACCUMULATING, [*owners, models.Diary()])
+    for hooks in (engage.BETWEEN, engage.AFTER_BACKWARD, engage.ACCUMULATING, engage.EVALUATING):
+        assert not engage.somebody_runs(hooks, owners)
+    assert engage.somebody_runs(engage.ACCUMULATING, [*owners, pl.callbacks.LambdaCallback(on_train_batch_end=print)])
+    assert engage.somebody_runs(engage.ACCUMULATING, [*owners, models.Diary()])

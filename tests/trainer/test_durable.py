@@ -23,9 +23,9 @@ from support.steps import Steps
 from torch import nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.file import read as reader
-from q8lightning.checkpoint.staging.snapshot import Snapshot
-from q8lightning.checkpoint.staging.transfer import PinnedMemory
+from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -383,11 +383,11 @@ class Changes(DurableCheckpointIO):
 def test_a_subclass_is_as_fast_where_it_changes_nothing(
     kind: type[DurableCheckpointIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memories: list[PinnedMemory | None] = []
+    memories: list[HostMemory | None] = []
     reads: list[str] = []
-    fetch, read = Snapshot.fetch, reader.read_checkpoint
+    fetch, read = Save.fetch, reader.read_checkpoint
     # Speed has no other sign that a test could rely on.
-    monkeypatch.setattr(Snapshot, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
+    monkeypatch.setattr(Save, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
         "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
     )

@@ -11,7 +11,7 @@ from support.promises import assert_same, load, payloads_of, same_bits, same_par
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, Rule
-from q8lightning.checkpoint.encode.state_dict import encode_and_report, encode_checkpoint
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
 from q8lightning.quantization.codec import Codec
 
 COARSE = Rule("state_dict.*", "int4", 4096)

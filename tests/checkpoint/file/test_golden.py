@@ -1,8 +1,10 @@
-"""Files of format 1 are read for ever, and written to the bit alike for as long as there is no other format.
+"""Files of format version 1 are read for ever, and written to the bit alike for as long as there is no other version.
 
 The files come from ``tests/golden/make.py``. If a test here fails, then the package is wrong, not the file.
 """
 
+import hashlib
+import json
 import pickletools
 import zipfile
 from pathlib import Path
@@ -11,76 +13,55 @@ from typing import Any
 import pytest
 import torch
 from support.promises import load, payloads_of, same_bits, tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from q8lightning import QuantizedCheckpointIO, keep_encoded
+from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, export_quantized, keep_encoded
 from q8lightning.checkpoint.payload import rebuild_v1
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-FIRST_VALUES: dict[str, dict[str, list[float]]] = {
-    "resume": {
-        "state_dict.layer.weight": [0.030894916504621506, 0.09247824549674988, 0.12107142060995102],
-        "state_dict.embedding.weight": [0.6827864050865173, 2.037729263305664, 0.05186647176742554],
-        "state_dict.half.weight": [-0.02685546875, -0.007568359375, -0.042724609375],
-        "optimizer_states.0.state.0.exp_avg": [0.006616688799113035, 0.027230586856603622, 0.00217055412940681],
-        "optimizer_states.0.state.0.exp_avg_sq": [
-            2.021179534494877e-05,
-            0.0002866388240363449,
-            0.00011951076157856733,
-        ],
-    },
-    "compact": {
-        "state_dict.layer.weight": [0.030571788549423218, 0.09276474267244339, 0.12185393273830414],
-        "state_dict.embedding.weight": [0.6860702037811279, 2.041440010070801, 0.04711015522480011],
-        "state_dict.half.weight": [-0.0267333984375, -0.007781982421875, -0.042724609375],
-        "optimizer_states.0.state.0.exp_avg": [0.006616688799113035, 0.027230586856603622, 0.00217055412940681],
-        "optimizer_states.0.state.0.exp_avg_sq": [
-            2.021179534494877e-05,
-            0.0002866388240363449,
-            0.00011951076157856733,
-        ],
-    },
-}
-CHECKSUMS = {"resume": 13621835731285095455, "compact": 2877949218341502240}
-"""Of ``state_dict.layer.weight``."""
+EXPECTED: dict[str, dict[str, dict[str, Any]]] = json.loads((GOLDEN / "expected_v1.json").read_text())
 REBUILD = "q8lightning.checkpoint.payload rebuild_v1"
-CALLS = {
-    "v1": [REBUILD],
-    "v1_checksums": [REBUILD],
-    "v1_small": [REBUILD, f"{REBUILD}_apart"],
-    "v1_pooled": [REBUILD, f"{REBUILD}_item", f"{REBUILD}_small"],
-}
-"""What each file calls: as it was first, since payloads have checksums, since small tensors lie together, and since the
-pickle has only a number for each of these."""
+CHECKSUMS = {"resume": 2465174032907487558, "compact": 7530254867764809326}
+"""Of ``state_dict.layer.weight``."""
 WEIGHTS = {"resume": ("linear", 256, True), "compact": ("softsign", 256, False)}
 
+every_file = pytest.mark.parametrize("name", EXPECTED)
 
-@pytest.fixture(params=list(CALLS))
-def golden(preset: str, request: pytest.FixtureRequest) -> Path:
-    """A file of a preset."""
-    return GOLDEN / f"{preset}_{request.param}.ckpt"
+
+@pytest.fixture
+def golden(preset: str) -> Path:
+    """The file of a preset."""
+    return GOLDEN / f"{preset}_v1.ckpt"
 
 
 def flat(checkpoint: Any) -> dict[str, Tensor]:
     return {".".join(map(str, path)): tensor for path, tensor in tensors(checkpoint)}
 
 
+def sha256(tensor: Tensor) -> str:
+    content = tensor.detach().contiguous().reshape(-1)
+    return hashlib.sha256((content.view(torch.uint8) if content.numel() else content).numpy().tobytes()).hexdigest()
+
+
+@every_file
 @pytest.mark.parametrize("options", [{}, {"mmap": True}, {"map_location": "cpu"}], ids=str)
-def test_the_values_are_the_same_to_the_bit(options: dict[str, Any], preset: str, golden: Path) -> None:
-    found = flat(load(golden, **options))
-    expected = load(GOLDEN / "expected_v1.pt")[preset]
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert same_bits(found[name], tensor), name
+def test_the_values_are_the_same_to_the_bit(options: dict[str, Any], name: str) -> None:
+    found = flat(load(GOLDEN / f"{name}_v1.ckpt", **options))
+    assert list(found) == list(EXPECTED[name])
+    for path, expected in EXPECTED[name].items():
+        tensor = found[path]
+        assert str(tensor.dtype) == f"torch.{expected['dtype']}", path
+        assert list(tensor.shape) == expected["shape"], path
+        assert tensor.flatten()[:3].tolist() == expected["first"], path
+        assert sha256(tensor) == expected["sha256"], path
 
 
-def test_the_values_are_these(preset: str, golden: Path) -> None:
+def test_the_values_are_what_a_person_would_expect(golden: Path) -> None:
     found = flat(load(golden))
-    for name, values in FIRST_VALUES[preset].items():
-        assert found[name].flatten()[:3].tolist() == values, name
     assert found["state_dict.table"][[0, -1]].tolist() == [-1.0, 1.0]
     assert found["optimizer_states.0.state.0.step"].item() == 2.0
+    own = flat(load(GOLDEN / "codecs_v1.ckpt"))["state_dict.every.own"]
+    assert own.view(-1)[64:128].tolist() == [0.0] * 64
 
 
 def test_the_tied_pair_is_tied(golden: Path) -> None:
@@ -88,6 +69,16 @@ def test_the_tied_pair_is_tied(golden: Path) -> None:
     assert state["embedding.weight"].data_ptr() == state["head.weight"].data_ptr()
     assert state["half.weight"].dtype == torch.bfloat16
     assert list(state) == ["table", "layer.weight", "layer.bias", "embedding.weight", "head.weight", "half.weight"]
+
+
+def test_parameters_are_parameters_and_strides_are_kept() -> None:
+    checkpoint = load(GOLDEN / "codecs_v1.ckpt")
+    assert type(checkpoint["parameter"]) is nn.Parameter
+    assert type(checkpoint["wants_grad"]) is Tensor
+    assert checkpoint["parameter"].requires_grad
+    assert checkpoint["wants_grad"].requires_grad
+    assert not any(each.requires_grad for each in checkpoint["state_dict"].values())
+    assert checkpoint["state_dict"]["every.columns"].stride() == (1, 13)
 
 
 def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) -> None:
@@ -104,6 +95,14 @@ def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) ->
     assert {name: (codec.name, codec.block_size, codec.residual) for name, codec in found.items()} == expected
 
 
+def test_there_is_a_file_with_every_codec() -> None:
+    found = {payload.codec.label for payload in payloads_of(GOLDEN / "codecs_v1.ckpt").values()}
+    assert found == {
+        *("linear", "softsign", "log", "dynamic", "dynamic_unsigned", "normal_float4", "int2", "int8"),
+        *("fp8_e4m3", "fp8_e5m2", "custom"),
+    }
+
+
 def calls_of(path: Path) -> list[str]:
     """Return the functions and classes of q8lightning that a file names."""
     with zipfile.ZipFile(path) as archive:
@@ -112,21 +111,26 @@ def calls_of(path: Path) -> list[str]:
     return sorted({name for name in names if name.startswith("q8lightning.")})
 
 
-def test_saving_them_again_writes_the_same_payloads(preset: str, tmp_path: Path, golden: Path) -> None:
-    QuantizedCheckpointIO(checkpoint=preset).save_checkpoint(load(golden), tmp_path / "again.ckpt")
+@every_file
+def test_saving_them_again_writes_the_same_payloads(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN / f"{name}_v1.ckpt"
+    checkpoint = load(golden)
+    policy = name if name in WEIGHTS else CheckpointPolicy(**checkpoint["q8lightning"]["policy"])
+    QuantizedCheckpointIO(checkpoint=policy).save_checkpoint(checkpoint, tmp_path / "again.ckpt")
     old, new = (payloads_of(path) for path in (golden, tmp_path / "again.ckpt"))
     assert list(old) == list(new)
-    for name, payload in old.items():
-        (old_call, old_arguments), (new_call, new_arguments) = payload.__reduce__(), new[name].__reduce__()
+    for path, payload in old.items():
+        (old_call, old_arguments), (new_call, new_arguments) = payload.__reduce__(), new[path].__reduce__()
         assert old_call is new_call is rebuild_v1
-        (old_header, *old_data), (new_header, *new_data) = old_arguments, new_arguments
-        assert old_header == new_header, name
-        assert all(same_bits(*pair) for pair in zip(old_data, new_data, strict=True)), name
-    assert calls_of(tmp_path / "again.ckpt") == CALLS["v1_pooled"]
+        (*old_words, old_data), (*new_words, new_data) = old_arguments, new_arguments
+        assert old_words == new_words, path
+        assert same_bits(old_data, new_data), path
+    assert calls_of(tmp_path / "again.ckpt") == [REBUILD]
 
 
-def test_a_file_names_no_more_of_the_package_than_is_promised(golden: Path) -> None:
-    assert calls_of(golden) == CALLS[golden.stem.partition("_")[2]]
+@every_file
+def test_a_file_names_no_more_of_the_package_than_is_promised(name: str) -> None:
+    assert calls_of(GOLDEN / f"{name}_v1.ckpt") == [REBUILD]
 
 
 def test_small_tensors_have_memory_of_their_own(golden: Path) -> None:
@@ -138,25 +142,31 @@ def test_small_tensors_have_memory_of_their_own(golden: Path) -> None:
     assert len({tensor.data_ptr() for tensor in small.values()}) == 6
 
 
-def test_the_summary_is_the_last_entry(golden: Path) -> None:
-    checkpoint = load(golden)
+@every_file
+def test_the_summary_is_the_last_entry(name: str) -> None:
+    checkpoint = load(GOLDEN / f"{name}_v1.ckpt")
     assert list(checkpoint)[-1] == "q8lightning"
-    summary = checkpoint["q8lightning"]
-    assert summary["format_version"] == 1
-    assert golden.stem.endswith(("small", "pooled")) or list(summary) == ["format_version"]
+    assert checkpoint["q8lightning"]["format_version"] == 1
+
+
+def test_the_codes_of_weights_that_were_trained_quantized_are_exported(tmp_path: Path) -> None:
+    """One of the two layers has them in the summary, the other one in its payload."""
+    export_quantized(GOLDEN / "codecs_v1.ckpt", tmp_path / "codes.pt", format="codes")
+    assert (tmp_path / "codes.pt").stat().st_size > 0
+    described = load(GOLDEN / "codecs_v1.ckpt")["q8lightning"]["qat"]
+    assert list(described["flat.weight"]) == ["codebook", "block_size", "axis"]
+    assert list(described["rows.weight"]) == ["codebook", "block_size", "axis", "codes", "scales"]
 
 
 def test_the_header_of_a_payload_is_primitives(preset: str, golden: Path) -> None:
     with keep_encoded():
         payload = load(golden)["state_dict"]["layer.weight"]
-    assert payload.checksum == (None if golden.stem.endswith("v1") else CHECKSUMS[preset])
-    _, (header, *data) = payload.__reduce__()
+    assert payload.checksum == CHECKSUMS[preset]
+    _, (what, header, *data) = payload.__reduce__()
     codec, block_size, residual = WEIGHTS[preset]
+    assert what == "tensor"
     assert header == {
-        "format_version": 1,
-        "codec": codec,
-        "block_size": block_size,
-        "residual": residual,
+        "codec": {"name": codec, "bits": 8, "block_size": block_size} | ({"residual_bits": 8} if residual else {}),
         "shape": (64, 64),
         "stride": (64, 1),
         "dtype": "float32",

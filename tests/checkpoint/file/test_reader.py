@@ -8,15 +8,17 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from support.containers import Pair
 from support.files import flip
 from support.models import Autoencoder, Diary, quiet_trainer
-from support.promises import assert_same, load, same_bits
+from support.promises import assert_same, load, payloads, same_bits
 from support.steps import our_threads
 from torch import Tensor
 
@@ -39,6 +41,7 @@ from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import Unpacking
 from q8lightning.system.workers import Workers
+from q8lightning.tools import verify
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 
@@ -69,6 +72,10 @@ def everything() -> Any:
 def path(tmp_path: Path) -> Path:
     write_checkpoint(everything(), tmp_path / "a.ckpt")
     return tmp_path / "a.ckpt"
+
+
+def plainly(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
 
 
 def read(path: Path, **options: Any) -> Any:
@@ -266,12 +273,16 @@ def long_records(path: Path) -> list[tuple[int, int]]:
         return found
 
 
+PADDING = 16
+"""Bytes, more than there ever are before a payload in its record."""
+
+
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.99999])
 def test_a_bit_in_a_long_record_is_noticed(where: float, path: Path) -> None:
     records = long_records(path)
     assert len(records) == 2
     for (start, nbytes), what in zip(records, (r"state_dict\.raw", "large"), strict=True):
-        position = start + int(where * nbytes)
+        position = start + PADDING + int(where * (nbytes - PADDING))
         flip(path, position)
         with pytest.raises(CorruptCheckpointError, match=f"the tensor {what} "):
             read(path)
@@ -298,6 +309,68 @@ def test_long_records_are_read_once_and_short_ones_are_compared_all_the_same(
     monkeypatch.setattr(SummedFile, "sum_of", lambda *_: None)  # as if torch had read it in another way
     read(path)
     assert max(read_again) >= LONG
+
+
+def hashed_while(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many bytes are hashed, by whatever hash and whoever wants it, while something is loaded."""
+    lengths: list[int] = []
+
+    def counting(real: Callable[..., int]) -> Callable[..., int]:
+        return lambda data, *args, **options: (lengths.append(len(data)), real(data, *args, **options))[1]
+
+    with monkeypatch.context() as patch:
+        for module, name in ((zlib, "crc32"), (zipfile, "crc32"), (xxhash, "xxh3_64_intdigest")):
+            patch.setattr(module, name, counting(getattr(module, name)))
+        load()
+    return sum(lengths)
+
+
+def test_each_byte_is_hashed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = path.stat().st_size
+    with keep_encoded():
+        of_payloads = sum({id(each): each.nbytes for each in payloads(plainly(path)).values()}.values())
+    for door in DOORS.values():
+        assert size * 0.98 < hashed_while(partial(door, path), monkeypatch) < size * 1.01
+    assert of_payloads < hashed_while(partial(plainly, path), monkeypatch) < of_payloads * 1.01
+
+
+DOORS: dict[str, Callable[[Path], Any]] = {
+    "reader": lambda path: read(path),
+    "by somebody else": lambda path: reader.read_elsewhere(path, lambda: plainly(path)),
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_what_stays_encoded_is_compared_with_the_sums_of_the_file(door: Callable[[Path], Any], path: Path) -> None:
+    """Nothing else would look at it before it is decoded."""
+    flip(path, long_records(path)[1][0] + PADDING)
+    with keep_encoded(), pytest.raises(CorruptCheckpointError, match="the tensor large "):
+        door(path)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_a_record_that_something_else_refers_to_is_compared_with_its_sum(
+    door: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """A tensor that lies in the memory of a payload, but beyond its data."""
+    memory = torch.randint(256, (2 * LONG,), dtype=torch.uint8)
+    encoded = payload("alone")
+    memory[: encoded.nbytes] = encoded.data
+    write_checkpoint({"x": encoded.replace_data(memory[: encoded.nbytes]), "y": memory[LONG:]}, tmp_path / "a.ckpt")
+    whole = load(tmp_path / "a.ckpt")
+    assert_same(door(tmp_path / "a.ckpt"), whole)
+    flip(tmp_path / "a.ckpt", long_records(tmp_path / "a.ckpt")[0][0] + LONG + 77)
+    assert not same_bits(load(tmp_path / "a.ckpt")["y"], whole["y"])
+    with pytest.raises(CorruptCheckpointError, match="the tensor x, y "):
+        door(tmp_path / "a.ckpt")
+
+
+def test_bytes_of_no_tensor_are_left_to_the_command_line(path: Path) -> None:
+    """They lie between payloads, so that the codes of each begin at a multiple of 16 bytes."""
+    whole = read(path)
+    flip(path, long_records(path)[1][0])
+    assert_same(read(path), whole)
+    assert verify(path, trust=True).damage == ("the tensor large",)
 
 
 def test_the_sum_is_of_what_was_loaded_not_of_what_the_file_holds_later(
@@ -343,7 +416,7 @@ def using(threads: int) -> Iterator[None]:
 
 def test_without_verification_reaches_the_threads(path: Path) -> None:
     start, _ = long_records(path)[1]
-    flip(path, start)
+    flip(path, start + PADDING)
     with pytest.raises(CorruptCheckpointError, match="the tensor large "):
         read(path)
     read(path, verify=False)
@@ -484,7 +557,7 @@ def test_damage_is_noticed_before_the_gpu_sees_it(training: Path, monkeypatch: p
     with keep_encoded():
         state = load(training)["optimizer_states"][0]["state"][0]["exp_avg"]
     flip(training, training.read_bytes().find(state.data.numpy().tobytes()) + 3)
-    with pytest.raises(CorruptCheckpointError, match=r"optimizer_states\.0\.state\.0\.exp_avg"):
+    with pytest.raises(CorruptCheckpointError, match=r"the tensor encoder\.0\.weight: exp_avg"):
         io_with(gpu.device).load_checkpoint(training)
     assert gpu.items == []
 

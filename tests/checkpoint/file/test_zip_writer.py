@@ -242,13 +242,13 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 
 def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
     payloads = [QuantizedTensor.encode(torch.randn(1024, 1024), Codec("softsign"), f"x{index}") for index in range(5)]
-    expected = [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads]
+    expected = [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
     with checksums_ahead(content):
         assert set(CHECKSUMS.get()) == set(map(id, payloads)), "threads compute them"
-        assert [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads] == expected
-    assert [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads] == expected
+        assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
+    assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
     assert [payload.checksum for payload in payloads] == [None] * 5, "they are as they were"
 
 
@@ -258,7 +258,7 @@ def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
     payload.checksum = 7
     with checksums_ahead([payload, large]):
         assert set(CHECKSUMS.get()) == {id(large)}
-        assert payload.__reduce__()[1][0]["xxh3_64"] == 7
+        assert payload.__reduce__()[1][1]["xxh3_64"] == 7
 
 
 # When something goes wrong: the error is itself, no thread and no file is left
