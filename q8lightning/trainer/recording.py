@@ -27,6 +27,9 @@ from q8lightning.trainer.twins import is_a
 SAME = 1e-6
 """How close, relatively, two saves of one state measure the same: sums may be added up in another order."""
 
+PATIENCE = 600.0
+"""Seconds after which what a save lost is given up: whatever has become of it, the run must end."""
+
 
 class _Pending(NamedTuple):
     """A save of which nothing has been published.
@@ -126,7 +129,7 @@ class SaveWatch:
     def _publish(self, save: _Pending) -> None:
         with harmless(self._recorder, "computing what a save lost"):
             try:
-                recorded, tensors = save.known.result()
+                recorded, tensors = save.known.result(PATIENCE)
             except CancelledError:
                 return  # the save failed, which is raised elsewhere
             self._recorder.count(recorded, save.seconds)
@@ -244,9 +247,9 @@ def _describe(report: SaveReport) -> Save:
     losses: list[Loss] = []
     seen: set[tuple[str, str]] = set()
     for loss in report.tensors:
+        own = loss.kind, loss.parameter
         # Averaged weights go by the same names as those being trained.
-        name = loss.path if (loss.kind, loss.parameter) in seen else loss.parameter
-        seen.add((loss.kind, loss.parameter))
-        losses.append(Loss(loss.kind, name, loss.statistics))
+        losses.append(Loss(loss.kind, loss.path if own in seen else loss.parameter, loss.statistics))
+        seen.add(own)
     directions = [(each.squared_error, each.squares) for each in report.directions]
     return Save(losses, directions, report.original_bytes, report.stored_bytes)
