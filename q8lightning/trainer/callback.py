@@ -39,6 +39,7 @@ from q8lightning.trainer.recording import (
     watch_saves,
 )
 from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.warm_up import WarmUp
 
 
 class QuantizationCallback(QATCallback):
@@ -92,10 +93,11 @@ class QuantizationCallback(QATCallback):
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._warm_up: WarmUp | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out whose callback this is."""
-        return {**super().__getstate__(), "_trainer": None}
+        """Leave out whose callback this is, and what it does for that one."""
+        return {**super().__getstate__(), "_trainer": None, "_warm_up": None}
 
     def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
         """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
@@ -166,6 +168,15 @@ class QuantizationCallback(QATCallback):
         self.recorder.start_run()
         begin_to_defer(trainer)
         super().on_fit_start(trainer, pl_module)
+        self._warm_up = _warm_up_for(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Load the kernels of saves beside the first batch: the processes that load data have been started by then."""
+        warm_up, self._warm_up = self._warm_up, None
+        watch = watch_of(trainer)
+        if warm_up is not None and watch is not None:
+            watch.warm_up = warm_up
+            warm_up.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Publish what is known of saves; tell callbacks which checkpoints are durable by now, and which are not."""
@@ -266,6 +277,17 @@ def _check_strategy(strategy: Strategy) -> None:
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
             f" quantized; {remedy}, or remove the QuantizationCallback (or pass it checkpoint=None)"
         )
+
+
+def _warm_up_for(trainer: pl.Trainer, pl_module: pl.LightningModule) -> WarmUp | None:
+    """Return what loads the kernels of a Trainer's saves; None if this process needs none."""
+    installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
+    device = _optimizer_device(strategy)  # what is sharded is saved from the host
+    if installed is None or device is None or device.type != "cuda":
+        return None
+    if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        return None
+    return WarmUp(installed.policy, pl_module, strategy.optimizers, device, installed.async_save)
 
 
 def _optimizer_device(strategy: Strategy) -> torch.device | None:

@@ -23,6 +23,7 @@ from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
 from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.warm_up import WarmUp
 
 SAME = 1e-6
 """How close, relatively, two saves of one state measure the same: sums may be added up in another order."""
@@ -73,6 +74,8 @@ class SaveWatch:
         """What somebody else put in the place of the strategy's method; None for the method."""
         self.fitting = False
         """Whether hooks of the callback follow in which to publish; otherwise a save waits for what it lost."""
+        self.warm_up: WarmUp | None = None
+        """What loads kernels at the moment, for the first save to wait for."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
@@ -83,7 +86,7 @@ class SaveWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is pending: who gets a copy has nothing of it."""
-        return {**self.__dict__, "_pending": deque(), "_untold": [], "_others_wait": False}
+        return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
@@ -95,6 +98,9 @@ class SaveWatch:
         trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
         reports.clear()
         start = time.perf_counter()
+        if self.warm_up is not None:
+            self.warm_up.wait()  # it would load the same kernels a second time
+            self.warm_up = None
         if self.save is None:
             type(strategy).save_checkpoint(strategy, *args, **kwargs)
         else:
