@@ -64,8 +64,8 @@ class QuantizationCallback(QATCallback):
         qat: A :class:`QATConfig`, or a mapping of its arguments: which weights to train quantized, and when. None for
             none.
         log: What each save loses and saves, and with ``qat`` every ``log_every_n_steps`` what the weights lose, goes to
-            all loggers and to ``trainer.callback_metrics``: by kind of tensor (``"kind"``), for each one too
-            (``"tensor"``), or not at all (None).
+            all loggers and to ``trainer.callback_metrics`` when it is known: by kind of tensor (``"kind"``), for each
+            one too (``"tensor"``), or not at all (None).
 
     Raises:
         ValueError: If there is no such preset; when the Trainer starts, if the policy or a pattern of ``qat`` matches
