@@ -49,9 +49,10 @@ class _Pending(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What is published of a save, and at which step."""
+    """What is published of a save; ``step`` and ``state`` are those of :class:`_Pending`."""
 
     step: int
+    state: int | None
     values: dict[str, float]
 
 
@@ -141,18 +142,18 @@ class SaveWatch:
             self._recorder.count(recorded, save.seconds)
             if self._recorder.detail is None:
                 return
-            row = _Row(save.step, {**recorded.values, STALL: save.seconds * 1e3})
-            self._log(row, save.state)
+            row = _Row(save.step, save.state, {**recorded.values, STALL: save.seconds * 1e3})
+            self._log(row)
             if self._trainer.world_size > 1:
                 self._untold.append(row)
             else:
                 put(self._trainer, self._recorder, {**tensors, **as_tensors({STALL: row.values[STALL]})})
 
-    def _log(self, row: _Row, state: int | None) -> None:
+    def _log(self, row: _Row) -> None:
         """Log a row, but for what an earlier save of the same state has said already."""
         values, (last, said) = row.values, self._last
-        if state is None or state != last:
-            self._last = state, dict(values)
+        if row.state is None or row.state != last:
+            self._last = row.state, dict(values)
         else:
             values = {name: value for name, value in values.items() if name != STALL and not _same(value, said, name)}
             if not values:
@@ -168,7 +169,7 @@ class SaveWatch:
             theirs, self._others_wait = trainer.strategy.broadcast((rows, bool(self._pending)))
             for row in theirs:
                 if not trainer.is_global_zero:
-                    log(trainer, self._recorder, row.values, row.step)
+                    self._log(row)
                 put(trainer, self._recorder, as_tensors(row.values))
 
 
