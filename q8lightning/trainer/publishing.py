@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from q8lightning.metrics.recorder import Recorder
+from q8lightning.trainer.lightning_internals import logged_steps
 from q8lightning.trainer.twins import is_a
 
 
@@ -26,7 +27,7 @@ def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]
 
 def step_of(trainer: pl.Trainer) -> int:
     """Return the step at which Lightning logs at this moment."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    return logged_steps(trainer)
 
 
 def as_tensors(values: Mapping[str, float]) -> dict[str, Tensor]:

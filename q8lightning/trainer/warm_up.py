@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.encode.leaves import ModelNames
+from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.quantization.backends import choose
 from q8lightning.quantization.codec import LOG
