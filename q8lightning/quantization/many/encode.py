@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import grouped, has_kernels
 from q8lightning.quantization.codec import Codec
-from q8lightning.system.ambient import lasting
+from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.workers import share_out
 
 _ALIGNMENT = 16
@@ -108,7 +109,8 @@ class Packing:
         jobs = []
         for index, codec in self._alone:
             flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
-            jobs.append(partial(_encode, flat, codec, packed, data[index], index))
+            encode = _encode_on_cpu if device.type == "cpu" else _encode
+            jobs.append(partial(encode, flat, codec, packed, data[index], index))
         share_out(jobs, [tensors[index].nbytes if device.type == "cpu" else 0 for index, _ in self._alone])
         return packed
 
@@ -241,6 +243,14 @@ def bytes_to_unpack(items: Sequence[Unpacking]) -> int:
 
 def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
     return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
+
+
+@neutral()
+def _encode_on_cpu(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
+    """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
+    statistics = None if packed.statistics is None else packed.statistics[index]
+    if not cpu.encode_into(flat, codec.coding, unpack(data, codec, flat.numel()), statistics):
+        packed.failed[index] = 1
 
 
 def _encode(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
