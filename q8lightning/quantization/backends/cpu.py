@@ -34,60 +34,65 @@ def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
         yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1), numel - whole
 
 
-def _longest(numel: int, block_size: int) -> int:
-    """Return how many elements the longest chunk has."""
-    return min(numel, max(CHUNK, block_size))
-
-
 def _part(parts: Parts, elements: slice, rows: slice) -> Parts:
     """Return the parts of a chunk; of all parts, the second has one row a block."""
+    if elements.stop - elements.start == parts[0].numel():
+        return parts
     return tuple(part[rows if index == 1 else elements] for index, part in enumerate(parts))
 
 
-def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor | None = None) -> bool:
-    """Write the parts of a flat tensor and, if they are wanted, what is lost; return whether all of it is finite."""
-    converts, finite = flat.dtype != torch.float32, True
-    totals = None if statistics is None else Totals()
-    floats, doubles = scratch(_longest(flat.numel(), block_size), codec.spares + 2, 0 if totals is None else 2)
+def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
+    """Write the parts of a flat tensor; return whether all of it can be encoded."""
+    finite = True
     for elements, rows, width in _chunks(flat.numel(), block_size):
-        original, chunk = flat[elements], _part(parts, elements, rows)
-        used = floats[:, : original.numel()]
-        values = used[-1].copy_(original) if converts else original
-        if not codec.encode(values.view(-1, width), chunk, used):
+        blocks, chunk = flat[elements].view(-1, width), _part(parts, elements, rows)
+        memory = scratch(*blocks.shape)
+        if flat.dtype != torch.float32:
+            blocks = memory.floats[3].copy_(blocks)
+        if not codec.encode(blocks, chunk, memory):
             finite = False
-            for part, expected in zip(chunk, codec.encode_slowly(values.view(-1, width)), strict=True):
+            for part, expected in zip(chunk, codec.encode_slowly(blocks), strict=True):
                 part.copy_(expected.view(part.shape))
-            if totals is not None:
-                totals.add_slowly(original, codec.decode_slowly(chunk, width, flat.dtype))
-        elif totals is not None:
-            decoded = used[codec.spares]
-            codec.decode(chunk, width, decoded, used)
-            if flat.dtype == torch.float64:
-                totals.add_slowly(original, decoded)
-            else:
-                if converts:
-                    decoded.copy_(decoded.to(flat.dtype))
-                totals.add(values, decoded, used[0], doubles[:, : original.numel()])
-    if totals is not None and statistics is not None:
-        totals.write(statistics)
     return finite
 
 
 def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the values of the parts of a flat tensor."""
     values = new_tensor(parts[0].numel(), dtype)
-    converts = dtype != torch.float32
-    floats, _ = scratch(_longest(values.numel(), block_size), codec.spares + converts)
     for elements, rows, width in _chunks(values.numel(), block_size):
-        chunk, out = _part(parts, elements, rows), values[elements]
+        chunk, out = _part(parts, elements, rows), values[elements].view(-1, width)
         if not bool(chunk[1].isfinite().all()):
-            out.copy_(codec.decode_slowly(chunk, width, dtype))
+            out.copy_(codec.decode_slowly(chunk, width, dtype).view(out.shape))
             continue
-        used = floats[:, : out.numel()]
-        codec.decode(chunk, width, used[-1] if converts else out, used)
-        if converts:
-            out.copy_(used[-1])
+        memory = scratch(*out.shape)
+        decoded = out if dtype == torch.float32 else memory.floats[3]
+        codec.decode(chunk, decoded, memory)
+        if dtype != torch.float32:
+            out.copy_(decoded)
     return values
+
+
+def _measure(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+    """Write to ``statistics`` what the parts of a flat tensor have lost of it."""
+    totals = Totals()
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        _add(totals, codec, flat[elements].view(-1, width), _part(parts, elements, rows))
+    totals.write(statistics)
+
+
+def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> None:
+    """Add what a chunk has lost."""
+    if original.dtype == torch.float64 or not bool(parts[1].isfinite().all()):
+        decoded = codec.decode_slowly(parts, original.shape[1], original.dtype)
+        totals.add_slowly(original, decoded.view(original.shape))
+        return
+    memory = scratch(*original.shape)
+    decoded = memory.floats[3]
+    codec.decode(parts, decoded, memory)
+    if original.dtype != torch.float32:
+        decoded.copy_(decoded.to(original.dtype))
+        original = memory.floats[4].copy_(original)
+    totals.add(original, decoded, memory)
 
 
 def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1) -> Parts:
@@ -110,7 +115,11 @@ def encode_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor | No
     Returns:
         Whether all scales are finite.
     """
-    return _encode(_chunk_codec(coding), x.detach(), coding.block_size, parts, statistics)
+    codec, flat = _chunk_codec(coding), x.detach()
+    finite = _encode(codec, flat, coding.block_size, parts)
+    if statistics is not None:
+        _measure(codec, flat, coding.block_size, parts, statistics)
+    return finite
 
 
 def _chunk_codec(coding: Coding) -> ChunkCodec:
@@ -119,12 +128,21 @@ def _chunk_codec(coding: Coding) -> ChunkCodec:
     return Residual() if coding.residual else Levels(coding.codebook, coding.signed_scale)
 
 
+def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, statistics: Tensor | None) -> Parts:
+    """Write the parts of a tensor; return them with codes in its shape."""
+    flat = x.detach().reshape(-1)
+    _encode(codec, flat, block_size, parts)
+    if statistics is not None:
+        _measure(codec, flat, block_size, parts, statistics)
+    return tuple(part if index == 1 else part.view(x.shape) for index, part in enumerate(parts))
+
+
 def quantize(
     x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    parts = _new_parts(x, block_size)
-    _encode(Levels(codebook, signed_scale), x.detach().reshape(-1), block_size, parts, statistics)
-    return parts[0].view(x.shape), parts[1]
+    codec = Levels(codebook, signed_scale)
+    codes, scale = _quantize(codec, x, block_size, _new_parts(x, block_size), statistics)
+    return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -137,9 +155,8 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
 
 
 def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    parts = _new_parts(x, block_size, stages=2)
-    _encode(Residual(), x.detach().reshape(-1), block_size, parts, statistics)
-    return parts[0].view(x.shape), parts[2].view(x.shape), parts[1]
+    codes, scale, later = _quantize(Residual(), x, block_size, _new_parts(x, block_size, stages=2), statistics)
+    return codes, later, scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -148,9 +165,8 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
 
 
 def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    parts = _new_parts(x, block_size, bounds=True)
-    _encode(Log(), x.detach().reshape(-1), block_size, parts, statistics)
-    return parts[0].view(x.shape), parts[1]
+    codes, bounds = _quantize(Log(), x, block_size, _new_parts(x, block_size, bounds=True), statistics)
+    return codes, bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""How one chunk of a CPU tensor is encoded and decoded, codec by codec: few passes, all in memory that is used again.
+"""How one chunk of a CPU tensor is encoded and decoded, codec by codec: few passes, in memory that is used again.
 
 A chunk is ``[rows, width]`` float32, whole blocks. What stands for it are its parts: codes ``[rows * width]`` uint8,
 scales ``[rows]`` or ``[rows, 2]`` float32 and, for the residual codec, later codes. Results are those of
@@ -11,32 +11,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends.cpu_memory import Scratch
 from q8lightning.quantization.spec import logarithm, reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 Parts = tuple[Tensor, ...]
+
+_LINEAR, _SOFTSIGN = BUILTIN["linear"], BUILTIN["softsign"]
 
 _TO_CODE = reference.ROUNDING + 127
 """Added to a float32 in [-127, 127], it leaves the nearest integer plus 127 in the low byte of the pattern."""
 
 
 class ChunkCodec(Protocol):
-    """Encodes and decodes chunks; not for several threads at once.
+    """Encodes and decodes chunks.
 
-    Attributes:
-        spares: How many rows of scratch, each ``[elements]`` float32, its methods write to.
+    Its methods overwrite the first three floats of the scratch that they are given.
     """
 
-    spares: int
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        """Write the parts of finite blocks; where one is not finite, return False and leave the parts to others."""
 
-    def encode(self, blocks: Tensor, parts: Parts, spares: Tensor) -> bool:
-        """Write the parts of finite blocks; return False, and leave the work undone, where there is another one."""
-
-    def decode(self, parts: Parts, width: int, out: Tensor, spares: Tensor) -> None:
-        """Write the values of parts with finite scales to ``out``, ``[rows * width]`` float32.
-
-        It may be a spare, but not the first or the second.
-        """
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        """Write the values of parts with finite scales to ``out``, ``[rows, width]`` float32."""
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
         """Return the parts of any blocks, from the reference."""
@@ -48,49 +45,43 @@ class ChunkCodec(Protocol):
 class Levels:
     """Codes of the levels of a codebook."""
 
-    spares = 2
-
     def __init__(self, codebook: Codebook, signed_scale: bool = False) -> None:
         self.codebook = codebook
         self.signed_scale = signed_scale
-        self._name = codebook.name if codebook.spec in ("linear", "softsign") else None
-        # Codes that the codebook lacks decode to 0, as in the reference.
-        self._table = torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
 
-    def encode(self, blocks: Tensor, parts: Parts, spares: Tensor) -> bool:
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, scale = parts
-        spare = spares[0].view(blocks.shape)
+        spare, words = scratch.floats[0], scratch.integers[0]
         per_unit = _write_scale(blocks, self.codebook.end if self.signed_scale else 0, scale, spare)
-        if per_unit is not None:
-            self._write_codes(blocks, per_unit, codes, spare)
-        return per_unit is not None
-
-    def _write_codes(self, blocks: Tensor, per_unit: Tensor, codes: Tensor, spare: Tensor) -> None:
-        """Write the codes; ``spare`` holds the magnitudes of the blocks and is overwritten."""
-        if self._name == "softsign" and not self.signed_scale:
+        if per_unit is None:
+            return False
+        if self.codebook is _SOFTSIGN and not self.signed_scale:  # the spare holds magnitudes
             share = spare.mul_(per_unit).add_(1.0).reciprocal_()
             torch.sub(1.0, share, out=share).copysign_(blocks).mul_(254.0).add_(_TO_CODE)
-        elif self._name == "linear":
+        elif self.codebook is _LINEAR:
             torch.mul(blocks, per_unit, out=spare).mul_(127.0).add_(_TO_CODE)
         else:
-            codes.copy_(_search(torch.mul(blocks, per_unit, out=spare), self.codebook).view(-1))
-            return
-        _copy_low_bytes(spare, codes)
+            words = _search(torch.mul(blocks, per_unit, out=spare), self.codebook)
+        codes.view(words.shape).copy_(words)  # integers become bytes modulo 256
+        return True
 
-    def decode(self, parts: Parts, width: int, out: Tensor, spares: Tensor) -> None:
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, scale = parts
-        self.look_up(codes, spares[0], out)
-        out.view(-1, width).mul_(scale[:, None])
+        self.look_up(codes.view(out.shape), scratch, out)
+        out.mul_(scale[:, None])
 
-    def look_up(self, codes: Tensor, spare: Tensor, out: Tensor) -> None:
+    def look_up(self, codes: Tensor, scratch: Scratch, out: Tensor) -> None:
         """Write the level of each code to ``out``: computed where it is a quotient of integers, else looked up."""
-        if self._name is None or bool(codes.max() == 255):
-            torch.index_select(self._table, 0, spare.view(torch.int32).copy_(codes), out=out)
+        spare, words = scratch.floats[0], scratch.integers[0]
+        if not (self.codebook is _LINEAR or self.codebook is _SOFTSIGN) or bool(codes.max() == 255):
+            # Codes that the codebook lacks decode to 0, as in the reference.
+            table = torch.nn.functional.pad(self.codebook.tensor(), (0, 256 - len(self.codebook.levels)))
+            torch.index_select(table, 0, words.copy_(codes).view(-1), out=out.view(-1))
             return
         # Bytes as long as possible: a pass over them takes a quarter of the time.
         numerator = torch.sub(codes, 127).view(torch.int8)
         out.copy_(numerator)
-        if self._name == "linear":
+        if self.codebook is _LINEAR:
             out.div_(127.0)
         else:
             denominator = numerator.abs_().view(torch.uint8).neg_().sub_(2)  # 254 - x, modulo 256
@@ -107,35 +98,29 @@ class Levels:
 class Residual:
     """Codes of the codebook ``linear``, and codes of what they lost."""
 
-    spares = 2
-
     def __init__(self) -> None:
-        self._levels = Levels(BUILTIN["linear"])
+        self._levels = Levels(_LINEAR)
 
-    def encode(self, blocks: Tensor, parts: Parts, spares: Tensor) -> bool:
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, scale, later = parts
-        one, two = spares[:2].view(2, *blocks.shape)
+        one, two, *_ = scratch.floats
         per_unit = _write_scale(blocks, 0, scale, one)
         if per_unit is None:
             return False
         torch.mul(blocks, per_unit, out=one).mul_(127.0).add_(_TO_CODE)
-        _copy_low_bytes(one, codes)
-        level = one.sub_(_TO_CODE).div_(127.0)
-        left = torch.sub(blocks, level.mul_(scale[:, None]), out=two)
-        left.mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127).clamp_(-126.0, 126.0).add_(_TO_CODE)
-        _copy_low_bytes(left, later)
+        codes.view(one.shape).copy_(scratch.integers[0])  # integers become bytes modulo 256
+        decoded = one.sub_(_TO_CODE).div_(127.0).mul_(scale[:, None])
+        torch.sub(blocks, decoded, out=two).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
+        two.clamp_(-126.0, 126.0).add_(_TO_CODE)
+        later.view(two.shape).copy_(scratch.integers[1])
         return True
 
-    def decode(self, parts: Parts, width: int, out: Tensor, spares: Tensor) -> None:
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, scale, later = parts
-        spare, decoded = spares[:2]
-        for stage, stage_scale, values in (
-            (codes, scale, out),
-            (later, reference.divide(scale, reference.RESIDUAL_DIVISOR), decoded),
-        ):
-            self._levels.look_up(stage, spare, values)
-            values.view(-1, width).mul_(stage_scale[:, None])
-        out.add_(decoded)
+        second = scratch.floats[1]
+        self._levels.decode((later, reference.divide(scale, reference.RESIDUAL_DIVISOR)), second, scratch)
+        self._levels.decode((codes, scale), out, scratch)
+        out.add_(second)
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
         codes, later, scale = reference.quantize_residual(blocks, blocks.shape[1])
@@ -149,11 +134,10 @@ class Residual:
 class Log:
     """Codes at equal steps of the logarithm."""
 
-    spares = 3
-
-    def encode(self, blocks: Tensor, parts: Parts, spares: Tensor) -> bool:
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, bounds = parts
-        log, spare, other = spares[:3].view(3, *blocks.shape)
+        log, spare, other, *_ = scratch.floats
+        integer = scratch.integers[1]
         low, high = blocks.amin(dim=1), blocks.amax(dim=1)
         smallest, largest = float(low.amin()), float(high.amax())
         if not (smallest >= 0 and largest < math.inf):  # a NaN is neither
@@ -164,34 +148,32 @@ class Log:
             low.masked_fill_(low.isinf(), 0.0)
         torch.stack([low, high.add_(0.0)], dim=1, out=bounds)  # no negative zero
         grid = logarithm.log_grid(bounds)
-        pattern, integer = blocks.view(torch.int32), spare.view(torch.int32)
+        pattern = blocks.view(torch.int32)
         torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
         mantissa = spare.sub_(1.0)
         _polynomial(mantissa, *logarithm.LOG2_POLYNOMIAL, out=log)
         log.mul_(torch.sub(1.0, mantissa, out=other).mul_(mantissa))
         log.add_(spare.copy_(torch.sub(pattern, low.view(torch.int32)[:, None], out=integer)))
         log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None]).add_(reference.ROUNDING + 1)
+        code = scratch.integers[0]
         if has_zeros:
-            code = log.view(torch.int32).bitwise_and_(0xFF)
-            code.mul_(integer.copy_(torch.sign(blocks, out=spare)))
-        _copy_low_bytes(log, codes)
+            code.bitwise_and_(0xFF).mul_(integer.copy_(torch.sign(blocks, out=spare)))
+        codes.view(code.shape).copy_(code)  # integers become bytes modulo 256
         return True
 
-    def decode(self, parts: Parts, width: int, out: Tensor, spares: Tensor) -> None:
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, bounds = parts
         grid = logarithm.log_grid(bounds)
         low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
-        code = codes.view(-1, width)
-        one, two = spares[:2].view(2, -1, width)
-        decoded = out.view(torch.int32).view(-1, width)
+        code, decoded = codes.view(out.shape), out.view(torch.int32)
         # In place wherever it can be: to write to other memory takes longer.
-        position, fraction = one.view(torch.int32), two.view(torch.int32)
+        (position, fraction, *_), fraction_as_float = scratch.integers, scratch.floats[1]
         fraction.copy_(code).mul_(grid.step[:, None]).add_(grid.origin[:, None])
         position.copy_(fraction)
         fraction.bitwise_and_(logarithm.OCTAVE - 1).bitwise_or_(0x3F800000)
         # The octave of the position, with the power's mantissa in the place of the fraction's.
         octave = position.sub_(fraction)
-        _polynomial(two, *logarithm.EXP2_POLYNOMIAL, out=out.view(-1, width))
+        _polynomial(fraction_as_float, *logarithm.EXP2_POLYNOMIAL, out=out)
         decoded.add_(octave)
         torch.maximum(decoded, low[:, None], out=decoded)
         torch.minimum(decoded, high[:, None], out=decoded)
@@ -222,10 +204,6 @@ def _write_scale(blocks: Tensor, end: int, out: Tensor, spare: Tensor) -> Tensor
         torch.where(blocks.amax(dim=1) == out, end * out, -end * out, out=out).add_(0.0)
     per_unit = reference.reciprocal(out) if smallest < reference.SMALLEST_NORMAL else out.reciprocal()
     return per_unit[:, None]
-
-
-def _copy_low_bytes(x: Tensor, codes: Tensor) -> None:
-    codes.copy_(x.view(torch.int32).view(-1))  # integers become bytes modulo 256
 
 
 def _search(y: Tensor, codebook: Codebook) -> Tensor:

@@ -24,25 +24,56 @@ def new_tensor(numel: int, dtype: torch.dtype) -> Tensor:
     return values
 
 
-def scratch(numel: int, floats: int, doubles: int = 0) -> tuple[Tensor, Tensor]:
-    """Return memory to compute in until this thread asks for it again, with whatever was left there.
+class Scratch:
+    """Memory to compute in, for a chunk of so many rows.
 
-    It is kept, because the system gives new memory page by page, which takes longer than to compute there.
-
-    Returns:
-        ``[floats, numel]`` float32 and ``[doubles, numel]`` float64.
+    Attributes:
+        floats: ``[rows, width]`` float32 each.
+        integers: The same memory as int32.
+        doubles: ``[rows * width]`` float64, two of them.
     """
-    wide = numel + numel % 2  # so that doubles begin where they may
-    nbytes = wide * (4 * floats + 8 * doubles)
-    memory: Tensor | None = getattr(_OF_THREAD, "memory", None)
-    if memory is None or memory.numel() < nbytes:
+
+    def __init__(self, memory: Tensor, rows: int, width: int) -> None:
+        words = memory[: 4 * FLOATS * rows * width].view(torch.float32).view(FLOATS, rows, width)
+        self.floats = words.unbind()
+        self.integers = words.view(torch.int32).unbind()
+        end = _BYTES * rows * width
+        self.doubles = memory[end - 16 * rows * width : end].view(torch.float64).view(2, -1).unbind()
+
+
+def scratch(rows: int, width: int) -> Scratch:
+    """Return what this thread computes in until it asks again; what was left there is still there.
+
+    It is kept, because the system gives new memory page by page, which takes longer than to compute in it; and so are
+    views of it, because a model has many tensors of one size.
+    """
+    kept = _OF_THREAD
+    if kept.memory.numel() < _BYTES * rows * width or len(kept.views) == _VIEWS:
+        kept.views.clear()
+        if kept.memory.numel() < _BYTES * rows * width:
+            with lasting():
+                kept.memory = torch.empty(_BYTES * rows * width, dtype=torch.uint8, device="cpu")
+    result = kept.views.get((rows, width))
+    if result is None:
         with lasting():
-            memory = _OF_THREAD.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    first, second = memory[: 4 * wide * floats], memory[4 * wide * floats : nbytes]
-    return first.view(torch.float32).view(floats, wide), second.view(torch.float64).view(doubles, wide)
+            result = kept.views[rows, width] = Scratch(kept.memory, rows, width)
+    return result
 
 
-_OF_THREAD = threading.local()
+FLOATS = 6
+"""How many float32 numbers of scratch there are for each element; even, so that the doubles begin where they may."""
+
+_BYTES = 4 * FLOATS + 16
+_VIEWS = 64
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.views: dict[tuple[int, int], Scratch] = {}
+
+
+_OF_THREAD = _OfThread()
 
 
 def use_huge_pages(memory: memoryview) -> None:

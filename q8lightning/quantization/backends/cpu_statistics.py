@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends.cpu_memory import Scratch
 from q8lightning.quantization.spec import reference
 
 
@@ -17,20 +18,20 @@ class Totals:
     def __init__(self) -> None:
         self._numbers = [0.0] * 5
 
-    def add(self, original: Tensor, decoded: Tensor, spare: Tensor, doubles: Tensor) -> None:
+    def add(self, original: Tensor, decoded: Tensor, scratch: Scratch) -> None:
         """Add a chunk of finite numbers.
 
         Args:
-            original: ``[elements]`` float32.
-            decoded: ``[elements]`` float32; 0 where the original is.
-            spare: ``[elements]`` float32 to write to.
-            doubles: ``[2, elements]`` float64 to write to.
+            original: ``[rows, width]`` float32.
+            decoded: The same; 0 where the original is.
+            scratch: To compute in; its first float and its doubles are overwritten.
         """
-        zeros = _count_zeros(original, spare)
-        zeroed = _count_zeros(decoded, spare) - zeros
-        exact, error = doubles
-        exact.copy_(original)
-        error.copy_(decoded).sub_(exact)
+        zeros = _count_zeros(original, scratch.floats[0])
+        zeroed = _count_zeros(decoded, scratch.floats[0]) - zeros
+        exact, error = scratch.doubles
+        exact.view(original.shape).copy_(original)
+        error.view(decoded.shape).copy_(decoded)
+        error.sub_(exact)
         max_error = max(float(error.amax()), -float(error.amin()))
         self._add(float(torch.dot(error, error)), float(torch.dot(exact, exact)), max_error, zeros, zeroed)
 
@@ -38,9 +39,11 @@ class Totals:
         """Add a chunk of any floats, of any dtype."""
         self._add(*(float(each) for each in reference.error_statistics(original, decoded)))
 
-    def write(self, statistics: Tensor) -> None:
-        """Write the five numbers to ``statistics``, ``[5]`` float64."""
-        statistics.copy_(torch.tensor(self._numbers, dtype=torch.float64, device="cpu"))
+    def write(self, statistics: Tensor, weight: float = 1.0) -> None:
+        """Write the numbers to ``statistics``, ``[5]`` float64; all but the largest error are multiplied by ``weight``."""
+        error, squares, largest, *counts = self._numbers
+        numbers = [error * weight, squares * weight, largest, *(count * weight for count in counts)]
+        statistics.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def _add(self, squared_error: float, squares: float, max_error: float, zeros: float, zeroed: float) -> None:
         error, power, largest, *counts = self._numbers

@@ -89,6 +89,7 @@ class Packing:
         """Where in the buffer the data of each tensor begins, in bytes."""
         return self._layout.starts
 
+    @neutral()
     def encode(self, tensors: Sequence[Tensor], measure: bool = False) -> Packed:
         """Encode such tensors, each as :meth:`Codec.encode` does its elements in the order of memory.
 
@@ -245,7 +246,6 @@ def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
     return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
 
 
-@neutral()
 def _encode_on_cpu(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
     """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
     statistics = None if packed.statistics is None else packed.statistics[index]
