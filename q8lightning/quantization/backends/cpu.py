@@ -17,6 +17,7 @@ from q8lightning.quantization.backends.cpu_statistics import Totals
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.sampling import MEASURED_WHOLE, ONE_IN, SHORT_STRETCH, stretches_of
 
 CHUNK = 2**16
 """Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
@@ -59,6 +60,13 @@ def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> b
 def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the values of the parts of a flat tensor."""
     values = new_tensor(parts[0].numel(), dtype)
+    _decode_into(codec, parts, block_size, values)
+    return values
+
+
+def _decode_into(codec: ChunkCodec, parts: Parts, block_size: int, values: Tensor) -> None:
+    """Write the values of the parts of a flat tensor to ``values``, of any float dtype."""
+    dtype = values.dtype
     for elements, rows, width in _chunks(values.numel(), block_size):
         chunk, out = _part(parts, elements, rows), values[elements].view(-1, width)
         if not bool(chunk[1].isfinite().all()):
@@ -69,15 +77,35 @@ def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype
         codec.decode(chunk, decoded, memory)
         if dtype != torch.float32:
             out.copy_(decoded)
-    return values
 
 
-def _measure(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
     """Write to ``statistics`` what the parts of a flat tensor have lost of it."""
     totals = Totals()
     for elements, rows, width in _chunks(flat.numel(), block_size):
         _add(totals, codec, flat[elements].view(-1, width), _part(parts, elements, rows))
     totals.write(statistics)
+
+
+def _measure_sample(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+    """As :func:`_measure_whole`, for large tensors from an eighth of them."""
+    stretch = max(SHORT_STRETCH, block_size)
+    taken = stretches_of(flat.numel(), stretch, max(MEASURED_WHOLE, ONE_IN * stretch))
+    if taken is None:
+        _measure_whole(codec, flat, block_size, parts, statistics)
+        return
+    totals = Totals()
+    rows = [_stretches(part, stretch // block_size if index == 1 else stretch) for index, part in enumerate(parts)]
+    original = _stretches(flat, stretch)
+    for some in torch.split(taken, max(CHUNK // stretch, 1)):
+        chunk = tuple(part[some].flatten(0, 1) for part in rows)
+        _add(totals, codec, original[some].view(-1, block_size), chunk)
+    totals.write(statistics, flat.numel() / (len(taken) * stretch))
+
+
+def _stretches(x: Tensor, length: int) -> Tensor:
+    """Return the whole stretches of so many rows of ``x``, ``[stretches, length, ...]``."""
+    return x[: x.shape[0] // length * length].view(-1, length, *x.shape[1:])
 
 
 def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> None:
@@ -110,7 +138,7 @@ def encode_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor | No
         coding: How.
         parts: What is written: codes ``[numel]`` uint8; scales ``[blocks]`` float32, for the log codec ``[blocks, 2]``;
             residual codes, if there are any, as the codes.
-        statistics: ``[5]`` float64 for what is lost, if that is wanted.
+        statistics: ``[5]`` float64 for what is lost, if that is wanted; of large tensors it is measured in an eighth.
 
     Returns:
         Whether all scales are finite.
@@ -118,8 +146,20 @@ def encode_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor | No
     codec, flat = _chunk_codec(coding), x.detach()
     finite = _encode(codec, flat, coding.block_size, parts)
     if statistics is not None:
-        _measure(codec, flat, coding.block_size, parts, statistics)
+        measure = _measure_sample if finite else _measure_whole
+        measure(codec, flat, coding.block_size, parts, statistics)
     return finite
+
+
+def decode_into(coding: Coding, parts: Parts, values: Tensor) -> None:
+    """Decode into memory that is there: ``values``, ``[numel]`` of any float dtype; the first floats of the scratch are
+    overwritten."""
+    _decode_into(_chunk_codec(coding), parts, coding.block_size, values)
+
+
+def measure_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor) -> None:
+    """Measure in whole what :func:`encode_into` has lost."""
+    _measure_whole(_chunk_codec(coding), x.detach(), coding.block_size, parts, statistics)
 
 
 def _chunk_codec(coding: Coding) -> ChunkCodec:
@@ -133,7 +173,7 @@ def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, stati
     flat = x.detach().reshape(-1)
     _encode(codec, flat, block_size, parts)
     if statistics is not None:
-        _measure(codec, flat, block_size, parts, statistics)
+        _measure_whole(codec, flat, block_size, parts, statistics)
     return tuple(part if index == 1 else part.view(x.shape) for index, part in enumerate(parts))
 
 

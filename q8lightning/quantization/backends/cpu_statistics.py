@@ -40,7 +40,7 @@ class Totals:
         self._add(*(float(each) for each in reference.error_statistics(original, decoded)))
 
     def write(self, statistics: Tensor, weight: float = 1.0) -> None:
-        """Write the numbers to ``statistics``, ``[5]`` float64; all but the largest error are multiplied by ``weight``."""
+        """Write the numbers to ``statistics``, ``[5]`` float64, sums and counts times ``weight``."""
         error, squares, largest, *counts = self._numbers
         numbers = [error * weight, squares * weight, largest, *(count * weight for count in counts)]
         statistics.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))

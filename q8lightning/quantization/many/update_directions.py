@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import has_kernels, update_directions
+from q8lightning.quantization.backends.cpu_memory import scratch
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import kept_index, unpack
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
+CHUNK = {"cpu": 2**16, "cuda": 2**24}
 """Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
 half a gigabyte."""
 
@@ -111,7 +113,7 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
         chosen = [pairs[index] for index in members]
         if likeness is None:
             sizes = [pair.exp_avg.values.nbytes if sums.device.type == "cpu" else 0 for pair in chosen]
-            each = share_out([partial(_sums, pair) for pair in chosen], sizes)
+            each = share_out([partial(_sums_on_cpu if _is_simple(pair) else _sums, pair) for pair in chosen], sizes)
             sums[kept_index(tuple(members), sums.device)] = torch.stack(each)
         else:
             _measure_in_a_launch(tuple(members), chosen, sums)
@@ -153,6 +155,36 @@ def _sums(pair: Moments) -> Tensor:
     return sums * weight_of(exp_avg.values.numel())
 
 
+def _is_simple(pair: Moments) -> bool:
+    """Whether a CPU can decode and compare without an operator for each chunk."""
+    return all(each.values.device.type == "cpu" and each.values.dtype == torch.float32 for each in pair.moments)
+
+
+def _sums_on_cpu(pair: Moments) -> Tensor:
+    """As :func:`_sums`, in memory that is used again."""
+    numel, error, squares = pair.exp_avg.values.numel(), 0.0, 0.0
+    for part in _parts(pair.exp_avg.values):
+        first, second = (_rows(each.values, part, STRETCH) for each in pair.moments)
+        if not first.numel():
+            continue
+        memory = scratch(1, first.numel())
+        spare, direction, _, stored_first, stored_second, *_ = memory.floats  # the first three are overwritten at first
+        for moment, out in zip(pair.moments, (stored_first, stored_second), strict=True):
+            if moment.codec is None or moment.data is None:
+                out.copy_(_rows(moment.values, part, STRETCH))
+            else:
+                cpu.decode_into(moment.codec.coding, _encoded_rows(moment, part), out.view(-1))
+        root = torch.sqrt(second, out=spare.view(-1)).add_(pair.eps)
+        torch.div(first, root, out=direction.view(-1))
+        stored_first.div_(stored_second.sqrt_().add_(pair.eps)).sub_(direction)
+        one, two = memory.doubles
+        one.copy_(stored_first.view(-1))
+        two.copy_(direction.view(-1))
+        error += float(torch.dot(one, one))
+        squares += float(torch.dot(two, two))
+    return torch.tensor([error, squares], dtype=torch.float64, device="cpu") * weight_of(numel)
+
+
 _Part = slice | Tensor
 """Stretches of a tensor: a range of them, or their numbers."""
 
@@ -174,12 +206,18 @@ def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
     original = _rows(values, part, STRETCH)
     if codec is None or data is None:
         return original.to(dtype, copy=True), original.to(dtype, copy=True)
+    stored = codec.decode(_encoded_rows(moment, part), values.dtype)
+    return original.to(dtype, copy=True), stored.to(dtype)
+
+
+def _encoded_rows(moment: StoredMoment, part: _Part) -> tuple[Tensor, ...]:
+    """Return what stands for a part of an encoded moment."""
+    values, codec, data = moment
+    assert codec is not None
+    assert data is not None
     codes, scales, *residual = unpack(data, codec, values.numel())
     scales = _rows(scales, part, STRETCH // codec.block_size)
-    stored = codec.decode(
-        (_rows(codes, part, STRETCH), scales, *(_rows(r, part, STRETCH) for r in residual)), values.dtype
-    )
-    return original.to(dtype, copy=True), stored.to(dtype)
+    return _rows(codes, part, STRETCH), scales, *(_rows(r, part, STRETCH) for r in residual)
 
 
 def _rows(x: Tensor, part: _Part, stretch: int) -> Tensor:

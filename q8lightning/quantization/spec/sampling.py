@@ -1,6 +1,7 @@
 """Which part of a large tensor is looked at where all of it would take too long: an eighth, in stretches, by a hash.
 
-The same on every device, and from save to save.
+The same from save to save. Update directions are judged by it, on every device alike; on a CPU it also tells what
+encoding has lost.
 """
 
 from functools import lru_cache
@@ -20,21 +21,32 @@ ONE_IN = 8
 WHOLE = 2**20
 """Tensors of up to so many elements are looked at in whole."""
 
+SHORT_STRETCH = 1024
+"""The stretches in which a CPU measures what encoding has lost, or the block size, if that is more."""
 
-@lru_cache(maxsize=64)
+MEASURED_WHOLE = 2**15
+"""Up to so many elements a CPU measures that of all of them."""
+
+
+@lru_cache(maxsize=256)
 @lasting()
-def stretches_of(numel: int) -> Tensor | None:
+def stretches_of(numel: int, stretch: int = STRETCH, whole: int | None = None) -> Tensor | None:
     """Return the numbers of the stretches that are taken of a tensor, None if it is looked at in whole.
 
     Of each ``ONE_IN`` stretches one is taken, not always the one at the same place: rows may be as long as all of them.
     The last elements, too few for ``ONE_IN`` stretches, are never taken.
 
+    Args:
+        numel: Elements of the tensor.
+        stretch: Elements of a stretch.
+        whole: Tensors of up to so many elements are looked at in whole, ``WHOLE`` unless it is given.
+
     Returns:
         ``[stretches]`` int64 on the CPU, in ascending order.
     """
-    if numel <= WHOLE:
+    if numel <= (WHOLE if whole is None else whole):
         return None
-    first = torch.arange(numel // (STRETCH * ONE_IN), dtype=torch.int64, device="cpu")
+    first = torch.arange(numel // (stretch * ONE_IN), dtype=torch.int64, device="cpu")
     return first * ONE_IN + mix(first) % ONE_IN
 
 
