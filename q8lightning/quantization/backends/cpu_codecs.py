@@ -147,14 +147,13 @@ class Log:
             low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
             low.masked_fill_(low.isinf(), 0.0)
         torch.stack([low, high.add_(0.0)], dim=1, out=bounds)  # no negative zero
-        grid = logarithm.log_grid(bounds)
+        first, correction, span, steps = _log_steps(bounds)
         pattern = blocks.view(torch.int32)
-        torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
-        mantissa = spare.sub_(1.0)
-        _polynomial(mantissa, *logarithm.LOG2_POLYNOMIAL, out=log)
-        log.mul_(torch.sub(1.0, mantissa, out=other).mul_(mantissa))
-        log.add_(spare.copy_(torch.sub(pattern, low.view(torch.int32)[:, None], out=integer)))
-        log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None]).add_(reference.ROUNDING + 1)
+        mantissa = spare.copy_(torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer))  # times an octave
+        _polynomial(mantissa, *_LOG2_OF_MANTISSA, out=log)
+        log.mul_(torch.sub(logarithm.OCTAVE, mantissa, out=other).mul_(mantissa))
+        log.add_(spare.copy_(torch.sub(pattern, first[:, None], out=integer)))
+        log.sub_(correction[:, None]).mul_(steps.div_(span.clamp_(min=0.25))[:, None]).add_(reference.ROUNDING + 1)
         code = scratch.integers[0]
         if has_zeros:
             code.bitwise_and_(0xFF).mul_(integer.copy_(torch.sign(blocks, out=spare)))
@@ -163,14 +162,14 @@ class Log:
 
     def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, bounds = parts
-        grid = logarithm.log_grid(bounds)
-        low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
+        low, correction, span, steps = _log_steps(bounds)
+        high = bounds.view(torch.int32)[:, 1]
+        step = span.add_(2.0 * logarithm.LOG_MARGIN).div_(steps).round_().to(torch.int32)
+        origin = correction.round().to(torch.int32).add_(low).sub_(logarithm.LOG_MARGIN).sub_(step)
         code, decoded = codes.view(out.shape), out.view(torch.int32)
-        # In place wherever it can be: to write to other memory takes longer.
         (position, fraction, *_), fraction_as_float = scratch.integers, scratch.floats[1]
-        fraction.copy_(code).mul_(grid.step[:, None]).add_(grid.origin[:, None])
-        position.copy_(fraction)
-        fraction.bitwise_and_(logarithm.OCTAVE - 1).bitwise_or_(0x3F800000)
+        position.copy_(code).mul_(step[:, None]).add_(origin[:, None])
+        torch.bitwise_and(position, logarithm.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
         # The octave of the position, with the power's mantissa in the place of the fraction's.
         octave = position.sub_(fraction)
         _polynomial(fraction_as_float, *logarithm.EXP2_POLYNOMIAL, out=out)
@@ -186,6 +185,25 @@ class Log:
     def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
         codes, bounds = parts
         return reference.dequantize_log(codes, bounds, width, dtype)
+
+
+def _log_steps(bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``logarithm.log_grid`` begins with, ``[blocks]`` each: to make all of it takes as long as the rest.
+
+    Returns:
+        The pattern of the smallest value and its correction, how far it is to the largest, and in how many steps.
+    """
+    patterns = bounds.view(torch.int32)
+    low, high = patterns.unbind(dim=1)
+    correction, correction_high = logarithm.log2_correction(patterns).unbind(dim=1)
+    span = (high - low).float().add_(correction_high - correction)
+    return low, correction, span, (span * (1.0 / logarithm.FINEST_LOG_STEP)).floor_().clamp_(1, 254)
+
+
+_LOG2_OF_MANTISSA = [
+    coefficient / logarithm.OCTAVE ** (2 + power) for power, coefficient in enumerate(logarithm.LOG2_POLYNOMIAL)
+]
+"""The polynomial for a mantissa that is multiplied by an octave, a power of two, which changes no rounding."""
 
 
 def _write_scale(blocks: Tensor, end: int, out: Tensor, spare: Tensor) -> Tensor | None:
