@@ -19,7 +19,7 @@ from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.coding import Coding
 from q8lightning.quantization.spec.sampling import MEASURED_WHOLE, ONE_IN, SHORT_STRETCH, stretches_of
 
-CHUNK = 2**16
+CHUNK = 2**17
 """Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
@@ -98,8 +98,8 @@ def _measure_sample(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Par
     rows = [_stretches(part, stretch // block_size if index == 1 else stretch) for index, part in enumerate(parts)]
     original = _stretches(flat, stretch)
     for some in torch.split(taken, max(CHUNK // stretch, 1)):
-        chunk = tuple(part[some].flatten(0, 1) for part in rows)
-        _add(totals, codec, original[some].view(-1, block_size), chunk)
+        chunk = tuple(part.index_select(0, some).flatten(0, 1) for part in rows)
+        _add(totals, codec, original.index_select(0, some).view(-1, block_size), chunk)
     totals.write(statistics, flat.numel() / (len(taken) * stretch))
 
 
