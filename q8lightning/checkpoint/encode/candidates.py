@@ -11,6 +11,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors, in_memory_order
 from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.many.encode import is_sampled, measure, relative_error_bound
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec.reference import SMALLEST_NORMAL
 
@@ -48,6 +49,13 @@ class Candidate:
     def decoded(self) -> Tensor:
         """What loading would give, in the same order."""
         return self.values if self.payload is None else in_memory_order(self.payload.decode())
+
+    def look_closer(self, limit: float) -> None:
+        """Measure in whole, unless only a part was looked at and the rest cannot make the relative error exceed it."""
+        if self.payload is not None and is_sampled(self.tensor, self.payload.codec):
+            values, codec, data = self.values, self.payload.codec, self.payload.data
+            if not relative_error_bound(values, codec, data) <= limit:
+                self.statistics = tuple(measure(values, codec, data).tolist())
 
     def stored(self, payload: QuantizedTensor | None) -> StoredMoment:
         """Return the moment with ``payload`` stored in its place."""

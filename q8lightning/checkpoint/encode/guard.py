@@ -21,7 +21,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors
 from q8lightning.checkpoint.policy import SECOND_MOMENTS, CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
 from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.many.encode import repack
+from q8lightning.quantization.many.encode import is_sampled, measure, repack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system.ambient import neutral
 
@@ -81,7 +81,11 @@ def _encode(candidates: list[Candidate], pairs: Sequence[Pair], policy: Checkpoi
 def _guard(candidates: list[Candidate], pairs: Sequence[Pair], policy: CheckpointPolicy, report: SaveReport) -> None:
     """Hold candidates and pairs to the limits, and measure again what is changed by that."""
     for candidate in candidates:
-        if candidate.payload is not None and candidate.kind in SECOND_MOMENTS and candidate.statistics[4]:
+        if candidate.payload is None or candidate.kind not in SECOND_MOMENTS:
+            continue
+        if candidate.payload.codec.name != LOG:  # under it no nonzero value becomes zero
+            candidate.look_closer(0.0)
+        if candidate.statistics[4]:
             zeroed = f"{candidate.statistics[4]:.0f} nonzero values become zero under {candidate.payload.codec.label}"
             candidate.payload = None
             report.guarded.append(Guarded(candidate.path, zeroed, "raw"))
@@ -100,6 +104,7 @@ def _guard(candidates: list[Candidate], pairs: Sequence[Pair], policy: Checkpoin
         limit = 10 ** (-policy.min_sqnr_db / 20)
         for candidate in candidates:
             if candidate not in judged and candidate.kind not in SECOND_MOMENTS:
+                candidate.look_closer(limit * (1 - MARGIN))
                 _hold(candidate, limit, lambda _, statistics: relative_error(*statistics[:2]), _as_sqnr, report)
 
 
@@ -230,6 +235,8 @@ def _with_residual(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, 
     payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
     if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:
         return None
+    if is_sampled(tensor, finer):
+        statistics = measure(candidate.values, finer, payloads[0].data)[None]  # nothing lost is said of all of it
     return payloads[0], tuple(statistics[0].tolist())
 
 

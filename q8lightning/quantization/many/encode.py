@@ -10,6 +10,8 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import grouped, has_kernels
 from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.spec import error_bound
+from q8lightning.quantization.spec.sampling import measured_stretches
 from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.workers import share_out
 
@@ -30,7 +32,8 @@ class Packed(NamedTuple):
         failed: ``[tensors]`` int32 on their device, 1 where the codec cannot hold a block of the tensor and its scales
             are not finite.
         statistics: ``[tensors, 5]`` float64 on their device if they were wanted: the fields of
-            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order. Where :func:`is_sampled`,
+            sums and counts are estimates, and the largest error is that of the elements that were looked at.
     """
 
     buffer: Tensor
@@ -97,7 +100,7 @@ class Packing:
 
         Args:
             tensors: Of the sizes and dtypes, and on the device, that were given.
-            measure: Whether to measure what is lost.
+            measure: Whether to measure what is lost; on a CPU, of large tensors in an eighth (``sampling.py``).
         """
         count, device = len(tensors), tensors[0].device
         failed = torch.zeros(count, dtype=torch.int32, device=device)
@@ -137,6 +140,32 @@ def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
     scales = data[: codec.scale_bytes(numel)].view(torch.float32)
     codes = torch.split(data[scales.nbytes :], numel)
     return codes[0], scales.view(-1, 2) if codec.coding.scales == 2 else scales, *codes[1:]
+
+
+def is_sampled(values: Tensor, codec: Codec) -> bool:
+    """Whether :func:`pack` measures what is lost of such a tensor in a part of it."""
+    taken, _ = measured_stretches(values.numel(), codec.block_size)
+    return values.device.type == "cpu" and taken is not None
+
+
+def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
+    """Return what is lost of all of a CPU tensor, ``[5]`` float64.
+
+    Args:
+        values: ``[numel]``, the original.
+        codec: How it is encoded.
+        data: What :func:`pack` returned for it.
+    """
+    statistics = torch.zeros(5, dtype=torch.float64, device="cpu")
+    cpu.measure_into(values, codec.coding, unpack(data, codec, values.numel()), statistics)
+    return statistics
+
+
+def relative_error_bound(values: Tensor, codec: Codec, data: Tensor) -> float:
+    """Return what the relative error of a CPU tensor cannot exceed; infinity where that is not known."""
+    if values.dtype != torch.float32:
+        return torch.inf
+    return error_bound.relative_error_bound(values, codec.coding, unpack(data, codec, values.numel())[1])
 
 
 def repack(data: Sequence[Tensor]) -> list[Tensor]:

@@ -54,3 +54,9 @@ def weight_of(numel: int) -> float:
     """Return by how much a sum over the stretches of a tensor is to be multiplied to stand for all of it."""
     stretches = stretches_of(numel)
     return 1.0 if stretches is None else numel / (len(stretches) * STRETCH)
+
+
+def measured_stretches(numel: int, block_size: int) -> tuple[Tensor | None, int]:
+    """Return the stretches in which a CPU measures what encoding has lost, None for all, and how long each is."""
+    stretch = max(SHORT_STRETCH, block_size)
+    return stretches_of(numel, stretch, max(MEASURED_WHOLE, ONE_IN * stretch)), stretch
