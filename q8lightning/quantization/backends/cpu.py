@@ -17,7 +17,7 @@ from q8lightning.quantization.backends.cpu_statistics import Totals
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.coding import Coding
-from q8lightning.quantization.spec.sampling import measured_stretches
+from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
 CHUNK = 2**17
 """Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
@@ -89,7 +89,7 @@ def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Part
 
 def _measure_sample(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
     """As :func:`_measure_whole`, for large tensors from an eighth of them."""
-    taken, stretch = measured_stretches(flat.numel(), block_size)
+    taken, stretch = stretches_on_cpu(flat.numel(), block_size)
     if taken is None:
         _measure_whole(codec, flat, block_size, parts, statistics)
         return

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import grouped, has_kernels
+from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.spec import error_bound
-from q8lightning.quantization.spec.sampling import measured_stretches
+from q8lightning.quantization.spec.sampling import stretches_on_cpu
 from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.workers import share_out
 
@@ -126,7 +127,11 @@ def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = Fal
 
 def _allocate(layout: _Layout) -> Tensor:
     """Return a new buffer."""
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
+    device = layout.gaps.device
+    if device.type == "cpu":
+        buffer = new_tensor(layout.nbytes, torch.uint8)
+    else:
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
 
 
@@ -144,7 +149,7 @@ def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
 
 def is_sampled(values: Tensor, codec: Codec) -> bool:
     """Whether :func:`pack` measures what is lost of such a tensor in a part of it."""
-    taken, _ = measured_stretches(values.numel(), codec.block_size)
+    taken, _ = stretches_on_cpu(values.numel(), codec.block_size)
     return values.device.type == "cpu" and taken is not None
 
 

@@ -1,7 +1,7 @@
 """Which part of a large tensor is looked at where all of it would take too long: an eighth, in stretches, by a hash.
 
-The same from save to save. Update directions are judged by it, on every device alike; on a CPU it also tells what
-encoding has lost.
+The same from save to save. Update directions of more than ``WHOLE`` elements are judged by it on every device; a CPU
+judges them by it, and measures what encoding has lost, from ``WHOLE_ON_CPU`` on.
 """
 
 from functools import lru_cache
@@ -21,11 +21,8 @@ ONE_IN = 8
 WHOLE = 2**20
 """Tensors of up to so many elements are looked at in whole."""
 
-SHORT_STRETCH = 1024
-"""The stretches in which a CPU measures what encoding has lost, or the block size, if that is more."""
-
-MEASURED_WHOLE = 2**15
-"""Up to so many elements a CPU measures that of all of them."""
+WHOLE_ON_CPU = 2**15
+"""The same where a CPU measures; a sample has at least 16 stretches there, too."""
 
 
 @lru_cache(maxsize=256)
@@ -56,7 +53,12 @@ def weight_of(numel: int) -> float:
     return 1.0 if stretches is None else numel / (len(stretches) * STRETCH)
 
 
-def measured_stretches(numel: int, block_size: int) -> tuple[Tensor | None, int]:
-    """Return the stretches in which a CPU measures what encoding has lost, None for all, and how long each is."""
-    stretch = max(SHORT_STRETCH, block_size)
-    return stretches_of(numel, stretch, max(MEASURED_WHOLE, ONE_IN * stretch)), stretch
+def stretches_on_cpu(numel: int, block_size: int) -> tuple[Tensor | None, int]:
+    """Return which stretches a CPU takes of a tensor, None if it is looked at in whole, and how long each is.
+
+    Args:
+        numel: Elements of the tensor.
+        block_size: What the length is a multiple of.
+    """
+    length = min(STRETCH, max(block_size, 1 << (numel // 128).bit_length() >> 1))
+    return stretches_of(numel, length, max(WHOLE_ON_CPU, 128 * length - 1)), length
