@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 
 from q8lightning.quantization.codec import LOG, Codec

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
+from support.devices import each_device
 
 from q8lightning.quantization.codec import Codec
 from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, is_sampled, measure, pack, unpack_on
 from q8lightning.quantization.spec import reference
-
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 CODECS = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("int4", 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]

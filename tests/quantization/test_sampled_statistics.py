@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.state_dict import encode_and_report
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.quantization.codec import Codec

@@ -45,7 +45,7 @@ class Packed(NamedTuple):
     @property
     def data(self) -> list[Tensor]:
         """For each tensor ``[nbytes]`` uint8, a view of the buffer: scales, codes and, if there are, residual codes."""
-        return _data(self.buffer, self.cuts)
+        return split(self.buffer, self.cuts)
 
 
 class _Layout(NamedTuple):
@@ -78,6 +78,7 @@ class Packing:
             (codec.scale_bytes(tensor.numel()), codec.encoded_bytes(tensor.numel()))
             for tensor, codec in zip(tensors, codecs, strict=True)
         )
+        self.codecs = tuple(codecs)
         self._layout = _layout(sizes, tensors[0].device)
         self._alone: list[tuple[int, Codec]] = []
         groups: dict[Codec, list[int]] = {}
@@ -135,8 +136,8 @@ def _allocate(layout: _Layout) -> Tensor:
     return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
 
 
-def _data(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
-    """Return the stretches of data."""
+def split(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
+    """Return the stretches of data in a buffer, without the gaps."""
     return list(buffer.split_with_sizes(cuts)[1::2])  # in one call: each slice would take a microsecond
 
 
@@ -173,16 +174,19 @@ def relative_error_bound(values: Tensor, codec: Codec, data: Tensor) -> float:
     return error_bound.relative_error_bound(values, codec.coding, unpack(data, codec, values.numel())[1])
 
 
-def repack(data: Sequence[Tensor]) -> list[Tensor]:
+def repack(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Copy ``data`` of one device into a buffer of its own, so that it keeps nothing else alive.
 
     Args:
         data: ``[nbytes]`` uint8 each, as :class:`Packed` has it; at least one.
+
+    Returns:
+        The buffer and the sizes of its stretches, of gaps and data in turns.
     """
     layout = _layout(tuple((0, each.nbytes) for each in data), data[0].device)
-    copies = _data(_allocate(layout), layout.cuts)
-    torch._foreach_copy_(copies, list(data))
-    return copies
+    buffer = _allocate(layout)
+    torch._foreach_copy_(split(buffer, layout.cuts), list(data))
+    return buffer, layout.cuts
 
 
 class Unpacking(NamedTuple):
@@ -260,7 +264,7 @@ def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
     """
     layout = _layout(_sizes(items), device)
     starts, buffer = layout.starts, _allocate(layout)
-    for there, item in zip(_data(buffer, layout.cuts), items, strict=True):
+    for there, item in zip(split(buffer, layout.cuts), items, strict=True):
         there.copy_(item.data)
     values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
     groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
