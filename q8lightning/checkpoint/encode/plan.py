@@ -125,8 +125,11 @@ class DevicePlan:
         Args:
             tensors: Those of the checkpoint, or copies of them.
         """
-        packed = self.packing.encode([tensors[i] for i in self.numbers], measure=True)
+        members = [in_memory_order(tensors[i]) for i in self.numbers]
+        packed = self.packing.encode(members, measure=True)
         assert packed.statistics is not None
+        if self.device.type == "cpu":
+            self.watched.look_closer(members, self.packing.codecs, packed)
         sums = packed.statistics.new_empty(len(self.pairs), 2)
         for alike, firsts, seconds in self.launches:
             alike.measure([tensors[i] for i in firsts], [tensors[i] for i in seconds], packed.buffer, sums)
