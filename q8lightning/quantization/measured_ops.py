@@ -1,4 +1,4 @@
-"""The operators that also return what is lost, on a GPU from the same pass over memory.
+"""The operators that also return what is lost, from the same pass over memory.
 
 Each does what its namesake in ``ops.py`` does. Its last result is :func:`reference.measure` of the tensor and its
 decoded form: ``[5]`` float64 on the device of the tensor.
@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.quantization.backends import cpu_statistics as measuring
-from q8lightning.quantization.backends.choose import backend_of, kernels
-from q8lightning.quantization.spec import reference
+from q8lightning.quantization.backends.choose import backend_of
 from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.ambient import neutral
 
 
 def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(5, dtype=torch.float64)
-
-
-def _measure(x: Tensor, block_size: int, decode: measuring.Decode) -> Tensor:
-    if x.device.type == "cpu":
-        return measuring.measure(x, block_size, decode)
-    return reference.measure(x, decode(slice(None), slice(None)).view(x.shape))
 
 
 def empty_codes(x: Tensor) -> Tensor:
@@ -38,15 +30,8 @@ def empty_scale(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype =
 @custom_op("q8lightning::measured_quantize", mutates_args=())
 @neutral()
 def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    book = get_codebook(codebook)
-    if x.is_cuda:
-        statistics = _statistics(x)
-        return *kernels().quantize(x, book, block_size, signed_scale, statistics), statistics
-    backend = backend_of(x)
-    codes, scale = backend.quantize(x, book, block_size, signed_scale)
-    flat = codes.view(-1)
-    lost = _measure(x, block_size, lambda e, b: backend.dequantize(flat[e], scale[b], book, block_size, x.dtype))
-    return codes, scale, lost
+    statistics = _statistics(x)
+    return *backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale, statistics), statistics
 
 
 @quantize.register_fake
@@ -57,13 +42,8 @@ def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> 
 @custom_op("q8lightning::measured_fake_quantize", mutates_args=())
 @neutral()
 def fake_quantize(x: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
-    book = get_codebook(codebook)
-    if x.is_cuda:
-        statistics = _statistics(x)
-        return kernels().fake_quantize(x, book, block_size, statistics), statistics
-    values = backend_of(x).fake_quantize(x, book, block_size)
-    flat = values.view(-1)
-    return values, _measure(x, block_size, lambda e, b: flat[e])
+    statistics = _statistics(x)
+    return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size, statistics), statistics
 
 
 @fake_quantize.register_fake
@@ -81,16 +61,8 @@ fake_quantize.register_autograd(_straight_through)
 @custom_op("q8lightning::measured_quantize_residual", mutates_args=())
 @neutral()
 def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.is_cuda:
-        statistics = _statistics(x)
-        return *kernels().quantize_residual(x, block_size, statistics), statistics
-    backend = backend_of(x)
-    codes, residual, scale = backend.quantize_residual(x, block_size)
-    one, two = codes.view(-1), residual.view(-1)
-    lost = _measure(
-        x, block_size, lambda e, b: backend.dequantize_residual(one[e], two[e], scale[b], block_size, x.dtype)
-    )
-    return codes, residual, scale, lost
+    statistics = _statistics(x)
+    return *backend_of(x).quantize_residual(x, block_size, statistics), statistics
 
 
 @quantize_residual.register_fake
@@ -101,14 +73,8 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @custom_op("q8lightning::measured_quantize_log", mutates_args=())
 @neutral()
 def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if x.is_cuda:
-        statistics = _statistics(x)
-        return *kernels().quantize_log(x, block_size, statistics), statistics
-    backend = backend_of(x)
-    codes, bounds = backend.quantize_log(x, block_size)
-    flat = codes.view(-1)
-    lost = _measure(x, block_size, lambda e, b: backend.dequantize_log(flat[e], bounds[b], block_size, x.dtype))
-    return codes, bounds, lost
+    statistics = _statistics(x)
+    return *backend_of(x).quantize_log(x, block_size, statistics), statistics
 
 
 @quantize_log.register_fake
@@ -119,12 +85,8 @@ def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 @custom_op("q8lightning::measured_quantize_affine", mutates_args=())
 @neutral()
 def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.is_cuda:
-        statistics = _statistics(x)
-        return *kernels().quantize_affine(x, block_size, statistics), statistics
-    backend = backend_of(x)
-    parts = backend.quantize_affine(x, block_size)
-    return *parts, reference.measure(x, backend.dequantize_affine(*parts, block_size, x.dtype))
+    statistics = _statistics(x)
+    return *backend_of(x).quantize_affine(x, block_size, statistics), statistics
 
 
 @quantize_affine.register_fake

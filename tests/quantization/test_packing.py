@@ -5,7 +5,7 @@ import torch
 from support.devices import each_device
 
 from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, pack, unpack_on
+from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, is_sampled, measure, pack, unpack_on
 from q8lightning.quantization.spec import reference
 
 CODECS = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("int4", 64)]
@@ -33,8 +33,9 @@ def test_packed_tensors_are_those_encoded_one_by_one(device: str) -> None:
         expected = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
         assert torch.equal(data.cpu(), expected)
         decoded = codec.decode((codes, scales, *residual), tensor.dtype)
-        measured = reference.measure(tensor.cpu(), decoded)
-        torch.testing.assert_close(statistics.cpu(), measured, rtol=2e-6, atol=0.0)
+        expected = reference.measure(tensor.cpu(), decoded)
+        found = measure(tensor, codec, data) if is_sampled(tensor, codec) else statistics.cpu()
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=0.0)
 
 
 @each_device

@@ -7,9 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import grouped, has_kernels
+from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.quantization.codec import Codec
-from q8lightning.system.ambient import lasting
+from q8lightning.quantization.spec import error_bound
+from q8lightning.quantization.spec.sampling import stretches_on_cpu
+from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.workers import share_out
 
 _ALIGNMENT = 16
@@ -29,7 +33,8 @@ class Packed(NamedTuple):
         failed: ``[tensors]`` int32 on their device, 1 where the codec cannot hold a block of the tensor and its scales
             are not finite.
         statistics: ``[tensors, 5]`` float64 on their device if they were wanted: the fields of
-            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order. Where :func:`is_sampled`,
+            sums and counts are estimates, and the largest error is that of the elements that were looked at.
     """
 
     buffer: Tensor
@@ -89,6 +94,7 @@ class Packing:
         """Where in the buffer the data of each tensor begins, in bytes."""
         return self._layout.starts
 
+    @neutral()
     def encode(self, tensors: Sequence[Tensor], measure: bool = False) -> Packed:
         """Encode such tensors, each as :meth:`Codec.encode` does its elements in the order of memory.
 
@@ -96,7 +102,7 @@ class Packing:
 
         Args:
             tensors: Of the sizes and dtypes, and on the device, that were given.
-            measure: Whether to measure what is lost.
+            measure: Whether to measure what is lost; on a CPU, of large tensors in an eighth (``sampling.py``).
         """
         count, device = len(tensors), tensors[0].device
         failed = torch.zeros(count, dtype=torch.int32, device=device)
@@ -109,7 +115,8 @@ class Packing:
         jobs = []
         for index, codec in self._alone:
             flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
-            jobs.append(partial(_encode, flat, codec, packed, data[index], index))
+            encode = _encode_on_cpu if device.type == "cpu" else _encode
+            jobs.append(partial(encode, flat, codec, packed, data[index], index))
         share_out(jobs, [tensors[index].nbytes if device.type == "cpu" else 0 for index, _ in self._alone])
         return packed
 
@@ -121,7 +128,11 @@ def pack(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = Fal
 
 def _allocate(layout: _Layout) -> Tensor:
     """Return a new buffer."""
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
+    device = layout.gaps.device
+    if device.type == "cpu":
+        buffer = new_tensor(layout.nbytes, torch.uint8)
+    else:
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
 
 
@@ -135,6 +146,32 @@ def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
     scales = data[: codec.scale_bytes(numel)].view(torch.float32)
     codes = torch.split(data[scales.nbytes :], numel)
     return codes[0], scales.view(-1, 2) if codec.coding.scales == 2 else scales, *codes[1:]
+
+
+def is_sampled(values: Tensor, codec: Codec) -> bool:
+    """Whether :func:`pack` measures what is lost of such a tensor in a part of it."""
+    taken, _ = stretches_on_cpu(values.numel(), codec.block_size)
+    return values.device.type == "cpu" and taken is not None
+
+
+def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
+    """Return what is lost of all of a CPU tensor, ``[5]`` float64.
+
+    Args:
+        values: ``[numel]``, the original.
+        codec: How it is encoded.
+        data: What :func:`pack` returned for it.
+    """
+    statistics = torch.zeros(5, dtype=torch.float64, device="cpu")
+    cpu.measure_into(values, codec.coding, unpack(data, codec, values.numel()), statistics)
+    return statistics
+
+
+def relative_error_bound(values: Tensor, codec: Codec, data: Tensor) -> float:
+    """Return what the relative error of a CPU tensor cannot exceed; infinity where that is not known."""
+    if values.dtype != torch.float32:
+        return torch.inf
+    return error_bound.relative_error_bound(values, codec.coding, unpack(data, codec, values.numel())[1])
 
 
 def repack(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -245,6 +282,13 @@ def bytes_to_unpack(items: Sequence[Unpacking]) -> int:
 
 def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
     return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
+
+
+def _encode_on_cpu(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
+    """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
+    statistics = None if packed.statistics is None else packed.statistics[index]
+    if not cpu.encode_into(flat, codec.coding, unpack(data, codec, flat.numel()), statistics):
+        packed.failed[index] = 1
 
 
 def _encode(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
