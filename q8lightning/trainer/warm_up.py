@@ -219,6 +219,7 @@ class WarmUp:
         try:
             for _ in range(2):  # the second as all that follow
                 io.save_checkpoint(checkpoint, "warm-up.ckpt")
+                io.settle("warm-up.ckpt")
         finally:
             io.finish()
             torch.cuda.current_stream().synchronize()  # kept tables are complete before another stream reads them
