@@ -237,7 +237,7 @@ def saves_cold(folder: Path) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
     found = loaded()
     saves = ModelCheckpoint(folder, every_n_train_steps=1)
-    gpu_trainer(folder, saves, max_steps=1, plugins=[QuantizedCheckpointIO()]).fit(Parts())
+    gpu_trainer(folder, saves, max_steps=1, enable_checkpointing=True, plugins=[QuantizedCheckpointIO()]).fit(Parts())
     assert len(found) >= 4, found
 
 
