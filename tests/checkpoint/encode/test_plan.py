@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.devices import CUDA
+from support.promises import payloads_of
 from support.steps import Steps
 from torch import Tensor, nn
 
@@ -314,6 +315,9 @@ def test_what_a_launch_cannot_keep_is_saved_as_by_a_first_save(
     change: Callable[[Training], None], launch_device: str, planned: list[Plan], tmp_path: Path
 ) -> None:
     check_change(change, Training(launch_device), True, planned, tmp_path)
+    encoded = payloads_of(tmp_path / "a.ckpt")
+    assert ("state_dict.layers.0.weight" in encoded) == (change is lose), "what holds NaN is stored as it is"
+    assert encoded.keys() >= {"state_dict.layers.1.weight", "state_dict.embed.weight"}
 
 
 def check_change(
