@@ -17,14 +17,15 @@ import torch
 from kernels import environment, median_ms
 from torch import Tensor
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import pack
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.codebook import BUILTIN
 
 PRESETS = {
-    "resume": (Codec("linear", 256, residual=True), Codec("softsign", 128), Codec("log", 128)),
-    "compact": (Codec("softsign", 256), Codec("softsign", 128), Codec("log", 128)),
+    "resume": (get_codec("linear", 256, residual=True), get_codec("softsign", 128), get_codec("log", 128)),
+    "compact": (get_codec("softsign", 256), get_codec("softsign", 128), get_codec("log", 128)),
 }
 
 

@@ -15,7 +15,7 @@ from kernels import median_ms
 from torch import Tensor
 
 from q8lightning.quantization.backends.kernels import blockwise, grouped, launch, work_list
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import pack
 from q8lightning.quantization.spec.codebook import BUILTIN
 
@@ -85,18 +85,18 @@ def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
         starts = tuple(range(0, x.nbytes, x.nbytes // count))
         lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
         return lambda: grouped.fake_quantize(tensors, values, starts, book, block, statistics=lost)
-    codec = Codec("linear", block, residual=True) if name.endswith("residual") else Codec("softsign", block)
+    codec = get_codec("linear", block, residual=True) if name.endswith("residual") else get_codec("softsign", block)
     if "cells" in name:
-        codec = Codec("dynamic", block)
+        codec = get_codec("dynamic", block)
     if "log" in name:
-        codec, tensors = Codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
+        codec, tensors = get_codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
     packed = pack(tensors, [codec] * count)
     buffer = packed.data[0].new_empty(0).set_(packed.data[0].untyped_storage())
     starts = tuple(data.storage_offset() for data in packed.data)
     if "decode" in name:
-        return lambda: grouped.decode(buffer, starts, tensors, codec.coding)
+        return lambda: grouped.decode(buffer, starts, tensors, codec.kernel)
     lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
-    return lambda: grouped.encode(tensors, buffer, starts, codec.coding, packed.failed, lost)
+    return lambda: grouped.encode(tensors, buffer, starts, codec.kernel, packed.failed, lost)
 
 
 def main() -> None:

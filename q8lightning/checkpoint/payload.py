@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import pack, unpack
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import pack
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -109,7 +110,7 @@ class QuantizedTensor:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
-        return unpack(self.data, self.codec, math.prod(self.shape))
+        return self.codec.split(self.data, math.prod(self.shape))
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original.
@@ -162,9 +163,7 @@ class QuantizedTensor:
         """Everything about the payload but its bytes and their checksum, as primitives."""
         header: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "codec": self.codec.name,
-            "block_size": self.codec.block_size,
-            "residual": self.codec.residual,
+            **self.codec.arguments,
             "shape": self.shape,
             "stride": self.stride,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -259,7 +258,7 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
     if header["format_version"] > FORMAT_VERSION:
         raise NewerFormatError(header["format_version"])
     payload = QuantizedTensor(
-        Codec(header["codec"], header["block_size"], header["residual"]),
+        get_codec(header["codec"], header["block_size"], header["residual"]),
         data,
         tuple(header["shape"]),
         tuple(header["stride"]),

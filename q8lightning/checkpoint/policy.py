@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import CodecName, get_codec
+from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.arguments import check_keys, did_you_mean
 
 NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
@@ -18,8 +19,6 @@ SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 Preset = Literal["resume", "compact"]
 """The names of :data:`PRESETS`, for type checkers."""
-
-CodecName = Literal["log"] | CodebookName
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Rule:
         if self.codec is None:
             return None
         assert isinstance(self.codec, str)
-        return Codec(self.codec, self.block_size, self.residual)
+        return get_codec(self.codec, self.block_size, self.residual)
 
     def matches(self, path: str, parameter: str | None) -> bool:
         """Whether the rule applies to the tensor at ``path`` that is or belongs to ``parameter``."""
@@ -224,7 +223,7 @@ def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
             Rule("state_dict.*", **weights),
             Rule("current_model_state.*", **weights),  # where WeightAveraging keeps the weights being trained
             *(Rule(f"optimizer_states.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
-            *(Rule(f"optimizer_states.*.{key}", LOG, 128) for key in SECOND_MOMENTS),
+            *(Rule(f"optimizer_states.*.{key}", "log", 128) for key in SECOND_MOMENTS),
         ]
     )
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.bit_packing import pack, unpack
-from q8lightning.quantization.weight_codec import WeightCodec
 
 CODES_KEY = "qat"
 """Where the summary of a checkpoint says how each weight is quantized."""
@@ -70,7 +70,10 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
 
 def _is_first_stage(payload: QuantizedTensor, codec: WeightCodec) -> bool:
     """Whether the payload's codes are those of ``codec``; a one-sided codebook has a signed scale in both."""
-    return codec.axis is None and (payload.codec.name, payload.codec.block_size) == (codec.codebook, codec.block_size)
+    return codec.axis is None and (payload.codec.codebook, payload.codec.block_size) == (
+        codec.codebook,
+        codec.block_size,
+    )
 
 
 def _strides(value: Tensor | QuantizedTensor) -> tuple[int, ...]:

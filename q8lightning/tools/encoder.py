@@ -17,7 +17,7 @@ from q8lightning.checkpoint.payload import FORMAT_VERSION, QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.qat_codes import CODES_KEY
 from q8lightning.checkpoint.tree import tensors
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.tools.pieces import Piece, memory_of, part_of, pieces_of
 from q8lightning.tools.source import Keys, Source, decoded_bytes, leaves, path_of
 from q8lightning.tools.stream import Store, Stored

@@ -78,8 +78,7 @@ def entries_of(source: Source) -> list[Entry]:
 
 def label(payload: QuantizedTensor) -> str:
     """Return how a payload is encoded, such as ``linear+residual/256``."""
-    codec = payload.codec
-    return f"{codec.label}{'+residual' if codec.residual else ''}/{codec.block_size}"
+    return f"{payload.codec.label}/{payload.codec.block_size}"
 
 
 def _identity(value: Tensor | QuantizedTensor) -> Any:

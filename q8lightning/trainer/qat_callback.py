@@ -13,8 +13,8 @@ from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
 from q8lightning.qat.trained import TrainedWeights
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.trainer.engagement import Windows
 from q8lightning.trainer.recording import harmless, publish
 from q8lightning.trainer.twins import is_a

@@ -22,7 +22,7 @@ from q8lightning import (
     without_verification,
 )
 from q8lightning.checkpoint.file import archive, summed_file
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 WEIGHT = "state_dict.decoder.weight"
 
@@ -132,7 +132,7 @@ def test_saving_a_damaged_payload_again_does_not_make_it_whole(file: Path, tmp_p
 
 
 def test_a_payload_without_a_checksum_is_read_as_before() -> None:
-    payload = QuantizedTensor.encode(torch.randn(64, 64), Codec("softsign"), "x")
+    payload = QuantizedTensor.encode(torch.randn(64, 64), get_codec("softsign"), "x")
     assert payload.checksum is None
     function, (header, data) = payload.__reduce__()
     del header["xxh3_64"]

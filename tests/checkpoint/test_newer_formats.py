@@ -10,7 +10,7 @@ from models import Autoencoder, quiet_trainer
 from q8lightning import NewerFormatError, QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.checkpoint import payload
 from q8lightning.checkpoint.payload import rebuild_v1
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 SAYS = r"format version 2, .*reads up to 1; upgrade q8lightning"
 
@@ -19,7 +19,7 @@ class LaterPayload:
     """Pickles as a payload of this version does, except for the header and the function it names."""
 
     def __init__(self, function: Any = rebuild_v1, **header: Any) -> None:
-        encoded = QuantizedTensor.encode(torch.randn(64, 64), Codec("softsign"), "state_dict.weight")
+        encoded = QuantizedTensor.encode(torch.randn(64, 64), get_codec("softsign"), "state_dict.weight")
         _, (known, *parts) = encoded.__reduce__()
         self.function, self.arguments = function, ({**known, **header}, *parts)
 

@@ -33,7 +33,7 @@ from q8lightning.checkpoint.file.payloads import decode_payloads, replace_payloa
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.file.write import write_checkpoint
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import Unpacking
 from q8lightning.system import workers
 from q8lightning.system.workers import Workers
@@ -43,7 +43,7 @@ Pair = namedtuple("Pair", ["one", "two"])
 
 
 def payload(name: str = "x", codec: str = "softsign", dtype: torch.dtype = torch.float32) -> QuantizedTensor:
-    return QuantizedTensor.encode(torch.randn(64, 65).abs().to(dtype), Codec(codec), name)
+    return QuantizedTensor.encode(torch.randn(64, 65).abs().to(dtype), get_codec(codec), name)
 
 
 def everything() -> Any:
@@ -52,7 +52,7 @@ def everything() -> Any:
     state = OrderedDict(a=payload("a"), b=tied, raw=torch.randn(LONG // 4 + 3), small=torch.randn(5))
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     shared = (payload("in a tuple"), 1)
-    large = QuantizedTensor.encode(torch.randn(LONG + 9), Codec("linear", 256, True), "large")
+    large = QuantizedTensor.encode(torch.randn(LONG + 9), get_codec("linear", 256, True), "large")
     return {
         "state_dict": state,
         "again": tied,
@@ -208,7 +208,7 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
 
     monkeypatch.setattr(QuantizedTensor, "verify", verify)
     payloads = [payload(str(index)) for index in range(9)]
-    payloads.insert(4, QuantizedTensor.encode(torch.randn(200_000), Codec("softsign"), "large"))
+    payloads.insert(4, QuantizedTensor.encode(torch.randn(200_000), get_codec("softsign"), "large"))
     with using(3, monkeypatch):
         decoded = decode_payloads(payloads)
         assert torch.get_num_threads() == 3
@@ -228,7 +228,12 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(4)
-    codecs = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("dynamic", 64)]
+    codecs = [
+        get_codec("linear", 256, True),
+        get_codec("softsign", 128),
+        get_codec("log", 128),
+        get_codec("dynamic", 64),
+    ]
     payloads = []
     # Some end within a block, one has no element, one is larger than what is decoded together.
     for index, numel in enumerate((256, 4096, 300, 0, 5120, 70_000, 512, 4096, 129, 8192)):

@@ -32,7 +32,7 @@ from q8lightning.checkpoint.file.payloads import checksums_ahead, payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.file.zip_writer import CHUNK, ZipWriter
 from q8lightning.checkpoint.payload import CHECKSUMS
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.system import workers
 from q8lightning.system.workers import Workers
 
@@ -66,7 +66,7 @@ def everything() -> dict[str, Any]:
         "dtypes": [torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64)],
         "empty": torch.empty(0),
         "scalars": [1, 2.5, "word", None, b"bytes", {1, 2}],
-        "payload": QuantizedTensor.encode(torch.randn(64, 65), Codec("log"), "x"),
+        "payload": QuantizedTensor.encode(torch.randn(64, 65), get_codec("log"), "x"),
         "exactly one chunk": torch.zeros(CHUNK, dtype=torch.uint8),
         "one byte more": torch.zeros(CHUNK + 1, dtype=torch.uint8),
         "storage": torch.arange(5.0).untyped_storage(),
@@ -259,7 +259,7 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 
 def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
-    payloads = [QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), f"x{index}") for index in range(5)]
+    payloads = [QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), f"x{index}") for index in range(5)]
     expected = [payload.__reduce__()[1][0]["xxh3_64"] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
@@ -278,7 +278,7 @@ def test_checksums_made_ahead_are_those_of_the_payloads(monkeypatch: pytest.Monk
 
 def test_a_payload_that_was_loaded_keeps_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
-    payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
+    payload = QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), "x")
     payload.checksum = 7
     with checksums_ahead([payload]):
         assert not CHECKSUMS.get()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, pack, unpack_on
 from q8lightning.quantization.spec import reference
 
@@ -12,7 +13,7 @@ CUDA = pytest.param(
 )
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
-CODECS = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("int4", 64)]
+CODECS = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("log", 128), get_codec("int4", 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 

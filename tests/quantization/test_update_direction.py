@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many import update_directions as update_direction
 from q8lightning.quantization.many.encode import pack, repack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
@@ -21,8 +22,8 @@ each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 EPS = 1e-8
 SIZES = (4096, 5001, 1, 33, 300_000)
-FIRST = Codec("softsign", 128)
-SECOND = Codec("log", 64)
+FIRST = get_codec("softsign", 128)
+SECOND = get_codec("log", 64)
 
 
 def moments_of(numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -68,11 +69,11 @@ def close(got: Tensor, pair: Moments) -> bool:
     ("first", "second"),
     [
         (FIRST, SECOND),
-        (Codec("linear", 256, True), SECOND),
+        (get_codec("linear", 256, True), SECOND),
         (None, SECOND),
         (FIRST, None),
         (None, None),
-        (FIRST, Codec("dynamic_unsigned", 4096)),
+        (FIRST, get_codec("dynamic_unsigned", 4096)),
     ],
     ids=str,
 )
@@ -108,7 +109,9 @@ def test_a_second_moment_that_becomes_zero_turns_the_step(device: str) -> None:
     one = torch.full((4096,), 1e-4, device=device)
     two = one.square()
     two[0] = 1.0  # so large that a linear code of the others is zero
-    wrong, right = (Moments(StoredMoment(one), stored(two, codec), EPS) for codec in (Codec("linear", 4096), SECOND))
+    wrong, right = (
+        Moments(StoredMoment(one), stored(two, codec), EPS) for codec in (get_codec("linear", 4096), SECOND)
+    )
     sums = update_direction_sums([wrong, right])
     assert float(sums[0, 0] / sums[0, 1]) > 1e7
     assert float(sums[1, 0] / sums[1, 1]) < 1e-3
@@ -199,7 +202,7 @@ def taken_of(pair: Moments) -> Moments:
 
 @each_device
 @pytest.mark.usefixtures("sampled")
-@pytest.mark.parametrize("second", [SECOND, Codec("dynamic_unsigned", 4096)], ids=str)
+@pytest.mark.parametrize("second", [SECOND, get_codec("dynamic_unsigned", 4096)], ids=str)
 def test_sums_of_a_large_tensor_are_those_of_its_stretches_and_stand_for_all_of_it(second: Codec, device: str) -> None:
     numel = 400_007
     torch.manual_seed(0)
@@ -233,8 +236,8 @@ def test_one_launch_looks_at_the_same_stretches(launching: str) -> None:
     ("first", "second", "dtypes"),
     [
         (FIRST, SECOND, (torch.float32, torch.float32)),
-        (Codec("linear", 32, True), Codec("log", 4096), (torch.float16, torch.float32)),
-        (Codec("dynamic", 4096), None, (torch.float32, torch.float32)),
+        (get_codec("linear", 32, True), get_codec("log", 4096), (torch.float16, torch.float32)),
+        (get_codec("dynamic", 4096), None, (torch.float32, torch.float32)),
         (None, SECOND, (torch.float32, torch.float16)),
         (None, None, (torch.float32, torch.float32)),
     ],

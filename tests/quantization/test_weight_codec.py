@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracle import same_bits
 
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.bit_packing import pack, unpack
 from q8lightning.quantization.spec.codebook import BUILTIN
-from q8lightning.quantization.weight_codec import WeightCodec
 
 WEIGHTS = [name for name, codebook in BUILTIN.items() if codebook.signed]
 SHAPES = [(96,), (10, 64), (7, 33), (4, 3, 5, 5), (1, 1), (300, 2)]

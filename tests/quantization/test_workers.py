@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import pack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system import workers
@@ -66,7 +66,7 @@ def test_tensors_are_encoded_and_measured_as_one_after_the_other(inference: bool
     torch.manual_seed(0)
     with torch.inference_mode(inference):
         tensors = [x for numel in (5000, 4096, 33, 70_000) for x in (torch.randn(numel), torch.rand(numel) + 0.1)]
-        codecs = [Codec("softsign", 128), Codec("log", 128)] * 4
+        codecs = [get_codec("softsign", 128), get_codec("log", 128)] * 4
         packed = pack(tensors, codecs, measure=True)
         moments = [StoredMoment(x, codec, data) for x, codec, data in zip(tensors, codecs, packed.data, strict=True)]
         pairs = [Moments(*moments[i : i + 2]) for i in range(0, 8, 2)]

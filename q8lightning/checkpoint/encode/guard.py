@@ -20,7 +20,6 @@ from q8lightning.checkpoint.encode.candidates import Candidate, Pair, encode_and
 from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors
 from q8lightning.checkpoint.policy import SECOND_MOMENTS, CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
-from q8lightning.quantization.codec import LOG, Codec
 from q8lightning.quantization.many.encode import repack
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system.ambient import neutral
@@ -166,7 +165,7 @@ def _hold(
     error = error_of(payload, candidate.statistics)
     if not error > limit * (1 - MARGIN):
         return False
-    finer = _with_residual(candidate)
+    finer = _encoded_finer(candidate)
     remedy = None
     if finer is not None and (finer[1][0] == 0 or (error > limit and error_of(*finer) <= limit)):
         remedy = "residual"
@@ -219,13 +218,11 @@ def _direction_error(moments: Moments) -> float:
     return relative_error(*update_direction_sums([moments])[0].tolist())
 
 
-def _with_residual(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, ...]] | None:
-    """Return the candidate encoded with the residual stage and what that loses; None if that is no improvement."""
+def _encoded_finer(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, ...]] | None:
+    """Return the candidate encoded with the finer codec and what that loses; None if that is no improvement."""
     codec, tensor = candidate.codec, candidate.tensor
-    if codec is None or codec.residual or codec.name == LOG:
-        return None
-    finer = Codec("linear", codec.block_size, residual=True)
-    if finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+    finer = None if codec is None else codec.finer
+    if finer is None or finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
         return None
     payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
     if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:

@@ -11,8 +11,8 @@ from q8lightning.checkpoint.encode.candidates import Candidate, Pair
 from q8lightning.checkpoint.payload import is_dense
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.tree import PATHS, has_memory, tensors
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.weight import WeightCodec
 
 WEIGHTS = ("state_dict", "current_model_state")
 """Sections that hold a model's state dict; the second is where WeightAveraging keeps the weights being trained."""

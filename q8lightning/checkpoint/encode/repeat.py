@@ -28,7 +28,7 @@ from q8lightning.checkpoint.report import DirectionLoss, SaveReport, TensorLoss
 from q8lightning.checkpoint.staging.snapshot import Copier
 from q8lightning.checkpoint.staging.transfer import PinnedMemory
 from q8lightning.checkpoint.tree import rebuild
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import Packed, Packing
 from q8lightning.quantization.many.update_directions import Alike
 from q8lightning.system.ambient import neutral

@@ -9,7 +9,7 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.layout import KernelCodec
 
 
 class Backend(Protocol):
@@ -65,11 +65,11 @@ class GroupedBackend(Protocol):
         tensors: Sequence[Tensor],
         buffer: Tensor,
         starts: tuple[int, ...],
-        coding: Coding,
+        codec: KernelCodec,
         failed: Tensor,
         statistics: Tensor | None = None,
     ) -> None: ...
-    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None: ...
+    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None: ...
     def fake_quantize(
         self,
         tensors: Sequence[Tensor],
@@ -91,7 +91,7 @@ class DirectionBackend(Protocol):
         self,
         tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
         starts: tuple[tuple[int, ...], tuple[int, ...]],
-        codings: tuple[Coding | None, Coding | None],
+        codecs: tuple[KernelCodec | None, KernelCodec | None],
         buffer: Tensor,
         eps: float,
         sums: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.choose import grouped, has_kernels
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.system.ambient import lasting
 from q8lightning.system.workers import share_out
 
@@ -39,7 +39,7 @@ class Packed(NamedTuple):
 
     @property
     def data(self) -> list[Tensor]:
-        """For each tensor ``[nbytes]`` uint8, a view of the buffer: scales, codes and, if there are, residual codes."""
+        """For each tensor ``[nbytes]`` uint8, a view of the buffer: what :meth:`Codec.split` takes apart."""
         return _data(self.buffer, self.cuts)
 
 
@@ -77,7 +77,7 @@ class Packing:
         self._alone: list[tuple[int, Codec]] = []
         groups: dict[Codec, list[int]] = {}
         for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
-            if has_kernels(tensor):
+            if has_kernels(tensor) and codec.kernel is not None:
                 groups.setdefault(codec, []).append(index)
             else:
                 self._alone.append((index, codec))
@@ -129,13 +129,6 @@ def _data(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
     return list(buffer.split_with_sizes(cuts)[1::2])  # in one call: each slice would take a microsecond
 
 
-def unpack(data: Tensor, codec: Codec, numel: int) -> tuple[Tensor, ...]:
-    """Return what :meth:`Codec.encode` returned for a tensor of ``numel`` elements, as views of its packed ``data``."""
-    scales = data[: codec.scale_bytes(numel)].view(torch.float32)
-    codes = torch.split(data[scales.nbytes :], numel)
-    return codes[0], scales.view(-1, 2) if codec.coding.scales == 2 else scales, *codes[1:]
-
-
 def repack(data: Sequence[Tensor]) -> list[Tensor]:
     """Copy ``data`` of one device into a buffer of its own, so that it keeps nothing else alive.
 
@@ -166,19 +159,19 @@ class Unpacking(NamedTuple):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """What :meth:`Codec.encode` returned."""
-        return unpack(self.data, self.codec, self.numel)
+        return self.codec.split(self.data, self.numel)
 
 
 def batches(items: Sequence[Unpacking], threads: int) -> Iterator[list[int]]:
     """Yield the indices of items that :func:`unpack_together` may decode, such that several threads have enough to do.
 
-    Items that are large or empty, not on the CPU, or end within a block come alone.
+    Items that are large or empty, not on the CPU, or whose codec decodes them only alone come alone.
     """
     most = min(_TOGETHER, sum(item.numel for item in items) // (4 * threads))
     open_batches: dict[tuple[Codec, torch.dtype], list[int]] = {}
     sizes: dict[tuple[Codec, torch.dtype], int] = {}
     for index, (data, codec, numel, dtype) in enumerate(items):
-        if data.device.type != "cpu" or numel % codec.block_size or not 0 < numel <= most:
+        if data.device.type != "cpu" or not codec.decodes_joined(numel) or not 0 < numel <= most:
             yield [index]
             continue
         key = codec, dtype
@@ -195,7 +188,7 @@ def unpack_together(items: Sequence[Unpacking]) -> list[Tensor]:
     """Decode as :meth:`Codec.decode` does, on the CPU many small tensors in one go.
 
     Args:
-        items: One, or several whose codecs and dtypes are the same and which are whole blocks, all on the CPU.
+        items: One, or several with the same codec and dtype that may be decoded joined, all on the CPU.
 
     Returns:
         ``[numel]`` values for each item, in memory of its own, where the item is.
@@ -209,7 +202,7 @@ def unpack_together(items: Sequence[Unpacking]) -> list[Tensor]:
 
 
 def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
-    """Decode on a GPU, in one launch for each dtype and codec, as :meth:`Codec.decode` does.
+    """Decode on a GPU as :meth:`Codec.decode` does, in one launch for each dtype and codec that kernels know.
 
     Args:
         device: A GPU.
@@ -223,14 +216,19 @@ def unpack_on(device: torch.device, items: Sequence[Unpacking]) -> list[Tensor]:
     """
     layout = _layout(_sizes(items), device)
     starts, buffer = layout.starts, _allocate(layout)
-    for there, item in zip(_data(buffer, layout.cuts), items, strict=True):
+    data = _data(buffer, layout.cuts)
+    for there, item in zip(data, items, strict=True):
         there.copy_(item.data)
     values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
     groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault((item.codec, item.dtype), []).append(index)
-    for (codec, _), members in groups.items():
-        grouped().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.coding)
+    for (codec, dtype), members in groups.items():
+        if codec.kernel is not None:
+            grouped().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.kernel)
+            continue
+        for i in members:
+            values[i] = codec.decode(codec.split(data[i], items[i].numel), dtype)
     return values
 
 
@@ -245,11 +243,11 @@ def _sizes(items: Sequence[Unpacking]) -> tuple[tuple[int, int], ...]:
 
 def _encode(flat: Tensor, codec: Codec, packed: Packed, data: Tensor, index: int) -> None:
     if packed.statistics is None:
-        codes, scales, *residual = codec.encode(flat)
+        parts = codec.encode(flat)
     else:
-        (codes, scales, *residual), packed.statistics[index] = codec.encode_and_measure(flat)
-    torch.cat([scales.view(-1).view(torch.uint8), codes, *residual], out=data)
-    packed.failed[index] = ~scales.isfinite().all()
+        parts, packed.statistics[index] = codec.encode_and_measure(flat)
+    codec.join(parts, out=data)
+    packed.failed[index] = codec.failed(parts)
 
 
 def _encode_group(
@@ -257,7 +255,8 @@ def _encode_group(
 ) -> None:
     failed = packed.failed.new_zeros(len(members))
     statistics = None if packed.statistics is None else packed.statistics.new_zeros(len(members), 5)
-    grouped().encode(tensors, packed.buffer, starts, codec.coding, failed, statistics)
+    assert codec.kernel is not None
+    grouped().encode(tensors, packed.buffer, starts, codec.kernel, failed, statistics)
     where = kept_index(members, packed.buffer.device)
     packed.failed[where] = failed
     if packed.statistics is not None and statistics is not None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from q8lightning.quantization.backends.choose import grouped, has_kernels
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.block_choice import chosen_blocks
 from q8lightning.quantization.spec.reference import measure
-from q8lightning.quantization.weight_codec import WeightCodec
 
 BATCH = 2**22
 """Elements that operators quantize in one call: many small tensors together, while scratch stays small."""

@@ -5,7 +5,7 @@ cannot see it. Of large tensors an eighth is looked at (``sampling.py``): traini
 hundred thousand elements tell the ratio of error to signal as well as all of them.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.choose import has_kernels, update_directions
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import kept_index, unpack
+from q8lightning.quantization.codecs.codec import Codec, take_stretches
+from q8lightning.quantization.many.encode import kept_index
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
@@ -82,12 +82,28 @@ class Alike(NamedTuple):
             buffer: uint8, where the data of all is.
             sums: ``[pairs, 2]`` float64.
         """
-        first, second = (None if codec is None else codec.coding for codec in self.codecs)
+        where = kept_index(self.members, sums.device)
+        first, second = (None if codec is None else codec.kernel for codec in self.codecs)
+        if not all(map(_in_kernels, self.codecs)):
+            sides = zip(*(self._stored(i, tensors, buffer) for i, tensors in enumerate((firsts, seconds))), strict=True)
+            sums[where] = torch.stack([_sums(Moments(one, two, self.eps)) for one, two in sides])
+            return
         part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
         update_directions().update_direction_sums(
             (firsts, seconds), self.starts, (first, second), buffer, self.eps, part
         )
-        sums[kept_index(self.members, sums.device)] = part
+        sums[where] = part
+
+    def _stored(self, side: int, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[StoredMoment]:
+        codec = self.codecs[side]
+        for tensor, start in zip(tensors, self.starts[side], strict=True):
+            data = None if codec is None else buffer[start : start + codec.encoded_bytes(tensor.numel())]
+            yield StoredMoment(tensor.as_strided((tensor.numel(),), (1,)), codec, data)
+
+
+def _in_kernels(codec: Codec | None) -> bool:
+    """Tell whether the kernels can decode what is stored with a codec, or as it is."""
+    return codec is None or codec.kernel is not None
 
 
 @neutral()
@@ -121,7 +137,9 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
 def _likeness(pair: Moments) -> Hashable:
     """Return what pairs of one launch have in common, None for those that no launch takes."""
     memory = {each.data.untyped_storage()._cdata for each in pair.moments if each.data is not None}
-    if len(memory) > 1 or not all(has_kernels(each.values) and each.values.is_contiguous() for each in pair.moments):
+    if len(memory) > 1 or not all(
+        has_kernels(each.values) and each.values.is_contiguous() and _in_kernels(each.codec) for each in pair.moments
+    ):
         return None
     return *memory, *((each.values.dtype, each.codec) for each in pair.moments), pair.eps
 
@@ -171,20 +189,8 @@ def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
     """Return original and decoded elements, copies in float32 or float64."""
     values, codec, data = moment
     dtype = torch.promote_types(values.dtype, torch.float32)
-    original = _rows(values, part, STRETCH)
+    original = take_stretches(values, part, STRETCH)
     if codec is None or data is None:
         return original.to(dtype, copy=True), original.to(dtype, copy=True)
-    codes, scales, *residual = unpack(data, codec, values.numel())
-    scales = _rows(scales, part, STRETCH // codec.block_size)
-    stored = codec.decode(
-        (_rows(codes, part, STRETCH), scales, *(_rows(r, part, STRETCH) for r in residual)), values.dtype
-    )
+    stored = codec.decode_stretches(codec.split(data, values.numel()), part, STRETCH, values.dtype)
     return original.to(dtype, copy=True), stored.to(dtype)
-
-
-def _rows(x: Tensor, part: _Part, stretch: int) -> Tensor:
-    """Return the rows of a part, of which a stretch has so many."""
-    if isinstance(part, slice):
-        return x[part.start * stretch : part.stop * stretch]
-    whole = x[: x.shape[0] // stretch * stretch]
-    return whole.view(-1, stretch, *x.shape[1:])[part].flatten(0, 1)

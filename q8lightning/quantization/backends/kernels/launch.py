@@ -21,6 +21,7 @@ class Settings(NamedTuple):
             it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
             segments decide.
         fewest: Tiles of a program however long the rows are.
+        row: Longer blocks are decoded in rows of so many elements: nothing there needs a whole block at once.
         registers: The most that a thread may have; 0 for as many as the compiler likes. Fewer let more programs share
             a processor.
     """
@@ -30,6 +31,7 @@ class Settings(NamedTuple):
     tiles: int = 1
     registers: int = 0
     fewest: int = 1
+    row: int = 4096
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
@@ -43,20 +45,22 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "fake_quantize measured": (Settings(1024, 2, 4), Settings(1024, 2, 6, fewest=6)),
     "fake_quantize in cells measured": (Settings(512, 1, 6), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
-    "dequantize": (Settings(512, 1), Settings(1024, 2)),
-    "dequantize linear": (Settings(512, 1), Settings(2048, 4)),
+    "dequantize": (Settings(512, 1, row=256), Settings(1024, 2, row=256)),
+    "dequantize linear": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
-    "dequantize_residual": (Settings(1024, 2), Settings(2048, 2)),
+    "dequantize_residual": (Settings(1024, 2, row=256), Settings(2048, 2, row=256)),
     "quantize_log": (Settings(1024, 1), Settings(1024, 1)),
-    "dequantize_log": (Settings(2048, 1), Settings(2048, 1, registers=96)),
+    # With 32 rows a tile, each lane of a warp lays out the grid of one.
+    "dequantize_log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64, registers=96)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
-    "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
+    "dequantize_affine": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
     "group codebook": (Settings(1024, 1), Settings(1024, 1)),
     "group in cells": (Settings(1024, 1), Settings(1024, 1)),
     "group residual": (Settings(1024, 2), Settings(1024, 1)),
     "group log": (Settings(2048, 1), Settings(2048, 1)),
-    "group decode": (Settings(1024, 2), Settings(4096, 2)),
-    "group decode log": (Settings(2048, 1), Settings(2048, 1)),
+    "group decode codebook": (Settings(1024, 2), Settings(4096, 2)),
+    "group decode residual": (Settings(1024, 2), Settings(4096, 2)),
+    "group decode log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
     "group fake_quantize": (Settings(512, 1), Settings(2048, 2)),
     "group fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
     "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),
@@ -66,12 +70,6 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "measured group residual": (Settings(1024, 1), Settings(512, 1)),
     "measured group log": (Settings(512, 1), Settings(512, 1)),
 }
-
-DECODED_ROW = 256
-"""Blocks longer than this are decoded in several rows: nothing there needs a whole block at once."""
-
-LOG_ROW = 64
-"""Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
 
 VALUES_OF_A_WARP = 2048
 """At most: 64 a thread."""
@@ -87,6 +85,11 @@ def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
     # Longer rows get more warps, not more registers than there are; sums take up some too.
     a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
     return rows, min(max(rows * row // a_warp, warps), 8)
+
+
+def decoded_row(settings: str, block_size: int) -> int:
+    """Return how many elements of a block are a row when it is decoded."""
+    return min(block_size, SETTINGS[settings][0].row)
 
 
 def tiles_of(settings: str, elements: int, itemsize: int) -> int:
@@ -157,7 +160,7 @@ def run_decoder(
     kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
 ) -> None:
     """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
-    row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
+    row = decoded_row(settings, block_size)
     rows, warps = rows_of(settings, row, itemsize)
     constants |= options_of(settings, itemsize)
     run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
