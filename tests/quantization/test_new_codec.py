@@ -161,7 +161,7 @@ def test_a_rule_names_it_and_a_file_holds_it(tmp_path: Path, monkeypatch: pytest
 
 # Nobody else tells codecs apart
 
-TELLS = ("quantization/codecs/", "quantization/backends/kernels/tile_codecs.py")
+TELLS = ("quantization/codecs/", "quantization/backends/kernels/codecs/")
 
 
 def test_nobody_tells_codecs_apart_but_their_own_files_and_the_kernels_one_switch() -> None:

@@ -46,7 +46,7 @@ class KernelCodec(NamedTuple):
     """What the kernels for many tensors are told of a codec.
 
     Attributes:
-        kernel: What they call its arithmetic; see ``kernels/tile_codecs.py``.
+        kernel: What they call its arithmetic; see ``kernels/codecs/of_tile.py``.
         layout: How the bytes lie.
         codebook: The levels, if it has any.
         end: The end of [-1, 1] that a signed scale turns the largest element of a block to; 0 for a plain absmax.

@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.backends.kernels import codec
+from q8lightning.quantization.backends.kernels.codecs import codebook
+from q8lightning.quantization.backends.kernels.codecs.of_tile import decode_tile, encode_tile
 from q8lightning.quantization.backends.kernels.fake_quantize import fake_quantize_tiles, is_chosen
 from q8lightning.quantization.backends.kernels.statistics import (
     add,
@@ -17,7 +18,6 @@ from q8lightning.quantization.backends.kernels.statistics import (
     unit_of_tiles,
     write_many,
 )
-from q8lightning.quantization.backends.kernels.tile_codecs import decode_tile, encode_tile
 from q8lightning.quantization.backends.kernels.tiles import load_float, store
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT
 
@@ -153,7 +153,7 @@ def fake_quantize_kernel(
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = elements < left
     original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
-    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
+    quantized = codebook.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
     if CHOOSE:
         blocks = tl.load(row + 3) + skip // BLOCK + rows
         quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)

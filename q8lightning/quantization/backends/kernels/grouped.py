@@ -37,7 +37,7 @@ def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, *
     with torch.cuda.device_of(launch.work):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *arguments, **constants, ALIGNED=launch.aligned, MULTIPLE=launch.multiple,
-            num_warps=launch.warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+            num_warps=launch.warps, enable_fp_fusion=False,  # codecs/codebook.py says why
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How kernels are launched: their settings, and the dtypes they read and write."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from q8lightning.quantization.backends.kernels import bits
 from q8lightning.quantization.backends.kernels.tables import Tables
 from q8lightning.quantization.backends.kernels.totals import empty_partials, total
+from q8lightning.quantization.spec import reference
 
 
 class Settings(NamedTuple):
@@ -122,7 +124,7 @@ def run(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[grid](
             *tensors, x.numel(), ROWS=rows, BLOCK=block_size, **constants,
-            num_warps=warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+            num_warps=warps, enable_fp_fusion=False,  # codecs/codebook.py says why
         )  # fmt: skip
 
 
@@ -154,6 +156,12 @@ def run_encoder(
     if own is not None:
         total(partials, own)
     return own
+
+
+def finish(x: Tensor, statistics: Tensor | None, own: Tensor | None, decode: Callable[[], Tensor]) -> None:
+    """Measure in PyTorch what a kernel could not, because it saw ``x`` in another dtype."""
+    if statistics is not None and own is None:
+        statistics.copy_(reference.measure(x, decode()))
 
 
 def run_decoder(

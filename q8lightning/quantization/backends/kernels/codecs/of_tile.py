@@ -9,8 +9,8 @@ is compiled, so that a launch holds the arithmetic of one codec and no more.
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.backends.kernels import codec, log
 from q8lightning.quantization.backends.kernels.bits import is_finite, rounded
+from q8lightning.quantization.backends.kernels.codecs import codebook, log, residual
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store
 
 
@@ -33,18 +33,18 @@ def encode_tile(
         if DECODE:
             decoded = rounded(log.decode(code, scale, high), like)
     elif CODEC == "residual":
-        code, second, scale = codec.encode_residual(values)
+        code, second, scale = residual.encode(values)
         if STORE:
             store(rest, elements, second, mask)
             store(scales, rows, scale, row_mask)
         if DECODE:
-            decoded = rounded(codec.decode_residual(code, second, scale), like)
+            decoded = rounded(residual.decode(code, second, scale), like)
     else:
-        code, scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
+        code, scale = codebook.encode(values, table, SEARCH, SHIFT, BITS, END)
         if STORE:
             store(scales, rows, scale, row_mask)
         if DECODE:
-            decoded = rounded(codec.decode(code, levels, scale, SEARCH), like)
+            decoded = rounded(codebook.decode(code, levels, scale, SEARCH), like)
     if STORE:
         store(codes, elements, code, mask)
     return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
@@ -61,7 +61,7 @@ def decode_tile(
         value = log.decode(code, low, high)
     elif CODEC == "residual":
         second = load_code(rest, elements, mask)
-        value = codec.decode_residual(code, second, load_float(scales, blocks, row_mask))
+        value = residual.decode(code, second, load_float(scales, blocks, row_mask))
     else:
-        value = codec.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH)
+        value = codebook.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH)
     return value
