@@ -384,7 +384,7 @@ def test_nothing_is_written_outside_the_results_or_to_the_input(device: str, mon
     x = torch.randn(3, 11, device=device)
     original = x.clone()
     expected = blockwise.quantize(x, BUILTIN["dynamic"], 32), blockwise.quantize_log(x.abs(), 32)
-    monkeypatch.setattr(blockwise, "empty", guarded)
+    monkeypatch.setattr(launch, "empty", guarded)
     codes, scale = blockwise.quantize(x, BUILTIN["dynamic"], 32)
     assert torch.equal(codes, expected[0][0])  # the guarded buffers are indeed what is written
     blockwise.dequantize(codes, scale, BUILTIN["dynamic"], 32, torch.float32)

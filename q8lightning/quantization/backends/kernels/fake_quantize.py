@@ -13,7 +13,6 @@ from torch import Tensor
 from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import as_pairs, packed, rounded, unpacked
 from q8lightning.quantization.backends.kernels.codecs import codebook
-from q8lightning.quantization.backends.kernels.launch import empty, finish, flattened, search_constants
 from q8lightning.quantization.backends.kernels.statistics import add, measure_many, nothing
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float, store, tile
@@ -102,16 +101,16 @@ def _mix(x):
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
     """Quantized values in the shape and dtype of ``x``; codes are never written."""
-    flat, tables = flattened(x), tables_of(codebook, x.device)
-    values = empty(x, *x.shape, dtype=flat.dtype)
+    flat, tables = launch.flattened(x), tables_of(codebook, x.device)
+    values = launch.empty(x, *x.shape, dtype=flat.dtype)
     settings = "fake_quantize" if tables.search in ("linear", "softsign") else "fake_quantize in cells"
-    constants = search_constants(tables)
+    constants = launch.search_constants(tables)
     parts = flat, values, tables.table, tables.levels
     if statistics is None or flat.dtype != x.dtype:
         rows, warps = launch.rows_of(settings, block_size, flat.element_size())
         launch.run(fake_quantize_kernel, rows, warps, block_size, parts, tiles=1, **constants)
         values = values.to(x.dtype)
-        finish(x, statistics, None, lambda: values)
+        launch.finish(x, statistics, None, lambda: values)
         return values
     settings = f"{settings} measured"
     rows, warps = launch.rows_of(settings, block_size, flat.element_size())

@@ -10,7 +10,6 @@ from torch import Tensor
 from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import INFINITY, MAGNITUDE, bits_of, nan_unless_finite, rounded
 from q8lightning.quantization.backends.kernels.codecs import codebook
-from q8lightning.quantization.backends.kernels.launch import block_count, empty, finish, flattened, kernel_dtype
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
 
@@ -68,18 +67,18 @@ def _dequantize_affine_kernel(
 
 def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes ``[*x.shape]`` uint8, scale float32 and zero point uint8, ``[ceil(numel / block_size)]`` each."""
-    flat, blocks = flattened(x), block_count(x, block_size)
-    codes, scale = empty(x, *x.shape, dtype=torch.uint8), empty(x, blocks)
-    zero_point = empty(x, blocks, dtype=torch.uint8)
+    flat, blocks = launch.flattened(x), launch.block_count(x, block_size)
+    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, blocks)
+    zero_point = launch.empty(x, blocks, dtype=torch.uint8)
     parts = flat, codes, scale, zero_point
     own = launch.run_encoder(_quantize_affine_kernel, "quantize_affine", block_size, parts, x, statistics)
-    finish(x, statistics, own, lambda: dequantize_affine(codes, scale, zero_point, block_size, x.dtype))
+    launch.finish(x, statistics, own, lambda: dequantize_affine(codes, scale, zero_point, block_size, x.dtype))
     return codes, scale, zero_point
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    values = empty(codes, *codes.shape, dtype=kernel_dtype(dtype))
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
     parts = codes.reshape(-1), scale.contiguous(), zero_point.contiguous(), values
     size = values.element_size()
     launch.run_decoder(_dequantize_affine_kernel, "dequantize_affine", block_size, parts, size)

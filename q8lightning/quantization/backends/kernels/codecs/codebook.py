@@ -29,14 +29,6 @@ from q8lightning.quantization.backends.kernels.bits import (
     round_to_code,
     rounded,
 )
-from q8lightning.quantization.backends.kernels.launch import (
-    block_count,
-    empty,
-    finish,
-    flattened,
-    kernel_dtype,
-    search_constants,
-)
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
@@ -208,20 +200,20 @@ def quantize(
     x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes ``[*x.shape]`` uint8 and scale ``[ceil(numel / block_size)]`` float32."""
-    flat, tables = flattened(x), tables_of(codebook, x.device)
-    codes, scale = empty(x, *x.shape, dtype=torch.uint8), empty(x, block_count(x, block_size))
-    constants = {**search_constants(tables), "END": codebook.end if signed_scale else 0}
+    flat, tables = launch.flattened(x), tables_of(codebook, x.device)
+    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size))
+    constants = {**launch.search_constants(tables), "END": codebook.end if signed_scale else 0}
     settings = "quantize" if tables.search in ("linear", "softsign") else "quantize in cells"
     parts = flat, codes, scale, tables.table, tables.levels
     own = launch.run_encoder(_quantize_kernel, settings, block_size, parts, x, statistics, **constants)
-    finish(x, statistics, own, lambda: dequantize(codes, scale, codebook, block_size, x.dtype))
+    launch.finish(x, statistics, own, lambda: dequantize(codes, scale, codebook, block_size, x.dtype))
     return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
     flat, tables = codes.reshape(-1), tables_of(codebook, codes.device)
-    values = empty(codes, *codes.shape, dtype=kernel_dtype(dtype))
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
     linear = tables.search == "linear"
     parts = flat, scale.contiguous(), values, tables.levels
     settings, search = ("dequantize linear", "linear") if linear else ("dequantize", "table")

@@ -19,7 +19,6 @@ from q8lightning.quantization.backends.kernels.bits import (
     round_to_integer,
     rounded,
 )
-from q8lightning.quantization.backends.kernels.launch import block_count, empty, finish, flattened, kernel_dtype
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code_for, load_float, store, tile
 from q8lightning.quantization.spec import logarithm
@@ -120,17 +119,17 @@ def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLO
 
 def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes ``[*x.shape]`` uint8 and bounds ``[ceil(numel / block_size), 2]`` float32."""
-    flat = flattened(x)
-    codes, bounds = empty(x, *x.shape, dtype=torch.uint8), empty(x, block_count(x, block_size), 2)
+    flat = launch.flattened(x)
+    codes, bounds = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size), 2)
     parts = flat, codes, bounds
     own = launch.run_encoder(_quantize_log_kernel, "quantize_log", block_size, parts, x, statistics)
-    finish(x, statistics, own, lambda: dequantize_log(codes, bounds, block_size, x.dtype))
+    launch.finish(x, statistics, own, lambda: dequantize_log(codes, bounds, block_size, x.dtype))
     return codes, bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    values = empty(codes, *codes.shape, dtype=kernel_dtype(dtype))
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
     parts = codes.reshape(-1), bounds.contiguous(), values
     launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size())
     return values.to(dtype)

@@ -10,7 +10,6 @@ from torch import Tensor
 from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import ROUNDING, bits_of, is_finite, round_to_code, rounded
 from q8lightning.quantization.backends.kernels.codecs import codebook
-from q8lightning.quantization.backends.kernels.launch import block_count, empty, finish, flattened, kernel_dtype
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
 from q8lightning.quantization.spec import reference
@@ -68,18 +67,18 @@ def _dequantize_residual_kernel(
 
 def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and residual codes ``[*x.shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32."""
-    flat = flattened(x)
-    codes, residual = empty(x, *x.shape, dtype=torch.uint8), empty(x, *x.shape, dtype=torch.uint8)
-    scale = empty(x, block_count(x, block_size))
+    flat = launch.flattened(x)
+    codes, residual = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, *x.shape, dtype=torch.uint8)
+    scale = launch.empty(x, launch.block_count(x, block_size))
     parts = flat, codes, residual, scale
     own = launch.run_encoder(_quantize_residual_kernel, "quantize_residual", block_size, parts, x, statistics)
-    finish(x, statistics, own, lambda: dequantize_residual(codes, residual, scale, block_size, x.dtype))
+    launch.finish(x, statistics, own, lambda: dequantize_residual(codes, residual, scale, block_size, x.dtype))
     return codes, residual, scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Values ``[*codes.shape]`` of ``dtype``."""
-    values = empty(codes, *codes.shape, dtype=kernel_dtype(dtype))
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
     parts = codes.reshape(-1), residual.reshape(-1), scale.contiguous(), values
     size = values.element_size()
     launch.run_decoder(_dequantize_residual_kernel, "dequantize_residual", block_size, parts, size)
