@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
-from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.many.encode import encode_many
 
 FORMAT_VERSION = 1
 """Raised whenever an older reader could misread what a newer writer wrote."""
@@ -227,7 +227,7 @@ def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]], measure: bool = F
                 f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
                 " encode tensor.contiguous()"
             )
-    packed = pack([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
+    packed = encode_many([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
     payloads = [
         QuantizedTensor(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
         for (tensor, codec, name), data in zip(items, packed.data, strict=True)

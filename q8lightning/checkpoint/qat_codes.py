@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.spec.bit_packing import pack, unpack
+from q8lightning.quantization.spec.packed_bits import pack_bits, unpack_bits
 
 CODES_KEY = "qat"
 """Where the summary of a checkpoint says how each weight is quantized."""
@@ -43,7 +43,7 @@ def describe_codes(
             entry = {"codebook": codec.codebook, "block_size": codec.block_size, "axis": codec.axis}
             if isinstance(value, QuantizedTensor) and not _is_first_stage(value, codec):
                 codes, scales = codec.encode(masters[name])
-                entry |= {"codes": pack(codes, codec.bits), "scales": scales}
+                entry |= {"codes": pack_bits(codes, codec.bits), "scales": scales}
             entries[id(value)] = entry
         described[name] = entries[id(value)]
     return described
@@ -60,7 +60,7 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     like = torch.empty_strided(value.shape, _strides(value), dtype=value.dtype, device="meta")
     if "codes" in entry:
         scales = entry["scales"]
-        codes = unpack(entry["codes"], codec.bits, like.numel())
+        codes = unpack_bits(entry["codes"], codec.bits, like.numel())
         return codec, codes.view(scales.shape[0], -1), scales, like
     if isinstance(value, QuantizedTensor):
         codes, scales = value.parts[:2]

@@ -34,7 +34,7 @@ from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codecs.table import get_codec
-from q8lightning.quantization.many.encode import Unpacking
+from q8lightning.quantization.many.decode import EncodedItem
 from q8lightning.system import workers
 from q8lightning.system.workers import Workers
 from q8lightning.trainer.durable_io import DurableCheckpointIO
@@ -443,14 +443,14 @@ class Gpu:
     device = torch.device("cuda", 0)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int = 2**40, error: Exception | None = None) -> None:
-        self.items: list[Unpacking] = []
+        self.items: list[EncodedItem] = []
         self.error = error
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-        monkeypatch.setattr(payload_group, "unpack_on", self.unpack)
+        monkeypatch.setattr(payload_group, "decode_on", self.unpack)
 
-    def unpack(self, device: torch.device, items: list[Unpacking]) -> list[Tensor]:
+    def unpack(self, device: torch.device, items: list[EncodedItem]) -> list[Tensor]:
         assert device == self.device
         self.items += items
         if self.error is not None:

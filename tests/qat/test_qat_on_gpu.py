@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from q8lightning import ActivationRule, QATConfig, QuantizationCallback, WeightRule, export_quantized
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.quantization.many import launches as group_batches
+from q8lightning.quantization.many import write_quantized as group_batches
 
 pytestmark = [
     pytest.mark.gpu,

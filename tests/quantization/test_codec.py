@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import oracle
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.codecs.table import CODECS as CODECS_BY_NAME
+from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook
 
 CUSTOM = Codebook("mine", (-0.5, -0.1, 0.0, 0.3, 1.0))
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -173,6 +175,17 @@ def test_a_codebook_that_reaches_neither_end_is_refused(levels: tuple[float, ...
 def test_a_block_size_that_is_none_is_refused(block_size: object) -> None:
     with pytest.raises(ValueError, match=f"block_size must be .*, got {block_size}"):
         get_codec("linear", block_size)  # type: ignore[arg-type]
+
+
+def test_type_checkers_know_the_names_of_the_table() -> None:
+    known = {name for literal in get_args(CodecName) for name in get_args(literal)}
+    assert known == {name for name, residual in CODECS_BY_NAME if not residual} | {*BUILTIN, *ALIASES}
+
+
+def test_what_files_say_of_a_codec_makes_it_again() -> None:
+    for codec in CODECS:
+        assert [*codec.arguments] == ["codec", "block_size", "residual"]
+        assert get_codec(**codec.arguments) == codec
 
 
 def test_a_codec_is_a_value() -> None:

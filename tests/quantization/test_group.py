@@ -8,7 +8,7 @@ import torch
 from oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization.many import launches as group_batches
+from q8lightning.quantization.many import write_quantized as group_batches
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.block_choice import chosen_blocks, mix
@@ -340,12 +340,12 @@ def test_kernels_engage_to_the_same_bits(
 
 
 def test_a_launch_for_each_dtype_and_its_work_list_is_kept(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q8lightning.quantization.backends.kernels import grouped, work_list
+    from q8lightning.quantization.backends.kernels import many, work_list
 
     live = [torch.randn(64 * n, 64, device=kernel_device).to(d) for n in (1, 2) for d in (torch.float32, torch.float16)]
     launches = []
-    original = grouped._run
-    monkeypatch.setattr(grouped, "_run", lambda *a, **kw: launches.append(a[0]) or original(*a, **kw))
+    original = many._run
+    monkeypatch.setattr(many, "_run", lambda *a, **kw: launches.append(a[0]) or original(*a, **kw))
     group = FakeQuantizeGroup(live, BUILTIN["int4"], 64)
     work_list.launches.cache_clear()
     for seed in range(3):

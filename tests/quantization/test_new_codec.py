@@ -18,7 +18,8 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.quantization.codecs import table
 from q8lightning.quantization.codecs.codec import Codec, take_stretches
 from q8lightning.quantization.codecs.table import get_codec
-from q8lightning.quantization.many.encode import Unpacking, batches, pack, unpack_on, unpack_together
+from q8lightning.quantization.many.decode import EncodedItem, batches, decode_on, decode_together
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import reference
 from q8lightning.tools.inspect import label
@@ -74,13 +75,13 @@ def _moment(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _stored(x: Tensor, codec: Codec) -> StoredMoment:
-    return StoredMoment(x, codec, pack([x], [codec]).data[0])
+    return StoredMoment(x, codec, encode_many([x], [codec]).data[0])
 
 
 def test_it_lies_in_one_buffer_with_others() -> None:
     tensors = [_moment(100), _moment(70, torch.float64), _moment(40)]
     codecs = [NEW, get_codec("softsign", 128), NEW]
-    packed = pack(tensors, codecs, measure=True)
+    packed = encode_many(tensors, codecs, measure=True)
     assert not packed.failed.any()
     for x, codec, data, statistics in zip(tensors, codecs, packed.data, packed.statistics, strict=True):
         values = codec.decode(codec.split(data, x.numel()), x.dtype)
@@ -92,19 +93,20 @@ def test_it_lies_in_one_buffer_with_others() -> None:
 def test_what_it_cannot_hold_is_told() -> None:
     wrong = _moment(10)
     wrong[77] = torch.nan
-    assert pack([_moment(10), wrong], [NEW, NEW]).failed.tolist() == [0, 1]
+    assert encode_many([_moment(10), wrong], [NEW, NEW]).failed.tolist() == [0, 1]
 
 
 def test_it_is_decoded_alone_where_others_are_decoded_joined() -> None:
     softsign = get_codec("softsign", 64)
     items = [
-        Unpacking(pack([_moment(8)], [codec]).data[0], codec, 512, torch.float32) for codec in [NEW, softsign] * 20
+        EncodedItem(encode_many([_moment(8)], [codec]).data[0], codec, 512, torch.float32)
+        for codec in [NEW, softsign] * 20
     ]
     found = list(batches(items, threads=1))
     assert [each for each in found if len(each) > 1]
     assert all(len(each) == 1 for each in found if items[each[0]].codec == NEW)
     for each in found:
-        for index, values in zip(each, unpack_together([items[i] for i in each]), strict=True):
+        for index, values in zip(each, decode_together([items[i] for i in each]), strict=True):
             assert torch.equal(values, items[index].codec.decode(items[index].parts, torch.float32))
 
 
@@ -112,10 +114,10 @@ def test_it_is_decoded_on_a_device_beside_those_that_kernels_know() -> None:
     """On the CPU the kernels are interpreted."""
     pytest.importorskip("triton", reason="Triton is not installed")
     items = [
-        Unpacking(pack([_moment(9)], [codec]).data[0], codec, 576, torch.float32)
+        EncodedItem(encode_many([_moment(9)], [codec]).data[0], codec, 576, torch.float32)
         for codec in (NEW, get_codec("linear", 64, residual=True), NEW)
     ]
-    for item, values in zip(items, unpack_on(torch.device("cpu"), items), strict=True):
+    for item, values in zip(items, decode_on(torch.device("cpu"), items), strict=True):
         assert torch.equal(values, item.codec.decode(item.parts, torch.float32))
 
 
@@ -133,7 +135,7 @@ def test_update_directions_see_what_it_loses(rows: int) -> None:
         torch.testing.assert_close(sums[0], expected, rtol=1e-5, atol=0.0)
 
     # A plan that has it says the same, with the data anywhere in a buffer.
-    packed = pack([second, first], [codecs[1], NEW])
+    packed = encode_many([second, first], [codecs[1], NEW])
     data = {id(x): start for x, start in zip((second, first), (p.storage_offset() for p in packed.data), strict=True)}
     planned = torch.zeros(1, 2, dtype=torch.float64)
     alike = Alike((0,), codecs, ((data[id(first)],), (data[id(second)],)), 1e-8)

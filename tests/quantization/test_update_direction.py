@@ -11,7 +11,8 @@ from q8lightning.metrics import UpdateDirectionError
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many import update_directions as update_direction
-from q8lightning.quantization.many.encode import pack, repack
+from q8lightning.quantization.many.buffer import copy_together
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import sampling
 
@@ -35,7 +36,9 @@ def moments_of(numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
 
 
 def stored(values: Tensor, codec: Codec | None) -> StoredMoment:
-    return StoredMoment(values) if codec is None else StoredMoment(values, codec, pack([values], [codec]).data[0])
+    return (
+        StoredMoment(values) if codec is None else StoredMoment(values, codec, encode_many([values], [codec]).data[0])
+    )
 
 
 def decoded(moment: StoredMoment) -> Tensor:
@@ -136,8 +139,8 @@ def test_a_moment_without_numbers_makes_no_number() -> None:
 
 def test_repacked_data_is_the_same_and_keeps_nothing_else_alive() -> None:
     tensors = [torch.randn(numel) for numel in (4096, 5001, 33)]
-    packed = pack(tensors, [FIRST] * 3).data
-    copies = repack([packed[2], packed[1]])
+    packed = encode_many(tensors, [FIRST] * 3).data
+    copies = copy_together([packed[2], packed[1]])
     assert torch.equal(copies[0], packed[2])
     assert torch.equal(copies[1], packed[1])
     assert copies[0].untyped_storage().nbytes() < packed[1].nbytes + packed[2].nbytes + 32
@@ -224,7 +227,7 @@ def test_one_launch_looks_at_the_same_stretches(launching: str) -> None:
     for numel in (400_007, 262_144, 5001):
         one, two = moments_of(numel, torch.float32, launching)
         pairs.append((one, two))
-    data = iter(pack([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
+    data = iter(encode_many([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
     moments = [
         Moments(StoredMoment(one, FIRST, next(data)), StoredMoment(two, SECOND, next(data)), EPS) for one, two in pairs
     ]
@@ -257,7 +260,7 @@ def test_one_launch_gives_the_sums_of_the_operators(
             values.append(x.to(dtype))
             codecs.append(codec)
     encoded = [i for i, codec in enumerate(codecs) if codec is not None]
-    data = pack([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
+    data = encode_many([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
     where = dict(zip(encoded, data, strict=True))
     moments = [StoredMoment(x, codecs[i], where.get(i)) for i, x in enumerate(values)]
     pairs = [Moments(*moments[i : i + 2], EPS) for i in range(0, len(moments), 2)]

@@ -6,8 +6,8 @@ from oracle import same_bits
 
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.bit_packing import pack, unpack
 from q8lightning.quantization.spec.codebook import BUILTIN
+from q8lightning.quantization.spec.packed_bits import pack_bits, unpack_bits
 
 WEIGHTS = [name for name, codebook in BUILTIN.items() if codebook.signed]
 SHAPES = [(96,), (10, 64), (7, 33), (4, 3, 5, 5), (1, 1), (300, 2)]
@@ -89,15 +89,15 @@ def test_an_axis_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 1000])
 def test_packed_codes_come_back(numel: int, bits: int) -> None:
     codes = torch.randint(2**bits, (numel,), dtype=torch.uint8)
-    packed = pack(codes, bits)
+    packed = pack_bits(codes, bits)
     assert packed.numel() == -(-numel * bits // 8)
-    assert torch.equal(unpack(packed, bits, numel), codes)
+    assert torch.equal(unpack_bits(packed, bits, numel), codes)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_packing_in_chunks_leaves_no_gaps(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(2**bits, (1000,), dtype=torch.uint8)
-    at_once = pack(codes, bits)
-    monkeypatch.setattr("q8lightning.quantization.spec.bit_packing.CHUNK", 64)
-    assert torch.equal(pack(codes, bits), at_once)
-    assert torch.equal(unpack(at_once, bits, 1000), codes)
+    at_once = pack_bits(codes, bits)
+    monkeypatch.setattr("q8lightning.quantization.spec.packed_bits.CHUNK", 64)
+    assert torch.equal(pack_bits(codes, bits), at_once)
+    assert torch.equal(unpack_bits(at_once, bits, 1000), codes)

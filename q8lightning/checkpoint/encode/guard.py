@@ -20,7 +20,7 @@ from q8lightning.checkpoint.encode.candidates import Candidate, Pair, encode_and
 from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors
 from q8lightning.checkpoint.policy import SECOND_MOMENTS, CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss, relative_error, sqnr_db
-from q8lightning.quantization.many.encode import repack
+from q8lightning.quantization.many.buffer import copy_together
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system.ambient import neutral
 
@@ -73,7 +73,9 @@ def _encode(candidates: list[Candidate], pairs: Sequence[Pair], policy: Checkpoi
     if kept and (changed or len(kept) < len(candidates)):
         # What was refused would be saved along with the memory that it shares with the others.
         payloads = [candidate.payload for candidate in kept if candidate.payload is not None]
-        for candidate, payload, data in zip(kept, payloads, repack([each.data for each in payloads]), strict=True):
+        for candidate, payload, data in zip(
+            kept, payloads, copy_together([each.data for each in payloads]), strict=True
+        ):
             candidate.payload = payload.replace_data(data)
 
 

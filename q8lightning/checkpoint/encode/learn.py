@@ -17,7 +17,7 @@ from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import DirectionLoss, SaveReport
 from q8lightning.checkpoint.tree import has_memory, is_ordinary
 from q8lightning.quantization.backends.choose import has_kernels
-from q8lightning.quantization.many.encode import Packing
+from q8lightning.quantization.many.encode import EncodePlan
 from q8lightning.quantization.many.update_directions import Alike
 
 
@@ -53,7 +53,7 @@ def routine_of(
     raws = _raws_of(tensors, encoded)
     if raws is None:
         return None
-    packing = Packing([each.tensor for each in candidates], [each.codec for each in candidates if each.codec])
+    packing = EncodePlan([each.tensor for each in candidates], [each.codec for each in candidates if each.codec])
     encoding = EncodedPart(
         tuple(numbers[id(each.tensor)] for each in candidates),
         packing,

@@ -29,7 +29,7 @@ from q8lightning.checkpoint.staging.snapshot import Copier
 from q8lightning.checkpoint.staging.transfer import PinnedMemory
 from q8lightning.checkpoint.tree import rebuild
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.many.encode import Packed, Packing
+from q8lightning.quantization.many.encode import EncodedBuffer, EncodePlan
 from q8lightning.quantization.many.update_directions import Alike
 from q8lightning.system.ambient import neutral
 
@@ -47,13 +47,13 @@ class EncodedPart(NamedTuple):
     """
 
     members: tuple[int, ...]
-    packing: Packing
+    packing: EncodePlan
     alike: list[tuple[Alike, tuple[int, ...], tuple[int, ...]]]
     watched: Watched
     losses: list[TensorLoss]
     directions: list[DirectionLoss | None]
 
-    def start(self, tensors: Sequence[Tensor]) -> tuple[Packed, Tensor]:
+    def start(self, tensors: Sequence[Tensor]) -> tuple[EncodedBuffer, Tensor]:
         """Encode and measure; return what was encoded, and all that was measured in one tensor on the device."""
         packed = self.packing.encode([tensors[i] for i in self.members], measure=True)
         assert packed.statistics is not None
@@ -191,7 +191,7 @@ class Repeated:
         copier: Copier,
         content: Any,
         tensors: list[Tensor],
-        packed: Packed,
+        packed: EncodedBuffer,
         frozen: list[Tensor],
         measured: _Measured,
     ) -> None:
@@ -199,7 +199,7 @@ class Repeated:
         self._copier = copier
         self._content = content
         self._tensors = tensors
-        self._packed: Packed | None = packed
+        self._packed: EncodedBuffer | None = packed
         self._frozen = frozen
         self.report: Callable[[], SaveReport] = cache(lambda: routine.encoding.report(measured, *routine.bytes))
         """Returns what was lost; made when it is first asked for."""

@@ -57,8 +57,8 @@ class MeasuringBackend(Backend, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-class GroupedBackend(Protocol):
-    """Encodes, decodes and fake-quantizes many tensors in few launches; see ``kernels/grouped.py``."""
+class ManyBackend(Protocol):
+    """Encodes, decodes, fake-quantizes and compares many tensors in few launches; see ``kernels/many.py``."""
 
     def encode(
         self,
@@ -82,11 +82,6 @@ class GroupedBackend(Protocol):
         seed: int = 0,
         statistics: Tensor | None = None,
     ) -> None: ...
-
-
-class DirectionBackend(Protocol):
-    """Measures the update directions of many parameters in a launch; see ``kernels/update_direction.py``."""
-
     def update_direction_sums(
         self,
         tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
@@ -117,15 +112,8 @@ def kernels() -> MeasuringBackend:
     return blockwise
 
 
-def grouped() -> GroupedBackend:
+def many() -> ManyBackend:
     """Return the kernels for many tensors; with the first call Triton is imported."""
-    from q8lightning.quantization.backends.kernels import grouped
+    from q8lightning.quantization.backends.kernels import many
 
-    return grouped
-
-
-def update_directions() -> DirectionBackend:
-    """Return the kernels for update directions; with the first call Triton is imported."""
-    from q8lightning.quantization.backends.kernels import update_direction
-
-    return update_direction
+    return many

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.many.launches import Batch, InLaunch, batches
+from q8lightning.quantization.many.write_quantized import Batch, InLaunch, batches
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.system.ambient import neutral
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.choose import has_kernels, update_directions
+from q8lightning.quantization.backends.choose import has_kernels, many
 from q8lightning.quantization.codecs.codec import Codec, take_stretches
-from q8lightning.quantization.many.encode import kept_index
+from q8lightning.quantization.many.buffer import kept_index
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
@@ -30,8 +30,7 @@ class StoredMoment(NamedTuple):
     Attributes:
         values: ``[numel]`` float, the original.
         codec: How it is encoded; None if it is stored as it is.
-        data: ``[nbytes]`` uint8, what :func:`q8lightning.quantization.many.encode.pack` returned for it; None if it is
-            stored as it is.
+        data: ``[nbytes]`` uint8, its bytes as :meth:`Codec.join` writes them; None if it is stored as it is.
     """
 
     values: Tensor
@@ -89,9 +88,7 @@ class Alike(NamedTuple):
             sums[where] = torch.stack([_sums(Moments(one, two, self.eps)) for one, two in sides])
             return
         part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
-        update_directions().update_direction_sums(
-            (firsts, seconds), self.starts, (first, second), buffer, self.eps, part
-        )
+        many().update_direction_sums((firsts, seconds), self.starts, (first, second), buffer, self.eps, part)
         sums[where] = part
 
     def _stored(self, side: int, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[StoredMoment]:

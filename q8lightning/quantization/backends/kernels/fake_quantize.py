@@ -1,6 +1,6 @@
 """Kernels that write quantized values and no codes; one of them measures on the way.
 
-Those for groups (``grouped.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
+Those for groups (``many.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
 how, in plain torch.
 """
 # Triton's decorator is untyped, and so is what it decorates:
@@ -14,9 +14,9 @@ from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import as_pairs, packed, rounded, unpacked
 from q8lightning.quantization.backends.kernels.codecs import codebook
 from q8lightning.quantization.backends.kernels.statistics import add, measure_many, nothing
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float, store, tile
-from q8lightning.quantization.backends.kernels.totals import empty_partials, total
 from q8lightning.quantization.spec.codebook import Codebook
 
 
@@ -120,5 +120,5 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
     constants |= launch.options_of(settings, flat.element_size())
     kernel = measured_fake_quantize_kernel
     launch.run(kernel, rows, warps, block_size, (*parts, partials), tiles=tiles, **constants)
-    total(partials, statistics)
+    sum_of_one(partials, statistics)
     return values

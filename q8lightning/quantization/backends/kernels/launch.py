@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from q8lightning.quantization.backends.kernels import bits
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import Tables
-from q8lightning.quantization.backends.kernels.totals import empty_partials, total
 from q8lightning.quantization.spec import reference
 
 
@@ -56,21 +56,21 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "dequantize_log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64, registers=96)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
     "dequantize_affine": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
-    "group codebook": (Settings(1024, 1), Settings(1024, 1)),
-    "group in cells": (Settings(1024, 1), Settings(1024, 1)),
-    "group residual": (Settings(1024, 2), Settings(1024, 1)),
-    "group log": (Settings(2048, 1), Settings(2048, 1)),
-    "group decode codebook": (Settings(1024, 2), Settings(4096, 2)),
-    "group decode residual": (Settings(1024, 2), Settings(4096, 2)),
-    "group decode log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
-    "group fake_quantize": (Settings(512, 1), Settings(2048, 2)),
-    "group fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
-    "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),
-    "measured group fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
-    "measured group codebook": (Settings(512, 1), Settings(512, 1)),
-    "measured group in cells": (Settings(256, 1), Settings(512, 1)),
-    "measured group residual": (Settings(1024, 1), Settings(512, 1)),
-    "measured group log": (Settings(512, 1), Settings(512, 1)),
+    "many codebook": (Settings(1024, 1), Settings(1024, 1)),
+    "many in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "many residual": (Settings(1024, 2), Settings(1024, 1)),
+    "many log": (Settings(2048, 1), Settings(2048, 1)),
+    "many decode codebook": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode residual": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
+    "many fake_quantize": (Settings(512, 1), Settings(2048, 2)),
+    "many fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
+    "measured many fake_quantize": (Settings(512, 1), Settings(512, 1)),
+    "measured many fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
+    "measured many codebook": (Settings(512, 1), Settings(512, 1)),
+    "measured many in cells": (Settings(256, 1), Settings(512, 1)),
+    "measured many residual": (Settings(1024, 1), Settings(512, 1)),
+    "measured many log": (Settings(512, 1), Settings(512, 1)),
 }
 
 VALUES_OF_A_WARP = 2048
@@ -154,7 +154,7 @@ def run_encoder(
     partials = empty_partials(flat, programs)
     run(kernel, rows, warps, block_size, (*tensors, partials), MEASURE=own is not None, **constants)
     if own is not None:
-        total(partials, own)
+        sum_of_one(partials, own)
     return own
 
 

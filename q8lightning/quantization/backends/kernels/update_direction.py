@@ -1,6 +1,6 @@
 """How far stored moments turn the direction in which Adam steps: one launch for all parameters that are stored alike.
 
-Work lists, alignment and launches are as in ``grouped.py``, with two tensors to a row; of large ones, an eighth of the
+Work lists, alignment and launches are as in ``many.py``, with two tensors to a row; of large ones, an eighth of the
 segments is in the list (``sampling.py``). Sums are float64 and added up in a fixed order.
 """
 # Triton's decorator is untyped, and so is what it decorates:

@@ -1,4 +1,4 @@
-"""The kernels of ``grouped.py``, which launches them: each program handles its part of one of many tensors."""
+"""The kernels of ``many.py``, which launches them: each program handles its part of one of many tensors."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 

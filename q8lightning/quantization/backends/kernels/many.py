@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels.group_kernels import (
+from q8lightning.quantization.backends.kernels.launch import decoded_row, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.many_kernels import (
     decode_kernel,
     encode_kernel,
     fake_quantize_kernel,
     measured_encode_kernel,
     measured_fake_quantize_kernel,
 )
-from q8lightning.quantization.backends.kernels.launch import decoded_row, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_each
 from q8lightning.quantization.backends.kernels.tables import tables_of
-from q8lightning.quantization.backends.kernels.totals import empty_partials, totals
+from q8lightning.quantization.backends.kernels.update_direction import update_direction_sums as update_direction_sums
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch, describe, launches
 from q8lightning.quantization.spec.block_choice import limit_of
 from q8lightning.quantization.spec.codebook import Codebook
@@ -43,7 +44,7 @@ def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, *
 
 def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
     """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
-    totals(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
+    sum_of_each(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
 
 
 def encode(
@@ -68,7 +69,7 @@ def encode(
     """
     tables, layout = tables_of(codec.codebook, buffer.device), codec.layout
     in_cells = tables.search not in ("linear", "softsign")
-    settings = "group in cells" if in_cells else f"group {codec.kernel}"
+    settings = "many in cells" if in_cells else f"many {codec.kernel}"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {"CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables)}
@@ -87,7 +88,7 @@ def encode(
 def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None:
     """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
     tables, block_size = tables_of(codec.codebook, buffer.device), codec.layout.block_size
-    settings = f"group decode {codec.kernel}"
+    settings = f"many decode {codec.kernel}"
     row = decoded_row(settings, block_size)
     search = "linear" if tables.search == "linear" else "table"
     for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
@@ -128,7 +129,7 @@ def fake_quantize(
             tensors.
     """
     tables = tables_of(codebook, buffer.device)
-    settings = "group fake_quantize" if tables.search in ("linear", "softsign") else "group fake_quantize in cells"
+    settings = "many fake_quantize" if tables.search in ("linear", "softsign") else "many fake_quantize in cells"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {
