@@ -5,6 +5,7 @@
 Trains the example language model for a moment, saves it with and without the callback, and runs every line of the page
 that begins with ``$ q8lightning`` in the folder of these files, in the order of the page. Each is to be in a block of
 its own, which is rewritten; a line ``...`` at the end of a block says that the rest of the output is not wanted there.
+The block after one of Python is what that prints.
 """
 
 import io
@@ -29,6 +30,7 @@ from q8lightning import QuantizationCallback  # noqa: E402
 from q8lightning.cli.main import main  # noqa: E402
 
 BLOCK = re.compile(r"```console\n\$ (q8lightning [^\n]*)\n(.*?)```", re.DOTALL)
+PYTHON = re.compile(r"(```python\n)(.*?)(```\n\n```\n)(.*?)```", re.DOTALL)
 SHOWN = 16
 """Lines of an output that is not wanted as a whole."""
 
@@ -62,6 +64,15 @@ def renew(block: re.Match[str]) -> str:
     return f"```console\n$ {command}\n{output}\n```"
 
 
+def renew_python(block: re.Match[str]) -> str:
+    """Return a block of Python and after it what that prints now."""
+    begin, code, between, _ = block.groups()
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(code, {})
+    return f"{begin}{code}{between}{printed.getvalue()}```"
+
+
 def capture(page: Path) -> None:
     """Renew the page, and the picture that it shows."""
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +81,7 @@ def capture(page: Path) -> None:
         back = os.getcwd()
         os.chdir(folder)  # so that the page shows names of files only
         try:
-            text = BLOCK.sub(renew, page.read_text())
+            text = PYTHON.sub(renew_python, BLOCK.sub(renew, page.read_text()))
         finally:
             os.chdir(back)
         shutil.copy(folder / "error.png", page.with_suffix(".png"))

@@ -1,7 +1,8 @@
 """PyTorch Lightning checkpoints, several times smaller, that load as before."""
 
+from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
-from q8lightning.checkpoint.payload import NewerFormatError, QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.export.quantized import export_quantized
 from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule

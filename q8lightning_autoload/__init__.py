@@ -11,11 +11,9 @@ from typing import Any
 
 _HOME = "q8lightning.checkpoint.payload"
 
-_NAMES = ("rebuild_v1", "rebuild_v1_small", "rebuild_v1_item", "rebuild_v1_apart")
-"""The functions that files name."""
-
-_LATER = tuple(f"rebuild_v{version}" for version in range(2, 10))
-"""Those that files of later formats will name: calling one says that the installed version is too old."""
+_NAMES = tuple(f"rebuild_v{version}" for version in range(1, 10))
+"""The functions that files name, one for each version of the format; those of versions that the installed package does
+not know say so."""
 
 
 def register() -> None:
@@ -23,7 +21,7 @@ def register() -> None:
     with suppress(Exception):  # what remains then is torch's message about such a file
         from torch.serialization import add_safe_globals
 
-        add_safe_globals([(_stand_in(name), f"{_HOME}.{name}") for name in _NAMES + _LATER])
+        add_safe_globals([(_stand_in(name), f"{_HOME}.{name}") for name in _NAMES])
 
 
 def _stand_in(name: str) -> Callable[..., Any]:

@@ -1,77 +1,84 @@
-"""The contract suites run over every way to encode; ``scheme`` is one of them."""
+"""What all suites share: the same start for every test, both presets, every way to encode, the steps of saves."""
 
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
-from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
+from support.audit import listening
+from support.devices import KERNELS
+from support.disk import Disk
+from support.schemes import SCHEMES
+from support.steps import Steps, announced
 
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.backends.choose import launching
 
 collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
 """The command line is an extra; where it is not installed, the rest is tested."""
 
+PRESETS = ("resume", "compact")
 
-@dataclass(frozen=True)
-class Scheme:
-    """One way to encode, on any backend: the reference, ``cpu`` or the kernels, modules with the same functions.
-
-    Attributes:
-        name: A codebook's name, ``signed-`` before it for a signed scale, or ``residual``, ``log`` or ``affine``.
-    """
-
-    name: str
-
-    @property
-    def codebook(self) -> Codebook:
-        """The codebook of the (first) stage; ``log`` and ``affine`` have none."""
-        return BUILTIN["linear" if self.name == "residual" else self.name.removeprefix("signed-")]
-
-    @property
-    def signed_scale(self) -> bool:
-        return self.name.startswith("signed-")
-
-    @property
-    def takes_negative(self) -> bool:
-        return self.name not in ("log", "dynamic_unsigned")
-
-    @property
-    def for_checkpoints(self) -> bool:
-        """Whether encoding again must find the same codes: not with a zero point, nor with a scale that shrinks."""
-        return self.name in ("residual", "log") or (
-            self.name != "affine" and (self.signed_scale or not self.codebook.one_sided)
-        )
-
-    def encode(self, backend: ModuleType, x: Tensor, block_size: int) -> tuple[Tensor, ...]:
-        if self.name in ("residual", "log", "affine"):
-            return getattr(backend, f"quantize_{self.name}")(x, block_size)
-        return backend.quantize(x, self.codebook, block_size, self.signed_scale)
-
-    def decode(self, backend: ModuleType, parts: tuple[Tensor, ...], block_size: int, dtype: torch.dtype) -> Tensor:
-        if self.name in ("residual", "log", "affine"):
-            return getattr(backend, f"dequantize_{self.name}")(*parts, block_size, dtype)
-        return backend.dequantize(*parts, self.codebook, block_size, dtype)
-
-    def admissible(self, x: Tensor) -> Tensor:
-        """Return ``x`` without its signs, but those of zeros, where negative values cannot be encoded."""
-        return x if self.takes_negative else x.abs().where(x != 0, x)
-
-
-LIKE_INT8 = {f"int{bits}" for bits in range(3, 8)}  # with a plain scale, fewer levels test nothing that int8 does not
-SCHEMES = [
-    *(Scheme(name) for name in BUILTIN if name not in LIKE_INT8),
-    *(Scheme(f"signed-{name}") for name, codebook in BUILTIN.items() if codebook.one_sided),
-    Scheme("residual"),
-    Scheme("log"),
-    Scheme("affine"),
-]
+ADVICE = (
+    "does not have many workers",
+    "Checkpoint directory .* exists and is not empty",
+    "Be aware that when using `ckpt_path`",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "Using ModelCheckpoint with manual optimization",
+    "this fit will run with no optimizer",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+"""What Lightning says about runs as short as these, and torch about Lightning."""
 
 
 def pytest_configure() -> None:
-    """Tests are small: handing their work to a second thread costs twenty times what it takes."""
+    """Tests are small: handing their work to a second thread costs up to twenty times what it takes."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_quiet() -> Iterator[None]:
+    """Start every test at the same random numbers and without advice that is not meant for tests."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        for advice in ADVICE:
+            warnings.filterwarnings("ignore", message=f".*{advice}")
+        yield
+
+
+@pytest.fixture(params=PRESETS, scope="module")
+def preset(request: pytest.FixtureRequest) -> str:
+    """The name of each preset in turn; every test of a promise of both takes it."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=KERNELS)
+def launch_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are that go to the kernels for many tensors in few launches; on the CPU those are interpreted."""
+    device: str = request.param
+    if device == "cuda":
+        yield device
+    else:
+        with launching(True):
+            yield device
+
+
+@pytest.fixture
+def steps() -> Iterator[Steps]:
+    """What saves announce during the test."""
+    with announced() as steps:
+        yield steps
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """What the disk is asked for during the test."""
+    disk = Disk(monkeypatch)
+    with listening(disk.hear):
+        yield disk
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import batches, quiet_trainer
+from support.models import batches, quiet_trainer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors  # what a default device changes
@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import q8lightning
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, export_quantized
-from q8lightning.checkpoint.encode.leaves import ModelNames
-from q8lightning.checkpoint.staging.transfer import PinnedMemory
+from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.qat.config import ActivationRule, QATConfig, WeightRule
 from q8lightning.qat.fake_quantizer import FakeQuantizer
@@ -340,7 +340,7 @@ def test_what_loads_in_inference_mode_is_what_torch_loads_there(
 
 
 def test_what_is_kept_from_inference_mode_serves_training(content: dict[str, Any], tmp_path: Path) -> None:
-    memory, levels = PinnedMemory(), [-1.0, 0.0, 0.123, 1.0]
+    memory, levels = HostMemory(), [-1.0, 0.0, 0.123, 1.0]
     with torch.inference_mode():
         memory.take(10)
         book = get_codebook(levels)

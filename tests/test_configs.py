@@ -1,11 +1,15 @@
 """The configurations run through a real LightningCLI, and the demo runs from end to end."""
 
+import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from support import forked
 
 from q8lightning import QuantizedTensor, export_quantized, keep_encoded
 
@@ -18,20 +22,31 @@ CODECS = {
 }
 
 
-def run(folder: Path, script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+SMALL = (
+    *("--trainer.max_steps=100", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"),
+    *("--trainer.enable_progress_bar=false", "--model.width=64", "--model.heads=2", "--model.depth=1"),
+    *("--model.context=16", "--data.context=16", "--data.batch_size=2"),
+)
+
+
+def fit(config: str, folder: str) -> None:
+    """Do what ``python examples/cli.py fit --config=...`` does, in a process that has imported Lightning already."""
+    os.chdir(folder)
+    script = ROOT / "examples" / "cli.py"
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), "fit", f"--config={config}", *SMALL]
+    with open("said", "w") as said, redirect_stdout(said), redirect_stderr(said):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def run(name: str, folder: Path) -> None:
+    """Train a small model with one of the configurations."""
+    assert forked.run(fit, str(ROOT / "configs" / f"{name}.yaml"), str(folder)) == 0, (folder / "said").read_text()
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path) -> None:
-    config = ROOT / "configs" / f"{name}.yaml"
-    small = ("--trainer.max_steps=100", "--trainer.limit_val_batches=1", "--model.width=64", "--model.heads=2")
-    smaller = ("--model.depth=1", "--data.batch_size=2", "--model.context=16", "--data.context=16")
-    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-    run(tmp_path, "cli.py", "fit", f"--config={config}", *small, *smaller, *quiet)
+    run(name, tmp_path)
     *older, path = sorted((tmp_path / "runs" / name).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     assert len(older) == (name == "async_save"), "it saves twice in 100 steps"
     with keep_encoded():
@@ -54,11 +69,7 @@ QAT = {
 
 @pytest.mark.parametrize("name", QAT)
 def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tmp_path: Path) -> None:
-    config = ROOT / "configs" / f"{name}.yaml"
-    small = ("--trainer.max_steps=100", "--trainer.limit_val_batches=1", "--model.width=64", "--model.heads=2")
-    smaller = ("--model.depth=1", "--data.batch_size=2", "--model.context=16", "--data.context=16")
-    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-    run(tmp_path, "cli.py", "fit", f"--config={config}", *small, *smaller, *quiet)
+    run(name, tmp_path)
     (path,) = (tmp_path / "runs" / name).glob("*.ckpt")
     entries = torch.load(path, weights_only=True)["q8lightning"]["qat"]
     for parameter, expected in QAT[name].items():
@@ -70,7 +81,11 @@ def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tm
 
 
 def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
-    output = run(tmp_path, "train_char_lm.py", "--steps=3", "--resume-steps=2", "--folder=demo")
+    script = str(ROOT / "examples" / "train_char_lm.py")
+    command = [sys.executable, script, "--steps=3", "--resume-steps=2", "--folder=demo"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    output = result.stdout
     for words in ("bytes a parameter", "update direction", "Resumed for 2 steps on the same batches", "val_loss"):
         assert words in output
     assert {path.name for path in (tmp_path / "demo").glob("*.ckpt")} == {"plain.ckpt", "resume.ckpt", "compact.ckpt"}

@@ -16,11 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-CHECKSUM_KEY = "xxh3_64"
-"""Where the header of a payload has its checksum; files of earlier versions have none and load all the same."""
-
-_COVERED = ("codec", "block_size", "residual", "shape", "stride", "dtype", "name")
-"""What the checksum covers beside the data: every entry of a header that has a part in the decoded values."""
+from q8lightning.checkpoint.format import covered_text
 
 _VERIFY: ContextVar[bool] = ContextVar("verify", default=True)
 
@@ -48,24 +44,18 @@ class CorruptCheckpointError(RuntimeError):
 
 
 def checksum(header: Mapping[str, Any], data: Tensor) -> int:
-    """Return the checksum of a payload: XXH3 of ``data``, seeded with that of the header's meaning.
+    """Return the checksum of a payload: XXH3 of ``data``, seeded with that of what counts of the header.
 
     Args:
         header: The header of :func:`~q8lightning.checkpoint.payload.rebuild_v1`.
         data: ``[nbytes]`` uint8; read where it is on the host, copied there from any other device.
     """
-    meaning = repr([(key, _plain(header[key])) for key in _COVERED])
     content = memoryview(data.cpu().numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
-    return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(meaning.encode()))
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that prints alike whether it is of this process or read from a file (``torch.Size``, ``list``)."""
-    return tuple(int(item) for item in value) if isinstance(value, list | tuple) else value
+    return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(covered_text(header).encode()))
 
 
 def verify(header: Mapping[str, Any], data: Tensor, expected: int | None) -> None:
-    """Compare a payload with the checksum that it was saved with, if there is one and verification is on.
+    """Compare a payload with the checksum that it was saved with, if it was and verification is on.
 
     Raises:
         CorruptCheckpointError: If they do not agree.

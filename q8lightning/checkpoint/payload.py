@@ -3,8 +3,8 @@
 A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
 therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
 the function is registered as safe: by ``q8lightning_autoload`` when torch is imported, where the package is installed,
-and by importing this module. The import paths of the functions whose names begin with
-``rebuild_v1`` and their arguments are a promise to every file ever written.
+and by importing this module. The import path of that function and its arguments are a promise to every file ever
+written; docs/format.md is the promise.
 """
 
 import math
@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.integrity import CHECKSUM_KEY, checksum, verify
+from q8lightning.checkpoint.format import (
+    CHECKSUM_KEY,
+    FORMAT_VERSION,
+    NewerFormatError,
+    describe,
+    read_codec,
+    read_dtype,
+)
+from q8lightning.checkpoint.integrity import checksum, verify
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import encode_many
-
-FORMAT_VERSION = 1
-"""Raised whenever an older reader could misread what a newer writer wrote."""
 
 _ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", default=None)
 """The payloads that have been loaded to stay encoded; None where they are decoded at once."""
@@ -34,16 +38,6 @@ _WATCHER: ContextVar["Callable[[Tensor, Tensor], None] | None"] = ContextVar("wa
 
 CHECKSUMS: ContextVar[Mapping[int, "Future[int]"]] = ContextVar("checksums", default=MappingProxyType({}))
 """Checksums that other threads compute for payloads which are about to be pickled, by id."""
-
-
-class NewerFormatError(RuntimeError):
-    """The file was written by a version of q8lightning that this one does not understand."""
-
-    def __init__(self, found: object) -> None:
-        super().__init__(
-            f"this checkpoint has q8lightning format version {found}, but this installation reads up to"
-            f" {FORMAT_VERSION}; upgrade q8lightning to load it"
-        )
 
 
 class QuantizedTensor:
@@ -161,14 +155,7 @@ class QuantizedTensor:
     @property
     def header(self) -> dict[str, Any]:
         """Everything about the payload but its bytes and their checksum, as primitives."""
-        header: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            **self.codec.arguments,
-            "shape": self.shape,
-            "stride": self.stride,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "name": self.name,
-        }
+        header = describe(self.codec, self.shape, self.stride, self.dtype, self.name)
         if self.requires_grad:
             header["requires_grad"] = True
         if self.is_parameter:
@@ -178,7 +165,7 @@ class QuantizedTensor:
     def __reduce__(self) -> tuple[Any, ...]:
         header = self.header
         header[CHECKSUM_KEY] = self._checksum_to_save()
-        return rebuild_v1, (header, self.data)
+        return rebuild_v1, (TENSOR, header, self.data)
 
     def _checksum_to_save(self) -> int:
         # Made when it is saved because then the bytes are on the host, and training does not wait.
@@ -240,31 +227,54 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:
-    """Return the tensor that a payload stands for; what every file of this format calls when it is loaded.
+TENSOR, TENSORS, ITEM = "tensor", "tensors", "item"
+"""What :func:`rebuild_v1` is called for."""
+
+
+def rebuild_v1(what: str, *arguments: Any) -> Any:
+    """Return what a part of a file stands for; the one function that files of format version 1 call.
+
+    There is one for each version, so that a reader knows by its name how a later file will begin.
 
     Args:
-        header: Primitives only: ``format_version``, ``codec``, ``block_size``, ``residual``, ``shape``, ``stride``,
-            ``dtype`` (without ``torch.``) and ``name``; ``xxh3_64``, the checksum, if there is one; ``requires_grad``
-            and ``parameter``, which are True for what is no plain tensor, and else are not there. Further keys are
-            ignored.
-        data: Scales and codes; see :class:`QuantizedTensor`.
+        what: One of ``tensor``, ``tensors`` and ``item``.
+        arguments: Those of :func:`_tensor`, :func:`_tensors` or :func:`_item`.
 
     Raises:
-        NewerFormatError: If the payload's format version is newer than this reader.
-        CorruptCheckpointError: If the payload is not what was saved. Payloads that stay encoded are verified when they
+        NewerFormatError: If this version does not know what is asked for.
+        CorruptCheckpointError: If a payload is not what was saved. Payloads that stay encoded are verified when they
             are decoded, so that looking at a memory-mapped file reads no more than is looked at.
     """
-    if header["format_version"] > FORMAT_VERSION:
-        raise NewerFormatError(header["format_version"])
+    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item}
+    if what not in parts:
+        raise NewerFormatError(f"content of the kind {what!r}")
+    return parts[what](*arguments)
+
+
+def _tensor(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:
+    """Return the tensor that a payload stands for, encoded inside :func:`keep_encoded`.
+
+    Args:
+        header: Primitives only: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``), ``name`` and
+            ``xxh3_64``, the checksum; ``requires_grad`` and ``parameter``, which are True for what is no plain tensor,
+            and else are not there. Further keys are ignored: what changes the values is an option of the codec.
+        data: Scales and codes; see :class:`QuantizedTensor`.
+    """
+    if CHECKSUM_KEY not in header:
+        raise NewerFormatError(f"no checksum {CHECKSUM_KEY} for the tensor {header['name']}")
+    try:
+        codec, dtype = read_codec(header["codec"], header["name"]), read_dtype(header)
+    except NewerFormatError:
+        verify(header, data, header[CHECKSUM_KEY])  # or is it damaged?
+        raise
     payload = QuantizedTensor(
-        get_codec(header["codec"], header["block_size"], header["residual"]),
+        codec,
         data,
         tuple(header["shape"]),
         tuple(header["stride"]),
-        getattr(torch, header["dtype"]),
+        dtype,
         header["name"],
-        header.get(CHECKSUM_KEY),
+        header[CHECKSUM_KEY],
         requires_grad=header.get("requires_grad", False),
         is_parameter=header.get("parameter", False),
     )
@@ -275,12 +285,10 @@ def rebuild_v1(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor
     return payload
 
 
-def rebuild_v1_small(
+def _tensors(
     data: Tensor, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...] | None]
 ) -> tuple[Tensor, ...]:
     """Return the tensors that were stored together, each in memory of its own; files name them by their numbers.
-
-    Their names make versions that do not have these functions say that the format is newer than they are.
 
     Args:
         data: ``[numel]``, the elements of all, each tensor's in the order of memory.
@@ -298,28 +306,16 @@ def rebuild_v1_small(
     return tuple(result)
 
 
-def rebuild_v1_item(tensors: tuple[Tensor, ...], number: int) -> Tensor:
+def _item(tensors: tuple[Tensor, ...], number: int) -> Tensor:
     """Return one of the tensors that were stored together."""
     return tensors[number]
 
 
-def rebuild_v1_apart(view: Tensor) -> Tensor:
-    """Return a tensor, given as a view of the storage of several, in memory of its own.
+_NAME = "rebuild_v"
+"""The function that files call has this name and the number of their version."""
 
-    Early files have one call for each small tensor; later ones have :func:`rebuild_v1_small`.
-    """
-    tensor = view.clone()
-    watcher = _WATCHER.get()
-    if watcher is not None:
-        watcher(view, tensor)
-    return tensor
-
-
-FUNCTIONS = (rebuild_v1, rebuild_v1_small, rebuild_v1_item, rebuild_v1_apart)
-"""All that files of this format call."""
-
-LATER = tuple(f"rebuild_v{version}" for version in range(FORMAT_VERSION + 1, 10))
-"""What files of later formats will call: these names raise that this version is too old."""
+LATER = tuple(f"{_NAME}{version}" for version in range(FORMAT_VERSION + 1, 10))
+"""What files of later versions will call: these names raise that this version is too old."""
 
 
 def register_functions() -> None:
@@ -329,7 +325,7 @@ def register_functions() -> None:
     torch would refuse it if another function had its name now.
     """
     known = {each[1] for each in torch.serialization.get_safe_globals() if isinstance(each, tuple)}
-    functions = {function.__name__: function for function in FUNCTIONS} | {name: _refusing(name) for name in LATER}
+    functions = {rebuild_v1.__name__: rebuild_v1} | {name: _refusing(name) for name in LATER}
     named = [(function, f"{__name__}.{name}") for name, function in functions.items()]
     torch.serialization.add_safe_globals([each for each in named if each[1] not in known])
 
@@ -340,8 +336,8 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 def __getattr__(name: str) -> Any:
     """Say what is wrong when a file names a later rebuild function than this version has."""
-    if name.startswith("rebuild_v"):
-        raise NewerFormatError(name.removeprefix("rebuild_v"))
+    if name.startswith(_NAME):
+        raise NewerFormatError.of_version(name.removeprefix(_NAME))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

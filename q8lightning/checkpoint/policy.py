@@ -6,16 +6,18 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from q8lightning.checkpoint.sections import (
+    FIRST_MOMENTS,
+    NEVER,
+    OPTIMIZER_STATES,
+    RUNNING_STATISTICS,
+    SECOND_MOMENTS,
+    WEIGHTS,
+)
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.arguments import check_keys, did_you_mean
-
-NEVER = ("loops", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters", "MixedPrecision")
-"""Sections of a checkpoint that no rule reaches: what they hold is small and must come back exactly."""
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 Preset = Literal["resume", "compact"]
 """The names of :data:`PRESETS`, for type checkers."""
@@ -169,13 +171,13 @@ class CheckpointPolicy:
         keys = {rule.pattern.rsplit(".", 1)[-1] for rule in self._rules}
         keys = {*FIRST_MOMENTS, *SECOND_MOMENTS, *(key for key in keys if not set("*?[") & set(key))}
         for name in names:
-            paths = [f"{section}.{name}" for section in ("state_dict", "current_model_state")]
-            paths += [f"optimizer_states.0.state.{index}.{key}" for index in (0, name) for key in keys]
+            paths = [f"{section}.{name}" for section in WEIGHTS]
+            paths += [f"{OPTIMIZER_STATES}.0.state.{index}.{key}" for index in (0, name) for key in keys]
             if any(self.codec_for(path, name) for path in paths):
                 return
         if not names:
             return
-        known = ("state_dict.", "current_model_state.", "optimizer_states.")
+        known = tuple(f"{section}." for section in (*WEIGHTS, OPTIMIZER_STATES))
         if any(
             rule.codec
             and not rule.pattern.startswith(known)
@@ -218,12 +220,10 @@ def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
     return CheckpointPolicy(
         [
             # Without a module at hand (a bare QuantizedCheckpointIO) these names are all that tells a buffer.
-            Rule("*.running_mean"),
-            Rule("*.running_var"),
-            Rule("state_dict.*", **weights),
-            Rule("current_model_state.*", **weights),  # where WeightAveraging keeps the weights being trained
-            *(Rule(f"optimizer_states.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
-            *(Rule(f"optimizer_states.*.{key}", "log", 128) for key in SECOND_MOMENTS),
+            *(Rule(f"*.{key}") for key in RUNNING_STATISTICS),
+            *(Rule(f"{section}.*", **weights) for section in WEIGHTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128) for key in SECOND_MOMENTS),
         ]
     )
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.spec.packed_bits import pack_bits, unpack_bits
+from q8lightning.quantization.spec.packed_bits import unpack_bits
 
-CODES_KEY = "qat"
-"""Where the summary of a checkpoint says how each weight is quantized."""
+_KEYS = {"codebook", "block_size", "axis", "codes", "scales"}
+"""What it says of one."""
 
 Codes = tuple[WeightCodec, Tensor, Tensor, Tensor]
 """Codec, codes ``[rows, row]`` uint8, scales ``[rows, blocks a row]`` float32, and a tensor on ``meta`` that has the
@@ -24,14 +26,16 @@ weight's shape, strides and dtype."""
 
 
 def describe_codes(
-    masters: Mapping[str, Any], stored: Mapping[str, Any], codecs: Mapping[str, WeightCodec]
+    stored: Mapping[str, Any],
+    codecs: Mapping[str, WeightCodec],
+    codes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, dict[str, Any]]:
     """Return, for each quantized weight of a state dict, its codec and, where they do not follow, its codes.
 
     Args:
-        masters: The state dict.
         stored: The state dict as it is saved, with payloads.
         codecs: How each weight is quantized, by name.
+        codes: The packed codes and the scales of those whose codes do not follow, by name.
     """
     described: dict[str, dict[str, Any]] = {}
     entries: dict[int, dict[str, Any]] = {}  # tied weights share an entry
@@ -41,9 +45,8 @@ def describe_codes(
             continue  # a hook renamed or removed it
         if id(value) not in entries:
             entry = {"codebook": codec.codebook, "block_size": codec.block_size, "axis": codec.axis}
-            if isinstance(value, QuantizedTensor) and not _is_first_stage(value, codec):
-                codes, scales = codec.encode(masters[name])
-                entry |= {"codes": pack_bits(codes, codec.bits), "scales": scales}
+            if isinstance(value, QuantizedTensor) and not is_first_stage(value.codec, codec):
+                entry["codes"], entry["scales"] = codes[name]
             entries[id(value)] = entry
         described[name] = entries[id(value)]
     return described
@@ -55,7 +58,12 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     Args:
         value: What the state dict holds, encoded if it was.
         entry: What :func:`describe_codes` returned for it.
+
+    Raises:
+        NewerFormatError: If the entry says more than this version knows.
     """
+    if not entry.keys() <= _KEYS:
+        raise NewerFormatError(f"weights that were trained quantized with {sorted(entry.keys() - _KEYS)}")
     codec = WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
     like = torch.empty_strided(value.shape, _strides(value), dtype=value.dtype, device="meta")
     if "codes" in entry:
@@ -68,12 +76,9 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     return codec, *codec.encode(value), like
 
 
-def _is_first_stage(payload: QuantizedTensor, codec: WeightCodec) -> bool:
-    """Whether the payload's codes are those of ``codec``; a one-sided codebook has a signed scale in both."""
-    return codec.axis is None and (payload.codec.codebook, payload.codec.block_size) == (
-        codec.codebook,
-        codec.block_size,
-    )
+def is_first_stage(stored: Codec, codec: WeightCodec) -> bool:
+    """Whether the codes of what is stored are those of ``codec``; a one-sided codebook has a signed scale in both."""
+    return codec.axis is None and (stored.codebook, stored.block_size) == (codec.codebook, codec.block_size)
 
 
 def _strides(value: Tensor | QuantizedTensor) -> tuple[int, ...]:

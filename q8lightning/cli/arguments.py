@@ -1,10 +1,8 @@
 """The arguments of the commands, and what becomes of those that are more than a word."""
 
-import os
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ import jsonargparse
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
-from q8lightning.tools.compare import Comparison
-from q8lightning.tools.source import CommandError, Source, leaves, path_of
+from q8lightning.tools import Comparison, ToolError
+from q8lightning.tools.compress import PRESET_NAMES, policy_of
 
 
 def make_parser(commands: Mapping[str, Callable[[Namespace], int]]) -> ArgumentParser:
@@ -56,7 +53,7 @@ def _convert(parser: ArgumentParser) -> None:
 
 def _compress(parser: ArgumentParser) -> None:
     _convert(parser)
-    parser.add_argument("--preset", choices=list(PRESETS), help="the policy by its name; resume if not given")
+    parser.add_argument("--preset", choices=list(PRESET_NAMES), help="the policy by its name; resume if not given")
     parser.add_argument("--policy", metavar="YAML", help="a file with the arguments of CheckpointPolicy")
     parser.add_argument(
         "--keep",
@@ -95,81 +92,50 @@ def check_positive(name: str, value: int | None) -> None:
         raise ArgumentError(None, f"{name} must be at least 1, got {value}; leave it out for everything")
 
 
-def files_of(options: Namespace) -> tuple[Path, Path]:
-    """Return the files to read and to write.
+def chosen_policy(options: Namespace) -> "str | dict[str, Any]":
+    """Return the preset that was asked for, or the arguments of a policy from a file.
 
     Raises:
-        CommandError: If they are the same, or the second exists and may not be overwritten, or its folder does not.
+        ArgumentError: If both a preset and a file were given.
+        ToolError: If the file cannot be read, or is not a policy.
     """
-    source, target = Path(options.input), Path(options.output)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise CommandError(f"{target} is the file that is read; write to another one, and move it when it is there")
-    refuse_existing(target, options.force)
-    return source, target
-
-
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raise CommandError for a file that must not be overwritten, or that has no folder to be in."""
-    if target.is_dir():
-        raise CommandError(f"{target} is a directory; name the file to write")
-    if target.exists() and not force:
-        raise CommandError(f"{target} exists; pass --force to overwrite it")
-    if not target.parent.is_dir():
-        raise CommandError(f"there is no folder {target.parent}; make it first")
-
-
-def policy_of(options: Namespace) -> CheckpointPolicy:
-    """Return the policy that was asked for.
-
-    Raises:
-        ArgumentError: If both a preset and a file were given, or a pattern is to keep nothing.
-        CommandError: If the file cannot be read, or is not a policy.
-    """
-    if options.policy is not None and options.preset is not None:
+    if options.policy is None:
+        preset: str = options.preset or "resume"
+        return preset
+    if options.preset is not None:
         raise ArgumentError(None, "--preset and --policy exclude each other; give one of them")
-    policy = CheckpointPolicy.of(options.preset or "resume") if options.policy is None else _read(options.policy)
-    return replace(policy, rules=[*(Rule(pattern) for pattern in options.keep), *policy.rules])
+    return _read(options.policy)
 
 
-def _read(path: str) -> CheckpointPolicy:
+def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} is not YAML ({error})") from error
+        raise ToolError(f"{path} is not YAML ({error})") from error
     if not isinstance(found, dict) or "rules" not in found:
-        raise CommandError(
+        raise ToolError(
             f"{path} is not a policy; it needs `rules`, a list of mappings such as"
             " {pattern: state_dict.*, codec: softsign, block_size: 256}"
         )
     try:
-        return CheckpointPolicy(**found)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CommandError(f"{path} is not a policy: {error}") from error
-
-
-def check_kept(patterns: Sequence[str], source: Source) -> None:
-    """Raise CommandError for a pattern that keeps nothing: it was meant to."""
-    paths = [path_of(keys) for keys, _ in leaves(source.content)]
-    for pattern in patterns:
-        if not any(Rule(pattern).matches(path, None) for path in paths):
-            raise CommandError(
-                f"--keep {pattern!r} matches no tensor of {source.path}; patterns match whole paths, such as"
-                f" {paths[0] if paths else 'state_dict.weight'!r}"
-            )
+        policy_of(found)
+    except ValueError as error:
+        raise ToolError(f"{path} is not a policy: {error}") from error
+    return found
 
 
 def plotter() -> Callable[[Comparison, Path, str], None]:
     """Return the function that draws.
 
     Raises:
-        CommandError: If matplotlib is not installed.
+        ToolError: If matplotlib is not installed.
     """
     try:
         from q8lightning.cli.plot import plot_comparison
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("matplotlib"):
             raise
-        raise CommandError('--plot needs matplotlib; pip install "q8lightning[plot]"') from error
+        raise ToolError('--plot needs matplotlib; pip install "q8lightning[plot]"') from error
     plot: Callable[[Any, Path, str], None] = plot_comparison
     return plot

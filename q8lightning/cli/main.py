@@ -15,25 +15,11 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from q8lightning.checkpoint.file.archive import verified
-from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.payload import NewerFormatError
+from q8lightning import tools
 from q8lightning.cli import report
-from q8lightning.cli.arguments import (
-    check_kept,
-    check_positive,
-    files_of,
-    make_parser,
-    plotter,
-    policy_of,
-    refuse_existing,
-)
-from q8lightning.tools import compare as comparison
-from q8lightning.tools import convert
-from q8lightning.tools import inspect as inspection
-from q8lightning.tools.encoder import Conversion
-from q8lightning.tools.source import CommandError, open_checkpoint
-from q8lightning.tools.verify import Verification, verify_file
+from q8lightning.cli.arguments import check_positive, chosen_policy, make_parser, plotter
+from q8lightning.tools import Conversion, CorruptCheckpointError, NewerFormatError, ToolError, Verification
+from q8lightning.tools.conversion import check_not_there
 
 BAD_FILE = 1
 """Exit status where a file is damaged, cannot be read or written, or there is nothing to do."""
@@ -54,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[options.command](options[options.command])
     except ArgumentError as error:
         return _fail(str(error), BAD_ARGUMENTS)
-    except (CommandError, CorruptCheckpointError, NewerFormatError) as error:
+    except (ToolError, CorruptCheckpointError, NewerFormatError) as error:
         return _fail(str(error), BAD_FILE)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,35 +90,40 @@ def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
 def inspect(options: Namespace) -> int:
     """Say what a checkpoint holds: format, policy, sizes by kind and every tensor; decodes nothing."""
     check_positive("--depth", options.depth)
-    source = open_checkpoint(options.file, options.trust)
+    found = tools.inspect(options.file, trust=options.trust)
     if options.json:
-        _print_json(inspection.describe(source))
+        _print_json(found.as_primitives())
     else:
-        report.print_inspection(_console(), source, options.depth)
+        report.print_inspection(_console(), found, options.depth)
     return 0
 
 
 def compress(options: Namespace) -> int:
     """Write a checkpoint as the callback would have saved it."""
-    policy = policy_of(options)
-    source, target = files_of(options)
+    policy: Any = chosen_policy(options)
     begin = time.perf_counter()
-    checkpoint = open_checkpoint(source, options.trust)
-    check_kept(options.keep, checkpoint)
     with _progress("compress") as progress:
-        done = convert.compress(checkpoint, target, policy, progress)
-    _print_done(done, "quantized", checkpoint.file.size, target, time.perf_counter() - begin)
+        done = tools.compress(
+            options.input,
+            options.output,
+            policy,
+            keep=options.keep,
+            overwrite=options.force,
+            trust=options.trust,
+            progress=progress,
+        )
+    _print_done(done, "quantized", time.perf_counter() - begin)
     return 0
 
 
 def decompress(options: Namespace) -> int:
     """Write a checkpoint with ordinary tensors, which loads without q8lightning."""
-    source, target = files_of(options)
     begin = time.perf_counter()
     with _progress("decompress") as progress:
-        checkpoint = open_checkpoint(source, options.trust)
-        done = convert.decompress(checkpoint, target, progress)
-    _print_done(done, "decoded", checkpoint.file.size, target, time.perf_counter() - begin)
+        done = tools.decompress(
+            options.input, options.output, overwrite=options.force, trust=options.trust, progress=progress
+        )
+    _print_done(done, "decoded", time.perf_counter() - begin)
     return 0
 
 
@@ -143,8 +134,8 @@ def verify(options: Namespace) -> int:
         path = Path(name)
         try:
             with _progress(path.name) as progress:
-                found[path] = verify_file(path, options.trust, progress)
-        except (CommandError, NewerFormatError) as error:
+                found[path] = tools.verify(path, trust=options.trust, progress=progress)
+        except (ToolError, NewerFormatError) as error:
             found[path] = str(error)
     report.print_verifications(_console(), found)
     bad = 0
@@ -160,13 +151,11 @@ def compare(options: Namespace) -> int:
     check_positive("--top", options.top)
     if options.plot is not None:
         draw = plotter()
-        refuse_existing(Path(options.plot), options.force)
+        check_not_there(Path(options.plot), options.force)
     with _progress("compare") as progress:
-        first, second = (open_checkpoint(path, options.trust) for path in (options.first, options.second))
-        with verified(first.file), verified(second.file):
-            result = comparison.compare(first, second, progress)
+        result = tools.compare(options.first, options.second, trust=options.trust, progress=progress)
     if options.json:
-        _print_json({"first": options.first, "second": options.second} | comparison.as_json(result))
+        _print_json({"first": options.first, "second": options.second} | result.as_primitives())
     else:
         report.print_comparison(_console(), result, options.top)
     if options.plot is not None:
@@ -185,15 +174,15 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _print_done(done: Conversion, verb: str, before: int, target: Path, seconds: float) -> None:
-    after = target.stat().st_size
+def _print_done(done: Conversion, verb: str, seconds: float) -> None:
     for warning in done.warnings[:_WARNINGS]:
         print(f"q8lightning: warning: {warning}", file=sys.stderr)
     if len(done.warnings) > _WARNINGS:
         print(f"q8lightning: warning: {len(done.warnings) - _WARNINGS} more of this kind", file=sys.stderr)
     kept = f", {done.kept} as they were" if done.kept else ""
-    change = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
-    print(f"{target}: {done.converted} tensors {verb}{kept}; {before:,} -> {after:,} bytes, {change}; {seconds:.1f} s")
+    change = f"{done.ratio:.2f}x smaller" if done.ratio >= 1 else f"{1 / done.ratio:.2f}x larger"
+    sizes = f"{done.bytes_before:,} -> {done.bytes_after:,} bytes"
+    print(f"{done.path}: {done.converted} tensors {verb}{kept}; {sizes}, {change}; {seconds:.1f} s")
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {

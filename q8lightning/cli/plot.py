@@ -5,8 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from q8lightning.tools.compare import UPDATE_DIRECTION, Comparison
-from q8lightning.tools.source import KINDS
+from q8lightning.tools import Comparison, Row
+from q8lightning.tools.compare import UPDATE_DIRECTION
+from q8lightning.tools.tensors import KINDS
 
 _LABELS = 60
 """Names that fit under each other; of more layers, only some are named."""
@@ -27,7 +28,7 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
     """
     panels = {}
     for kind in (*KINDS, UPDATE_DIRECTION):
-        rows = [(row.path, row.difference.relative_error) for row in result.rows if row.kind == kind]
+        rows = [(_layer(row), row.difference.relative_error) for row in result.rows if row.kind == kind]
         drawn = [(name, error) for name, error in rows if error > 0 and math.isfinite(error)]
         if drawn:
             panels[kind] = drawn
@@ -40,7 +41,7 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
         names, errors = zip(*rows, strict=True)
         axes.plot(errors, range(len(rows)), "o", markersize=4, color=f"C{index}")
         step = math.ceil(len(rows) / _LABELS)
-        axes.set_yticks(range(0, len(rows), step), [_shorten(name) for name in names[::step]], fontsize=7)
+        axes.set_yticks(range(0, len(rows), step), names[::step], fontsize=7)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xscale("log")
         axes.grid(alpha=0.3)
@@ -53,7 +54,7 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _shorten(name: str) -> str:
-    for prefix in ("state_dict.", "optimizer_states."):
-        name = name.removeprefix(prefix)
+def _layer(row: Row) -> str:
+    """Return what a tensor is called in the panel of its kind: without what the title of the panel says."""
+    name = row.name.removesuffix(f": {row.kind}").removesuffix(": update direction").removeprefix("state_dict.")
     return name if len(name) <= 48 else f"...{name[-45:]}"

@@ -10,10 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from q8lightning.tools.compare import UPDATE_DIRECTION, Comparison, Difference, Row
-from q8lightning.tools.inspect import Entry, entries_of, error_of, errors_by_kind, sizes_of, summary_of, was_decoded
-from q8lightning.tools.source import Source
-from q8lightning.tools.verify import Verification
+from q8lightning.tools import Comparison, Difference, Inspection, Size, TensorEntry, Verification
+from q8lightning.tools.compare import UPDATE_DIRECTION
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -22,11 +20,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", overflow="fold")
     return made
-
-
-def ratio(decoded: int, encoded: int) -> str:
-    """Return how many times smaller something became."""
-    return f"{decoded / encoded:.2f}x" if encoded else ""
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -39,38 +32,35 @@ def decibels(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "inf" if value > 0 else str(value)
 
 
-def print_inspection(console: Console, source: Source, depth: int | None) -> None:
+def print_inspection(console: Console, found: Inspection, depth: int | None) -> None:
     """Print what a checkpoint is, its sizes by kind, and the tree of its tensors down to ``depth`` levels."""
-    entries = entries_of(source)
-    summary = summary_of(source)
-    size = source.file.size
-    console.print(f"[bold]{escape(str(source.path))}[/bold]", highlight=False, soft_wrap=True)
-    content = source.content if isinstance(source.content, Mapping) else {}
-    about = {"size": f"{size:,} bytes", "format": "plain" if summary is None else _format(summary, entries)}
+    console.print(f"[bold]{escape(str(found.path))}[/bold]", highlight=False, soft_wrap=True)
+    about = {"size": f"{found.bytes:,} bytes", "format": _format(found)}
     for key, name in (("pytorch-lightning_version", "lightning"), ("epoch", "epoch"), ("global_step", "global step")):
-        if key in content:
-            about[name] = str(content[key])
-    if summary is not None and "restored" in summary:
-        about["restored"] = f"{summary['restored']} times from a quantized checkpoint"
-    direction = (source.summary.get("metrics") or {}).get("update_direction_error")
-    if direction is not None:
-        about["update"] = f"direction off by {direction:.2%}"
+        if key in found.training:
+            about[name] = str(found.training[key])
+    if found.summary is not None and "restored" in found.summary:
+        about["restored"] = f"{found.summary['restored']} times from a quantized checkpoint"
+    if found.update_direction_error is not None:
+        about["update"] = f"direction off by {found.update_direction_error:.2%}"
     for name, text in about.items():
         console.print(f"  {name:12}{text}", highlight=False, markup=False)
-    for line in [*_policy(summary), *_exceptions(source.summary)]:
+    for line in [*_policy(found.summary), *_exceptions(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
-    console.print(_sizes(entries, size, errors_by_kind(source.summary)))
+    console.print(_sizes(found))
     console.print()
-    console.print(_tree(entries, source.path.name, depth, source.summary))
+    console.print(_tree(found, depth))
 
 
-def _format(summary: Mapping[str, Any], entries: Sequence[Entry]) -> str:
-    trained = summary.get("qat")
+def _format(found: Inspection) -> str:
+    if found.summary is None:
+        return "plain"
+    trained = found.summary.get("qat")
     suffix = f"; {len(trained)} weights trained quantized" if trained else ""
-    if was_decoded(summary, entries):
+    if found.was_decoded:
         return f"plain: no tensor is encoded; policy and errors are of the quantized file that was loaded{suffix}"
-    return f"q8lightning, version {summary.get('format_version', 'unknown')}{suffix}"
+    return f"q8lightning, version {found.summary.get('format_version', 'unknown')}{suffix}"
 
 
 def _policy(summary: Mapping[str, Any] | None) -> list[str]:
@@ -94,11 +84,9 @@ _DEFAULTS = {"residual": False, "parameter": "*"}
 """Of a rule's arguments: those that say nothing."""
 
 
-def _exceptions(summary: Mapping[str, Any]) -> list[str]:
+def _exceptions(found: Inspection) -> list[str]:
     """Name tensors that are not stored as their rules say, because they would lose too much or no codec holds them."""
-    guarded = summary.get("guarded") or {}
-    lines = [f"{path}: {each['found']}; {_REMEDIES.get(each['remedy'], '')}" for path, each in guarded.items()]
-    lines += [f"{text}; as it is" for text in summary.get("refused") or ()]
+    lines = [f"{each.name} ({each.reason}); {_REMEDIES.get(each.remedy, '')}" for each in found.exceptions]
     more = [f"and {len(lines) - _SHOWN} more; --json has them all"] if len(lines) > _SHOWN else []
     return [f"  {'' if index else 'exceptions':12}{line}" for index, line in enumerate(lines[:_SHOWN] + more)]
 
@@ -109,82 +97,92 @@ _SHOWN = 5
 """Exceptions that are shown; every tensor of a model that diverged is one."""
 
 
-def _sizes(entries: Sequence[Entry], file_size: int, metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    errors = sorted({name for values in metrics.values() for name in values})
+def _sizes(found: Inspection) -> Table:
+    errors = sorted({name for values in found.errors.values() for name in values})
     made = table("kind", "tensors", "bytes", "decoded", "smaller", "codecs", *errors)
-    totals = [0, 0, 0]
-    for kind, size in sizes_of(entries).items():
-        codecs = sorted({entry.codec for entry in entries if entry.kind == kind and entry.codec})
-        measured = metrics.get(kind, {})
+    for kind, size in found.sizes.items():
+        codecs = sorted({entry.codec for entry in found.tensors if entry.kind == kind and entry.codec})
+        measured = found.errors.get(kind, {})
         made.add_row(
             kind,
             f"{size.tensors:,}",
             f"{size.bytes:,}",
             f"{size.decoded_bytes:,}",
-            ratio(size.decoded_bytes, size.bytes),
+            _ratio(size),
             ", ".join(codecs),
             *(_measured(measured.get(name)) for name in errors),
         )
-        totals = [a + b for a, b in zip(totals, (size.tensors, size.bytes, size.decoded_bytes), strict=True)]
-    rest = max(file_size - totals[1], 0)
-    made.add_row("not tensors", "", f"{rest:,}", f"{rest:,}", "", "")
-    made.add_row(
-        "whole file", f"{totals[0]:,}", f"{file_size:,}", f"{totals[2] + rest:,}", ratio(totals[2] + rest, file_size)
-    )
+    rest = f"{found.bytes_without_tensors:,}"
+    made.add_row("not tensors", "", rest, rest, "", "")
+    whole = (f"{len(found.tensors):,}", f"{found.bytes:,}", f"{found.decoded_bytes:,}", f"{found.ratio:.2f}x")
+    made.add_row("whole file", *whole)
     return made
+
+
+def _ratio(size: Size | TensorEntry) -> str:
+    """Return how many times smaller something became; nothing of what takes nothing."""
+    return f"{size.decoded_bytes / size.bytes:.2f}x" if size.bytes else ""
 
 
 def _measured(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else ""
 
 
-def _tree(entries: Sequence[Entry], name: str, depth: int | None, summary: Mapping[str, Any]) -> Tree:
-    tree = Tree(escape(name), highlight=False)
-    _grow(tree, [(entry.path.split("."), entry) for entry in entries], depth, summary)
+def _tree(found: Inspection, depth: int | None) -> Tree:
+    tree = Tree(escape(found.path.name), highlight=False)
+    _grow(tree, [(entry.path.split("."), entry) for entry in found.tensors], depth)
     return tree
 
 
-def _grow(
-    tree: Tree, entries: Sequence[tuple[list[str], Entry]], depth: int | None, summary: Mapping[str, Any]
-) -> None:
-    branches: dict[str, list[tuple[list[str], Entry]]] = {}
+def _grow(tree: Tree, entries: Sequence[tuple[list[str], TensorEntry]], depth: int | None) -> None:
+    branches: dict[str, list[tuple[list[str], TensorEntry]]] = {}
     for (key, *keys), entry in entries:
         if keys:
             branches.setdefault(key, []).append((keys, entry))
         else:
-            tree.add(_leaf(escape(key), entry, error_of(summary, entry.path)))
+            tree.add(_leaf(escape(key), entry))
     for key, below in branches.items():
+        named = escape(key) + _parameter(key, below)
         if depth == 1:
-            encoded, decoded = (sum(getattr(entry, name) for _, entry in below) for name in ("bytes", "decoded_bytes"))
-            many = "s" if len(below) > 1 else ""
-            text = f"{len(below):,} tensor{many}, {encoded:,} bytes {ratio(decoded, encoded)}"
-            tree.add(f"{escape(key)}  [dim]{text}[/dim]")
+            size = Size(len(below), *(sum(getattr(e, name) for _, e in below) for name in ("bytes", "decoded_bytes")))
+            many = "s" if size.tensors > 1 else ""
+            tree.add(f"{named}  [dim]{size.tensors:,} tensor{many}, {size.bytes:,} bytes {_ratio(size)}[/dim]")
         else:
-            _grow(tree.add(escape(key)), below, None if depth is None else depth - 1, summary)
+            _grow(tree.add(named), below, None if depth is None else depth - 1)
 
 
-def _leaf(key: str, entry: Entry, sqnr: float | None) -> str:
+def _parameter(key: str, below: Sequence[tuple[list[str], TensorEntry]]) -> str:
+    """Return the parameter that a branch holds the states of, to be shown beside its number; nothing for another."""
+    names = {entry.name.removesuffix(f": {keys[-1]}") for keys, entry in below if len(keys) == 1 and _is_named(entry)}
+    return f" [dim]{escape(names.pop())}[/dim]" if len(names) == 1 and key.isdecimal() else ""
+
+
+def _is_named(entry: TensorEntry) -> bool:
+    return entry.name != entry.path
+
+
+def _leaf(key: str, entry: TensorEntry) -> str:
     shape = "x".join(map(str, entry.shape)) or "scalar"
     if entry.tied_to is not None:
         return f"{key}  {shape} {entry.dtype}  [dim]tied to {escape(entry.tied_to)}[/dim]"
-    codec = "" if entry.codec is None else f"  [cyan]{entry.codec}[/cyan]  {ratio(entry.decoded_bytes, entry.bytes)}"
-    lost = "" if sqnr is None else f"  {decibels(sqnr)} dB"
+    codec = "" if entry.codec is None else f"  [cyan]{entry.codec}[/cyan]  {_ratio(entry)}"
+    lost = "" if entry.sqnr_db is None else f"  {decibels(entry.sqnr_db)} dB"
     return f"{key}  {shape} {entry.dtype}  {entry.bytes:,} bytes{codec}{lost}"
 
 
 def print_verifications(console: Console, found: Mapping[Path, Verification | str]) -> None:
     """Print what was found in each file, or why it could not be looked at."""
-    made = table("file", "bytes", "tensors", "quantized", "checksums")
+    made = table("file", "bytes", "tensors", "quantized")
     made.add_column("result", overflow="fold")
     for path, result in found.items():
         if isinstance(result, str):
-            made.add_row(escape(str(path)), "", "", "", "", "[red]cannot be read[/red]")
+            made.add_row(escape(str(path)), "", "", "", "[red]cannot be read[/red]")
             continue
-        if result.damage:
+        if not result.is_whole:
             text = f"[red]{len(result.damage)} damaged[/red]"
         else:
             text = "[green]whole[/green]" if result.has_sums else "[green]decodes[/green] (has no sums of its records)"
-        counts = (result.bytes, result.tensors, result.payloads, result.checksums)
+        counts = (result.bytes, result.tensors, result.quantized)
         made.add_row(escape(str(path)), *(f"{count:,}" for count in counts), text)
     console.print(made)
 
@@ -195,24 +193,24 @@ def print_comparison(console: Console, result: Comparison, top: int | None) -> N
     for kind, difference in result.by_kind().items():
         made.add_row(kind, *_errors(difference))
     console.print(made)
-    differing = [row for row in result.rows if row.difference.error != 0]
-    shown = differing
+    shown = list(result.differing)
     if top is not None:
-        shown = sorted(differing, key=lambda row: -row.difference.relative_error)[:top]
+        shown = sorted(shown, key=lambda row: -row.difference.relative_error)[:top]
     if shown:
         console.print()
         made = table("tensor", "first", "second", *_ERRORS)
         for row in shown:
-            made.add_row(escape(_name(row)), row.first, row.second, *_errors(row.difference))
+            made.add_row(escape(row.name), row.first, row.second, *_errors(row.difference))
         console.print(made)
     console.print()
     tensors = [row.difference.error != 0 for row in result.rows if row.kind != UPDATE_DIRECTION]
     console.print(f"{sum(tensors)} of {len(tensors)} tensors differ, the others are the same", highlight=False)
-    for where, paths in (("first", result.only_first), ("second", result.only_second)):
-        for path in paths:
-            console.print(f"only in the {where} file: {path}", highlight=False, markup=False, soft_wrap=True)
-    for path, one, two in result.reshaped:
-        console.print(f"different shapes: {path}: {one} and {two}", highlight=False, markup=False, soft_wrap=True)
+    for where, names in (("first", result.only_first), ("second", result.only_second)):
+        for name in names:
+            console.print(f"only in the {where} file: {name}", highlight=False, markup=False, soft_wrap=True)
+    for each in result.reshaped:
+        shapes = f"{each.first} and {each.second}"
+        console.print(f"different shapes: {each.name}: {shapes}", highlight=False, markup=False, soft_wrap=True)
 
 
 _ERRORS = ("relative error", "SQNR dB", "max error")
@@ -224,7 +222,3 @@ def _errors(difference: Difference) -> tuple[str, str, str]:
         decibels(difference.sqnr_db),
         number(difference.max_error),
     )
-
-
-def _name(row: Row) -> str:
-    return f"{row.path} (update direction)" if row.kind == UPDATE_DIRECTION else row.path

@@ -24,17 +24,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
-from q8lightning.checkpoint.qat_codes import CODES_KEY, Codes, read_codes
+from q8lightning.checkpoint.qat_codes import Codes, read_codes
+from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
 from q8lightning.quantization.spec.packed_bits import pack_bits
 from q8lightning.system.ambient import neutral
-
-FOR_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "current_model_state", "averaging_state")
-"""Sections of a checkpoint that an exported one leaves out."""
 
 
 @neutral()
@@ -59,24 +57,26 @@ def export_quantized(
         ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
             ``start_step`` or after ``end_step``), or a weight is not finite.
         CorruptCheckpointError: If the checkpoint is not what was saved.
+        NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
     with explained(checkpoint), keep_encoded():
         loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
-    entries = loaded.get(SUMMARY_KEY, {}).get(CODES_KEY)
+    check_version(loaded.get(SUMMARY_KEY))
+    entries = summary_in(loaded).get(CODES_KEY)
     if not entries:
         raise ValueError(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
             " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
         )
     with explained(checkpoint):
-        state = _exported_state(loaded["state_dict"], entries, format)
+        state = _exported_state(loaded[STATE_DICT], entries, format)
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
     plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
-    write_checkpoint(plain | {"state_dict": state}, Path(path))
+    write_checkpoint(plain | {STATE_DICT: state}, Path(path))
 
 
 def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:

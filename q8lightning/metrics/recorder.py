@@ -3,21 +3,24 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from q8lightning.metrics.compression import CompressionRatio
-from q8lightning.metrics.functional.reconstruction import relative_error_compute, sqnr_compute
-from q8lightning.metrics.reconstruction import ReconstructionSQNR, RelativeReconstructionError
-from q8lightning.metrics.update_direction import UpdateDirectionError
+from q8lightning.metrics.functional.compression import compression_ratio
+from q8lightning.metrics.functional.reconstruction import (
+    relative_error_compute,
+    sqnr_compute,
+    squared_error_from_statistics,
+)
+from q8lightning.metrics.functional.update_direction import update_direction_from_sums
 
 PREFIX = "q8"
 """What all names begin with."""
 
-M = TypeVar("M", bound=Metric)
+STALL = f"{PREFIX}/save_stall_ms"
+"""How long a save held training, in milliseconds: the one value that is known without the device."""
 
 Detail = Literal["kind", "tensor"]
 """What values are logged of: of each kind of tensor, or of each tensor too."""
@@ -45,14 +48,29 @@ class Save(NamedTuple):
         directions: For each parameter the sums of squared differences and of squares of Adam's update direction.
         original_bytes: Bytes of all tensors.
         stored_bytes: Bytes of what is stored of them.
-        seconds: How long training stood still.
     """
 
     losses: Sequence[Loss]
     directions: Sequence[Sequence[float]]
     original_bytes: int
     stored_bytes: int
-    seconds: float
+
+
+class Recorded(NamedTuple):
+    """What there is to say of one save, as numbers.
+
+    Attributes:
+        values: All that is logged of it but the stall, by name.
+        original_bytes: Bytes of all tensors.
+        stored_bytes: Bytes of what is stored of them.
+        worst: The smallest signal-to-quantization-noise ratio in dB, and the kind and name of the tensor that has it;
+            None if nothing was lost.
+    """
+
+    values: dict[str, float]
+    original_bytes: int
+    stored_bytes: int
+    worst: tuple[float, str, str] | None
 
 
 @dataclass
@@ -132,56 +150,53 @@ class Recorder:
 
     def losses(self, losses: Sequence[Loss], prefix: str = PREFIX) -> dict[str, float]:
         """Return ratio and relative error of each kind and, if wanted, of each tensor, by name."""
+        if not losses:
+            return {}
+        statistics = _float64([loss.statistics for loss in losses])
+        members: dict[str, list[int]] = {}
+        for index, loss in enumerate(losses):
+            members.setdefault(loss.kind, []).append(index)
         values: dict[str, float] = {}
-        for kind in dict.fromkeys(loss.kind for loss in losses):
-            statistics = _float64([loss.statistics for loss in losses if loss.kind == kind])
-            sqnr, error = _alone(ReconstructionSQNR), _alone(RelativeReconstructionError)
-            for name, metric in (("sqnr_db", sqnr), ("relative_error", error)):
-                metric.update_from_statistics(statistics)
-                values[f"{prefix}/{kind}/{name}"] = float(metric.compute())
-        if self.detail == "tensor" and losses:
-            sums = _float64([loss.statistics for loss in losses]).T[:2]
-            each = zip(losses, sqnr_compute(sums).tolist(), relative_error_compute(sums).tolist(), strict=True)
-            for loss, sqnr, error in each:
+        for kind, indices in members.items():
+            sums = squared_error_from_statistics(statistics[indices])
+            values[f"{prefix}/{kind}/sqnr_db"] = float(sqnr_compute(sums))
+            values[f"{prefix}/{kind}/relative_error"] = float(relative_error_compute(sums))
+        if self.detail == "tensor":
+            each = statistics.T[:2]
+            rows = zip(losses, sqnr_compute(each).tolist(), relative_error_compute(each).tolist(), strict=True)
+            for loss, sqnr, error in rows:
                 values[f"{prefix}/{loss.kind}/{loss.name}/sqnr_db"] = sqnr
                 values[f"{prefix}/{loss.kind}/{loss.name}/relative_error"] = error
         return values
 
-    def save(self, save: Save) -> dict[str, float]:
-        """Count a save and return all that is logged of it, by name."""
+    def record(self, save: Save) -> Recorded:
+        """Compute what there is to say of a save, in any thread; nothing is counted yet."""
         values = self.losses(save.losses)
         if save.directions:
-            direction = _alone(UpdateDirectionError)
-            direction.update_from_sums(_float64(save.directions))
-            values[f"{PREFIX}/update_direction_error"] = float(direction.compute())
-        ratio = _alone(CompressionRatio)
-        ratio.update(save.original_bytes, save.stored_bytes)
-        values[f"{PREFIX}/compression_ratio"] = float(ratio.compute())
-        values[f"{PREFIX}/save_stall_ms"] = save.seconds * 1e3
-        self._count(save)
-        return values
+            error = relative_error_compute(update_direction_from_sums(_float64(save.directions)))
+            values[f"{PREFIX}/update_direction_error"] = float(error)
+        values[f"{PREFIX}/compression_ratio"] = float(compression_ratio(save.original_bytes, save.stored_bytes))
+        return Recorded(values, save.original_bytes, save.stored_bytes, _worst(save.losses))
 
-    def _count(self, save: Save) -> None:
+    def count(self, recorded: Recorded, seconds: float) -> None:
+        """Add a save, which held training for so many seconds, to the totals."""
         totals = self.totals
         totals.saves += 1
-        totals.original_bytes += save.original_bytes
-        totals.stored_bytes += save.stored_bytes
-        totals.longest_stall = max(totals.longest_stall, save.seconds)
-        if save.losses:
-            ratios = sqnr_compute(_float64([loss.statistics for loss in save.losses]).T[:2])
-            index = int(ratios.argmin())
-            worst = float(ratios[index])
-            if math.isfinite(worst) and (totals.worst is None or worst < totals.worst[0]):
-                totals.worst = (worst, save.losses[index].kind, save.losses[index].name)
+        totals.original_bytes += recorded.original_bytes
+        totals.stored_bytes += recorded.stored_bytes
+        totals.longest_stall = max(totals.longest_stall, seconds)
+        if recorded.worst is not None and (totals.worst is None or recorded.worst[0] < totals.worst[0]):
+            totals.worst = recorded.worst
 
 
-def _alone(kind: type[M]) -> M:
-    """Return a metric of the host's that waits for no other process.
-
-    One process records a save, or each its own copy of the same weights; the default device has no part in it.
-    """
-    with torch.device("cpu"):
-        return kind(sync_on_compute=False)
+def _worst(losses: Sequence[Loss]) -> tuple[float, str, str] | None:
+    """Return the smallest ratio and whose it is; None where nothing was lost or there are no numbers."""
+    if not losses:
+        return None
+    ratios = sqnr_compute(_float64([loss.statistics for loss in losses]).T[:2])
+    index = int(ratios.argmin())
+    ratio = float(ratios[index])
+    return (ratio, losses[index].kind, losses[index].name) if math.isfinite(ratio) else None
 
 
 def _float64(rows: Iterable[Sequence[float]]) -> Tensor:

@@ -2,7 +2,14 @@
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
+
+COMPILED = "_orig_mod"
+"""What ``torch.compile`` calls a module inside the one that it puts around it."""
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` put around another one."""
+    return COMPILED in module._modules
 
 
 def compiled_modules(module: nn.Module) -> set[nn.Module]:
@@ -13,7 +20,8 @@ def compiled_modules(module: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for each in module.modules():
         compiled = (
-            isinstance(each, OptimizedModule | torch.jit.ScriptModule)
+            isinstance(each, torch.jit.ScriptModule)
+            or is_compiled_wrapper(each)
             or getattr(each, "_compiled_call_impl", None) is not None
         )
         if compiled or getattr(each, "_compiler_ctx", None) is not None:

@@ -129,10 +129,13 @@ class QATConfig:
             random choice of blocks at each step (Quant-Noise, arXiv:2004.07320). Evaluation quantizes all of them.
         freeze: Rules, or mappings of their arguments, for parameters that stop to change at a step.
         seed: Seeds the random choices of the ramp.
+        follow_steps: In so many quantized training steps, and as many evaluation steps, writes to weights are followed
+            to the masters before there is a first one; from then on in every step. A write that begins later stops the
+            training. 0: none is followed before.
 
     Raises:
-        ValueError: If a rule is wrong (the message says which), the steps are out of order, or nothing would ever be
-            quantized.
+        ValueError: If a rule is wrong (the message says which), the steps are out of order or negative, or nothing
+            would ever be quantized.
 
     Example:
         >>> config = QATConfig([WeightRule("*.weight", "int4", 64)], start_step=100, ramp=50)
@@ -150,6 +153,7 @@ class QATConfig:
     ramp: int = 0
     freeze: Sequence[FreezeRule | Mapping[str, Any]] = ()
     seed: int = 0
+    follow_steps: int = 100
 
     def __post_init__(self) -> None:
         for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
@@ -165,6 +169,8 @@ class QATConfig:
             raise ValueError("QATConfig has no rule with a codebook, so nothing is quantized; pass qat=None for that")
         if self.start_step < 0 or self.ramp < 0:
             raise ValueError(f"start_step and ramp are at least 0, got {self.start_step} and {self.ramp}")
+        if self.follow_steps < 0:
+            raise ValueError(f"follow_steps is at least 0, got {self.follow_steps}; write 0 to follow no step")
         if self.end_step is not None and self.end_step <= self.start_step:
             raise ValueError(f"end_step must be after start_step, got {self.end_step} and {self.start_step}")
         if self.end_step is not None and self.start_step + self.ramp > self.end_step:

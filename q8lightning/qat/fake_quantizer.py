@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.lost_write import LostWriteError
-from q8lightning.qat.parts import Parts
 from q8lightning.qat.selection import SelectedWeight, Selection, select
+from q8lightning.qat.structure import Structure
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
@@ -71,7 +71,7 @@ class FakeQuantizer:
     def _attach(self, selection: Selection) -> None:
         """Take over a selection: lay the groups, hook into the modules."""
         self._selection = selection
-        self._parts = Parts(self.module)
+        self._structure = Structure(self.module)
         self._groups = _groups(self.weights)
         self.places: dict[int, Place] = {
             id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)
@@ -100,7 +100,7 @@ class FakeQuantizer:
         Raises:
             ValueError: If a parameter that the rules select now cannot be changed in place.
         """
-        if self._parts.unchanged():
+        if self._structure.unchanged():
             return False
         self.release()
         selection = select(self.module, self.config, again=True)
@@ -111,7 +111,7 @@ class FakeQuantizer:
 
     def replaced(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that have taken the names of selected weights since the last :meth:`follow`."""
-        if self._parts.unchanged():
+        if self._structure.unchanged():
             return []
         selected = {name: weight.parameter for weight in self.weights for name in weight.names}
         now = self.module.named_parameters(remove_duplicate=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from q8lightning.qat.compiled import COMPILED, is_compiled_wrapper
 from q8lightning.qat.config import ActivationRule, QATConfig
 from q8lightning.quantization.codecs.weight import WeightCodec
 
@@ -125,9 +126,7 @@ def _select_weights(module: nn.Module, tied: Sequence["_Tied"], config: QATConfi
 
 def _called_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Return the modules by name, except the model and what ``torch.compile`` puts around a module: it has a name."""
-    return {
-        name: each for name, each in module.named_modules() if _uncompiled(name) and "_orig_mod" not in each._modules
-    }
+    return {name: each for name, each in module.named_modules() if _uncompiled(name) and not is_compiled_wrapper(each)}
 
 
 def _select_modules(module: nn.Module, modules: Mapping[str, nn.Module], config: QATConfig) -> list[SelectedModule]:
@@ -168,7 +167,7 @@ def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], weights: Seque
             )
     for weight in weights:
         fused = getattr(weight.parameter, "_in_backward_optimizers", None)
-        if fused or weight.parameter._post_accumulate_grad_hooks:
+        if fused or getattr(weight.parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"QAT needs optimizer steps outside of backward, but {weight.names[0]} has a hook that runs when its"
                 " gradient is accumulated, which could update it while it holds quantized values; step the optimizer"
@@ -187,7 +186,7 @@ class _Tied:
 
 def _uncompiled(name: str) -> str:
     """Return the name that a parameter or module had before ``torch.compile`` took a module around it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _matches(name: str, pattern: str) -> bool:

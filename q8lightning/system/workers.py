@@ -22,9 +22,10 @@ WORTH_THREADS = 2**22
 """Bytes from which on threads are started to compute with them: they take as long as starting a few."""
 
 
-def count_workers(jobs: int) -> int:
-    """Return how many threads are worth starting for so many jobs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_workers(jobs: int, cores: int | None = None) -> int:
+    """Return how many threads are worth starting for so many jobs on so many cores; None for those of this process."""
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST, cores, jobs))
 
 

@@ -1,23 +1,32 @@
 """Compare two checkpoints tensor by tensor, whichever of them is quantized; one tensor of each is decoded at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.leaves import FIRST_MOMENT, SECOND_MOMENTS, names_from
-from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.report import relative_error, sqnr_db
-from q8lightning.tools.inspect import label
-from q8lightning.tools.source import KINDS, CommandError, Keys, Source, kind_of, leaves, path_of
+from q8lightning.checkpoint.sections import (
+    DEFAULT_EPS,
+    FIRST_OF_ADAM,
+    OPTIMIZER_STATES,
+    SECONDS_OF_ADAM,
+    epsilons_of,
+    name_of,
+    optimizers_in,
+    path_of,
+)
+from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
+from q8lightning.tools.tensors import KINDS, Value, codec_of, dtype_of, kind_of, tensors_in
 
 CHUNK = 2**18
 """Elements that are compared at a time, in float64."""
-
-_Value = Tensor | QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ class Row:
     """The comparison of one tensor, or of the update direction of one parameter.
 
     Attributes:
-        path: Its path, or the name of the parameter.
+        path: Its path; for an update direction, that of the parameter's state.
+        name: What people call it, such as ``layer.weight: exp_avg``; the path where the parameter is not known.
         kind: What it is; ``update_direction`` for exp_avg / (sqrt(exp_avg_sq) + eps).
         first: Dtype or codec in the first file.
         second: The same in the second one.
@@ -62,10 +72,28 @@ class Row:
     """
 
     path: str
+    name: str
     kind: str
     first: str
     second: str
     difference: Difference
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """A tensor that has another shape in the second file.
+
+    Attributes:
+        path: Its path.
+        name: What people call it.
+        first: Its shape in the first file.
+        second: Its shape in the second one.
+    """
+
+    path: str
+    name: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
 
 
 UPDATE_DIRECTION = "update_direction"
@@ -73,19 +101,24 @@ UPDATE_DIRECTION = "update_direction"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """How far the tensors of a second checkpoint are from those of a first.
 
     Attributes:
         rows: Tensors that both have, in the first file's order, then update directions.
-        only_first: Paths of tensors that only the first file has.
-        only_second: Paths of those that only the second has.
-        reshaped: Paths of those whose shapes differ, and both shapes.
+        only_first: Names of tensors that only the first file has.
+        only_second: Names of those that only the second has.
+        reshaped: Tensors whose shapes differ.
     """
 
-    rows: list[Row] = field(default_factory=list)
-    only_first: list[str] = field(default_factory=list)
-    only_second: list[str] = field(default_factory=list)
-    reshaped: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    rows: tuple[Row, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    reshaped: tuple[Reshaped, ...]
+
+    @property
+    def differing(self) -> tuple[Row, ...]:
+        """The rows of what is not the same."""
+        return tuple(row for row in self.rows if row.difference.error != 0)
 
     def by_kind(self) -> dict[str, Difference]:
         """Return the differences of all tensors of a kind together."""
@@ -96,38 +129,83 @@ class Comparison:
                     totals[kind] = totals.get(kind, Difference()) + row.difference
         return totals
 
+    def as_primitives(self) -> dict[str, Any]:
+        """Return everything that was found as JSON has it; a ratio that is no finite number is None."""
+        rows = [{key: getattr(row, key) for key in ("path", "name", "kind", "first", "second")} for row in self.rows]
+        return {
+            "kinds": {kind: _numbers(difference) for kind, difference in self.by_kind().items()},
+            "tensors": [each | _numbers(row.difference) for each, row in zip(rows, self.rows, strict=True)],
+            "only_first": list(self.only_first),
+            "only_second": list(self.only_second),
+            "different_shapes": [asdict(each) for each in self.reshaped],
+        }
 
-def compare(first: Source, second: Source, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Compare all tensors that have the same path.
+
+def _numbers(difference: Difference) -> dict[str, float | None]:
+    names = ("relative_error", "sqnr_db", "max_error")
+    numbers: dict[str, float] = {name: getattr(difference, name) for name in names}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def compare(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent
+) -> Comparison:
+    """Compare all tensors of two checkpoints that have the same path, whichever is quantized.
+
+    Args:
+        first: The file that errors are relative to.
+        second: The other file.
+        trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
+            files.
+        progress: Told how many tensors have been compared, and of how many.
 
     Raises:
-        CommandError: If the files have no tensor in common.
-        CorruptCheckpointError: If a payload is damaged.
+        ToolError: If a file cannot be read, or they have no tensor in common.
+        CorruptCheckpointError: If a file is damaged.
+        NewerFormatError: If one was written in a later format than this version reads.
+
+    Example:
+        >>> from q8lightning.tools import compare
+        >>> found = compare("plain.ckpt", "small.ckpt")  # doctest: +SKIP
+        >>> found.by_kind()["weights"].sqnr_db, found.differing[0].name  # doctest: +SKIP
     """
-    one = {path_of(keys): (keys, value) for keys, value in leaves(first.content)}
-    two = {path_of(keys): value for keys, value in leaves(second.content)}
+    one, two = open_checkpoint(first, trust), open_checkpoint(second, trust)
+    with verified(one.file), verified(two.file):
+        return _compare(one, two, progress)
+
+
+def _compare(first: OpenCheckpoint, second: OpenCheckpoint, progress: Progress) -> Comparison:
+    one = {path_of(keys): (keys, value) for keys, value in tensors_in(first.content)}
+    two = {path_of(keys): (keys, value) for keys, value in tensors_in(second.content)}
     if one.keys().isdisjoint(two):
-        raise CommandError(f"{first.path} and {second.path} have no tensor in common; `q8lightning inspect` shows both")
-    result = Comparison(
-        only_first=[path for path in one if path not in two], only_second=[path for path in two if path not in one]
-    )
+        raise ToolError(f"{first.path} and {second.path} have no tensor in common; `q8lightning inspect` shows both")
+    parameters = {**second.parameters, **first.parameters}
+
+    def name(keys: Keys) -> str:
+        return name_of(keys, parameters.get(keys[:-1]))
+
+    rows: list[Row] = []
+    reshaped: list[Reshaped] = []
     for index, (path, (keys, a)) in enumerate(one.items()):
-        if progress is not None:
-            progress(index + 1, len(one))
-        b = two.get(path)
-        if b is None:
+        progress(index + 1, len(one))
+        if path not in two:
             continue
+        b = two[path][1]
         if tuple(a.shape) != tuple(b.shape):
-            result.reshaped.append((path, tuple(a.shape), tuple(b.shape)))
+            reshaped.append(Reshaped(path, name(keys), tuple(a.shape), tuple(b.shape)))
             continue
         difference = _sum(_differences(first.values(a).detach(), second.values(b).detach()))
-        result.rows.append(Row(path, kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
-    result.rows.extend(_update_directions(first, second))
-    return result
+        rows.append(Row(path, name(keys), kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
+    return Comparison(
+        rows=(*rows, *_update_directions(first, second, parameters)),
+        only_first=tuple(name(keys) for path, (keys, _) in one.items() if path not in two),
+        only_second=tuple(name(keys) for path, (keys, _) in two.items() if path not in one),
+        reshaped=tuple(reshaped),
+    )
 
 
-def _stored_as(value: _Value) -> str:
-    return label(value) if isinstance(value, QuantizedTensor) else str(value.dtype).removeprefix("torch.")
+def _stored_as(value: Value) -> str:
+    return codec_of(value) or dtype_of(value)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -160,72 +238,34 @@ def _sum(differences: Iterator[Difference]) -> Difference:
     return sum(differences, Difference())
 
 
-def _update_directions(first: Source, second: Source) -> Iterator[Row]:
+def _update_directions(first: OpenCheckpoint, second: OpenCheckpoint, parameters: Mapping[Keys, str]) -> Iterator[Row]:
     """Yield by how much Adam would step into another direction, for each parameter that both have moments of."""
-    optimizers = [_optimizers(source.content) for source in (first, second)]
-    names = names_from(first.content).optimizer_parameters if optimizers[0] else ()
-    for index, (one, two) in enumerate(zip(*optimizers, strict=False)):
+    epsilons = epsilons_of(first.content) if isinstance(first.content, Mapping) else {}
+    both = zip(optimizers_in(first.content), optimizers_in(second.content), strict=False)
+    for index, (one, two) in enumerate(both):
         for key, state in one.get("state", {}).items():
-            moments = [_moments(state), _moments(two.get("state", {}).get(key))]
-            if moments[0] is None or moments[1] is None or moments[0][0].shape != moments[1][0].shape:
+            a, b = _moments(state), _moments(two.get("state", {}).get(key))
+            if a is None or b is None or a[0].shape != b[0].shape:
                 continue
-            eps = _eps(one, key)
-            directions = [
-                _direction(source.values(pair[0]).detach(), source.values(pair[1]).detach(), eps)
-                for source, pair in zip((first, second), moments, strict=True)
-                if pair
-            ]
-            difference = _sum(_difference(a, b) for a, b in zip(*directions, strict=True))
-            known = names[index] if index < len(names) else ()
-            name = known[key] if isinstance(key, int) and key < len(known) else str(key)
-            path = name if name != str(key) else path_of(("optimizer_states", index, "state", key))
-            yield Row(path, UPDATE_DIRECTION, _stored_as(moments[0][0]), _stored_as(moments[1][0]), difference)
+            keys = (OPTIMIZER_STATES, index, "state", key)
+            eps = epsilons.get(keys, DEFAULT_EPS)
+            parts = zip(_direction(first, a, eps), _direction(second, b, eps), strict=True)
+            difference = _sum(_difference(x, y) for x, y in parts)
+            name = f"{parameters.get(keys) or path_of(keys)}: update direction"
+            yield Row(path_of(keys), name, UPDATE_DIRECTION, _stored_as(a[0]), _stored_as(b[0]), difference)
 
 
-def _optimizers(content: Any) -> list[Mapping[str, Any]]:
-    states = content.get("optimizer_states", []) if isinstance(content, Mapping) else []
-    return [state for state in states if isinstance(state, Mapping)] if isinstance(states, list | tuple) else []
-
-
-def _moments(state: Any) -> tuple[_Value, _Value] | None:
+def _moments(state: Any) -> tuple[Value, Value] | None:
     if not isinstance(state, Mapping):
         return None
-    m, v = state.get(FIRST_MOMENT), next((state[key] for key in SECOND_MOMENTS if key in state), None)
-    if not isinstance(m, _Value) or not isinstance(v, _Value) or tuple(m.shape) != tuple(v.shape):
+    m, v = state.get(FIRST_OF_ADAM), next((state[key] for key in SECONDS_OF_ADAM if key in state), None)
+    if not isinstance(m, Value) or not isinstance(v, Value) or tuple(m.shape) != tuple(v.shape):
         return None
     return m, v
 
 
-def _eps(optimizer: Mapping[str, Any], key: Keys) -> float:
-    for group in optimizer.get("param_groups", ()):
-        if key in group.get("params", ()):
-            return float(group.get("eps", 1e-8))
-    return 1e-8
-
-
-def _direction(m: Tensor, v: Tensor, eps: float) -> Iterator[Tensor]:
+def _direction(opened: OpenCheckpoint, moments: tuple[Value, Value], eps: float) -> Iterator[Tensor]:
+    """Yield the update direction of a parameter in parts."""
+    m, v = (opened.values(moment).detach() for moment in moments)
     for first_moment, second_moment in zip(_chunks(m), _chunks(v), strict=True):
         yield first_moment / (second_moment.sqrt() + eps)
-
-
-def as_json(result: Comparison) -> dict[str, Any]:
-    """Return everything that was found as JSON has it; ratios that are no finite number are None."""
-    return {
-        "kinds": {kind: _numbers(difference) for kind, difference in result.by_kind().items()},
-        "tensors": [
-            {"path": row.path, "kind": row.kind, "first": row.first, "second": row.second, **_numbers(row.difference)}
-            for row in result.rows
-        ],
-        "only_first": result.only_first,
-        "only_second": result.only_second,
-        "different_shapes": [{"path": path, "first": one, "second": two} for path, one, two in result.reshaped],
-    }
-
-
-def _numbers(difference: Difference) -> dict[str, Any]:
-    numbers = {
-        "relative_error": difference.relative_error,
-        "sqnr_db": difference.sqnr_db,
-        "max_error": difference.max_error,
-    }
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

@@ -1,14 +1,15 @@
 """Compare a file with all sums that it has, and decode everything once."""
 
+import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.tools.source import leaves, open_file, path_of, read_source
+from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, open_file, read_checkpoint, silent
+from q8lightning.tools.tensors import tensors_in
 
 
 @dataclass(frozen=True)
@@ -16,57 +17,71 @@ class Verification:
     """What was found.
 
     Attributes:
-        bytes: Size of the file.
+        path: The file.
+        bytes: Its size.
         tensors: How many tensors it holds, as far as it could be read; tied ones count as often as they occur.
-        payloads: How many of them are encoded.
-        checksums: How many of those have a checksum.
+        quantized: How many of them are encoded; tied ones count once.
         has_sums: Whether the file has a CRC32 of each of its records.
-        damage: What is damaged; nothing if the file is whole.
+        damage: What is damaged, such as ``the tensor state_dict.layer.weight``; empty if the file is whole.
     """
 
+    path: Path
     bytes: int
     tensors: int = 0
-    payloads: int = 0
-    checksums: int = 0
+    quantized: int = 0
     has_sums: bool = True
     damage: tuple[str, ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage
 
-def verify_file(path: Path, trust: bool = False, progress: Callable[[int, int], None] | None = None) -> Verification:
+
+def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent) -> Verification:
     """Check the checksum of every payload, that it decodes to finite values, and the CRC32 of everything else.
 
+    Damage is returned, not raised.
+
+    Args:
+        path: The file, quantized or not.
+        trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
+            file.
+        progress: Told how many quantized tensors have been decoded, and of how many.
+
     Raises:
-        CommandError: If there is no such file, or it is no checkpoint at all.
+        ToolError: If there is no such file, or it is no checkpoint at all.
         NewerFormatError: If the file was written in a later format than this version reads.
+
+    Example:
+        >>> from q8lightning.tools import verify
+        >>> verify("last.ckpt").is_whole  # doctest: +SKIP
+        True
     """
     file = open_file(path)
     counts: dict[str, int] = {}
     damage: list[str] = []
     try:
-        source = read_source(file, trust)
+        opened = read_checkpoint(file, trust)
         with verified(file):
-            found = [(path_of(keys), value) for keys, value in leaves(source.content)]
-            payloads = {id(value): (name, value) for name, value in found if isinstance(value, QuantizedTensor)}
-            counts = {
-                "tensors": len(found),
-                "payloads": len(payloads),
-                "checksums": sum(payload.checksum is not None for _, payload in payloads.values()),
-            }
-            for index, (name, payload) in enumerate(payloads.values()):
-                damage += _damage(name, payload)
-                if progress is not None:
-                    progress(index + 1, len(payloads))
+            found = tensors_in(opened.content)
+            payloads = {id(value): (keys, value) for keys, value in found if isinstance(value, QuantizedTensor)}
+            counts = {"tensors": len(found), "quantized": len(payloads)}
+            for index, (keys, payload) in enumerate(payloads.values()):
+                damage += _damage(opened, opened.name(keys), payload)
+                progress(index + 1, len(payloads))
     except CorruptCheckpointError as error:
         if not damage:  # the sums of the file say less exactly where it is
             damage.append(error.what)
     with file.reader() as reader:
-        return Verification(file.size, **counts, has_sums=zipfile.is_zipfile(reader), damage=tuple(damage))
+        has_sums = zipfile.is_zipfile(reader)
+    return Verification(Path(file.path), file.size, **counts, has_sums=has_sums, damage=tuple(damage))
 
 
-def _damage(name: str, payload: QuantizedTensor) -> list[str]:
+def _damage(opened: OpenCheckpoint, name: str, payload: QuantizedTensor) -> list[str]:
     """Return what is wrong with a payload, nothing if nothing is."""
     try:
-        if bool(payload.decode().isfinite().all()):
+        if bool(opened.decode(payload).isfinite().all()):
             return []
         return [f"the tensor {name} (it decodes to values that are not finite)"]
     except CorruptCheckpointError as error:

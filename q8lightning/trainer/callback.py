@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from q8lightning.checkpoint.encode.leaves import ModelNames
-from q8lightning.checkpoint.encode.state_dict import SUMMARY_KEY
-from q8lightning.checkpoint.payload import FORMAT_VERSION
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
-from q8lightning.checkpoint.qat_codes import CODES_KEY, describe_codes
-from q8lightning.metrics.recorder import Detail
+from q8lightning.checkpoint.sections import SUMMARY_KEY
+from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
+from q8lightning.system.private_names import Part, check_names
 from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.described_saves import describe_saves
+from q8lightning.trainer.describe_saves import describe_saves
+from q8lightning.trainer.install import install, is_installed
 from q8lightning.trainer.io_chain import check_not_async
+from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
     leave_callbacks_alone,
@@ -28,12 +28,20 @@ from q8lightning.trainer.pending_names import (
     tell_callbacks,
     wait_until_durable,
 )
-from q8lightning.trainer.qat_callback import QATCallback
-from q8lightning.trainer.recording import is_watched, print_totals, warn_safely, watch_saves
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.publishing import print_totals, warn_safely
+from q8lightning.trainer.qat_training import QATTraining
+from q8lightning.trainer.recording import (
+    begin_to_defer,
+    publish_before_a_look,
+    publish_known,
+    publish_rest,
+    watch_of,
+    watch_saves,
+)
+from q8lightning.trainer.strategies import bypasses_io, check_qat, optimizer_device
 
 
-class QuantizationCallback(QATCallback):
+class QuantizationCallback(pl.Callback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
     With ``qat`` it also trains with quantized weights: forward and backward see values on the grid of their codes, the
@@ -77,17 +85,34 @@ class QuantizationCallback(QATCallback):
         qat: QATConfig | Mapping[str, Any] | None = None,
         log: Detail | None = "kind",
     ) -> None:
-        super().__init__(qat, log)
+        self.recorder = Recorder(log)
+        self.qat_training = None if qat is None else QATTraining(QATConfig.of(qat), self.recorder)
+        """What trains with quantized weights; None if nothing does."""
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
         self.async_save = async_save
         self.verify = verify
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._moments = Moments()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out whose callback this is."""
-        return {**super().__getstate__(), "_trainer": None}
+        return self.__dict__ | {"_trainer": None}
+
+    @property
+    def qat(self) -> QATConfig | None:
+        """Which weights are trained quantized, and when; None for none."""
+        return None if self.qat_training is None else self.qat_training.config
+
+    @property
+    def statistics(self) -> Mapping[str, ErrorStatistics]:
+        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
+        return {} if self.qat_training is None else self.qat_training.statistics
+
+    def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]:
+        """Return how each weight is quantized by name, none after a step in float; warn of those that were replaced."""
+        return {} if self.qat_training is None else self.qat_training.codecs(trainer)
 
     def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
         """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
@@ -115,8 +140,14 @@ class QuantizationCallback(QATCallback):
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Install the quantizing CheckpointIO around the one that the Trainer has, once."""
-        super().setup(trainer, pl_module, stage)
+        """Say what the installed versions lack; install what quantizes saves, once; become the first callback.
+
+        With QAT, which puts the masters back before the hooks of any other callback see them.
+        """
+        check_names(self._parts(), warn_safely)
+        if self.qat_training is not None:
+            check_qat(trainer.strategy)
+            trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
         self._trainer = weakref.ref(trainer)
         installed = self._install(trainer)
         if installed is None:
@@ -124,31 +155,26 @@ class QuantizationCallback(QATCallback):
         if self.policy is not None and self.async_save:
             check_not_async(trainer.strategy.checkpoint_io)
             installed.async_save = True
-        installed.optimizer_device = _optimizer_device(trainer.strategy) if stage == "fit" else None
+        installed.optimizer_device = optimizer_device(trainer.strategy) if stage == "fit" else None
         watch_saves(trainer, installed, self.recorder)
         begin_to_tell(installed)
         let_callbacks_know(trainer)
 
+    def _parts(self) -> list[Part]:
+        """Return which parts of the package were asked for, of those that no CheckpointIO asks for itself."""
+        asked: dict[Part, bool] = {
+            "background": self.policy is not None and self.async_save,
+            "logging": self.recorder.detail is not None,
+            "qat": self.qat is not None,
+        }
+        return [part for part, is_asked in asked.items() if is_asked]
+
     def _install(self, trainer: pl.Trainer) -> QuantizedCheckpointIO | None:
-        """Return the quantizing CheckpointIO of a Trainer, this callback's or the user's own, which knows the model."""
-        strategy = trainer.strategy
-        if self.policy is not None:
-            _check_strategy(strategy)
-        elif is_a(strategy, DeepSpeedStrategy):
-            return None  # it never saves through a CheckpointIO
-        installed = find_quantized_io(strategy.checkpoint_io)
-        if installed is None and self.policy is not None:
-            installed = QuantizedCheckpointIO(strategy.checkpoint_io, self.policy, verify=self.verify)
-            strategy.checkpoint_io = installed
-        elif installed is not None and self.policy not in (None, installed.policy):
-            raise ValueError(
-                "the Trainer has another QuantizationCallback, or a QuantizedCheckpointIO, with another policy than"
-                " this QuantizationCallback; give the policy to one of them and remove the other"
-            )
+        installed = install(trainer, self, self.policy, self.verify)
+        if installed is None and self.qat_training is not None and not bypasses_io(trainer.strategy):
+            describe_saves(trainer, self)
         if installed is not None:
-            installed.describe_model = DescribeModel(trainer, self)
-        elif self.qat is not None:
-            describe_saves(trainer, self._description)
+            installed.moment = self._moments
         return installed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -156,18 +182,78 @@ class QuantizationCallback(QATCallback):
         if self.policy is not None:
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
-        super().on_fit_start(trainer, pl_module)
+        begin_to_defer(trainer)
+        if self.qat_training is not None:
+            self.qat_training.begin(trainer, pl_module, self._others(trainer))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Tell callbacks which checkpoints are durable by now, and those that are new which are not yet."""
-        super().on_train_batch_end(trainer, pl_module, *args)
+    def on_train_start(self, *_: Any) -> None:
+        """From now on, hooks tell the CheckpointIO before training changes what it saved."""
+        self._moments.begin()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """In manual optimization the step may change weights at any time: let go of them now."""
+        self._moments.end_one()
+        if not pl_module.automatic_optimization:
+            self._let_go(trainer)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Let go of the weights and of the optimizer's state, which change now."""
+        self._let_go(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Select the weights that are evaluated quantized; in the middle of a fit put the masters back."""
+        self._moments.end_one()
+        if self.qat_training is not None:
+            self.qat_training.begin_evaluation(trainer, pl_module, self._others(trainer))
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the masters back before the hooks of other callbacks run, and publish what is known of saves."""
+        self._moments.end_one()
+        if self.qat_training is not None:
+            self.qat_training.release()
+        publish_before_a_look(trainer)
+
+    on_train_epoch_end = on_validation_epoch_end
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the masters back before the hooks of other callbacks run."""
+        if self.qat_training is not None:
+            self.qat_training.release()
+
+    on_predict_epoch_end = on_test_epoch_end
+
+    def on_validation_end(self, *_: Any) -> None:
+        """Other callbacks may put back weights that they validated others in the place of."""
+        self._moments.end_one()
+
+    def on_train_end(self, *_: Any) -> None:
+        """No hook follows before somebody may change the weights."""
+        self._moments.end()
+
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        installed = find_quantized_io(trainer.strategy.checkpoint_io)
+        if installed is not None:
+            installed.let_go()
+        self._moments.end_one()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Publish what is known of saves; tell callbacks which checkpoints are durable by now, and which are not."""
+        self._moments.end_one()
+        if self.qat_training is not None:
+            self.qat_training.record(trainer)
+        publish_known(trainer)
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say in a few words what the saves came to; finish them before any callback is torn down."""
-        print_totals(trainer, self.recorder)
-        self._finish(trainer)
+        """Finish the saves before any callback is torn down; publish the rest, and say what they came to."""
+        try:
+            self._finish(trainer)
+        finally:
+            publish_rest(trainer, together=True)
+            print_totals(trainer, self.recorder)
         tell_callbacks(trainer)
 
     def on_load_checkpoint(
@@ -182,39 +268,35 @@ class QuantizationCallback(QATCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Install what quantizes if nothing was set up: before the first run, or where other processes ran."""
-        if not is_watched(trainer) and not self._is_installed(trainer):
+        if watch_of(trainer) is None and not is_installed(trainer, self):
             self._install(trainer)
-        self._select_after_other_processes(trainer, pl_module)
-
-    def _description(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what checkpoints that no CheckpointIO encodes say of the weights that were trained quantized."""
-        codecs = self.codecs(trainer)
-        state = checkpoint.get("state_dict")
-        if not codecs or not isinstance(state, Mapping):
-            return {}
-        described = describe_codes(state, state, codecs)
-        summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self.restored, CODES_KEY: described}
-        return {SUMMARY_KEY: summary}
-
-    def _is_installed(self, trainer: pl.Trainer) -> bool:
-        installed = find_quantized_io(trainer.strategy.checkpoint_io)
-        describe = None if installed is None else installed.describe_model
-        return isinstance(describe, DescribeModel) and describe.trainer is trainer and describe.callback is self
+        if self.qat_training is not None:
+            self.qat_training.select_after_other_processes(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
-        super().on_exception(trainer, pl_module, exception)
+        self._end_qat()
+        self._moments.end()
         try:
             self._finish(trainer)
         except BackgroundSaveError as error:
             warn_safely(str(error))
+        publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finish the pending save where the strategy does not tear its CheckpointIO down (FSDP, ModelParallel)."""
-        super().teardown(trainer, pl_module, stage)
+        """Put the masters back; finish the pending save where the strategy does not (FSDP, ModelParallel)."""
+        self._end_qat()
         self._finish(trainer)
+        publish_rest(trainer, together=False)
         tell_callbacks(trainer)
+
+    def _end_qat(self) -> None:
+        if self.qat_training is not None:
+            self.qat_training.end()
+
+    def _others(self, trainer: pl.Trainer) -> list[pl.Callback]:
+        return [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
 
     def _finish(self, trainer: pl.Trainer) -> None:
         installed = None if self.policy is None else find_quantized_io(trainer.strategy.checkpoint_io)
@@ -225,46 +307,3 @@ class QuantizationCallback(QATCallback):
                 installed.finish()
             finally:
                 leave_callbacks_alone(trainer)
-
-
-def _check_strategy(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
-    remedy = None
-    if is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
-        remedy = 'pass FSDPStrategy(state_dict_type="full")'
-    elif is_a(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
-        remedy = "pass ModelParallelStrategy(save_distributed_checkpoint=False)"
-    elif is_a(strategy, DeepSpeedStrategy):
-        remedy = "use another strategy"
-    if remedy is not None:
-        raise ValueError(
-            f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
-            f" quantized; {remedy}, or remove the QuantizationCallback (or pass it checkpoint=None)"
-        )
-
-
-def _optimizer_device(strategy: Strategy) -> torch.device | None:
-    """Return where a strategy wants optimizer states as they are in the file; None if it distributes them itself."""
-    return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device
-
-
-class DescribeModel:
-    """Tells a CheckpointIO at each save what only the Trainer and the callback know; goes with them when pickled."""
-
-    def __init__(self, trainer: pl.Trainer, callback: QuantizationCallback) -> None:
-        self.trainer = trainer
-        self.callback = callback
-
-    def __call__(self) -> ModelNames:
-        """Return the names of the parameters as they are now, and how they are quantized."""
-        module = self.trainer.lightning_module
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        return ModelNames(
-            parameters=frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)),
-            optimizer_parameters=tuple(
-                tuple(names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"])
-                for optimizer in self.trainer.optimizers
-            ),
-            quantized=self.callback.codecs(self.trainer),
-            restored=self.callback.restored,
-        )

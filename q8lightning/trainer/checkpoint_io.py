@@ -3,42 +3,40 @@
 import gc
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from q8lightning.checkpoint.encode.checkpoint import warn_of_passed_over, warn_of_refused
+from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
-from q8lightning.checkpoint.encode.learn import routine_of
-from q8lightning.checkpoint.encode.leaves import ModelNames
-from q8lightning.checkpoint.encode.outline import Outline, outline_of
-from q8lightning.checkpoint.encode.repeat import Repeated, Routine
-from q8lightning.checkpoint.encode.state_dict import (
-    SUMMARY_KEY,
-    encode_and_report,
-    warn_of_passed_over,
-    warn_of_refused,
-)
+from q8lightning.checkpoint.encode.outline import outline_of
+from q8lightning.checkpoint.encode.plan import Plan, plan_save
+from q8lightning.checkpoint.encode.run import Run
+from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.file.write import announce
+from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.staging.snapshot import Snapshot
-from q8lightning.checkpoint.staging.transfer import PinnedMemory
+from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
+from q8lightning.system.private_names import check_names
 from q8lightning.system.save_queue import BackgroundSaves
 from q8lightning.trainer.durable_io import DurableCheckpointIO, is_ours, make_durable
 from q8lightning.trainer.io_chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
 from q8lightning.trainer.twins import count_as_twins
 
 _MESSAGES = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
@@ -49,11 +47,14 @@ _URGENT = ("hpc_ckpt_",)
 """What the Trainer saves when SLURM is about to end the process."""
 
 
+_REPORTS = 8
+"""How many saves back one can ask what they lost."""
+
 _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
 
 
-class QuantizedCheckpointIO(_WrappingCheckpointIO):
+class QuantizedCheckpointIO(WrappingCheckpointIO):
     """Saves checkpoints quantized, through whatever CheckpointIO it wraps; loading needs nothing special.
 
     The callback installs it; ``Trainer(plugins=[QuantizedCheckpointIO()])`` does the same, and its methods work without
@@ -88,6 +89,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
                 f"checkpoint_io is a CheckpointIO, which writes the files, got {checkpoint_io!r}; presets and policies"
                 ' have a name of their own, as in QuantizedCheckpointIO(checkpoint="compact")'
             )
+        check_names(["saving"])
         count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning takes it for one of its CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
@@ -97,28 +99,40 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         """Asked at each save for what only the model knows; set by the callback."""
         self.optimizer_device: torch.device | None = None
         """Where optimizer states are decoded when they are loaded, and stay, if it is a GPU; set by the callback."""
+        self.moment: Callable[[], Hashable] | None = None
+        """Names the moment of the training, for whoever calls :meth:`let_go` before it goes on to change what was
+        saved; saves of one moment are encoded once. Where it or what it returns is None, nobody does: each save waits
+        until it is encoded. Set by the callback."""
         self.waits: list[float] = []
         """Seconds for which saves in the background held training up, each until the one before it was written."""
-        self.report: Callable[[], SaveReport] | None = None
-        """Returns what the last save lost, once it has been encoded; whoever has read it may set it back to None."""
+        self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
+        """What the last saves lost, in their order, for whoever takes it: completed when it is known, by any thread;
+        cancelled with a save that fails."""
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
         self.telling = False
         """Whether somebody is emptying it at the moment."""
         self._warned: set[tuple[str, str]] = set()
-        self._unsaid: SaveReport | None = None
+        self._unsaid: deque[SaveReport] = deque()
         self._background: BackgroundSaves | None = None  # not before it is needed: a Trainer is pickled for spawn
-        self._memory = PinnedMemory()
-        self._routine: Routine | None = None
-        self._outline: Outline | None = None
+        self._memory, self._copies = HostMemory(), HostMemory()
+        self._plan: Plan | None = None
+        self._run: Run | None = None
+        self._moment: Hashable = None
         make_durable(self)
         if async_save:
             check_not_async(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what the last save lost and found out, and what is being written: Trainers are pickled."""
-        left_out = {"report": None, "_unsaid": None, "_routine": None, "_outline": None, "_background": None}
-        return {**self.__dict__, **left_out, "telling": False, "_memory": PinnedMemory()}
+        """Leave out what saves found out and what is being written: Trainers are pickled."""
+        left_out = {"_plan": None, "_run": None, "_background": None, "telling": False}
+        fresh = {
+            "reports": deque(maxlen=_REPORTS),
+            "_unsaid": deque(),
+            "_memory": HostMemory(),
+            "_copies": HostMemory(),
+        }
+        return {**self.__dict__, **left_out, **fresh}
 
     @property
     def base(self) -> CheckpointIO:
@@ -139,64 +153,68 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             self._wait()
             self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
             return
-        self._wait_for_room(path)
-        names = self.describe_model() if self.describe_model is not None else None
         with _without_collection():
-            snapshot = self._freeze(checkpoint, names)
+            save = self._start(checkpoint, path)
         announce("frozen", path)
+        known: Future[SaveReport] = Future()
+        self.reports.append(known)
         if self.async_save:
             if self._background is None:
                 self._background = BackgroundSaves()
             place = self._fixed(path)
             if place is not None:
                 os.makedirs(os.path.dirname(place), exist_ok=True)  # as if it were written now
-            self._background.save(path, partial(self._write, snapshot, path, storage_options, place))
+            self._background.save(path, partial(self._write, save, known, path, storage_options, place))
             if name.startswith(_URGENT):
                 self._wait()
         else:
-            self._write(snapshot, path, storage_options)
+            self._write(save, known, path, storage_options)
+        if self._moment is None:
+            self.let_go()
         self._warn()
 
-    def _freeze(self, checkpoint: dict[str, Any], names: ModelNames | None) -> Snapshot | Repeated:
-        """Encode; return the checkpoint as it is now."""
+    def _start(self, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> Save:
+        """Encode or copy what training may change; return the save, to be written at any time."""
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
-        if self._routine is not None and self._routine.policy is self.policy and self.async_save:
-            repeated = self._routine.save(checkpoint, names, self._only_pickles)
-            if repeated is not None:
-                self.report = repeated.report
-                return repeated
-        encoded, report = encode_and_report(checkpoint, self.policy, names)
-        self._unsaid = report
-        self.report = lambda: report
-        snapshot = Snapshot(encoded, live=self.async_save, stand_ins=self._only_pickles)
-        if self.async_save:
-            self._learn(checkpoint, names, report)
-        return snapshot
+        names = self.describe_model() if self.describe_model is not None else names_in(checkpoint)
+        outline, tensors = outline_of(checkpoint)
+        plan = self._plan
+        if plan is None or not plan.fits(checkpoint, outline, self.policy, names):
+            plan = self._plan = plan_save(checkpoint, outline, tensors, self.policy, names)
+        moment = None if self.moment is None else self.moment()
+        run, live = self._run, self.async_save
+        if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):
+            self._run = None
+            self._wait_for_room(path)
+            run = Run(plan, tensors, live, self._copies)
+        self._run, self._moment = run, moment
+        return Save(run, checkpoint, tensors, names, live, self._only_pickles)
 
-    def _learn(self, checkpoint: dict[str, Any], names: ModelNames | None, report: SaveReport) -> None:
-        """Find out how to save the same tensors again: after the first save, and after two of the same tensors."""
-        described = outline_of(checkpoint)
-        outline = None if described is None else described[0]
-        if self._outline is None or self._outline.is_that_of(outline):
-            self._routine = routine_of(checkpoint, self.policy, names, report)
-        self._outline = outline
+    def let_go(self) -> None:
+        """Let training change the tensors that were saved last; called before it does.
+
+        Waits for the device to have encoded them. Warns of what is stored otherwise than the policy's rules say.
+        """
+        run, self._run, self._moment = self._run, None, None
+        if run is not None:
+            run.let_go()
+        self._warn()
 
     def _warn(self) -> None:
         """Warn of what was stored otherwise, after the checkpoint was written or queued: warnings may be errors.
 
         Of what the guard did, each tensor is named once; that nothing is encoded is said once.
         """
-        report, self._unsaid = self._unsaid, None
-        if report is None:
-            return
-        warn_of_refused(report.refused)
-        new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
-        self._warned |= {(each.path, each.remedy) for each in new}
-        warn_of_guarded(new)
-        if report.passed_over and ("", "") not in self._warned:
-            self._warned.add(("", ""))
-            warn_of_passed_over(report.passed_over)
+        while self._unsaid:
+            report = self._unsaid.popleft()
+            warn_of_refused(report.refused)
+            new = [each for each in report.guarded if (each.path, each.remedy) not in self._warned]
+            self._warned |= {(each.path, each.remedy) for each in new}
+            warn_of_guarded(new)
+            if report.passed_over and ("", "") not in self._warned:
+                self._warned.add(("", ""))
+                warn_of_passed_over(report.passed_over)
 
     @property
     def _only_pickles(self) -> bool:
@@ -210,15 +228,23 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
 
     def _write(
         self,
-        snapshot: Snapshot | Repeated,
+        save: Save,
+        known: "Future[SaveReport]",
         path: str | os.PathLike[str],
         storage_options: Any | None,
         place: str | None = None,
     ) -> None:
         memory = self._memory if self._only_pickles else None  # others may keep what they are given
-        with snapshot.fetch(memory) as content, keeping(place and os.path.dirname(place)):
-            announce("fetched", path)
-            self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
+        try:
+            with save.fetch(memory) as content, keeping(place and os.path.dirname(place)):
+                announce("fetched", path)
+                if self._plan is save.plan:
+                    self._plan = save.next_plan
+                self._unsaid.append(save.report)
+                known.set_result(save.report)
+                self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
+        finally:
+            known.cancel()  # nothing happens if it is known
         if self.durable is not None:
             self.durable.append(os.fspath(path))
 
@@ -235,9 +261,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
         self._wait()
         with explained(path):
             checkpoint = self._load(path, local_path(path), *args, **kwargs)
-        summary = checkpoint.get(SUMMARY_KEY)
-        if isinstance(summary, dict) and summary.get("format_version", 0) > FORMAT_VERSION:
-            raise NewerFormatError(summary["format_version"])
+        check_version(summary_in(checkpoint))
         return checkpoint
 
     def _load(self, path: str | os.PathLike[str], local_path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -309,6 +333,7 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             )
         if self._background is not None:
             self._background.wait(path)
+        self._warn()
         if path is not None and writes_where_told(self):
             check_is_there(path)
 
@@ -325,8 +350,10 @@ class QuantizedCheckpointIO(_WrappingCheckpointIO):
             for error in () if self._background is None else self._background.unheard():
                 advise(str(error))  # one of them can be raised
             self._background = None
-            self._routine = self._outline = None
+            self._plan = self._run = None
             self._memory.release()
+            self._copies.release()
+        self._warn()
 
     def teardown(self) -> None:
         """Finish what is in the background and tear the wrapped CheckpointIO down."""

@@ -5,10 +5,10 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.system.paths import local_path
+from q8lightning.trainer.lightning_internals import WrappingCheckpointIO, replace_wrapped
 from q8lightning.trainer.twins import is_a, is_exactly_a
 
 
@@ -49,11 +49,10 @@ def is_ours(checkpoint_io: CheckpointIO, method: str) -> bool:
     return getattr(type(checkpoint_io), method) is getattr(DurableCheckpointIO, method)
 
 
-def make_durable(checkpoint_io: _WrappingCheckpointIO) -> None:
+def make_durable(checkpoint_io: WrappingCheckpointIO) -> None:
     """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one alone."""
     base = checkpoint_io.checkpoint_io
-    if is_a(base, _WrappingCheckpointIO):
+    if is_a(base, WrappingCheckpointIO):
         make_durable(base)
     elif base is None or is_exactly_a(base, TorchCheckpointIO):
-        checkpoint_io._checkpoint_io = DurableCheckpointIO()
-        checkpoint_io._base_checkpoint_io_configured = True
+        replace_wrapped(checkpoint_io, DurableCheckpointIO())

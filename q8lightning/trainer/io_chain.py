@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
 from q8lightning.trainer.twins import is_a
 
 
@@ -13,7 +13,7 @@ def chain_of(checkpoint_io: CheckpointIO | None) -> Iterator[CheckpointIO]:
     """Yield a CheckpointIO and those that it wraps, from the outside in."""
     while checkpoint_io is not None:
         yield checkpoint_io
-        checkpoint_io = checkpoint_io.checkpoint_io if is_a(checkpoint_io, _WrappingCheckpointIO) else None
+        checkpoint_io = checkpoint_io.checkpoint_io if is_a(checkpoint_io, WrappingCheckpointIO) else None
 
 
 def is_async(checkpoint_io: CheckpointIO | None) -> bool:

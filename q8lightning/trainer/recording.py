@@ -1,32 +1,62 @@
-"""Hand what saves lose to the loggers, to ``trainer.callback_metrics`` and to the other processes.
+"""Record every save of a Trainer: what it lost is computed where it is known first, and published by who trains.
 
-Nothing of it may break what it reports, nor hide the exception that a run dies of: what fails here is a warning.
+What a save lost is known when its :class:`SaveReport` is, which is after the save where it goes on in the background.
+The thread that completes the report computes the values; the thread that trains hands them on at the next save, batch
+or end of an epoch, and waits only for whoever decides by one of them.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from functools import partial
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.metrics.recorder import Loss, Recorder, Save
+from q8lightning.metrics.recorder import PREFIX, STALL, Loss, Recorded, Recorder, Save
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
+from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
 from q8lightning.trainer.twins import is_a
+
+SAME = 1e-6
+"""How close, relatively, two saves of one state measure the same: sums may be added up in another order."""
+
+
+class _Pending(NamedTuple):
+    """A save of which nothing has been published.
+
+    Attributes:
+        step: At which Lightning logged when it was made.
+        state: The optimizer's steps by then; None outside of a fit, where nobody knows whether the state is another.
+        seconds: How long it held training.
+        known: What there is to say of it, and the same as tensors; cancelled if it failed.
+    """
+
+    step: int
+    state: int | None
+    seconds: float
+    known: "Future[tuple[Recorded, dict[str, Tensor]]]"
+
+
+class _Row(NamedTuple):
+    """What is published of a save, and at which step."""
+
+    step: int
+    values: dict[str, float]
 
 
 class SaveWatch:
     """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every process calls, and records the save.
 
     There is no hook after a save. This is the one place that all processes pass, before the barrier that ends every
-    save: the process that encodes knows the values, and the others need them if EarlyStopping or ModelCheckpoint
-    watches one.
+    save. The process that encodes publishes what it knows on its loggers; ``callback_metrics``, by which processes
+    decide, get it where all of them meet: here and at the end of an epoch, of a validation and of the fit.
     """
 
     def __init__(
@@ -38,9 +68,19 @@ class SaveWatch:
     ) -> None:
         self.save = save
         """What somebody else put in the place of the strategy's method; None for the method."""
+        self.fitting = False
+        """Whether hooks of the callback follow in which to publish; otherwise a save waits for what it lost."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
+        self._pending: deque[_Pending] = deque()
+        self._untold: list[_Row] = []  # published here, and not yet in the other processes
+        self._others_wait = False
+        self._last: tuple[int | None, dict[str, float]] = None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is pending: who gets a copy has nothing of it."""
+        return {**self.__dict__, "_pending": deque(), "_untold": [], "_others_wait": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
@@ -49,25 +89,78 @@ class SaveWatch:
         tell_callbacks(self._trainer)
 
     def _save_and_record(self, *args: Any, **kwargs: Any) -> None:
-        strategy = self._trainer.strategy
-        self._io.report = None
+        trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
+        reports.clear()
         start = time.perf_counter()
         if self.save is None:
             type(strategy).save_checkpoint(strategy, *args, **kwargs)
         else:
             self.save(*args, **kwargs)
         seconds = time.perf_counter() - start
-        values: dict[str, float] = {}
+        state = trainer.global_step if self.fitting else None
+        while reports:  # none if nothing was encoded, or not in this process
+            self._pending.append(_Pending(step_of(trainer), state, seconds, self._described(reports.popleft())))
+        self._others_wait = trainer.world_size > 1
+        # A Checkpoint callback may look right after this save, in the same hook.
+        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
+        self.publish(wait=looks_now or not self.fitting, together=True)
+
+    def _described(self, report: "Future[SaveReport]") -> "Future[tuple[Recorded, dict[str, Tensor]]]":
+        """Return what there is to say of a save, computed by the thread that completes its report."""
+        known: Future[tuple[Recorded, dict[str, Tensor]]] = Future()
+        report.add_done_callback(partial(_compute, self._recorder, known))
+        return known
+
+    def publish(self, wait: bool = False, together: bool = False) -> None:
+        """Publish what is known of the saves so far, in their order.
+
+        Args:
+            wait: Wait until everything is known.
+            together: All processes call this at the same moment, so that ``callback_metrics`` change in all of them.
+        """
+        while self._pending and (wait or self._pending[0].known.done()):
+            self._publish(self._pending.popleft())
+        if together and self._others_wait and self._recorder.detail is not None:
+            self._tell_others()
+
+    def _publish(self, save: _Pending) -> None:
         with harmless(self._recorder, "computing what a save lost"):
-            report: Callable[[], SaveReport] | None = self._io.report
-            if report is not None:  # something was encoded, and in this process
-                values = self._recorder.save(_describe(report(), seconds))
-        if self._recorder.detail is None:
-            return
-        with harmless(self._recorder, "telling other processes what a save lost"):
+            try:
+                recorded, tensors = save.known.result()
+            except CancelledError:
+                return  # the save failed, which is raised elsewhere
+            self._recorder.count(recorded, save.seconds)
+            if self._recorder.detail is None:
+                return
+            row = _Row(save.step, {**recorded.values, STALL: save.seconds * 1e3})
+            self._log(row, save.state)
             if self._trainer.world_size > 1:
-                values = strategy.broadcast(values)
-        publish(self._trainer, self._recorder, values)
+                self._untold.append(row)
+            else:
+                put(self._trainer, self._recorder, {**tensors, **as_tensors({STALL: row.values[STALL]})})
+
+    def _log(self, row: _Row, state: int | None) -> None:
+        """Log a row, but for what an earlier save of the same state has said already."""
+        values, (last, said) = row.values, self._last
+        if state is None or state != last:
+            self._last = state, dict(values)
+        else:
+            values = {name: value for name, value in values.items() if name != STALL and not _same(value, said, name)}
+            if not values:
+                return
+            said.update(values)
+        log(self._trainer, self._recorder, values, row.step)
+
+    def _tell_others(self) -> None:
+        """Publish in all processes what the first one has published on its loggers since the last time."""
+        trainer, rows = self._trainer, self._untold
+        self._untold, self._others_wait = [], False
+        with harmless(self._recorder, "telling other processes what a save lost"):
+            theirs, self._others_wait = trainer.strategy.broadcast((rows, bool(self._pending)))
+            for row in theirs:
+                if not trainer.is_global_zero:
+                    log(trainer, self._recorder, row.values, row.step)
+                put(trainer, self._recorder, as_tensors(row.values))
 
 
 def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
@@ -85,82 +178,69 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
     trainer.strategy.save_checkpoint = watch  # type: ignore[method-assign]
 
 
-def is_watched(trainer: pl.Trainer) -> bool:
-    """Whether saves of a Trainer are recorded: a setup has seen it."""
-    return isinstance(vars(trainer.strategy).get("save_checkpoint"), SaveWatch)
+def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
+    """Return what records the saves of a Trainer; None if no setup has seen it."""
+    save = vars(trainer.strategy).get("save_checkpoint")
+    return save if isinstance(save, SaveWatch) else None
 
 
-def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]) -> None:
-    """Put values where EarlyStopping and ModelCheckpoint look, until the next ones, and on every logger.
-
-    The step is the one at which Lightning logs at this moment. Loggers do not get what is not finite: several refuse
-    it, and none can draw it.
-    """
-    if not values:
-        return
-    with harmless(recorder, "putting values into trainer.callback_metrics"):
-        tensors = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
-        trainer.callback_metrics.update(tensors)
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    for index, logger in enumerate(trainer.loggers):
-        with harmless(recorder, f"logging to {type(logger).__name__}, trainer.loggers[{index}],"):
-            logger.log_metrics(dict(finite), step=step)
-            logger.save()
+def begin_to_defer(trainer: pl.Trainer) -> None:
+    """Leave what later saves lose to the hooks that follow, if it is not known at once."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.fitting = True
 
 
-@contextmanager
-def harmless(recorder: Recorder, doing: str) -> Iterator[None]:
-    """Turn an exception into a warning, one a run for what was being done.
+def publish_known(trainer: pl.Trainer) -> None:
+    """Publish what is known by now; waits for nothing."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.publish()
+
+
+def publish_before_a_look(trainer: pl.Trainer) -> None:
+    """Publish in all processes what is known before callbacks look; everything, if one of them watches a value."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.publish(wait=any(map(_watches, trainer.callbacks)), together=True)  # type: ignore[attr-defined]
+
+
+def publish_rest(trainer: pl.Trainer, together: bool) -> None:
+    """Publish what is left when no hook follows.
 
     Args:
-        recorder: Remembers what has been warned of.
-        doing: What may fail, for the message.
+        trainer: Whose saves.
+        together: Whether all processes get here; not if one of them has failed.
     """
-    try:
-        yield
-    except Exception as error:
-        if doing not in recorder.warned:
-            recorder.warned.add(doing)
-            said = str(error).rstrip(".")
-            warn_safely(
-                f"{doing} failed: {type(error).__name__}: {said}. Training and checkpoints go on without; values that"
-                " q8lightning records may be missing. Repair or remove what failed, or pass log=None to the"
-                " QuantizationCallback"
-            )
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.fitting = False
+        watch.publish(wait=True, together=together)
 
 
-def warn_safely(message: str) -> None:
-    """Warn where an exception would do harm; where warnings are errors, log instead."""
-    try:
-        rank_zero_warn(message)
-    except Warning:
-        rank_zero_info(message)
+def _watches(callback: object) -> bool:
+    """Whether a callback decides by a value that is recorded here."""
+    return str(getattr(callback, "monitor", None)).startswith(f"{PREFIX}/")
 
 
-def print_totals(trainer: pl.Trainer, recorder: Recorder) -> None:
-    """Print what all saves come to, as the Trainer prints: through rich if it does, not at all without progress bar."""
-    with harmless(recorder, "printing what all saves come to"):
-        _print(trainer, recorder.totals.lines())
+def _same(value: float, said: dict[str, float], name: str) -> bool:
+    return name in said and math.isclose(value, said[name], rel_tol=SAME)
 
 
-def _print(trainer: pl.Trainer, lines: list[tuple[str, str]]) -> None:
-    bar = trainer.progress_bar_callback
-    if not lines or not trainer.is_global_zero or bar is None or getattr(bar, "is_disabled", False):
+def _compute(
+    recorder: Recorder, known: "Future[tuple[Recorded, dict[str, Tensor]]]", report: "Future[SaveReport]"
+) -> None:
+    if report.cancelled() or report.exception() is not None:
+        known.cancel()
         return
-    if is_a(bar, RichProgressBar):
-        from rich import get_console
-        from rich.table import Table
-
-        table = Table(title="q8lightning", title_justify="left", show_header=False)
-        for line in lines:
-            table.add_row(*line)
-        get_console().print(table)
-    else:
-        print("q8lightning: " + "; ".join(f"{label} {value}" for label, value in lines))
+    try:
+        recorded = recorder.record(_describe(report.result()))
+        known.set_result((recorded, as_tensors(recorded.values)))
+    except BaseException as error:  # it is told where the values would be published
+        known.set_exception(error)
 
 
-def _describe(report: SaveReport, seconds: float) -> Save:
+def _describe(report: SaveReport) -> Save:
     losses: list[Loss] = []
     seen: set[tuple[str, str]] = set()
     for loss in report.tensors:
@@ -169,4 +249,4 @@ def _describe(report: SaveReport, seconds: float) -> Save:
         seen.add((loss.kind, loss.parameter))
         losses.append(Loss(loss.kind, name, loss.statistics))
     directions = [(each.squared_error, each.squares) for each in report.directions]
-    return Save(losses, directions, report.original_bytes, report.stored_bytes, seconds)
+    return Save(losses, directions, report.original_bytes, report.stored_bytes)

@@ -8,8 +8,7 @@ import sys
 from abc import ABCMeta
 from typing import TypeGuard, TypeVar
 
-STANDALONE = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
-"""The packages of ``lightning``, and what each is called by itself."""
+from q8lightning.system.private_names import STANDALONE
 
 T = TypeVar("T")
 

@@ -34,11 +34,11 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.parsing import AttributeDict
-from models import Shrink, quiet_trainer
-from promises import load, payloads_of
-from steps import Steps
-from test_tree import Bag, Pair, Row, Stack, Typed, deep, shared
-from test_zip_writer import without_identity
+from support.containers import Bag, Pair, Row, Stack, Typed, deep, shared
+from support.files import without_identity
+from support.models import Shrink, quiet_trainer
+from support.promises import load, payloads_of
+from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -49,7 +49,7 @@ from q8lightning import (
     Rule,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import encode_and_report, encode_checkpoint
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
 from q8lightning.checkpoint.payload import collect_encoded
 from q8lightning.quantization.codecs.table import get_codec
 

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Shrink
-from promises import assert_same, load, tensors
+from support.models import Shrink
+from support.promises import assert_same, load, tensors
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -19,7 +19,7 @@ from q8lightning import (
     QuantizedCheckpointIO,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import encode_and_report
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.quantization.codecs.table import get_codec
 
 pytestmark = [

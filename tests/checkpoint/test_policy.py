@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from models import Autoencoder, TwoOptimizers, quiet_trainer
-from promises import load, payloads_of, same_bits, tensors
+from support.models import Autoencoder, TwoOptimizers, quiet_trainer
+from support.promises import load, payloads_of, same_bits, tensors
 from torch import nn
 
 from q8lightning import CheckpointPolicy, Codebook, QuantizationCallback, QuantizedCheckpointIO, Rule

@@ -7,9 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from models import Autoencoder, Shrink, batches, quiet_trainer
-from promises import load, payloads_of, same_bits, same_parts, stored
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from support.models import Autoencoder, Shrink, batches, quiet_trainer, trainer_with
+from support.promises import load, payloads_of, same_bits, same_parts, stored
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule
@@ -314,18 +314,6 @@ def test_a_model_without_parameters_trains_with_the_callback_as_without(preset: 
 def deepspeed() -> DeepSpeedStrategy:
     """The strategy as it is after its constructor, which asks for a package that no CPU machine has."""
     return object.__new__(DeepSpeedStrategy)
-
-
-def trainer_with(strategy: Strategy, folder: Path) -> pl.Trainer:
-    """Return a real Trainer on the CPU that has this strategy.
-
-    Constructing one with it would ask for a GPU (FSDP) or for deepspeed; setup, where they are refused, comes before
-    any of their machinery runs.
-    """
-    trainer = quiet_trainer(folder)
-    trainer._accelerator_connector.strategy = strategy
-    assert trainer.strategy is strategy
-    return trainer
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Shrink, quiet_trainer
-from promises import payloads_of
+from support.models import Shrink, quiet_trainer
+from support.promises import payloads_of
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback
-from q8lightning.checkpoint.encode.state_dict import encode_checkpoint
+from q8lightning.checkpoint.encode.checkpoint import encode_checkpoint
 
 BYTES_PER_PARAMETER = {"resume": 4.25, "compact": 3.2, None: math.inf}
 """Bytes of file for each parameter trained with AdamW in float32, at most; plain Lightning for comparison."""

@@ -1,7 +1,6 @@
 """Tensors that share memory, lie oddly in it, or are no weights: each comes back as what it was."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
-from models import Autoencoder, Shrink, quiet_trainer
-from promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, stored
+from support.models import Autoencoder, Shrink, quiet_trainer
+from support.odd_checkpoints import ODD
+from support.promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, same_memory, stored
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -38,10 +38,6 @@ def save_both(
     trainer.strategy.checkpoint_io = TorchCheckpointIO()
     trainer.save_checkpoint(folder / "plain.ckpt", weights_only=weights_only)
     return folder / "quantized.ckpt", load(folder / "plain.ckpt")
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class TiedHead(nn.Module):
@@ -310,23 +306,6 @@ def test_tensors_with_gaps_or_repeated_elements_stay_as_they_are(tmp_path: Path)
             after[name], tensor = after[name].to_dense(), tensor.to_dense()
         assert same_bits(after[name].resolve_neg(), tensor.resolve_neg()), name
         assert after[name].shape == tensor.shape, name
-
-
-ODD: dict[str, Callable[[], Any]] = {
-    "lazy layer, not yet used": lambda: {"state_dict": nn.LazyLinear(64).state_dict()},
-    "nested": lambda: {"state_dict": {"x": torch.nested.nested_tensor([torch.ones(64, 64), torch.ones(9, 64)])}},
-    "jagged": lambda: {
-        "state_dict": {"x": torch.nested.nested_tensor([torch.ones(64, 64), torch.ones(9, 64)], layout=torch.jagged)}
-    },
-    "quantized by torch": lambda: {"x": torch.quantize_per_tensor(torch.ones(64, 64), 0.1, 0, torch.qint8)},
-    "sparse rows": lambda: {"state_dict": {"x": torch.eye(64).to_sparse_csr()}},
-    "meta": lambda: {"state_dict": {"x": torch.ones(64, 64, device="meta")}},
-    "keys that are no words": lambda: {"state_dict": {1: torch.ones(64, 64), (2, None): torch.ones(64, 64)}, 3: 4},
-    "default dict": lambda: {"state_dict": defaultdict(list, {"x": torch.ones(64, 64)})},
-    "no tensors": lambda: {"state_dict": {"x": None, "y": {1, 2}, "z": "word"}, "optimizer_states": [None, 3]},
-    "no state dict": lambda: {},
-    "optimizers by name": lambda: {"optimizer_states": {"generator": {"state": {0: {"exp_avg": torch.ones(64, 64)}}}}},
-}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's remarks on prototypes

@@ -4,16 +4,17 @@ Graphs of containers are made at random, with shared containers and with cycles.
 """
 
 import copyreg
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.parsing import AttributeDict
+from support.containers import Bag, Converting, Pair, Row, Stack, Typed, deep, shared
 
 from q8lightning.checkpoint import tree
 
@@ -24,44 +25,6 @@ class Leaf:
     def __init__(self, number: int) -> None:
         self.number = number
 
-
-class Bag(dict):  # type: ignore[type-arg]
-    """A dict with attributes."""
-
-
-class Stack(list):  # type: ignore[type-arg]
-    """A list that is proud of itself."""
-
-
-class Row(tuple):
-    """A tuple by another name."""
-
-    __slots__ = ()
-
-
-class Typed(NamedTuple):
-    """Two values with names."""
-
-    one: Any
-    two: Any = None
-
-    def both(self) -> tuple[Any, Any]:
-        return self.one, self.two
-
-
-class Converting(dict):  # type: ignore[type-arg]
-    """A dict that does something with what is put into it."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, [value])
-
-    def update(self, *others: Any) -> None:
-        raise AssertionError("nobody may call this")
-
-    __init__ = update  # type: ignore[assignment]
-
-
-Pair = namedtuple("Pair", ["one", "two"])
 
 DICTS: dict[type, Callable[[], Any]] = {
     dict: dict,
@@ -174,21 +137,6 @@ def described(root: Any) -> list[Any]:
         return type(value), [(key, place(item)) for key, item in items], dict(getattr(value, "__dict__", {}))
 
     return [row(value) for value in found.values()]
-
-
-def shared(levels: int) -> Any:
-    """Containers that hold the next twice: as many paths as two to the power of their number."""
-    inner: Any = torch.ones(2)
-    for level in range(levels):
-        inner = {"a": inner, "b": inner} if level % 2 else (inner, [inner])
-    return inner
-
-
-def deep(levels: int) -> Any:
-    inner: Any = [torch.ones(2)]
-    for level in range(levels):
-        inner = ({"x": inner}, (inner,), [inner])[level % 3]
-    return inner
 
 
 @pytest.mark.parametrize("root", [shared(60), deep(3_000)], ids=["shared", "deep"])

@@ -1,21 +1,17 @@
 """Checkpoints of real Trainers, and a way to run commands in this process."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import forked
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import Autoencoder, quiet_trainer
-from quiet import seeded_and_quiet as seeded_and_quiet
+from support import forked
+from support.models import Autoencoder, quiet_trainer
 
 from q8lightning import QuantizationCallback
 from q8lightning.cli.main import main
-
-sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))  # promises.py
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -57,13 +53,6 @@ def trained(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
     return trainer
 
 
-@pytest.fixture(params=("resume", "compact"), scope="session")
-def preset(request: pytest.FixtureRequest) -> str:
-    """The name of each preset in turn."""
-    name: str = request.param
-    return name
-
-
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that a Trainer saved without q8lightning."""
@@ -80,7 +69,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def by_callback(preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same checkpoint, saved by a Trainer with the callback."""
     path = tmp_path_factory.mktemp("callback") / f"{preset}.ckpt"

@@ -14,7 +14,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
-from models import Autoencoder, quiet_trainer
+from support.audit import listening
+from support.files import flip, names, place_of
+from support.models import Autoencoder, quiet_trainer
+from support.promises import (
+    assert_same,
+    assert_same_content,
+    assert_same_summary,
+    load,
+    payloads_of,
+    same_bits,
+    same_memory,
+    same_parts,
+    without_summary,
+)
+from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -27,46 +41,11 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
-from q8lightning.checkpoint.encode.state_dict import Encoded, encode_and_report
-from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX
 from q8lightning.checkpoint.policy import PRESETS
-from q8lightning.tools import convert, encoder
-from q8lightning.tools.source import open_checkpoint
-
-sys.path.append(str(Path(__file__).parent.parent / "checkpoint"))
-from promises import assert_same, load, payloads_of, same_bits, same_parts
+from q8lightning.tools import compress, decompress
+from q8lightning.tools.open_checkpoint import open_checkpoint
 
 Run = Callable[..., Any]
-
-
-def without_summary(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in checkpoint.items() if key != "q8lightning"}
-
-
-def assert_same_content(after: Path, before: Path) -> None:
-    """Check that two files hold the same, and say the same about how they were encoded, to the rounding of floats."""
-    after, before = load(after), load(before)
-    assert_same(without_summary(after), without_summary(before))
-    assert_same_summary(after["q8lightning"], before["q8lightning"])
-
-
-def assert_same_summary(found: Any, expected: Any, path: str = "summary") -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), path
-        for key in expected:
-            assert_same_summary(found[key], expected[key], f"{path}.{key}")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-9, abs=0, nan_ok=True), path
-    else:
-        assert found == expected, path
-
-
-def content_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 # What the callback would have done
@@ -308,7 +287,7 @@ def test_compressing_again_with_the_same_preset_is_nothing_to_do(
     done = run("compress", by_callback, tmp_path / "again.ckpt", "--preset", preset, "--keep", "state_dict.table")
     assert done.status == 1
     assert "nothing to compress: the 6 quantized tensors" in done.err
-    assert content_of(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_resume_becomes_compact_and_never_the_other_way_round(run: Run, plain: Path, tmp_path: Path) -> None:
@@ -331,7 +310,7 @@ def test_decompressing_a_plain_file_is_nothing_to_do(run: Run, plain: Path, tmp_
     done = run("decompress", plain, tmp_path / "out.ckpt")
     assert done.status == 1
     assert "holds no quantized tensor" in done.err
-    assert content_of(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_file_without_anything_to_quantize_is_refused(run: Run, tmp_path: Path) -> None:
@@ -340,7 +319,7 @@ def test_a_file_without_anything_to_quantize_is_refused(run: Run, tmp_path: Path
     assert done.status == 1
     assert "the policy selects no tensor" in done.err
     assert "sections: weight" in done.err
-    assert content_of(tmp_path) == ["bare.pt"]
+    assert names(tmp_path) == ["bare.pt"]
 
 
 # Weights that are trained quantized
@@ -398,49 +377,35 @@ def test_rules_about_parameters_know_the_names_in_the_file(run: Run, tmp_path: P
 # What goes wrong
 
 
-def flip_a_bit(path: Path, of: bytes) -> None:
-    content = bytearray(path.read_bytes())
-    at = content.find(of)
-    assert at > 0
-    content[at + len(of) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()
-
-
 def test_damage_is_not_given_a_new_sum(run: Run, plain: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes(plain.read_bytes())
-    flip_a_bit(damaged, bytes_of(load(plain)["state_dict"]["counts"]))
+    flip(damaged, place_of(damaged, load(plain)["state_dict"]["counts"]))
     done = run("compress", damaged, tmp_path / "out.ckpt")
     assert done.status == 1
     assert f"the tensor state_dict.counts in {damaged} is damaged" in done.err
-    assert content_of(tmp_path) == ["damaged.ckpt"]
+    assert names(tmp_path) == ["damaged.ckpt"]
 
 
 def test_a_damaged_payload_is_not_decompressed(run: Run, by_callback: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes(by_callback.read_bytes())
-    flip_a_bit(damaged, bytes_of(payloads_of(by_callback)["state_dict.decoder.weight"].data))
+    flip(damaged, place_of(damaged, payloads_of(by_callback)["state_dict.decoder.weight"].data))
     done = run("decompress", damaged, tmp_path / "out.ckpt")
     assert done.status == 1
     assert f"the tensor state_dict.decoder.weight in {damaged} is damaged" in done.err
-    assert content_of(tmp_path) == ["damaged.ckpt"]
+    assert names(tmp_path) == ["damaged.ckpt"]
 
 
-def test_a_model_that_diverged_does_not_fill_the_screen(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def encode(*arguments: Any) -> Encoded:
-        warnings.warn("somebody else's", ResourceWarning, stacklevel=2)
-        return encode_and_report(*arguments)
+def test_a_model_that_diverged_does_not_fill_the_screen(run: Run, tmp_path: Path) -> None:
+    def warn(event: str, _: Any) -> None:
+        if event == "q8lightning.save":
+            warnings.warn("somebody else's", ResourceWarning, stacklevel=2)
 
-    monkeypatch.setattr(encoder, "encode_and_report", encode)
     state = {f"w{index}": torch.full((64, 64), torch.nan) for index in range(8)}
     torch.save({"state_dict": state | {"w": torch.randn(64, 64)}}, tmp_path / "plain.ckpt")
-    done = run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt")
+    with listening(warn):
+        done = run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt")
     assert done.status == 0
     assert [line.split(" (")[0].rpartition(" ")[2] for line in done.err.splitlines()[:5]] == [
         f"state_dict.w{index}" for index in range(5)
@@ -448,24 +413,20 @@ def test_a_model_that_diverged_does_not_fill_the_screen(
     assert done.err.splitlines()[5:] == ["q8lightning: warning: 3 more of this kind"]
 
 
-def test_the_moments_of_a_parameter_are_encoded_together_with_its_options(
-    run: Run, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever judges an update direction needs both moments and eps."""
-    parts: list[Any] = []
-
-    def encode(part: dict[str, Any], *arguments: Any) -> Encoded:
-        parts.append(part)
-        return encode_and_report(part, *arguments)
-
-    monkeypatch.setattr(encoder, "encode_and_report", encode)
-    run("compress", plain, tmp_path / "out.ckpt")
-    optimizers = [part["optimizer_states"][0] for part in parts if "optimizer_states" in part]
-    assert [set(optimizer["state"]) for optimizer in optimizers] == [{index} for index in range(6)]
-    for index, optimizer in enumerate(optimizers):
-        assert set(optimizer["state"][index]) == {"step", "exp_avg", "exp_avg_sq"}
-        (group,) = optimizer["param_groups"]
-        assert (group["params"], group["eps"]) == ([index], 1e-8)
+def test_the_moments_of_a_parameter_are_judged_with_its_own_options(run: Run, plain: Path, tmp_path: Path) -> None:
+    """Whoever judges an update direction needs both moments and eps: the second parameter's hides what it loses."""
+    checkpoint = load(plain)
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    first, *others = group["params"]
+    groups = [{**group, "params": [first]}, {**group, "params": others, "eps": 1.0}]
+    checkpoint["optimizer_states"][0]["param_groups"] = groups
+    torch.save(checkpoint, tmp_path / "plain.ckpt")
+    QuantizedCheckpointIO(checkpoint="resume").save_checkpoint(load(tmp_path / "plain.ckpt"), tmp_path / "io.ckpt")
+    assert run("compress", tmp_path / "plain.ckpt", tmp_path / "out.ckpt").status == 0
+    run("compress", plain, tmp_path / "same eps.ckpt")
+    assert_same_content(tmp_path / "out.ckpt", tmp_path / "io.ckpt")
+    errors = [load(tmp_path / name)["q8lightning"]["metrics"] for name in ("out.ckpt", "same eps.ckpt")]
+    assert errors[0]["update_direction_error"] != pytest.approx(errors[1]["update_direction_error"], rel=0.01)
 
 
 @pytest.mark.parametrize("limit", [0, 4096, 100_000])
@@ -481,31 +442,23 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(limit: int, run: Run, 
     assert "out.ckpt: File too large" in done.err
     assert len(done.err.splitlines()) == 1
     assert (tmp_path / "out.ckpt").read_bytes() == b"old"
-    assert content_of(tmp_path) == ["out.ckpt"]
+    assert names(tmp_path) == ["out.ckpt"]
 
 
-def test_an_interruption_leaves_no_temporary_file(
-    run: Run, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        assert any(path.name.endswith(TEMPORARY_SUFFIX) for path in tmp_path.iterdir()), "it is being written"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert.Encoder, "advance", interrupt)
+def test_an_interruption_leaves_no_temporary_file(run: Run, plain: Path, tmp_path: Path, steps: Steps) -> None:
+    steps.fail("written", "out.ckpt", KeyboardInterrupt())
     done = run("compress", plain, tmp_path / "out.ckpt")
     assert done.status == 130
-    assert content_of(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_the_progress_ends_at_everything(plain: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    convert.compress(
-        open_checkpoint(plain), tmp_path / "a", CheckpointPolicy.of("resume"), lambda *now: told.append(now)
-    )
+    compress(plain, tmp_path / "a", progress=lambda *now: told.append(now))
     assert told[-1][0] == told[-1][1] > 0
     assert told == sorted(told)
     again: list[tuple[int, int]] = []
-    convert.decompress(open_checkpoint(tmp_path / "a"), tmp_path / "b", lambda *now: again.append(now))
+    decompress(tmp_path / "a", tmp_path / "b", progress=lambda *now: again.append(now))
     with keep_encoded():
         encoded = payloads_of(tmp_path / "a")
     assert again[-1] == (sum(4 * torch.Size(each.shape).numel() for each in encoded.values()),) * 2

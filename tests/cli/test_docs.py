@@ -1,11 +1,14 @@
 """What docs/cli.md and the README tell to type is understood, and everything that is understood is told."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from q8lightning import tools
 from q8lightning.cli.arguments import make_parser
 from q8lightning.cli.main import COMMANDS
 
@@ -37,3 +40,21 @@ def test_every_option_is_explained_somewhere() -> None:
         for action in command._actions:
             for option in action.option_strings:
                 assert option in ("-h", "--help") or f"{option}" in told, option
+
+
+def test_the_functions_that_are_shown_run_and_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    weights = {f"model.{name}.weight": torch.randn(96, 64) for name in ("embed", "position")}
+    moments = {index: {"exp_avg": 0.1 * x, "exp_avg_sq": x.square()} for index, x in enumerate(weights.values())}
+    state = {"state": moments, "param_groups": [{"params": [0, 1]}]}
+    torch.save({"state_dict": weights, "optimizer_states": [state]}, tmp_path / "plain.ckpt")
+    monkeypatch.chdir(tmp_path)
+    printed: list[str] = []
+    exec(code, {"print": lambda *each: printed.append(" ".join(map(str, each)))})
+    shown = re.findall(r"```python\n.*?```\n\n```\n(.*?)```", PAGE, re.DOTALL)[0].splitlines()
+    assert len(printed) == len(shown) == 6
+    assert printed[0].startswith("5 tensors, ")
+    assert printed[3] == shown[3] == "True"
+    functions = set(re.findall(r"^\| `(\w+)\(.*\)` \| `(\w+)` \|", PAGE, re.MULTILINE))
+    assert {name for name, _ in functions} == set(COMMANDS)
+    assert all(inspect.signature(getattr(tools, name)).return_annotation.__name__ == kind for name, kind in functions)

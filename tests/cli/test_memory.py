@@ -5,9 +5,9 @@ import re
 import threading
 from pathlib import Path
 
-import forked
 import pytest
 import torch
+from support import forked
 
 from q8lightning.cli.main import main
 

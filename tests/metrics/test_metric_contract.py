@@ -8,10 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
-from cases import CASES, Batch, Case, assert_agrees, pair
+from support import forked
+from support.metric_cases import CASES, Batch, Case, assert_agrees, pair
 from torch import distributed
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection
 from torchmetrics.audio import SignalNoiseRatio

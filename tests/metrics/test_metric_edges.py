@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_agrees, update_direction_error
-from oracle import float64
+from support.metric_cases import assert_agrees, update_direction_error
+from support.oracle import float64
 from torch import Tensor
 from torchmetrics import Metric
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CASES, Case, assert_agrees, max_error, pair, relative_error, sqnr
-from oracle import float64
+from support.metric_cases import CASES, Case, assert_agrees, max_error, pair, relative_error, sqnr
+from support.oracle import float64
 from torch import Tensor
 
 from q8lightning.metrics import MaxReconstructionError, ReconstructionSQNR, UpdateDirectionError

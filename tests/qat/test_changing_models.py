@@ -26,8 +26,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import quiet_trainer
-from straight_through import Call, Trained, as_it_is, quantized, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Call, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -365,7 +365,7 @@ def test_what_was_trained_is_known_to_copies(tmp_path: Path) -> None:
     callback = QuantizationCallback(None, qat=QATConfig([INT4]))
     model = Trained(Net())
     fit(model, tmp_path, callback, steps=1)
-    both = callback._trained, model.net
+    both = callback.qat_training.trained, model.net
     for trained, net in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
         assert [f"net.{name}" for name in trained.codecs(net)] == NAMES
         assert trained.codecs(Net()) == {}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from models import Autoencoder, quiet_trainer
-from straight_through import Trained, quantized
+from support.models import Autoencoder, quiet_trainer
+from support.straight_through import Trained, quantized
 from torch import Tensor, nn
 
 import q8lightning.export.quantized
@@ -171,7 +171,7 @@ def test_an_exported_checkpoint_loads_without_the_package(tmp_path: Path) -> Non
     program = """
         import sys, torch
         sys.modules["q8lightning"] = None  # importing it would fail
-        from models import Autoencoder
+        from support.models import Autoencoder
         model = Autoencoder.load_from_checkpoint("float.ckpt")
         torch.load("codes.pt", weights_only=True)
         torch.save(model.state_dict(), "loaded.pt")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from models import quiet_trainer
-from straight_through import Call, Trained, as_it_is, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Call, Trained, as_it_is, straight_through
 from torch import nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from models import quiet_trainer
-from straight_through import Call, Trained, as_it_is, quantized, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Call, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, QATConfig, QuantizationCallback, WeightRule, export_quantized
 from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.quantization.many import write_quantized as group_batches
+from q8lightning.quantization.backends.choose import launching
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +87,6 @@ def test_kernels_train_as_operators_do(
     options: dict[str, Any],
     precision: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def train() -> Trained:
         torch.manual_seed(0)
@@ -102,8 +101,8 @@ def test_kernels_train_as_operators_do(
     with_kernels = train()
     if make is Recurrent and train().losses != with_kernels.losses:
         pytest.skip("cuDNN's recurrent layers do not repeat their results on this machine")
-    monkeypatch.setattr(group_batches, "has_kernels", lambda _: False)
-    with_operators = train()
+    with launching(False):
+        with_operators = train()
     assert with_kernels.losses == with_operators.losses
     assert with_kernels.evaluated == with_operators.evaluated
     assert all(map(torch.equal, with_kernels.parameters(), with_operators.parameters()))

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     WeightAveraging,
 )
-from models import batches, quiet_trainer
-from straight_through import Adversaries, Trained, as_it_is, quantized, straight_through
+from support.models import batches, quiet_trainer
+from support.straight_through import Adversaries, Trained, as_it_is, quantized, straight_through
 from torch import Tensor, nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
@@ -165,7 +165,7 @@ def test_weights_are_quantized_once_for_an_optimizer_step(accumulate: int, tmp_p
 
     class Count(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            (group,) = callback._windows.quantizer._groups
+            (group,) = callback.qat_training._engagement.quantizer._groups
             original = group.engage
             group.engage = lambda *args: engaged.append(trainer.global_step) or original(*args)
 

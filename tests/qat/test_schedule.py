@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from models import quiet_trainer
-from straight_through import Adversaries, Trained, quantized
+from lightning.pytorch.strategies import FSDPStrategy
+from support.models import quiet_trainer, trainer_with
+from support.straight_through import Adversaries, Trained, quantized
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule
@@ -196,11 +197,8 @@ def test_a_step_that_turns_up_inside_backward_is_refused(tmp_path: Path) -> None
     assert "SGD steps inside it" in refused(model, RuntimeError, folder=tmp_path)
 
 
-def test_strategies_without_whole_parameters_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lightning.pytorch.strategies import FSDPStrategy
-
-    trainer = quiet_trainer(tmp_path)
-    monkeypatch.setattr(trainer.strategy, "__class__", type("FSDPStrategy", (FSDPStrategy,), {}))
+def test_strategies_without_whole_parameters_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_with(FSDPStrategy(), tmp_path)
     callback = QuantizationCallback(None, qat=QATConfig())
     with pytest.raises(ValueError, match="keeps them whole on each device, got FSDPStrategy; use DDP"):
         callback.setup(trainer, Trained(layers()), "fit")

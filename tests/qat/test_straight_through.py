@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import quiet_trainer
-from straight_through import Adversaries, StraightThrough, Trained, as_it_is, straight_through
+from support.models import quiet_trainer
+from support.straight_through import Adversaries, StraightThrough, Trained, as_it_is, straight_through
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F

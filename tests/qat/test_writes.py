@@ -17,6 +17,7 @@ import copy
 import ctypes
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from models import batches, quiet_trainer
-from straight_through import StraightThrough, quantized
+from support.models import batches, quiet_trainer
+from support.straight_through import StraightThrough, quantized
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -37,9 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import q8lightning
 from q8lightning import LostWriteError, QATConfig, QuantizationCallback, WeightRule
-from q8lightning.qat.writes import follow
+from q8lightning.qat.writes.follow import COMPARED
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=32)])
+NOT_FOLLOWED = replace(QAT, follow_steps=0)
 SIZE = 16
 
 
@@ -423,14 +425,14 @@ class Embeddings(pl.LightningModule):
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize("norm_type", [2.0, 1.0])
 def test_embeddings_renormalize_their_masters_and_look_up_quantized_rows(
-    norm_type: float, kind: type[nn.Module], followed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    norm_type: float, kind: type[nn.Module], followed: bool, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(follow, "FOLLOWED", 100 if followed else 0)
+    qat = QAT if followed else NOT_FOLLOWED
     torch.manual_seed(0)
     model = Embeddings(kind, norm_type=norm_type)
     reference = Embeddings(kind, by_hand=True, norm_type=norm_type)
     reference.load_state_dict(model.state_dict())
-    for each, callbacks in ((reference, []), (model, [QuantizationCallback(None, qat=QAT)])):
+    for each, callbacks in ((reference, []), (model, [QuantizationCallback(None, qat=qat)])):
         trainer = quiet_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks)
         trainer.fit(each, batches(4), batches(1))
     assert model.seen == reference.seen
@@ -515,22 +517,19 @@ def test_a_write_that_cannot_reach_the_master_stops_the_run(kind: str, where: st
 
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
 @pytest.mark.parametrize("kind", ["moco", "moco_as_published", "clipping", "clipping_without_data", "deep_q"])
-def test_a_write_that_begins_late_stops_the_run(
-    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At no step that is followed, or compared on a sample."""
-    monkeypatch.setattr(follow, "FOLLOWED", 1)
-    monkeypatch.setattr(follow, "COMPARED", 1)
+def test_a_write_that_begins_late_stops_the_run(kind: str, where: str, tmp_path: Path) -> None:
+    """At no step that is followed, or compared in all its values."""
     calls = []
 
     def late(pair: Pair) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == COMPARED + 1:
             EXACT[kind](pair)
 
+    qat = replace(QAT, follow_steps=1)
     with pytest.raises(LostWriteError, match=r"net\.[qk]\.\d\.weight"):
-        train(tmp_path, Writer(late, where), QuantizationCallback(None, qat=QAT), max_steps=4)
-    assert len(calls) == 3
+        train(tmp_path, Writer(late, where), QuantizationCallback(None, qat=qat), max_steps=COMPARED + 2)
+    assert len(calls) == COMPARED + 1
 
 
 @pytest.mark.parametrize("where", ["training", "forward", "validation"])
@@ -565,17 +564,14 @@ def test_a_write_beside_a_compiled_function_stops_the_run(fresh: bool, after: bo
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
 @pytest.mark.parametrize("followed", [True, False])
 @pytest.mark.parametrize("kind", ["moco", "vectors", "scaled_by_a_number", "by_hand"])
-def test_inside_masters_everything_is_possible(
-    kind: str, followed: bool, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(follow, "FOLLOWED", 100 if followed else 0)
+def test_inside_masters_everything_is_possible(kind: str, followed: bool, where: str, tmp_path: Path) -> None:
     write = EXACT[kind] if kind in EXACT else LOST[kind][0]
 
     def inside(pair: Pair) -> None:
         with q8lightning.masters(pair.k):
             write(pair)
 
-    check(tmp_path, inside, where)
+    check(tmp_path, inside, where, QAT if followed else NOT_FOLLOWED)
 
 
 class Inside(Layer):
@@ -659,15 +655,15 @@ class Reader(Writer):
 
 
 def test_reading_is_the_same_in_steps_that_are_followed_and_in_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """And nothing is followed longer than it must be if nobody writes."""
     runs = []
     for followed in (0, 2, 100):
-        monkeypatch.setattr(follow, "FOLLOWED", followed)
         torch.manual_seed(3)
         model = Reader()
-        runs.append((*train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=4), model.read))
+        callback = QuantizationCallback(None, qat=replace(QAT, follow_steps=followed))
+        runs.append((*train(tmp_path, model, callback, max_steps=4), model.read))
         assert model.depths == [int(step < followed) for step in range(4)]
         runs[-1] += (torch.get_rng_state(),)
     for other in runs[1:]:
@@ -689,7 +685,7 @@ class Encoder(Writer):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """And what is written afterwards in the same step reaches the master."""
     torch.manual_seed(3)
@@ -698,16 +694,14 @@ def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
     written, _ = train(tmp_path, model, QuantizationCallback(None, qat=QAT), max_steps=1)
     assert not torch.equal(model.net.k[0].weight, copies[0].net.k[0].weight)
     seen = []
-    for each, followed in zip(copies, (0, 100), strict=True):
+    for each, qat in zip(copies, (NOT_FOLLOWED, QAT), strict=True):
         each.where = ""
-        monkeypatch.setattr(follow, "FOLLOWED", followed)
-        seen.append(train(tmp_path, each, QuantizationCallback(None, qat=QAT), max_steps=1, limit_val_batches=1)[0])
+        seen.append(train(tmp_path, each, QuantizationCallback(None, qat=qat), max_steps=1, limit_val_batches=1)[0])
     assert seen[0] == seen[1]
     assert written[1] == seen[0][1]
 
 
-def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "FOLLOWED", 1)
+def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path) -> None:
     calls = []
 
     def every_other(pair: Pair) -> None:
@@ -715,7 +709,7 @@ def test_from_the_first_write_on_every_step_is_followed(tmp_path: Path, monkeypa
         if len(calls) % 2:
             moco(pair)
 
-    train(tmp_path, Writer(every_other), QuantizationCallback(None, qat=QAT), max_steps=4)
+    train(tmp_path, Writer(every_other), QuantizationCallback(None, qat=replace(QAT, follow_steps=1)), max_steps=4)
     assert calls == [1, 1, 1, 1]
 
 

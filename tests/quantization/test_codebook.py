@@ -7,9 +7,9 @@ from statistics import NormalDist
 from typing import get_args
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu

@@ -5,9 +5,9 @@ import sys
 from typing import get_args
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 
 from q8lightning.quantization.codecs.codec import Codec
@@ -184,8 +184,8 @@ def test_type_checkers_know_the_names_of_the_table() -> None:
 
 def test_what_files_say_of_a_codec_makes_it_again() -> None:
     for codec in CODECS:
-        assert [*codec.arguments] == ["codec", "block_size", "residual"]
-        assert get_codec(**codec.arguments) == codec
+        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * codec.residual]
+        assert get_codec(codec.entry["name"], codec.entry["block_size"], "residual_bits" in codec.entry) == codec
 
 
 def test_a_codec_is_a_value() -> None:

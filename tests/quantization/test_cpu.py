@@ -1,35 +1,36 @@
 """The implementation for CPU tensors returns what the reference returns, bit for bit, however it cuts the work up."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
+from support.schemes import Scheme
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
-if TYPE_CHECKING:
-    from conftest import Scheme
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 CHUNK = 4096  # small enough to cross often, large enough for a block
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CHUNK", CHUNK)
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Cuts the work into chunks of so many elements: at the real size, these tests would take minutes."""
+    return lambda numel: monkeypatch.setattr(cpu, "CHUNK", numel)
+
+
+@pytest.fixture
+def small_chunks(chunked: Callable[[int], None]) -> None:
+    chunked(CHUNK)
 
 
 def random(numel: int, seed: int = 0) -> Tensor:
@@ -71,9 +72,9 @@ def test_it_equals_the_reference_around_the_borders_of_a_chunk(scheme: Scheme) -
         assert_same(scheme, x[:numel], 32)
 
 
-def test_it_equals_the_reference_whatever_the_chunk(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_equals_the_reference_whatever_the_chunk(scheme: Scheme, chunked: Callable[[int], None]) -> None:
     for chunk in (32, 100, 1000, 1024):  # elements; not all hold whole blocks
-        monkeypatch.setattr(cpu, "CHUNK", chunk)
+        chunked(chunk)
         assert_same(scheme, scheme.admissible(random(2500)).float(), 32)
 
 

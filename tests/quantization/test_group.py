@@ -2,14 +2,19 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
-from oracle import same_bits
+from support.devices import NOT_COMPILED, NOT_INTERPRETED
+from support.oracle import same_bits
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from q8lightning.quantization.many import write_quantized as group_batches
+from q8lightning.quantization.backends.choose import launching
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
+from q8lightning.quantization.many.write_quantized import BATCH, InLaunch
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.block_choice import chosen_blocks, mix
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
@@ -87,17 +92,14 @@ def test_releasing_twice_leaves_what_was_written_since() -> None:
     assert bool((live[0] == 2.0).all())
 
 
-def test_batching_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def values() -> list[Tensor]:
-        torch.manual_seed(0)
-        live = tensors()
-        FakeQuantizeGroup(live, BUILTIN["normal_float4"], 64).engage(share=0.4, seed=5)
-        return live
-
-    together = values()
-    monkeypatch.setattr(group_batches, "BATCH", 1)
-    for one, other in zip(values(), together, strict=True):
-        assert same_bits(one, other)
+def test_more_than_operators_take_at_once_is_quantized_in_batches() -> None:
+    live = [torch.randn(640, 1000), torch.randn(BATCH - 64 * 2000), torch.randn(33), torch.randn(BATCH + 7)]
+    before = [x.clone() for x in live]
+    FakeQuantizeGroup(live, BUILTIN["int2"], 64).engage(share=0.4, seed=5)
+    for index, (x, original) in enumerate(zip(live, before, strict=True)):
+        full = expected(original, BUILTIN["int2"], 64, None).flatten()
+        chosen = chosen_blocks(index, -(-x.numel() // 64), 0.4, seed=5).repeat_interleave(64)[: x.numel()]
+        assert same_bits(x.flatten(), torch.where(chosen, full, original.flatten()))
 
 
 def test_the_buffer_is_made_once_and_released_tensors_lie_where_they_lay() -> None:
@@ -227,17 +229,22 @@ def test_a_larger_share_keeps_the_blocks_of_a_smaller_one_at_the_same_seed() -> 
     assert not bool((few & ~many).any())
 
 
-def test_what_raises_while_engaging_leaves_the_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+class NoMemory(TorchFunctionMode):
+    """As on a device that is full, as soon as a tensor is to be copied."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.clone:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_raises_while_engaging_leaves_the_masters() -> None:
     memory = torch.randn(128)
     live = [torch.nn.Parameter(torch.randn(64)), torch.nn.Parameter(memory[:64])]
     before, own = [x.detach().clone() for x in live], [x.data_ptr() for x in live]
     group = FakeQuantizeGroup(live, BUILTIN["int2"], 32)
 
-    def out_of_memory(self: FakeQuantizeGroup) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(FakeQuantizeGroup, "_exchange_shared", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    with NoMemory(), pytest.raises(torch.OutOfMemoryError):
         group.engage()
     assert not group.engaged
     assert [x.data_ptr() for x in live] == own
@@ -262,20 +269,6 @@ def kernel_cases() -> list[Tensor]:
     return [*tensors(), *rows, -torch.rand(1), shifted[3:3001], torch.randn(17, 96).half()[1:]]
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where groups are engaged by the kernels: on the CPU those are interpreted, float32 and float16 only."""
-    launch = pytest.importorskip("q8lightning.quantization.backends.kernels.launch", reason="Triton is not installed")
-    if request.param == "cuda":
-        if not torch.cuda.is_available() or launch.INTERPRETED:
-            pytest.skip("compiled kernels need a GPU, and TRITON_INTERPRET must not be set")
-    else:
-        if not launch.INTERPRETED:
-            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        monkeypatch.setattr(group_batches, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
-    return request.param
-
-
 def on(device: str, x: Tensor) -> Tensor:
     """Return a tensor with the same values and strides on a device, in memory that is as badly aligned."""
     if x.untyped_storage().nbytes() == x.nbytes:
@@ -285,7 +278,7 @@ def on(device: str, x: Tensor) -> Tensor:
 
 
 # Compiling takes a second a kernel, and interpreting it seconds a group; test_grouped.py knows more combinations.
-INTERPRETED = [("linear", 64, None, 1.0), ("int4", 32, None, 0.3), ("int4", 64, 0, 0.3), ("normal_float4", 32, -1, 1.0)]
+INTERPRETED = [("int4", 32, None, 0.3), ("int4", 64, 0, 0.3), ("normal_float4", 32, -1, 1.0)]
 COMPILED = [
     *((book.name, (32, 64, 4096)[i % 3], None, (1.0, 0.3)[i % 2]) for i, book in enumerate(BOOKS)),
     *(("linear", 64, axis, 1.0) for axis in (0, -1)),
@@ -294,29 +287,28 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(
-    ("kernel_device", "codebook", "block_size", "axis", "share"),
+    ("launch_device", "codebook", "block_size", "axis", "share"),
     [
-        *(pytest.param("cpu", *case, id=f"interpreted-{case}") for case in INTERPRETED),
-        *(pytest.param("cuda", *case, id=f"cuda-{case}", marks=pytest.mark.gpu) for case in COMPILED),
+        *(pytest.param("cpu", *case, id=f"interpreted-{case}", marks=NOT_INTERPRETED) for case in INTERPRETED),
+        *(pytest.param("cuda", *case, id=f"cuda-{case}", marks=[pytest.mark.gpu, NOT_COMPILED]) for case in COMPILED),
     ],
-    indirect=["kernel_device"],
+    indirect=["launch_device"],
 )
 def test_kernels_engage_to_the_same_bits(
-    kernel_device: str,
+    launch_device: str,
     codebook: str,
     block_size: int,
     axis: int | None,
     share: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     book = MINE if codebook == "mine" else BUILTIN[codebook]
     here = kernel_cases()
-    there = [on(kernel_device, x) for x in here]
+    there = [on(launch_device, x) for x in here]
     before = [x.clone() for x in there]
     fast = FakeQuantizeGroup(there, book, block_size, axis)
-    assert any(isinstance(batch, group_batches.InLaunch) for batch in fast._batches)
-    monkeypatch.setattr(group_batches, "has_kernels", lambda _: False)
-    slow = FakeQuantizeGroup(here, book, block_size, axis)
+    assert any(isinstance(batch, InLaunch) for batch in fast._batches)
+    with launching(False):
+        slow = FakeQuantizeGroup(here, book, block_size, axis)
     for seed in (9, 10):
         wanted, got = (group.engage(share, seed) for group in (slow, fast))
         for one, other in zip(here, there, strict=True):
@@ -339,27 +331,24 @@ def test_kernels_engage_to_the_same_bits(
                 tensor.mul_(0.5)
 
 
-def test_a_launch_for_each_dtype_and_its_work_list_is_kept(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q8lightning.quantization.backends.kernels import many, work_list
+def test_a_launch_for_each_dtype_and_its_work_list_is_kept(launch_device: str, launched: list[Any]) -> None:
+    from q8lightning.quantization.backends.kernels import work_list
 
-    live = [torch.randn(64 * n, 64, device=kernel_device).to(d) for n in (1, 2) for d in (torch.float32, torch.float16)]
-    launches = []
-    original = many._run
-    monkeypatch.setattr(many, "_run", lambda *a, **kw: launches.append(a[0]) or original(*a, **kw))
+    live = [torch.randn(64 * n, 64, device=launch_device).to(d) for n in (1, 2) for d in (torch.float32, torch.float16)]
     group = FakeQuantizeGroup(live, BUILTIN["int4"], 64)
     work_list.launches.cache_clear()
     for seed in range(3):
         group.engage(0.5 if seed else 1.0, seed, measure=False)
         group.release()
-    assert len(launches) == 3 * 2
+    assert len(launched) == 3 * 2
     assert work_list.launches.cache_info().misses == 2
 
 
-def test_rows_of_whole_blocks_are_launched_others_are_not(kernel_device: str) -> None:
+def test_rows_of_whole_blocks_are_launched_others_are_not(launch_device: str) -> None:
     live = [torch.randn(8, 64), torch.randn(8, 96), torch.randn(64, 8).t(), torch.randn(8, 4, 4, 4)]
     live.append(live[-1].contiguous(memory_format=torch.channels_last))
-    group = FakeQuantizeGroup([x.to(kernel_device) for x in live], BUILTIN["int4"], 64, axis=0)
-    launched = [batch.indices for batch in group._batches if isinstance(batch, group_batches.InLaunch)]
+    group = FakeQuantizeGroup([x.to(launch_device) for x in live], BUILTIN["int4"], 64, axis=0)
+    launched = [batch.indices for batch in group._batches if isinstance(batch, InLaunch)]
     assert launched == [(0, 3)]
 
 
@@ -415,36 +404,35 @@ def test_weights_of_a_recurrent_layer_stay_in_the_one_piece_that_cudnn_wants() -
 # Who writes to tensors that show quantized values
 
 
-def test_slots_follow_masters_that_were_written_to(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launched", [True, False])
+def test_slots_follow_masters_that_were_written_to(launched: bool, launch_device: str) -> None:
     """Some in place, some pointed elsewhere, some in memory that is shared; the others' slots are not touched."""
-    memory = torch.randn(128, device=kernel_device)
-    live = [torch.nn.Parameter(torch.randn(64, device=kernel_device)) for _ in range(3)]
-    live += [torch.nn.Parameter(memory[:64]), torch.nn.Parameter(torch.randn(64, device=kernel_device).double())]
+    memory = torch.randn(128, device=launch_device)
+    live = [torch.nn.Parameter(torch.randn(64, device=launch_device)) for _ in range(3)]
+    live += [torch.nn.Parameter(memory[:64]), torch.nn.Parameter(torch.randn(64, device=launch_device).double())]
     book = BUILTIN["int4"]
-    for elsewhere in (False, True):
-        if elsewhere:
-            monkeypatch.setattr(group_batches, "has_kernels", lambda _: False)
+    with launching(False) if not launched else nullcontext():
         group = FakeQuantizeGroup(live, book, 32)
         group.engage(0.7, seed=3)
         with torch.no_grad():
             for index in (0, 3, 4):
-                if elsewhere and index == 0:
-                    group.masters[index].data = torch.randn(64, device=kernel_device)
+                if index == 0 and not launched:
+                    group.masters[index].data = torch.randn(64, device=launch_device)
                 else:
                     group.masters[index].mul_(-2)
                 group.wrote(index)
         masters = [x.clone() for x in group.masters]
         versions = [x._version for x in live]
         group.settle(0.7, seed=3)
-        assert not group.written
-        assert group.lost() == []
-        assert [x._version - version for x, version in zip(live, versions, strict=True)] == [1, 0, 0, 1, 1]
-        for index, (x, master) in enumerate(zip(live, masters, strict=True)):
-            chosen = chosen_blocks(index, 2, 0.7, seed=3)[:, None]
-            full = expected(master.cpu(), book, 32, None).view(2, 32)
-            assert same_bits(x.detach().cpu(), torch.where(chosen, full, master.cpu().view(2, 32)).view(64))
-        group.release()
-        assert all(same_bits(x.detach().cpu(), master.cpu()) for x, master in zip(live, masters, strict=True))
+    assert not group.written
+    assert group.lost() == []
+    assert [x._version - version for x, version in zip(live, versions, strict=True)] == [1, 0, 0, 1, 1]
+    for index, (x, master) in enumerate(zip(live, masters, strict=True)):
+        chosen = chosen_blocks(index, 2, 0.7, seed=3)[:, None]
+        full = expected(master.cpu(), book, 32, None).view(2, 32)
+        assert same_bits(x.detach().cpu(), torch.where(chosen, full, master.cpu().view(2, 32)).view(64))
+    group.release()
+    assert all(same_bits(x.detach().cpu(), master.cpu()) for x, master in zip(live, masters, strict=True))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -22,7 +22,7 @@ from q8lightning.quantization.many.decode import EncodedItem, batches, decode_on
 from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import reference
-from q8lightning.tools.inspect import label
+from q8lightning.tools.tensors import codec_of
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def test_a_rule_names_it_and_a_file_holds_it(tmp_path: Path, monkeypatch: pytest
     with keep_encoded():
         first, again = (torch.load(tmp_path / f"{name}.ckpt")["state_dict"]["w"] for name in ("first", "again"))
     assert isinstance(again, QuantizedTensor)
-    assert label(again) == "rows_and_columns/64"
+    assert codec_of(again) == "rows_and_columns/64"
     assert torch.equal(first.data, again.data)
 
 

@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

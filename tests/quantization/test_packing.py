@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from support.devices import each_device
 
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem, bytes_to_decode_on, decode_on
 from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.spec import reference
-
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 CODECS = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("log", 128), get_codec("int4", 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]

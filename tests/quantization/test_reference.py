@@ -1,25 +1,20 @@
 """What every codec promises, tested on the specification, ``reference.py``; the other backends are compared with it."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
+from support.schemes import Scheme
 from torch import Tensor
 
 from q8lightning.quantization.spec import logarithm, reference
 from q8lightning.quantization.spec.codebook import BUILTIN
-
-if TYPE_CHECKING:
-    from conftest import Scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]  # of 32, 16, 64 and 16 bits
 LAYOUTS = [((1000,), 32), ((7, 13, 11), 256), ((1,), 32), ((3, 1500), 4096)]  # shapes with block sizes

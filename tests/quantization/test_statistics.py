@@ -5,9 +5,10 @@ The oracle is float64 NumPy. Sums of float32 squares are rounded once a value, s
 
 import math
 
-import oracle
 import pytest
 import torch
+from support import oracle
+from support.devices import each_device
 from torch import Tensor
 
 from q8lightning import fake_quantize, quantize_blockwise
@@ -15,10 +16,6 @@ from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 CODECS = [
     get_codec("linear", 64),

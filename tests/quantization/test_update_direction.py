@@ -1,25 +1,23 @@
 """The error of Adam's update direction is that of NumPy in float64, and that of the metric of the same name."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.devices import each_device
 from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
+from q8lightning.quantization.backends.choose import launching
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many import update_directions as update_direction
-from q8lightning.quantization.many.buffer import copy_together
+from q8lightning.quantization.many.buffer import copy_together, split
 from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import sampling
-
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-)
-each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 EPS = 1e-8
 SIZES = (4096, 5001, 1, 33, 300_000)
@@ -140,7 +138,7 @@ def test_a_moment_without_numbers_makes_no_number() -> None:
 def test_repacked_data_is_the_same_and_keeps_nothing_else_alive() -> None:
     tensors = [torch.randn(numel) for numel in (4096, 5001, 33)]
     packed = encode_many(tensors, [FIRST] * 3).data
-    copies = copy_together([packed[2], packed[1]])
+    copies = split(*copy_together([packed[2], packed[1]]))
     assert torch.equal(copies[0], packed[2])
     assert torch.equal(copies[1], packed[1])
     assert copies[0].untyped_storage().nbytes() < packed[1].nbytes + packed[2].nbytes + 32
@@ -163,20 +161,10 @@ def test_a_gpu_is_not_waited_for() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), CUDA])
-def launching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where directions are measured by the kernels: on the CPU those are interpreted."""
-    if request.param == "cpu":
-        blockwise = pytest.importorskip("q8lightning.quantization.backends.kernels.blockwise")
-        if not blockwise.INTERPRETED:
-            pytest.skip("CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before the start")
-        monkeypatch.setattr(update_direction, "has_kernels", lambda x: x.dtype in (torch.float32, torch.float16))
-    return str(request.param)
-
-
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets tensors of a hundred thousand elements count as large."""
+    # Interpreted kernels take ten seconds for tensors that are large by themselves.
     monkeypatch.setattr(sampling, "WHOLE", 2**16)
     sampling.stretches_of.cache_clear()
     yield
@@ -222,16 +210,18 @@ def test_sums_of_a_large_tensor_are_those_of_its_stretches_and_stand_for_all_of_
 
 
 @pytest.mark.usefixtures("sampled")
-def test_one_launch_looks_at_the_same_stretches(launching: str) -> None:
+def test_one_launch_looks_at_the_same_stretches(launch_device: str) -> None:
     pairs = []
     for numel in (400_007, 262_144, 5001):
-        one, two = moments_of(numel, torch.float32, launching)
+        one, two = moments_of(numel, torch.float32, launch_device)
         pairs.append((one, two))
-    data = iter(encode_many([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
+    with launching(launch_device == "cuda"):  # to interpret the encoding of so much would take long
+        data = iter(encode_many([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
     moments = [
         Moments(StoredMoment(one, FIRST, next(data)), StoredMoment(two, SECOND, next(data)), EPS) for one, two in pairs
     ]
-    expected_sums = torch.stack([update_direction._sums(pair) for pair in moments])
+    with launching(False):
+        expected_sums = update_direction_sums(moments)
     torch.testing.assert_close(update_direction_sums(moments), expected_sums, rtol=1e-6, atol=0.0)
 
 
@@ -250,27 +240,28 @@ def test_one_launch_gives_the_sums_of_the_operators(
     first: Codec | None,
     second: Codec | None,
     dtypes: tuple[torch.dtype, torch.dtype],
-    launching: str,
-    monkeypatch: pytest.MonkeyPatch,
+    launch_device: str,
+    launched: list[Any],
 ) -> None:
     sizes = (4096, 5001, 1, 33, 0, 12_288)  # aligned ones, others, none
     values, codecs = [], []
     for numel in sizes:
-        for x, codec, dtype in zip(moments_of(numel, torch.float32, launching), (first, second), dtypes, strict=True):
+        pair = moments_of(numel, torch.float32, launch_device)
+        for x, codec, dtype in zip(pair, (first, second), dtypes, strict=True):
             values.append(x.to(dtype))
             codecs.append(codec)
     encoded = [i for i, codec in enumerate(codecs) if codec is not None]
-    data = encode_many([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
+    with launching(launch_device == "cuda"):
+        data = encode_many([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
     where = dict(zip(encoded, data, strict=True))
     moments = [StoredMoment(x, codecs[i], where.get(i)) for i, x in enumerate(values)]
     pairs = [Moments(*moments[i : i + 2], EPS) for i in range(0, len(moments), 2)]
-    calls = []
-    monkeypatch.setattr(update_direction, "_sums", lambda pair: calls.append(pair))
+    launched.clear()  # of the encoding
     sums = update_direction_sums(pairs)
-    assert not calls
-    monkeypatch.undo()
-    if launching == "cuda":
-        expected_sums = torch.stack([update_direction._sums(pair) for pair in pairs])
+    assert len(launched) == 4, "one for aligned pairs, one for others, each with one that adds up"
+    if launch_device == "cuda":
+        with launching(False):
+            expected_sums = update_direction_sums(pairs)
         torch.testing.assert_close(sums, expected_sums, rtol=1e-12, atol=0.0)
     else:  # torch.sqrt is an ulp off on some CPUs
         assert all(map(close, sums, pairs))

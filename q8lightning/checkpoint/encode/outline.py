@@ -6,36 +6,37 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.tree import ATOMS, is_container
+from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
 
 
 class Outline(NamedTuple):
-    """What a checkpoint looks like; equal outlines have the same tensors under the same keys, in the same places.
+    """What a checkpoint looks like. Equal outlines have the same tensors under the same keys, in the same memory.
 
     Attributes:
         structure: Types and keys of its containers, and the types of what is in them.
-        addresses: Where each tensor begins.
-        strides: Of each tensor.
-        properties: What else tells how each tensor is saved.
+        addresses: Where each tensor begins in memory; None if one has no memory to look at (sparse, nested), and then
+            no outline equals this one.
+        strides: Of each tensor, in elements; empty for one without memory to look at, if there is one.
+        properties: Shape, dtype and ``requires_grad`` of each tensor; likewise.
     """
 
     structure: list[Any]
-    addresses: list[int]
+    addresses: list[int] | None
     strides: list[tuple[int, ...]]
     properties: list[tuple[Any, ...]]
 
-    def is_that_of(self, other: "Outline | None") -> bool:
-        """Whether both are equal; not if that cannot be said, as of keys that are tensors."""
+    def is_that_of(self, other: "Outline") -> bool:
+        """Whether both are equal; False if that cannot be said, as of keys that are tensors."""
         try:
-            return self == other
+            return self.addresses is not None and self == other
         except RuntimeError:
             return False
 
 
-def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | None:
-    """Return the outline and the tensors of a checkpoint; None if one has no place in memory."""
+def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
+    """Return the outline of a checkpoint and its tensors, numbered alike."""
     structure: list[Any] = []
     tensors: list[Tensor] = []
     numbers = {id(checkpoint): 0}
@@ -47,9 +48,11 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]] | 
                 pending.append(item)
     try:
         addresses, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
+        return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
     except (RuntimeError, NotImplementedError):  # sparse, nested
-        return None
-    return Outline(structure, addresses, strides, list(map(_PROPERTIES, tensors))), tensors
+        strides = [tensor.stride() if has_memory(tensor) else () for tensor in tensors]
+        properties = [_PROPERTIES(tensor) if has_memory(tensor) else () for tensor in tensors]
+        return Outline(structure, None, strides, properties), tensors
 
 
 def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> list[Any]:

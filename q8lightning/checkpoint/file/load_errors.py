@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import fsspec
 import torch
 
+from q8lightning.checkpoint.format import FORMAT_VERSION, NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.payload import FORMAT_VERSION, NewerFormatError, register_functions
+from q8lightning.checkpoint.payload import register_functions
 
 CONTENTS = "the end of the file (cut off or changed)"
 
@@ -81,9 +82,8 @@ def _torch_read_something_else(path: str | os.PathLike[str], error: Exception) -
 
 
 def newer_format_in(error: Exception) -> NewerFormatError | None:
-    """Return what it means that ``torch.load(weights_only=True)`` does not know a function of a file."""
+    """Return what it means that ``torch.load(weights_only=True)`` does not know the function of a later version."""
     found = re.search(r"GLOBAL q8lightning\.checkpoint\.payload\.rebuild_v(\d+)", str(error))
-    if found is None:
+    if found is None or int(found[1]) <= FORMAT_VERSION:
         return None
-    version = int(found[1])
-    return NewerFormatError(version if version > FORMAT_VERSION else f"later than {FORMAT_VERSION}")
+    return NewerFormatError.of_version(found[1])

@@ -15,12 +15,11 @@ from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.file.summed_file import SummedFile
-from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.parameter_names import names_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES
 from q8lightning.system.workers import MOST, Workers, count_workers
-
-OPTIMIZER_STATES = "optimizer_states"
-"""The section of a checkpoint that may be decoded elsewhere than the rest."""
 
 
 def read_checkpoint(
@@ -49,7 +48,7 @@ def read_checkpoint(
         file = stack.enter_context(OpenFile(path))
         through = stack.enter_context(SummedFile(file, workers, sums=verify))
         if verify:
-            stack.enter_context(verified(file, through))
+            stack.enter_context(verified(file, through, payloads=stays_encoded()))
         opened = cast("IO[bytes]", through)
         if stays_encoded():
             return load(opened)
@@ -72,7 +71,7 @@ def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any
     for _ in range(_ATTEMPTS):
         with OpenFile(path) as file:
             try:
-                with verified(file):
+                with verified(file, payloads=stays_encoded()):
                     content = load()
             except Exception:
                 if file.has_its_name():
@@ -106,8 +105,20 @@ def _load_and_decode(
         content = replace_payloads(content, _decode(content, payloads, optimizer_device))
     except TensorsWantedError:
         return None
+    except CorruptCheckpointError as error:
+        raise _named(error, content) from error
     # What still has a payload is an object that is no container.
     return (content,) if _are_gone(payloads) else None
+
+
+def _named(error: CorruptCheckpointError, content: Any) -> CorruptCheckpointError:
+    """Return an error about a payload that names an optimizer's state by its parameter, where that is known."""
+    path = error.what.removeprefix(_THE_TENSOR)
+    name = names_of_states(content).get(path, path)
+    return CorruptCheckpointError(_THE_TENSOR + name if error.what.startswith(_THE_TENSOR) else error.what, error.file)
+
+
+_THE_TENSOR = "the tensor "
 
 
 def _are_gone(payloads: list[QuantizedTensor]) -> bool:

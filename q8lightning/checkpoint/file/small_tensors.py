@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from q8lightning.checkpoint.payload import in_memory_order, is_dense, rebuild_v1_item, rebuild_v1_small
+from q8lightning.checkpoint.payload import ITEM, TENSORS, in_memory_order, is_dense, rebuild_v1
 from q8lightning.checkpoint.tree import has_memory, is_ordinary
 from q8lightning.checkpoint.tree import tensors as tensors_in
 
@@ -61,11 +61,11 @@ class SmallTensors:
     def reduce(self, value: Any) -> Any:
         """Return what a small tensor pickles as; what a pickler's ``reducer_override`` wants for anything else."""
         place = self._places.get(id(value))
-        return NotImplemented if place is None else (rebuild_v1_item, place)
+        return NotImplemented if place is None else (rebuild_v1, (ITEM, *place))
 
 
 class _Pool:
-    """Tensors of one dtype and location in one, and what :func:`rebuild_v1_small` needs to know of each."""
+    """Tensors of one dtype and location in one, and what :func:`rebuild_v1` needs to know of each."""
 
     def __init__(self, members: list[Tensor]) -> None:
         self.data = torch.cat([in_memory_order(tensor) for tensor in members])
@@ -78,7 +78,7 @@ class _Pool:
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuild_v1_small, (self.data, self._shapes, self._strides)
+        return rebuild_v1, (TENSORS, self.data, self._shapes, self._strides)
 
 
 def _is_small(tensor: Tensor) -> bool:

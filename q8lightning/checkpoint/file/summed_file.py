@@ -33,6 +33,11 @@ class SummedFile(FileView):
         self._workers = workers
         self._wants_sums = sums
         self._sums: dict[tuple[int, int], int] = {}
+        self._left_out: set[int] = set()
+
+    def leave_out(self, starts: set[int]) -> None:
+        """Do not sum the stretches that begin at these positions."""
+        self._left_out = starts
 
     def sum_of(self, start: int, nbytes: int) -> int | None:
         """Return the CRC32 of a stretch, as it was when it was read; None if it was not read in one go."""
@@ -50,23 +55,24 @@ class SummedFile(FileView):
 
     def _read_in_parts(self, target: memoryview, start: int) -> None:
         use_huge_pages(target)
+        wants_sum = self._wants_sums and start not in self._left_out
         parts = [target[first : first + _PART] for first in range(0, len(target), _PART)]
         pending: list[Future[int]] = []
         for index, part in enumerate(parts):
-            pending.append(self._workers.submit(self._read_part, part, start + index * _PART))
+            pending.append(self._workers.submit(self._read_part, part, start + index * _PART, wants_sum))
         crc = 0
         for part, future in zip(parts, pending, strict=True):
             crc = combine(crc, future.result(), len(part))
-        if self._wants_sums:
+        if wants_sum:
             self._sums[start, len(target)] = crc
 
-    def _read_part(self, part: memoryview, position: int) -> int:
+    def _read_part(self, part: memoryview, position: int, wants_sum: bool) -> int:
         """Fill ``part`` from the file; return its CRC32, or 0 if nobody wants it."""
         crc = 0
         for first in range(0, len(part), _STEP):
             step = part[first : first + _STEP]
             if self._file.read_at(position + first, step) < len(step):
                 raise OSError(f"{self._file.path} became shorter while it was read")
-            if self._wants_sums:
+            if wants_sum:
                 crc = zlib.crc32(step, crc)
         return crc

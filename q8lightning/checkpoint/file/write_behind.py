@@ -25,10 +25,12 @@ class WriteBehind:
 
     Args:
         file: Open for writing, positioned at its end.
+        send: Sends a stretch of a file to the disk: takes its descriptor, where the stretch begins, and its bytes.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], send: Callable[[int, int, int], object] | None = None) -> None:
         self._file = file
+        self._send_range = send or _send_range
         self._changed = threading.Condition()
         self._written = self._sent = file.tell()
         self._ended = False
@@ -70,7 +72,7 @@ class WriteBehind:
                     return
                 start, end = self._sent, self._written
             try:
-                _send_range(self._file.fileno(), start, end - start)
+                self._send_range(self._file.fileno(), start, end - start)
             except OSError as error:
                 with self._changed:
                     self._error, self._ended = error, True

@@ -19,12 +19,12 @@ _SPARE = 32
 """One part in so many is added: the next save may need a little more, and to lock memory takes a second."""
 
 
-class PinnedMemory:
-    """One stretch of page-locked host memory that is kept from save to save, a little larger than the largest needs.
+class HostMemory:
+    """One stretch of host memory that is kept from save to save, a little larger than the largest needs.
 
-    It is registered memory rather than torch's own pinned memory, which is rounded up to a power of two and cached
-    until the process ends. Its pages are its own: registered memory that shares a page with other memory, or that is
-    freed while it is registered, makes later registrations fail.
+    With a GPU its pages are locked. It is registered memory rather than torch's own pinned memory, which is rounded up
+    to a power of two and cached until the process ends. Its pages are its own: registered memory that shares a page
+    with other memory, or that is freed while it is registered, makes later registrations fail.
     """
 
     def __init__(self) -> None:
@@ -82,6 +82,13 @@ def _unregister(memory: Tensor) -> None:
 
 def _cuda() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def take(nbytes: int, memory: HostMemory | None) -> Tensor:
+    """Return ``[nbytes]`` uint8 of a memory that is kept, or new ones."""
+    if memory is None or nbytes == 0:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    return memory.take(nbytes)
 
 
 class Transfer:

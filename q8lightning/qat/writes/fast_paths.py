@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import _get_current_function_mode_stack
 
-from q8lightning.qat.writes.two_worlds import TwoWorlds
+from q8lightning.qat.writes.shadow_mode import ShadowMode
+from q8lightning.system.private_names import resolve
 
 FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 @contextmanager
-def fast_paths(worlds: TwoWorlds, model: nn.Module) -> Iterator[None]:
+def fast_paths(mode: ShadowMode, model: nn.Module) -> Iterator[None]:
     """Interrupt following, which is active, for attention that evaluates and in which no code of the user's runs.
 
     The fast path rounds otherwise, and writes zeros where the input is padded: losses would differ.
@@ -28,16 +28,16 @@ def fast_paths(worlds: TwoWorlds, model: nn.Module) -> Iterator[None]:
     def leave(module: nn.Module, args: Any) -> None:
         if type(module) not in FAST or module.training or left or torch.compiler.is_compiling():
             return
-        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = resolve("torch.overrides", "_get_current_function_mode_stack")()
         # With another mode, the fast path would not be taken without us either.
-        if modes == [worlds] and _is_of_torch(module) and worlds.settled(args):
-            worlds.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if modes == [mode] and _is_of_torch(module) and mode.settled(args):
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             left.append(module)
 
     def enter(module: nn.Module, args: Any, result: Any) -> None:
         if left and left[-1] is module:
             left.pop()
-            worlds.__enter__()  # type: ignore[no-untyped-call]
+            mode.__enter__()  # type: ignore[no-untyped-call]
 
     # Hooks of the modules themselves would keep them from the fast path, too.
     handles = [register_module_forward_pre_hook(leave), register_module_forward_hook(enter, always_call=True)]

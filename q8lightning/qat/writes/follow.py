@@ -12,11 +12,8 @@ from q8lightning.qat.compiled import compiled_modules
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.data_access import DataAccess
 from q8lightning.qat.writes.fast_paths import fast_paths
-from q8lightning.qat.writes.renormalized import renormalize_masters
-from q8lightning.qat.writes.two_worlds import TwoWorlds
-
-FOLLOWED = 100
-"""Quantized steps of a stage (training, evaluation) that are followed before the first write."""
+from q8lightning.qat.writes.max_norm import renormalize_masters
+from q8lightning.qat.writes.shadow_mode import ShadowMode
 
 COMPARED = 3
 """Quantized steps of a stage after which the first values are compared with what they were before."""
@@ -25,16 +22,17 @@ EVERY = 50
 """And every so many steps after them."""
 
 
-class Writes:
+class WriteFollower:
     """Watches the steps of a run.
 
     Args:
-        quantizer: Whose weights. If a part of the model is compiled, no step is followed: writes are only found.
+        quantizer: Whose weights. Its configuration says how many steps are followed before the first write. If a part
+            of the model is compiled, no step is followed: writes are only found.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
         self._quantizer = quantizer
-        self._worlds: TwoWorlds | None = None
+        self._mode: ShadowMode | None = None
         self._steps: Counter[str] = Counter()
         self._access = DataAccess()
         self._attach()
@@ -44,9 +42,9 @@ class Writes:
         self._places = self._quantizer.places
         self._handles = renormalize_masters(self._quantizer)
         if compiled_modules(self._quantizer.module):
-            self._worlds = None
-        elif self._worlds is None:
-            self._worlds = TwoWorlds(self._quantizer)
+            self._mode = None
+        elif self._mode is None:
+            self._mode = ShadowMode(self._quantizer)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -67,9 +65,9 @@ class Writes:
             before = self._places
             self._detach()
             self._attach()
-            if self._worlds is not None:
+            if self._mode is not None:
                 new = (each for each in self._quantizer.weights if id(each.parameter) not in before)
-                self._worlds.refuse_made((each.names[0], each.parameter) for each in new)
+                self._mode.refuse_made((each.names[0], each.parameter) for each in new)
         count = self._steps[stage]
         self._quantizer.fingerprints.of_all = count < COMPARED or count % EVERY == 0
 
@@ -80,32 +78,33 @@ class Writes:
         Raises:
             LostWriteError: If somebody writes to a weight, and the write cannot reach the master.
         """
-        worlds, count = self._worlds, self._steps[stage]
+        mode, count = self._mode, self._steps[stage]
         self._steps[stage] += self._quantizer.engaged
-        if worlds is None or not self._quantizer.engaged or (count >= FOLLOWED and not worlds.writes):
+        unwatched = count >= self._quantizer.config.follow_steps
+        if mode is None or not self._quantizer.engaged or (unwatched and not mode.writes):
             yield
             return
-        worlds.begin()
+        mode.begin()
         self._quantizer.followed = True
         try:
-            with worlds, fast_paths(worlds, self._quantizer.module):
+            with mode, fast_paths(mode, self._quantizer.module):
                 yield
-            worlds.end()
-            worlds.refuse_made(self._quantizer.replaced())
+            mode.end()
+            mode.refuse_made(self._quantizer.replaced())
         finally:
             self._quantizer.followed = False
-            if worlds.compiled:
-                self._worlds = None
+            if mode.compiled:
+                self._mode = None
 
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Surround what belongs to no step, such as backward: nothing is followed."""
-        worlds = self._worlds
-        if worlds is None:
+        mode = self._mode
+        if mode is None:
             yield
             return
-        outer, worlds.paused = worlds.paused, True
+        outer, mode.paused = mode.paused, True
         try:
             yield
         finally:
-            worlds.paused = outer
+            mode.paused = outer

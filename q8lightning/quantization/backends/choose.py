@@ -1,6 +1,8 @@
 """What computes: three modules with the same functions, chosen by the device of a tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -93,9 +95,33 @@ class ManyBackend(Protocol):
     ) -> None: ...
 
 
+_LAUNCHES: ContextVar[bool | None] = ContextVar("launches", default=None)
+"""What :func:`launching` asks for."""
+
+
+@contextmanager
+def launching(launch: bool) -> Iterator[None]:
+    """Send tensors on the CPU, too, to the kernels for many tensors, or no tensor at all, within this context.
+
+    The results are the same. Tests and benchmarks compare the two ways with it.
+
+    Args:
+        launch: True for CPU tensors in float32 and float16, which need Triton's interpreter (``TRITON_INTERPRET=1``);
+            False to do without those kernels everywhere.
+    """
+    token = _LAUNCHES.set(launch)
+    try:
+        yield
+    finally:
+        _LAUNCHES.reset(token)
+
+
 def has_kernels(tensor: Tensor) -> bool:
     """Whether the kernels for many tensors read and write such tensors."""
-    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    asked = _LAUNCHES.get()
+    if tensor.is_cuda:
+        return asked is not False and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return asked is True and tensor.dtype in (torch.float32, torch.float16)  # NumPy interprets, and has no bfloat16
 
 
 def backend_of(x: Tensor) -> Backend:

@@ -35,7 +35,7 @@ class Codec(ABC):
     block_size: int = 256
 
     residual: ClassVar[bool] = False
-    """Whether rules and files add ``residual`` to the name."""
+    """Whether rules add ``residual`` to the name."""
 
     marks_negative: ClassVar[bool] = False
     """Whether the scales of a block with a negative value are not finite."""
@@ -124,9 +124,9 @@ class Codec(ABC):
     # What others decide by
 
     @property
-    def arguments(self) -> dict[str, str | int | bool]:
-        """What files say of the codec, in their order; ``table.get_codec`` makes it from these again."""
-        return {"codec": self.name, "block_size": self.block_size, "residual": self.residual}
+    def entry(self) -> dict[str, str | int]:
+        """What files say of the codec, in their order."""
+        return {"name": self.name, "bits": 8, "block_size": self.block_size}
 
     @property
     def label(self) -> str:

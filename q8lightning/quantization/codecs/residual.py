@@ -44,6 +44,10 @@ class ResidualCodec(Codec):
         return Layout(self.block_size, stages=2)
 
     @property
+    def entry(self) -> dict[str, str | int]:
+        return super().entry | {"residual_bits": 8}
+
+    @property
     def label(self) -> str:
         return f"{self.name}+residual"
 

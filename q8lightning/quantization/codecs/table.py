@@ -17,7 +17,7 @@ CODECS: Mapping[tuple[str, bool], Callable[[int], Codec]] = MappingProxyType(
         ("log", False): LogCodec,
     }
 )
-"""What makes a codec of a block size, by the codec's name and whether files say that it has a residual.
+"""What makes a codec of a block size, by the codec's name and whether it has a residual.
 
 Every name that is not here is that of a codebook, or its levels.
 """
@@ -27,7 +27,7 @@ CodecName = Literal["log"] | CodebookName
 
 
 def get_codec(codec: str, block_size: int = 256, residual: bool = False) -> Codec:
-    """Return the codec that rules and files mean; the arguments are :attr:`Codec.arguments`.
+    """Return the codec that rules and files mean.
 
     Args:
         codec: A name of :data:`CODECS`, or a codebook's name or

@@ -62,16 +62,19 @@ def split(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
     return list(buffer.split_with_sizes(cuts)[1::2])  # in one call: each slice would take a microsecond
 
 
-def copy_together(data: Sequence[Tensor]) -> list[Tensor]:
+def copy_together(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Copy ``data`` of one device into a buffer of its own, so that it keeps nothing else alive.
 
     Args:
         data: ``[nbytes]`` uint8 each, as an ``EncodedBuffer`` has it; at least one.
+
+    Returns:
+        The buffer and the sizes of its stretches, of gaps and data in turns.
     """
     layout = lay_out(tuple((0, each.nbytes) for each in data), data[0].device)
-    copies = split(allocate(layout), layout.cuts)
-    torch._foreach_copy_(copies, list(data))
-    return copies
+    buffer = allocate(layout)
+    torch._foreach_copy_(split(buffer, layout.cuts), list(data))
+    return buffer, layout.cuts
 
 
 @lru_cache(maxsize=16)

@@ -50,6 +50,7 @@ class EncodePlan:
             (codec.scale_bytes(tensor.numel()), codec.encoded_bytes(tensor.numel()))
             for tensor, codec in zip(tensors, codecs, strict=True)
         )
+        self.codecs = tuple(codecs)
         self._layout = lay_out(sizes, tensors[0].device)
         self._alone: list[tuple[int, Codec]] = []
         groups: dict[Codec, list[int]] = {}

@@ -127,7 +127,7 @@ class Codebook:
 
         They are the midpoints of neighbouring levels, rounded to 16 significant bits where that moves none by more
         than 1/512 of the gap it divides (the free bits let a kernel keep threshold and code in one word; the mean
-        squared error grows by less than one part in 10,000, which ``tests/test_codebook.py`` shows). With a closed
+        squared error grows by less than one part in 10,000, which ``test_codebook.py`` shows). With a closed
         form they are the points at which it steps.
         """
         if self.closed_form is not None:

@@ -1,0 +1,262 @@
+"""Find what the policy wants encoded: each tensor of a checkpoint, whose it is, which codec is for it, who is tied."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from q8lightning.checkpoint.payload import is_dense
+from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.sections import (
+    DEFAULT_EPS,
+    FIRST_OF_ADAM,
+    SECONDS_OF_ADAM,
+    epsilons_of,
+    is_state,
+    kind_of,
+    parameter_names_in,
+    parameter_of,
+    path_of,
+    state_dicts_in,
+)
+from q8lightning.checkpoint.tree import PATHS, Keys, has_memory, tensors
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.weight import WeightCodec
+
+_MOMENTS = (FIRST_OF_ADAM, *SECONDS_OF_ADAM)
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What a checkpoint does not say about the model it is of.
+
+    Attributes:
+        parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
+            state) is left alone, unless it holds none of these names, as when a hook renames them.
+        optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
+        quantized: How weights that are trained quantized are, by name.
+        restored: How often the run was restored from a quantized checkpoint.
+    """
+
+    parameters: frozenset[str] = frozenset()
+    optimizer_parameters: tuple[tuple[str, ...], ...] = ()
+    quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
+    restored: int = 0
+
+    def is_same_model(self, other: "ModelNames") -> bool:
+        """Whether both name the same parameters, quantized alike."""
+        return self is other or (
+            self.parameters == other.parameters
+            and self.optimizer_parameters == other.optimizer_parameters
+            and self.quantized == other.quantized
+        )
+
+
+def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
+    """Return what names a checkpoint has itself: those of optimizers that were made from named parameters."""
+    return ModelNames(optimizer_parameters=parameter_names_in(checkpoint))
+
+
+class Leaf(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+        keys: Keys and indices that lead to it.
+        path: The same, joined by dots.
+        parameter: The name of the parameter that it is or belongs to, None if nobody knows.
+        tensor: The tensor.
+        codec: What the policy wants for it, None to store it as it is.
+        storage: The same for tensors that share memory; None for one that has none to look at.
+        refused: Why what the policy wants cannot be, if the user should hear of it.
+    """
+
+    keys: Keys
+    path: str
+    parameter: str | None
+    tensor: Tensor
+    codec: Codec | None
+    storage: tuple[torch.device, int] | None
+    refused: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """See :class:`~q8lightning.checkpoint.report.TensorLoss`."""
+        return kind_of(self.keys)
+
+
+class Pair(NamedTuple):
+    """The moments of one parameter, of which at least one is to be encoded and whose elements correspond.
+
+    Attributes:
+        exp_avg: The first moment.
+        exp_avg_sq: The second moment.
+        eps: The optimizer's.
+        is_stepped_by: Whether the optimizer steps by these two. With AMSGrad there are two pairs: each second moment is
+            judged beside the first one, and by the greatest the optimizer steps.
+    """
+
+    exp_avg: Leaf
+    exp_avg_sq: Leaf
+    eps: float
+    is_stepped_by: bool
+
+
+class Found(NamedTuple):
+    """What there is to encode in a checkpoint.
+
+    Attributes:
+        leaves: All its tensors.
+        members: What is to be encoded: for each, the leaves that show the same memory, tied ones together.
+        neighbours: What lies in the memory of a member and is stored apart, as it is; tied ones together.
+        pairs: Moments that are measured together.
+        refused: What the policy wants encoded and what for a reason that the user should hear of is not; with that.
+    """
+
+    leaves: list[Leaf]
+    members: list[list[Leaf]]
+    neighbours: list[list[Leaf]]
+    pairs: list[Pair]
+    refused: list[str]
+
+
+def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Found:
+    """Find what the policy wants encoded and what can be.
+
+    Tensors that overlap others in memory without being the same, and tied ones whose paths ask for different codecs,
+    are not encoded, so that they stay tied.
+    """
+    leaves = list(_leaves_of(checkpoint, policy, names))
+    found = Found(leaves, [], [], [], [f"{leaf.path} ({leaf.refused})" for leaf in leaves if leaf.refused])
+    for sharing in _by_storage(leaves):
+        views = _views(sharing)
+        members = [view for view in views if _is_member(view, found.refused)] if _are_separate(views) else []
+        found.members.extend(members)
+        if members and len(members) < len(views):
+            # Saved as a view, a small neighbour (a fused LSTM's bias) would take all of the memory along.
+            found.neighbours.extend(view for view in views if view not in members)
+    encoded = {id(leaf.tensor) for member in found.members for leaf in member}
+    found.pairs.extend(_pairs_of(leaves, encoded, epsilons_of(checkpoint)))
+    return found
+
+
+def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: CheckpointPolicy) -> list[str]:
+    """Return the paths of the tensors that are large enough for the policy but that none of its rules names."""
+    sections = state_dicts_in(checkpoint)
+    return [
+        leaf.path
+        for leaf in leaves
+        if leaf.storage is not None
+        and leaf.tensor.numel() >= policy.min_numel
+        and is_encodable(leaf.tensor)
+        and not (leaf.keys and leaf.keys[0] in sections)
+        and not policy.names(leaf.path, leaf.parameter)
+    ]
+
+
+def is_encodable(tensor: Tensor) -> bool:
+    """Whether a codec can take the values of a tensor that has memory."""
+    return (
+        tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        and not tensor.is_neg()
+        and tensor.ndim > 0
+        and is_dense(tensor)
+    )
+
+
+def _leaves_of(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Iterator[Leaf]:
+    """Yield all tensors of a checkpoint, in its order."""
+    known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
+    for keys, tensor in tensors(checkpoint, PATHS):
+        path = path_of(keys)
+        parameter = parameter_of(keys, names.optimizer_parameters)
+        wanted = storage = refused = None
+        if has_memory(tensor):
+            storage = tensor.device, tensor.untyped_storage().data_ptr()
+            if (
+                tensor.numel() >= policy.min_numel
+                and not (keys[0] in known and parameter not in names.parameters)
+                and is_encodable(tensor)
+            ):
+                wanted = policy.codec_for(path, parameter)
+                if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+                    wanted = None
+                if wanted is not None and tensor.__dict__:
+                    wanted = None
+                    refused = f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there"
+        yield Leaf(keys, path, parameter, tensor, wanted, storage, refused)
+
+
+def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
+    """Return the leaves of each storage in which one is to be encoded."""
+    storages: dict[Any, list[Leaf]] = {}
+    for leaf in leaves:
+        if leaf.codec is not None:
+            storages.setdefault(leaf.storage, []).append(leaf)
+    for leaf in leaves:
+        if leaf.codec is None and leaf.storage in storages and leaf.tensor.numel():
+            storages[leaf.storage].append(leaf)
+    return list(storages.values())
+
+
+def _views(leaves: list[Leaf]) -> list[list[Leaf]]:
+    """Return the leaves of a storage in groups that show the same of it: tied tensors."""
+    if len(leaves) == 1:
+        return [leaves]
+    views: dict[tuple[Any, ...], list[Leaf]] = {}
+    for leaf in leaves:
+        tensor = leaf.tensor
+        views.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), []).append(leaf)
+    return list(views.values())
+
+
+def _are_separate(views: list[list[Leaf]]) -> bool:
+    """Whether no view of a storage overlaps another."""
+    spans = sorted(_span(view[0].tensor) for view in views) if len(views) > 1 else []
+    return all(start >= end for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _is_member(view: list[Leaf], refused: list[str]) -> bool:
+    """Whether tied leaves are to be encoded; if they differ in what they load as, say so in ``refused``."""
+    first, *others = view
+    if first.codec is None or any(other.codec != first.codec for other in others):
+        return False
+    other = next((each for each in others if _is_what(each.tensor) != _is_what(first.tensor)), None)
+    if other is None:
+        return True
+    refused.append(
+        f"{first.path} (it is also there as {other.path}, and only one of them is a parameter or requires grad; put"
+        " .detach() of that one there)"
+    )
+    return False
+
+
+def _is_what(tensor: Tensor) -> tuple[bool, bool]:
+    return type(tensor) is nn.Parameter, tensor.requires_grad
+
+
+def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, float]) -> Iterator[Pair]:
+    moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.keys) and leaf.keys[-1] in _MOMENTS}
+    for keys, first in moments.items():
+        if keys[-1] != FIRST_OF_ADAM:
+            continue
+        seconds = [moments[place] for key in SECONDS_OF_ADAM if (place := (*keys[:-1], key)) in moments]
+        for second in seconds:
+            if not encoded.isdisjoint((id(first.tensor), id(second.tensor))) and _correspond(first, second, encoded):
+                yield Pair(first, second, epsilons.get(keys[:-1], DEFAULT_EPS), second is seconds[0])
+
+
+def _correspond(first: Leaf, second: Leaf, encoded: set[int]) -> bool:
+    """Whether elements at the same place in memory have the same index."""
+    for leaf in (first, second):
+        if id(leaf.tensor) not in encoded and not (leaf.storage and leaf.tensor.numel() and is_encodable(leaf.tensor)):
+            return False
+    one, two = first.tensor, second.tensor
+    return one.shape == two.shape and one.stride() == two.stride() and one.device == two.device

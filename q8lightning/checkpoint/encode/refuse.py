@@ -1,0 +1,45 @@
+"""Refuse what a codec cannot hold: values that are not finite, negative ones without codes, too coarse a dtype."""
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.spec.reference import SMALLEST_NORMAL
+
+
+def is_held_if_finite(dtype: torch.dtype, codec: Codec) -> bool:
+    """Whether finite scales alone say that a payload may take the place of any tensor of this dtype."""
+    misread = codec.unsigned and not codec.marks_negative
+    return not (misread or dtype == torch.float64 or not codec.is_stable_in(dtype))
+
+
+def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) -> str | None:
+    """Return why the payload must not take the tensor's place, None if it may; waits for the device.
+
+    Args:
+        tensor: The original.
+        payload: What it was encoded to.
+        is_finite: Whether the payload's scales are.
+    """
+    codec = payload.codec
+    if not is_finite:
+        if not bool(tensor.isfinite().all()):
+            return "it holds NaN or infinity"
+        negative = codec.marks_negative and bool((tensor < 0).any())
+        return "it holds a negative value" if negative else "its values exceed the range of float32"
+    if codec.unsigned and not codec.marks_negative and bool((tensor < 0).any()):
+        return f"it holds a negative value, which {codec.label} has no code for"
+    if tensor.dtype == torch.float64 and bool(_vanished(tensor, payload).any()):
+        return "it holds nonzero values that are zero in float32"
+    if not codec.is_stable_in(tensor.dtype):  # a 16-bit float can be too coarse for the finest levels
+        again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
+        if not torch.equal(payload.data, again.data):
+            return f"{tensor.dtype} is too coarse for {codec.label} at its magnitude"
+    return None
+
+
+def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:
+    """Tell which nonzero elements became zero because their magnitude does, not because a level is nearest."""
+    gone = (payload.decode() == 0) & (tensor != 0)
+    return gone if payload.codec.keeps_nonzero else gone & (tensor.abs() < SMALLEST_NORMAL)

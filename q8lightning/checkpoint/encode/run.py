@@ -1,0 +1,466 @@
+"""Run a plan: encode while training waits, judge and guard later, and hand over what is stored.
+
+A GPU encodes at once, and nobody waits for it: what was lost is looked at by whoever calls :meth:`Run.settle`, usually
+the thread that writes. For the few tensors that the guard may look at again, copies are kept. A tensor that nobody
+expected to be looked at is copied when that is found out, which must be before training changes it: see
+:meth:`Run.let_go`.
+
+A CPU that encodes would hold training for as long as that takes. Where training goes on, its tensors are copied at
+once, to memory that is kept from save to save, and encoded when the run is settled.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from q8lightning.checkpoint.encode.guard import Candidate, CandidatePair, guard
+from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, PairPlan, Plan
+from q8lightning.checkpoint.encode.refuse import reason_to_refuse
+from q8lightning.checkpoint.payload import QuantizedTensor, in_memory_order
+from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss
+from q8lightning.checkpoint.staging.transfer import HostMemory, take
+from q8lightning.quantization.many.buffer import copy_together, split
+from q8lightning.quantization.many.encode import EncodedBuffer
+from q8lightning.quantization.spec.packed_bits import pack_bits
+from q8lightning.system.ambient import neutral
+
+_VERSION = attrgetter("_version")
+
+
+class Buffer(NamedTuple):
+    """Where the data of several members lies.
+
+    Attributes:
+        memory: uint8, on the device that encoded.
+        cuts: The sizes of its stretches in bytes, of gaps and data in turns.
+        members: The members' numbers.
+    """
+
+    memory: Tensor
+    cuts: list[int]
+    members: tuple[int, ...]
+
+
+class _Part:
+    """What runs on one device.
+
+    Attributes:
+        plan: Of the device.
+        encoded: What was encoded, and all that was measured; None before.
+        measured: What was measured, on the host; None before.
+        look: Which tensors need a closer look; None before it was measured.
+        stream: Where a thread other than the training's works; None on a CPU.
+        started: When what training launched is complete.
+    """
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self.plan = plan
+        self.encoded: tuple[EncodedBuffer, Tensor] | None = None
+        self.measured: Measured | None = None
+        self.look: _Look | None = None
+        self.stream: Any = None
+        self.started: Any = None
+
+    def mark(self) -> None:
+        """Remember the moment up to which the training's stream must have worked."""
+        if self.plan.device.type == "cuda":
+            self.started = torch.cuda.current_stream(self.plan.device).record_event()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work on a stream of its own, after what was started; wait for it in the end. Nothing on a CPU."""
+        if self.started is None:
+            yield
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self.plan.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.started)
+            yield
+            self.stream.synchronize()
+
+
+class Run:
+    """A save on its way. What training may change is encoded or copied when this returns.
+
+    Args:
+        plan: How the checkpoint is saved.
+        tensors: The checkpoint's, as the plan's outline numbers them.
+        live: Training goes on before :meth:`settle`.
+        memory: Where a CPU's tensors are copied if it does.
+
+    Attributes:
+        payloads: For each member what is stored in its place, None if it is stored as it is; once settled.
+        buffers: Where the data of the payloads lies; once settled.
+        own: Tensors that are stored as they are in memory of their own, by number; once settled.
+        codes: For each weight that is trained quantized and whose codes are stored, packed codes and scales; once
+            settled.
+        report: What was lost; once settled.
+        next_plan: The plan for the next save of the same tensors; once settled.
+    """
+
+    @neutral()
+    @torch.inference_mode(False)
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], live: bool, memory: HostMemory | None = None) -> None:
+        self.plan = plan
+        self.next_plan = plan
+        self.payloads: list[QuantizedTensor | None] = [None] * len(plan.members)
+        self.buffers: list[Buffer] = []
+        self.own: dict[int, Tensor] = {}
+        self.codes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.report = SaveReport(refused=list(plan.refused), passed_over=list(plan.passed_over))
+        self._live = live
+        self._tensors = list(tensors)
+        self._originals = list(tensors)
+        self._copied: set[int] = set()
+        self._versions = _versions_of(tensors)
+        self._parts = [_Part(each) for each in plan.devices]
+        self._codes: dict[str, tuple[Tensor, Tensor]] = {}
+        self._settling, self._measuring, self._settled = threading.Lock(), threading.Lock(), False
+        self._late: list[Any] = []
+        self._error: BaseException | None = None
+        self.frozen = [raw.freeze(tensors) if live else None for raw in plan.raws]
+        if live:
+            self._copy_to_host(memory)
+            self._copy_on_devices()
+        self._neighbours()
+        for part in self._parts:
+            if part.plan.device.type != "cpu":
+                part.encoded = part.plan.encode(self._tensors)
+                self._encode_codes(part.plan.device)
+            if live:
+                part.mark()
+
+    def _copy_to_host(self, memory: HostMemory | None) -> None:
+        """Copy what a CPU encodes later: its members, and moments that they are measured with."""
+        wanted = {i for part in self.plan.devices if part.device.type == "cpu" for i in part.numbers}
+        wanted |= {
+            side.number
+            for pair in self.plan.pairs
+            for side in pair[:2]
+            if self._tensors[side.number].device.type == "cpu"
+        }
+        numbers = sorted(wanted)
+        if not numbers:
+            return
+        originals = [in_memory_order(self._tensors[i]) for i in numbers]
+        sizes = [-(-each.nbytes // 64) * 64 for each in originals]
+        space = take(sum(sizes), memory)
+        copies = [
+            part[: each.nbytes].view(each.dtype)
+            for part, each in zip(torch.split(space, sizes), originals, strict=True)
+        ]
+        torch._foreach_copy_(copies, originals)
+        for i, copy in zip(numbers, copies, strict=True):
+            self._set_copy(i, copy)
+
+    def _copy_on_devices(self) -> None:
+        """Copy what the guard may look at again."""
+        for i in self.plan.looked_at - self._copied:
+            self._set_copy(i, in_memory_order(self._tensors[i]).clone())
+
+    def _set_copy(self, number: int, copy: Tensor) -> None:
+        tensor = self._tensors[number]
+        self._originals[number] = copy.as_strided(tensor.shape, tensor.stride())
+        self._copied.add(number)
+
+    def _neighbours(self) -> None:
+        for group in self.plan.neighbours:
+            own = self._tensors[group[0]].detach().clone()
+            self.own |= dict.fromkeys(group, own)
+
+    def _encode_codes(self, device: torch.device) -> None:
+        for name, number, codec in self.plan.codes:
+            tensor = self._originals[number]
+            if tensor.device == device:
+                self._codes[name] = codec.encode(tensor)
+
+    def is_of(self, plan: Plan, tensors: Sequence[Tensor], live: bool) -> bool:
+        """Whether this is what a run of the plan would be now, as far as versions of tensors tell."""
+        versions = self._versions
+        return self.plan is plan and self._live == live and versions is not None and versions == _versions_of(tensors)
+
+    @neutral()
+    @torch.inference_mode(False)
+    def let_go(self) -> None:
+        """Wait until nothing needs the tensors themselves any more: training may change them after this.
+
+        What this waits for is the device having encoded, a moment after it did what training wanted before the save;
+        called as late as possible, it has. Nothing to do where everything was copied.
+        """
+        if self._live:
+            self._measure_devices()
+            for event in self._late:
+                torch.cuda.current_stream(event.device).wait_event(event)
+
+    def _measure_devices(self) -> None:
+        """Find out what devices have measured, and keep what needs a closer look; once, by whoever comes first."""
+        with self._measuring:
+            for part in self._parts:
+                if part.look is None and part.encoded is not None:
+                    with part.aside():
+                        self._measure(part)
+
+    def _measure(self, part: _Part) -> None:
+        assert part.encoded is not None
+        part.measured = part.plan.measured(part.encoded[1].cpu())
+        part.look = _Look(self.plan, part.plan, part.measured)
+        self._keep(part.look, part)
+
+    @neutral()
+    @torch.inference_mode(False)
+    def settle(self) -> SaveReport:
+        """Find out what was lost, guard what lost too much, and set what is stored; once.
+
+        Raises:
+            RuntimeError: If a tensor that no codec can hold was written to before it could be stored as it is.
+        """
+        with self._settling:
+            if not self._settled:
+                self._settled = True
+                try:
+                    self._settle()
+                except BaseException as error:
+                    self._error = error
+                    raise
+            elif self._error is not None:
+                raise self._error
+        return self.report
+
+    def _settle(self) -> None:
+        self._measure_devices()
+        directions: dict[int, tuple[float, float]] = {}
+        losses: dict[int, tuple[float, ...]] = {}
+        looked_at: set[int] = set()
+        for part in self._parts:
+            with part.aside():
+                if part.encoded is None:
+                    part.encoded = part.plan.encode(self._originals)
+                    self._encode_codes(part.plan.device)
+                    self._measure(part)
+                assert part.measured is not None
+                assert part.look is not None
+                losses |= dict(zip(part.plan.members, map(tuple, part.measured.statistics.tolist()), strict=True))
+                directions |= dict(zip(part.plan.pairs, map(tuple, part.measured.directions.tolist()), strict=True))
+                looked_at |= part.look.numbers
+                self._store(part, part.measured, part.look, losses, directions)
+                self._pack_codes(part.plan.device)
+        self._report(losses, directions)
+        self.next_plan = self.plan.looking_at(frozenset(looked_at))
+        self._parts.clear()
+        self._tensors.clear()
+        self._originals.clear()
+
+    def _keep(self, look: "_Look", part: _Part) -> None:
+        """Copy what will be looked at and nobody has a copy of, before training changes it."""
+        missing = sorted(look.numbers - self._copied) if self._live else []
+        if not missing:
+            return
+        for i in missing:
+            self._set_copy(i, in_memory_order(self._tensors[i]).clone())
+        now = _versions_of(self._tensors)
+        if now is not None and self._versions is not None:
+            look.gone |= {i for i in missing if now[i] != self._versions[i]}
+        if part.stream is not None:
+            self._late.append(part.stream.record_event())
+
+    def _store(
+        self,
+        part: _Part,
+        measured: Measured,
+        look: "_Look",
+        losses: dict[int, tuple[float, ...]],
+        directions: dict[int, tuple[float, float]],
+    ) -> None:
+        """Set the payloads of a device, after a closer look where one is needed."""
+        assert part.encoded is not None
+        packed, members = part.encoded[0], part.plan.members
+        payloads = [self._payload(i, data) for i, data in zip(members, packed.data, strict=True)]
+        part.encoded = None
+        if look.numbers:
+            kept = look.closely(self, payloads, measured, losses, directions)
+            if kept != payloads:
+                left = [(i, payload) for i, payload in zip(members, kept, strict=True) if payload is not None]
+                # What is not stored would be saved along with the memory that it shares with the others.
+                packed = packed._replace(buffer=packed.buffer[:0], cuts=[])
+                if left:
+                    buffer, cuts = copy_together([payload.data for _, payload in left])
+                    packed = packed._replace(buffer=buffer, cuts=cuts)
+                members = tuple(i for i, _ in left)
+                payloads = [
+                    payload.replace_data(data)
+                    for (_, payload), data in zip(left, split(packed.buffer, packed.cuts), strict=True)
+                ]
+        for i, payload in zip(members, payloads, strict=True):
+            self.payloads[i] = payload
+        if members:
+            self.buffers.append(Buffer(packed.buffer, packed.cuts, members))
+
+    def _payload(self, member: int, data: Tensor) -> QuantizedTensor:
+        each, outline = self.plan.members[member], self.plan.outline
+        shape, dtype, requires_grad = outline.properties[each.number]
+        return QuantizedTensor(
+            *(each.codec, data, tuple(shape), outline.strides[each.number], dtype, each.path),
+            requires_grad=requires_grad,
+            is_parameter=type(self._tensors[each.number]) is nn.Parameter,
+        )
+
+    def _pack_codes(self, device: torch.device) -> None:
+        for name, number, codec in self.plan.codes:
+            if name in self._codes and self._tensors[number].device == device:
+                codes, scales = self._codes.pop(name)
+                self.codes[name] = pack_bits(codes, codec.bits), scales
+
+    def _report(self, losses: Mapping[int, tuple[float, ...]], directions: Mapping[int, tuple[float, float]]) -> None:
+        report = self.report
+        for i, (member, payload) in enumerate(zip(self.plan.members, self.payloads, strict=True)):
+            if payload is not None:
+                stored = payload.nbytes
+                report.tensors.append(TensorLoss(*member[1:4], member.nbytes, stored, *losses[i]))
+        for i, pair in enumerate(self.plan.pairs):
+            sums = directions[i]
+            if pair.is_stepped_by and self._is_encoded(pair) and not math.isnan(sums[0]):  # 0 / 0, or diverged
+                report.directions.append(DirectionLoss(pair.path, pair.parameter, *sums))
+        for i, member in enumerate(self.plan.members):
+            if self.payloads[i] is None:
+                self._store_raw(i, member.number)
+        self._count_bytes()
+
+    def _is_encoded(self, pair: PairPlan) -> bool:
+        return any(side.member is not None and self.payloads[side.member] is not None for side in pair[:2])
+
+    def _store_raw(self, member: int, number: int) -> None:
+        """Store a member as it is: in memory of its own, unless it has that and training does not go on."""
+        tied = [i for i, place in self.plan.places.items() if place == member]
+        storage = next(each for each in self.plan.storages if number in each.numbers)
+        alone = storage.nbytes == self.plan.members[member].nbytes and set(storage.numbers) <= set(tied)
+        if self._live or not alone:
+            own = self._originals[number].detach()
+            if number not in self._copied or own.device.type == "cpu":
+                own = own.clone()  # a file has whole memories, and copies on the host share one
+            self.own |= dict.fromkeys(tied, own)
+
+    def _count_bytes(self) -> None:
+        """Count what all tensors take, and what is stored of them: whole memories, as ``torch.save`` writes them."""
+        report, plan = self.report, self.plan
+        replaced = {i for i, member in plan.places.items() if self.payloads[member] is not None} | self.own.keys()
+        report.original_bytes = sum(storage.nbytes for storage in plan.storages)
+        report.stored_bytes = sum(
+            storage.nbytes for storage in plan.storages if not replaced.issuperset(storage.numbers)
+        )
+        report.stored_bytes += sum(payload.nbytes for payload in self.payloads if payload is not None)
+        report.stored_bytes += sum(own.nbytes for own in {id(own): own for own in self.own.values()}.values())
+
+
+def _versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Return how often each tensor was written to; None if one does not count that (inference tensors)."""
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return None
+
+
+class _Look:
+    """Which tensors of a device need a closer look, and what it finds.
+
+    Attributes:
+        numbers: The numbers of the tensors that it needs.
+        gone: Those that were written to before they could be copied.
+    """
+
+    def __init__(self, plan: Plan, device: DevicePlan, measured: Measured) -> None:
+        self._plan = plan
+        self._device = device
+        self.gone: set[int] = set()
+        self._beyond, pairs_beyond = device.watched.beyond(measured.statistics, measured.directions)
+        failed = measured.failed.nonzero().view(-1).tolist()
+        always = [i for i, number in enumerate(device.numbers) if number in plan.always]
+        self._refusable = sorted({*failed, *always})
+        numbers = {device.numbers[i] for i in (*self._refusable, *self._beyond)}
+        of_device = [plan.pairs[i] for i in device.pairs]
+        firsts = {of_device[i].exp_avg.number for i in pairs_beyond}
+        firsts |= {p.exp_avg.number for p in of_device if numbers & {p.exp_avg.number, p.exp_avg_sq.number}}
+        self._pairs = [i for i in device.pairs if plan.pairs[i].exp_avg.number in firsts]
+        self.numbers = numbers | {side.number for i in self._pairs for side in plan.pairs[i][:2]}
+
+    def closely(
+        self,
+        run: Run,
+        payloads: Sequence[QuantizedTensor],
+        measured: Measured,
+        losses: dict[int, tuple[float, ...]],
+        directions: dict[int, tuple[float, float]],
+    ) -> list[QuantizedTensor | None]:
+        """Refuse and guard; return the payloads that are stored, None for those that are not."""
+        plan, device = self._plan, self._device
+        places = {number: i for i, number in enumerate(device.numbers)}
+        candidates: dict[int, Candidate] = {}
+        for number in sorted(self.numbers):
+            candidates[number] = self._candidate(run, number, places.get(number), payloads, losses)
+        for place in self._refusable:
+            self._refuse(run, place, candidates[device.numbers[place]], bool(measured.failed[place]))
+        pairs = {
+            i: CandidatePair(candidates[one.number], candidates[two.number], eps, *directions[i])
+            for i, (one, two, eps, *_) in ((i, plan.pairs[i]) for i in self._pairs)
+        }
+        usable = {i: pair for i, pair in pairs.items() if not self.gone & {side.number for side in plan.pairs[i][:2]}}
+        usable_candidates = [each for number, each in candidates.items() if number not in self.gone]
+        by_sqnr = [candidates.get(device.numbers[i]) for i in device.watched.by_sqnr.tolist()]
+        guard(
+            usable_candidates,
+            list(usable.values()),
+            [each for each in by_sqnr if each is not None and each in usable_candidates],
+            plan.policy,
+            run.report,
+        )
+        self._say_gone(run, candidates)
+        for i, pair in usable.items():
+            directions[i] = pair.squared_error, pair.squares
+        kept: list[QuantizedTensor | None] = list(payloads)
+        for number, place in places.items():
+            if number in candidates:
+                kept[place] = candidates[number].payload
+                losses[device.members[place]] = candidates[number].statistics
+        return kept
+
+    def _candidate(
+        self,
+        run: Run,
+        number: int,
+        place: int | None,
+        payloads: Sequence[QuantizedTensor],
+        losses: Mapping[int, tuple[float, ...]],
+    ) -> Candidate:
+        tensor = run._originals[number]
+        if place is None:
+            return Candidate("", "", "", tensor, None)
+        member = self._plan.members[self._device.members[place]]
+        statistics = losses[self._device.members[place]]
+        return Candidate(member.path, member.path, member.kind, tensor, member.codec, payloads[place], statistics)
+
+    def _refuse(self, run: Run, place: int, candidate: Candidate, failed: bool) -> None:
+        assert candidate.payload is not None
+        if self._device.numbers[place] in self.gone:
+            if failed:
+                raise RuntimeError(
+                    f"{candidate.path} holds values that {candidate.payload.codec.label} cannot hold, and something"
+                    " wrote to it before it could be stored as it is; write to weights within the training step or the"
+                    " optimizer's, or pass async_save=False"
+                )
+            return
+        reason = reason_to_refuse(candidate.tensor, candidate.payload, not failed)
+        if reason is not None:
+            candidate.payload = None
+            run.report.refused.append(f"{candidate.path} ({reason})")
+
+    def _say_gone(self, run: Run, candidates: Mapping[int, Candidate]) -> None:
+        for number in self.gone:
+            each = candidates[number]
+            if each.payload is not None:
+                run.report.guarded.append(Guarded(each.path, "written to before it could be stored better", "none"))

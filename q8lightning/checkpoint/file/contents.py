@@ -1,0 +1,152 @@
+"""What the pickle of a checkpoint says of the records beside it, read without running anything of the file."""
+
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+from typing import Any
+
+from q8lightning.checkpoint.file.compact_pickle import PICKLE
+from q8lightning.checkpoint.format import CHECKSUM_KEY
+from q8lightning.checkpoint.parameter_names import parameters_of_states
+from q8lightning.checkpoint.payload import TENSOR, rebuild_v1
+from q8lightning.checkpoint.sections import name_of
+from q8lightning.checkpoint.tree import PATHS, leaves
+
+WORTHWHILE = 64
+"""Bytes of records for each byte of the pickle: so many are summed while one is read."""
+
+_DATA = "/data/"
+"""Between the folder of all records and the number of a storage."""
+
+
+def describe_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str:
+    """Say what a record holds: the tensors that lie in it, as far as the file still tells."""
+    folder, _, key = record.filename.rpartition(_DATA)
+    if folder:
+        try:
+            with archive.open(f"{folder}/{PICKLE}") as content:
+                names = _tensors_with(_Outline(content).load(), key)
+        except Exception:
+            names = []
+        if names:
+            more = "" if len(names) < 4 else f" and {len(names) - 3} more"
+            return f"the tensor {', '.join(names[:3])}{more}"
+    return f"the record {record.filename}"
+
+
+def records_of_payloads(archive: zipfile.ZipFile) -> set[str]:
+    """Return the names of the records of which nothing is loaded but payloads, each of which has a checksum of its own.
+
+    What lies between two payloads in such a record belongs to no tensor. Nothing is returned where to read the pickle
+    would take longer than to sum all records.
+    """
+    try:
+        (whole,) = (each for each in archive.infolist() if each.filename.endswith(f"/{PICKLE}"))
+        if sum(each.file_size for each in archive.infolist()) < WORTHWHILE * whole.file_size:
+            return set()
+        with archive.open(whole) as content:
+            outline = _PayloadOutline(content)
+            outline.load()
+    except Exception:  # a damaged pickle, whose own record has a sum, or one of another kind
+        return set()
+    folder = whole.filename.removesuffix(f"/{PICKLE}")
+    return {folder + _DATA + key for key, count in outline.payloads.items() if outline.references[key] == count}
+
+
+class _Anything:
+    """Stands for every object of a checkpoint that is neither a container nor a primitive; runs no code of the file."""
+
+    parts: tuple[Any, ...]
+
+    def __new__(cls, *parts: Any) -> "_Anything":  # some objects are unpickled without __init__
+        self = super().__new__(cls)
+        self.parts = parts
+        return self
+
+    @property
+    def shape(self) -> Any:
+        """Of a tensor, as far as its parts say it; None of anything else."""
+        kind, *rest = self.parts or ("",)
+        match rest if type(kind) is str else self.parts:
+            case [_Storage(), int(), shape, *_]:  # as torch rebuilds a tensor
+                return shape
+            case [dict() as header, _Anything()]:
+                return header.get("shape")
+            case [_Anything(parts=[*_, list() as shapes, list()]), int() as number] if number < len(shapes):
+                return shapes[number]
+        return None
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts += (state,)
+
+    def append(self, part: Any) -> None:
+        self.parts += (part,)
+
+    def extend(self, parts: Any) -> None:
+        self.parts += tuple(parts)
+
+    def __setitem__(self, key: Any, part: Any) -> None:
+        self.parts += (part,)
+
+
+class _Outline(pickle.Unpickler):
+    """Reads the keys and the storages of a checkpoint, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Storage(pid[2])
+
+
+class _PayloadOutline(_Outline):
+    """Counts how often each storage is referred to, and how often as the data of a payload."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.references: Counter[str] = Counter()
+        self.payloads: Counter[str] = Counter()
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_ours = (module, name) == (rebuild_v1.__module__, rebuild_v1.__name__)
+        return self._rebuild if is_ours else super().find_class(module, name)
+
+    def _rebuild(self, what: str, *arguments: Any) -> _Anything:
+        if what == TENSOR:
+            header, data = arguments
+            self.payloads[data.parts[0]] += CHECKSUM_KEY in header
+        return _Anything(*arguments)
+
+    def persistent_load(self, pid: Any) -> Any:
+        storage = super().persistent_load(pid)
+        self.references[storage] += 1
+        return storage
+
+
+class _Storage(str):
+    """The key of a storage."""
+
+
+def _tensors_with(checkpoint: Any, key: str) -> list[str]:
+    """Return the names of the tensors that have a storage."""
+    holders = _Holders(key)
+    parameters = parameters_of_states(checkpoint)
+    return [name_of(keys, parameters.get(keys[:-1])) for keys, leaf in leaves(checkpoint, PATHS) if holders.has(leaf)]
+
+
+class _Holders:
+    """Tells whether objects have a storage in them; each is looked at once, since many may share one."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._known: dict[int, bool] = {}
+
+    def has(self, value: Any) -> bool:
+        if isinstance(value, _Storage):
+            return value == self._key
+        if not isinstance(value, _Anything):
+            return False
+        if id(value) not in self._known:
+            self._known[id(value)] = False  # while its parts are looked at, of which it may be one
+            self._known[id(value)] = any(self.has(part) for _, part in leaves(value.parts))
+        return self._known[id(value)]

@@ -1,0 +1,158 @@
+"""The names of the parameters that optimizers remember something of, as far as a checkpoint tells or shows them.
+
+torch numbers the parameters of an optimizer. Their names are in the checkpoint where the optimizer was made from named
+parameters, where its states go by name, or where the file says so itself. Otherwise order and shapes show them: the
+parameters of a group stand in the order of the state dict, and only names to which every possible assignment leads are
+taken. That order is what ``module.parameters()`` gives; nothing proves it, so that these names are for people to read,
+and no rule of a policy goes by them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.sections import (
+    FIRST_MOMENTS,
+    OPTIMIZER_STATES,
+    RUNNING_STATISTICS,
+    SECOND_MOMENTS,
+    STATE_DICT,
+    groups_of,
+    listed,
+    name_of,
+    optimizers_in,
+    parameter_names_in,
+    path_of,
+    state_dicts_in,
+)
+from q8lightning.checkpoint.tree import PATHS, Keys, leaves
+
+Shape = tuple[int, ...]
+
+
+def names_of_states(checkpoint: Any) -> dict[str, str]:
+    """Return the names of optimizer states whose parameters are known, by their paths; see ``sections.name_of``."""
+    parameters = parameters_of_states(checkpoint)
+    if not parameters:
+        return {}
+    found = ((OPTIMIZER_STATES, *keys) for keys, _ in leaves(checkpoint[OPTIMIZER_STATES], PATHS))
+    return {path_of(keys): name_of(keys, parameters[keys[:-1]]) for keys in found if keys[:-1] in parameters}
+
+
+def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
+    """Return the names of parameters by what precedes the keys of their states, as far as they are known.
+
+    Args:
+        checkpoint: A checkpoint, its payloads encoded or not, or what stands for tensors and has their shapes; of
+            anything else, nothing is known.
+
+    Returns:
+        Such as ``{("optimizer_states", 0, "state", 3): "layer.weight"}``.
+    """
+    found: dict[Keys, str] = {}
+    if not isinstance(checkpoint, Mapping):
+        return found
+    weights = _weights_in(checkpoint)
+    for index, (optimizer, names) in enumerate(
+        zip(optimizers_in(checkpoint), parameter_names_in(checkpoint), strict=True)
+    ):
+        state = optimizer.get("state")
+        if not isinstance(state, Mapping):
+            continue
+        keys = [key for group in groups_of(optimizer) for key in listed(group.get("params"))]
+        said = dict(zip(keys, names, strict=False))
+        shown = _shown(optimizer, state, weights)
+        for key in state:
+            name = key if isinstance(key, str) else said.get(key) or shown.get(key)
+            if isinstance(name, str):
+                found[(OPTIMIZER_STATES, index, "state", key)] = name
+    return found
+
+
+def _shown(
+    optimizer: Mapping[str, Any], state: Mapping[Any, Any], weights: Sequence[tuple[str, Shape]]
+) -> dict[Any, str]:
+    """Return the names that order and shapes show, by the parameters' keys; none that two parameters would have."""
+    names: dict[Any, str] = {}
+    for group in groups_of(optimizer):
+        keys = listed(group.get("params"))
+        shapes = [_shape_of_parameter(state.get(key)) for key in keys]
+        names |= {key: name for key, name in zip(keys, _aligned(shapes, weights), strict=True) if name is not None}
+    often = Counter(names.values())
+    return {key: name for key, name in names.items() if often[name] == 1}
+
+
+def _shape_of_parameter(state: Any) -> Shape | None:
+    """Return the shape of a parameter, which its moments have too; None if it has none."""
+    if isinstance(state, Mapping):
+        for key in (*FIRST_MOMENTS, *SECOND_MOMENTS):
+            if (shape := _shape(state.get(key))) is not None:
+                return shape
+    return None
+
+
+def _shape(value: Any) -> Shape | None:
+    """Return the shape of a tensor, or of what stands for one; None if it has none that can be compared."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return None
+    shape = getattr(value, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple | list) else None
+
+
+def _aligned(shapes: Sequence[Shape | None], weights: Sequence[tuple[str, Shape]]) -> list[str | None]:
+    """Return the name of the weight that each parameter is in every assignment that keeps order and shapes, else None.
+
+    The first possible place of each parameter and the last one are found from both ends. Where both are the same, there
+    is no other.
+    """
+    first = _earliest(shapes, [shape for _, shape in weights])
+    last = _earliest(shapes[::-1], [shape for _, shape in reversed(weights)])
+    if first is None or last is None:
+        return [None] * len(shapes)
+    ends = [len(weights) - 1 - place for place in reversed(last)]
+    return [weights[one][0] if one == two else None for one, two in zip(first, ends, strict=True)]
+
+
+def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[int] | None:
+    """Return the earliest place that each shape can have among others, in order; None if they do not all fit."""
+    found: list[int] = []
+    at = 0
+    for shape in shapes:
+        while at < len(places) and shape is not None and places[at] != shape:
+            at += 1
+        if at == len(places):
+            return None
+        found.append(at)
+        at += 1
+    return found
+
+
+def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
+    """Return names and shapes of what may be a parameter, in order; of tied ones the first, as optimizers see them.
+
+    To take a buffer for one does no harm: it leaves more assignments possible.
+    """
+    seen: set[Any] = set()
+    result = []
+    for name, value in state_dicts_in(checkpoint).get(STATE_DICT, {}).items():
+        shape, dtype = _shape(value), getattr(value, "dtype", None)
+        is_number = not isinstance(dtype, torch.dtype) or dtype.is_floating_point or dtype.is_complex
+        if (
+            shape is not None
+            and is_number
+            and str(name).rpartition(".")[2] not in RUNNING_STATISTICS
+            and (identity := identity_of(value)) not in seen
+        ):
+            seen.add(identity)
+            result.append((str(name), shape))
+    return result
+
+
+def identity_of(value: Any) -> Any:
+    """Return what is equal for tied tensors only: those that show the same of one memory, or are one payload."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
+        return id(value)
+    return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())

@@ -1,0 +1,81 @@
+"""Write a checkpoint with ordinary tensors, which loads without q8lightning."""
+
+import os
+from typing import Any
+
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, SUMMARY_KEY
+from q8lightning.tools.conversion import Conversion, Converter, check_target
+from q8lightning.tools.encode_parts import without_summary
+from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
+from q8lightning.tools.tensors import tensors_in
+from q8lightning.tools.write_tensor_by_tensor import Store, Stored
+
+
+def decompress(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    trust: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Write a checkpoint with ordinary tensors, which ``torch.load`` reads without q8lightning.
+
+    One tensor at a time is in memory. What the checkpoint says about its encoding is left out, except what stays true
+    without it: how weights that were trained quantized are, what optimizers' parameters are called, and how often the
+    run was restored from a quantized checkpoint, unless that is never.
+
+    Args:
+        source: The file to read.
+        target: The file to write.
+        overwrite: Overwrite the target if it exists.
+        trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
+            file.
+        progress: Told how many bytes of values have been decoded, and of how many.
+
+    Raises:
+        ToolError: If nothing in it is encoded, the file cannot be read, or the target must not be written.
+        CorruptCheckpointError: If the source is damaged; nothing is written then.
+        NewerFormatError: If it was written in a later format than this version reads.
+        OSError: If the target cannot be written.
+
+    Example:
+        >>> from q8lightning.tools import decompress
+        >>> decompress("small.ckpt", "large.ckpt").converted  # doctest: +SKIP
+    """
+    path = check_target(source, target, overwrite)
+    opened = open_checkpoint(source, trust)
+    if not any(isinstance(value, QuantizedTensor) for _, value in tensors_in(opened.content)):
+        raise ToolError(f"{opened.path} holds no quantized tensor; it loads without q8lightning as it is")
+    return _Decoder(opened, progress).write(path)
+
+
+class _Decoder(Converter):
+    """Replaces payloads by their values."""
+
+    def __init__(self, opened: OpenCheckpoint, progress: Progress) -> None:
+        payloads = [value for _, value in tensors_in(opened.content) if isinstance(value, QuantizedTensor)]
+        super().__init__(opened, _content(opened), payloads, progress)
+        self._stored: dict[int, Stored] = {}
+
+    def __call__(self, value: Any, store: Store) -> Any:
+        if not isinstance(value, QuantizedTensor):
+            return value
+        if id(value) not in self._stored:
+            self._stored[id(value)] = store(self.opened.values(value), self.opened.location(value))
+            self.converted += 1
+            self.advance(value)
+        return self._stored[id(value)]
+
+
+def _content(opened: OpenCheckpoint) -> Any:
+    """Return what is to be written: the checkpoint, with what stays true of what it says about itself."""
+    if not opened.summary:
+        return opened.content
+    content = without_summary(opened.content)
+    left = {key: opened.summary[key] for key in ("restored", CODES_KEY, PARAMETERS_KEY) if opened.summary.get(key)}
+    if left:
+        content[SUMMARY_KEY] = {"format_version": FORMAT_VERSION, "policy": None, "restored": 0, **left}
+    return content

@@ -1,0 +1,188 @@
+"""Encode a checkpoint part by part, with the code that encodes whole ones."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report, warn_of_refused
+from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.guard import warn_of_guarded
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.checkpoint.sections import (
+    CODES_KEY,
+    PARAMETERS_KEY,
+    STATE_DICT,
+    SUMMARY_KEY,
+    parameter_names_in,
+    path_of,
+)
+from q8lightning.checkpoint.tree import Keys, tensors
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.tools.conversion import Converter
+from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress
+from q8lightning.tools.split import Part, containers_around, memory_of, parts_of
+from q8lightning.tools.summary_of_parts import SummaryOfParts
+from q8lightning.tools.tensors import tensors_in
+from q8lightning.tools.write_tensor_by_tensor import Store, Stored
+
+
+class PartEncoder(Converter):
+    """Replaces the tensors of a checkpoint by payloads when the writer meets them.
+
+    What is written is the checkpoint, and after everything else the summary, which is complete when the writer gets
+    there.
+    """
+
+    def __init__(self, opened: OpenCheckpoint, policy: CheckpointPolicy, progress: Progress) -> None:
+        content = without_summary(opened.content)
+        found = [(keys, value) for keys, value in tensors_in(content) if memory_of(value) is not None]
+        super().__init__(opened, content, (value for _, value in found), progress)
+        self._policy = policy
+        self._parameters = parameter_names_in(opened.content)
+        self._parts = parts_of(found)
+        self._said = SummaryOfParts(opened.summary)
+        self._codes: dict[str, Mapping[str, Any]] = dict(opened.summary.get(CODES_KEY, {}))
+        self._summary: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "policy": policy.as_primitives(),
+            "restored": opened.summary.get("restored", 0),
+        }
+        if PARAMETERS_KEY in opened.summary:
+            self._summary[PARAMETERS_KEY] = opened.summary[PARAMETERS_KEY]
+        content[SUMMARY_KEY] = self._summary
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the summary says was lost, once everything is written."""
+        return dict(self._summary.get("metrics", {}))
+
+    def __call__(self, value: Any, store: Store) -> Any:
+        if value is self._summary:
+            self._complete()
+        part = self._parts.get(id(value))
+        if part is None:
+            return value
+        if part.results is None:
+            part.results = self._encode(part)
+        result = part.results[id(value)]
+        if isinstance(result, Stored) or (result is value and isinstance(value, Tensor)):
+            return result
+        alone = result
+        if isinstance(result, QuantizedTensor):
+            self.kept += result is value
+            self.converted += result is not value
+            if result.data.untyped_storage().nbytes() > result.nbytes:  # it would be written as a whole
+                alone = result.replace_data(result.data.clone())
+        stored = store(alone, self.opened.location(value))
+        part.results = {key: stored if other is result else other for key, other in part.results.items()}
+        return stored
+
+    def _encode(self, part: Part) -> dict[int, Any]:
+        """Return what takes the place of each tensor of a part, by its id."""
+        results: dict[int, Any] = {id(value): value for _, value in part.leaves}
+        tensors = self._to_encode(part)
+        wanted = [(keys, tensors[id(value)]) for keys, value in part.leaves if id(value) in tensors]
+        if wanted:
+            self._encode_part(part, wanted, results)
+        else:
+            for keys, value in part.leaves:
+                if isinstance(value, QuantizedTensor):
+                    self._said.keep(keys, value, None)
+        for value in {id(value): value for _, value in part.leaves}.values():
+            self.advance(value)
+        return results
+
+    def _to_encode(self, part: Part) -> dict[int, Tensor]:
+        """Return the tensors of a part that the walk must see, decoded, by the id of what is in the checkpoint.
+
+        If one may change, those that were encoded before are among them: the guard judges two moments together.
+        """
+        some_may_change = any(
+            not self._is_as_wanted(keys, value)
+            if isinstance(value, QuantizedTensor)
+            else value.numel() >= self._policy.min_numel
+            for keys, value in part.leaves
+        )
+        tensors: dict[int, Tensor] = {}
+        for _, value in part.leaves:
+            if isinstance(value, Tensor):
+                tensors[id(value)] = value
+            elif some_may_change and id(value) not in tensors:
+                tensors[id(value)] = self.opened.values(value)
+        return tensors
+
+    def _is_as_wanted(self, keys: Keys, payload: QuantizedTensor) -> bool:
+        """Whether encoding again would surely change nothing; rules about parameters are left to the walk."""
+        rules = self._policy.rules
+        named = any(isinstance(rule, Rule) and rule.parameter != "*" for rule in rules)
+        return not named and self._policy.codec_for(path_of(keys)) == payload.codec
+
+    def _encode_part(self, part: Part, wanted: list[tuple[Keys, Tensor]], results: dict[int, Any]) -> None:
+        """Encode the wanted tensors of a part; set the results that are better than what is there."""
+        around = containers_around(self.content, wanted)
+        codecs = {
+            name: WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
+            for name in around.get(STATE_DICT, {})
+            if (entry := self._codes.get(name)) is not None and "codes" not in entry
+        }
+        messages: list[str] = []
+        with _caught(messages):
+            encoded, report = encode_and_report(around, self._policy, ModelNames(frozenset(), self._parameters, codecs))
+            warn_of_refused([self._named(text) for text in report.refused])
+        codes = encoded.pop(SUMMARY_KEY).get(CODES_KEY, {})
+        report.stored_bytes -= _bytes_in(codes)  # counted in the end, when all are known
+        seen = {keys for keys, _ in wanted}
+        for keys, value in part.leaves:
+            new: Any = reduce(lambda item, key: item[key], keys, encoded) if keys in seen else None
+            if isinstance(value, Tensor) or (isinstance(new, QuantizedTensor) and new.nbytes < value.nbytes):
+                results[id(value)] = new
+                if keys[0] == STATE_DICT and keys[-1] in codes:
+                    self._codes[keys[-1]] = codes[keys[-1]]
+            else:
+                self._said.keep(keys, value, None if new is None else new.nbytes)
+        refused = bool(report.refused)
+        self._said.add(report)
+        if report.refused or not refused:  # not what was tried in vain, and is no worse for it
+            self.warnings += messages
+
+    def _named(self, text: str) -> str:
+        """Return a text that begins with a tensor's path with its name instead."""
+        path, *rest = text.partition(" (")
+        return "".join([self.opened.names.get(path, path), *rest])
+
+    def _complete(self) -> None:
+        said: list[str] = []
+        with _caught(said):
+            warn_of_guarded(each._replace(path=self._named(each.path)) for each in self._said.guarded)
+        self.warnings[:0] = said
+        self._said.complete(self._summary, _bytes_in(self._codes))
+        if self._codes:
+            self._summary[CODES_KEY] = self._codes
+
+
+def _bytes_in(codes: Mapping[str, Any]) -> int:
+    return sum(tensor.nbytes for _, tensor in tensors(codes))
+
+
+@contextmanager
+def _caught(messages: list[str]) -> Iterator[None]:
+    """Append the user warnings of the block to ``messages``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")  # whatever else happens meanwhile, in any thread
+        warnings.simplefilter("always", UserWarning)
+        yield
+    messages += [str(warning.message) for warning in caught]
+
+
+def without_summary(content: Mapping[str, Any]) -> Any:
+    """Return a shallow copy of a checkpoint, of the same class, that says nothing about how it was encoded."""
+    without: Any = copy.copy(content)
+    without.pop(SUMMARY_KEY, None)
+    return without

@@ -1,0 +1,180 @@
+"""Open a checkpoint without reading more of it than is looked at: memory-mapped, its payloads encoded."""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.file.archive import verified
+from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
+from q8lightning.checkpoint.file.open_file import OpenFile
+from q8lightning.checkpoint.format import NewerFormatError, check_version
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
+from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
+from q8lightning.checkpoint.sections import name_of, summary_in
+from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.tensors import Value
+
+Progress = Callable[[int, int], None]
+"""Told how much has been done, and of how much."""
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+class ToolError(Exception):
+    """What a user asked for cannot be done; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """An open checkpoint.
+
+    Attributes:
+        file: The file, open as long as this is there.
+        content: What ``torch.load`` returns, all of it on the CPU, payloads as :class:`QuantizedTensor`.
+        locations: Where each storage was when it was saved, such as ``cuda:0``, by ``_cdata``.
+    """
+
+    file: OpenFile
+    content: Any
+    locations: Mapping[int, str]
+
+    @property
+    def path(self) -> Path:
+        """The name of the file."""
+        return Path(self.file.path)
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What the checkpoint says about how it was quantized, empty if it says nothing."""
+        return summary_in(self.content)
+
+    @cached_property
+    def parameters(self) -> Mapping[Keys, str]:
+        """Names of parameters by what precedes the keys of their optimizer states, as far as they are known."""
+        return parameters_of_states(self.content)
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """How messages name tensors that do not go by their paths, by these."""
+        return names_of_states(self.content)
+
+    def name(self, keys: Keys) -> str:
+        """Return how messages name a tensor that keys lead to."""
+        return name_of(keys, self.parameters.get(keys[:-1]))
+
+    def values(self, value: Value) -> Tensor:
+        """Return the values of one of its tensors, decoded if need be.
+
+        Raises:
+            CorruptCheckpointError: If they are not what was saved.
+        """
+        with explained(self.path):
+            return self.decode(value) if isinstance(value, QuantizedTensor) else value
+
+    def decode(self, payload: QuantizedTensor) -> Tensor:
+        """Decode a payload; an error names it as a user does.
+
+        Raises:
+            CorruptCheckpointError: If it is not what was saved.
+        """
+        try:
+            return payload.decode()
+        except CorruptCheckpointError as error:
+            name = self.names.get(payload.name, payload.name)
+            raise CorruptCheckpointError(f"the tensor {name}", error.file) from error
+
+    def location(self, value: Value) -> str:
+        """Return where a tensor was when it was saved."""
+        data = value.data if isinstance(value, QuantizedTensor) else value
+        return self.locations.get(data.untyped_storage()._cdata, "cpu")
+
+
+def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCheckpoint:
+    """Open a file that ``torch.save`` or the callback wrote. Files of torch's old format (before 1.6) are read whole.
+
+    Args:
+        path: The file.
+        trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
+            file.
+
+    Raises:
+        ToolError: If there is no such file or it cannot be read.
+        CorruptCheckpointError: If it is damaged in a way that keeps it from being read.
+        NewerFormatError: If the file was written in a later format than this version reads.
+    """
+    return read_checkpoint(open_file(path), trust)
+
+
+def open_file(path: str | os.PathLike[str]) -> OpenFile:
+    """Open a file; whatever is to be done with it is done with what this returns, whoever replaces the file meanwhile.
+
+    Raises:
+        ToolError: If there is no such file or it cannot be opened.
+    """
+    if Path(path).is_dir():
+        raise ToolError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise ToolError(f"cannot open {path}: {error.strerror or error}") from error
+
+
+def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
+    """Read what :func:`open_checkpoint` does, from an open file."""
+    path = file.path
+    locations: dict[int, str] = {}
+
+    def leave_on_cpu(storage: Any, location: str) -> Any:
+        locations[storage._cdata] = location
+        return storage
+
+    def locate_apart(view: Tensor, tensor: Tensor) -> None:
+        locations[tensor.untyped_storage()._cdata] = locations.get(view.untyped_storage()._cdata, "cpu")
+
+    register_functions()  # somebody may have cleared torch's list
+    try:
+        with keep_encoded(), watch_apart(locate_apart), file.reader() as reader:
+            mapped = zipfile.is_zipfile(reader)
+            content = torch.load(file.address, map_location=leave_on_cpu, weights_only=not trust, mmap=mapped)
+    except NewerFormatError:
+        raise
+    except Exception as error:  # whatever a file that is something else makes torch and pickle raise
+        with verified(file):
+            pass  # it is whole: something else is wrong
+        raise _explain(path, error) from error
+    check_version(summary_in(content))
+    return OpenCheckpoint(file, content, locations)
+
+
+def _explain(path: str, error: Exception) -> Exception:
+    newer = newer_format_in(error)
+    if newer is not None:
+        return newer
+    if isinstance(error, OSError):
+        return ToolError(f"cannot read {path}: {error.strerror or error}")
+    unknown = re.search(r"GLOBAL (\S+)", str(error))
+    if not isinstance(error, pickle.UnpicklingError):
+        return ToolError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
+    if unknown is None:
+        return ToolError(f"{path} is not a checkpoint that torch.load can read")
+    return ToolError(
+        f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust"
+        " (from Python: trust=True) if you trust whoever wrote the file, because such objects can run code"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *(line[:120] for line in lines[:1])])

@@ -1,0 +1,63 @@
+"""Tell a CheckpointIO at each save what the checkpoint does not say about the model."""
+
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from torch import nn
+
+from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.trainer.model_structure import ModelStructure
+
+
+class Quantizes(Protocol):
+    """What of a callback is told: how weights are quantized by name, and how often the run was restored."""
+
+    restored: int
+
+    def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]: ...
+
+
+class _Names:
+    """The names of a model's parameters, right for as long as the model has this structure."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.structure = ModelStructure(module)
+        named = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
+        self.of = {identity: name for name, identity in reversed(named)}
+        """The first name of each parameter, by its identity."""
+        self.all = frozenset(name for name, _ in named)
+
+
+class DescribeModel:
+    """Knows the names of the parameters of a Trainer's model; goes with the Trainer when it is pickled.
+
+    Args:
+        trainer: Whose model.
+        callback: Whose weights are quantized, and how.
+    """
+
+    def __init__(self, trainer: pl.Trainer, callback: Quantizes) -> None:
+        self.trainer = trainer
+        self.callback = callback
+        self._names: _Names | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is known by identity, which copies do not have."""
+        return self.__dict__ | {"_names": None}
+
+    def __call__(self) -> ModelNames:
+        """Return the names of the parameters as they are now, and how they are quantized."""
+        module, names = self.trainer.lightning_module, self._names
+        if names is None or not names.structure.is_that_of(module):
+            names = self._names = _Names(module)
+        groups = (optimizer.param_groups for optimizer in self.trainer.optimizers)
+        return ModelNames(
+            parameters=names.all,
+            optimizer_parameters=tuple(
+                tuple(names.of.get(id(parameter), "") for group in each for parameter in group["params"])
+                for each in groups
+            ),
+            quantized=self.callback.codecs(self.trainer),
+            restored=self.callback.restored,
+        )

@@ -1,0 +1,54 @@
+"""Add to checkpoints that no CheckpointIO encodes how their weights were trained quantized.
+
+No hook of a callback could: Lightning calls none when only weights are saved.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.qat_codes import describe_codes
+from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY
+from q8lightning.trainer.describe_model import Quantizes
+
+
+class DescribeSave:
+    """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every save passes.
+
+    Args:
+        trainer: Whose saves.
+        callback: Whose weights are quantized, and how.
+        save: What somebody else put in the place of the strategy's method; None for the method.
+    """
+
+    def __init__(self, trainer: pl.Trainer, callback: Quantizes, save: Callable[..., Any] | None) -> None:
+        self.save = save
+        self._trainer = trainer
+        self._callback = callback
+
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Save a copy of the checkpoint with the description."""
+        checkpoint = {**checkpoint, **self._describe(checkpoint)}
+        if self.save is None:
+            strategy = self._trainer.strategy
+            type(strategy).save_checkpoint(strategy, checkpoint, *args, **kwargs)
+        else:
+            self.save(checkpoint, *args, **kwargs)
+
+    def _describe(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        codecs = self._callback.codecs(self._trainer)
+        state = checkpoint.get(STATE_DICT)
+        if not codecs or not isinstance(state, Mapping):
+            return {}
+        summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self._callback.restored}
+        return {SUMMARY_KEY: summary | {CODES_KEY: describe_codes(state, codecs, {})}}
+
+
+def describe_saves(trainer: pl.Trainer, callback: Quantizes) -> None:
+    """Describe the weights in every save from now on; also after the run."""
+    save = vars(trainer.strategy).get("save_checkpoint")
+    if isinstance(save, DescribeSave):
+        save = save.save
+    trainer.strategy.save_checkpoint = DescribeSave(trainer, callback, save)  # type: ignore[method-assign]

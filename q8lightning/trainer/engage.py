@@ -1,0 +1,258 @@
+"""Engage weights while forward and backward run, and at no other time that anybody could look.
+
+Lightning surrounds forward, backward and the optimizer's step with methods of its precision plugin. They are wrapped on
+the plugin that the Trainer has, so that this holds whatever the strategy, the precision and the kind of optimization.
+Between forward and backward, and between two batches, the weights stay engaged if no code of the user runs there (a
+hook of the model or of another callback): then they are quantized once for an optimizer step, also while gradients
+accumulate. If some runs, it sees the masters, and what it left is quantized before the next forward or backward.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.writes.follow import WriteFollower
+from q8lightning.system.ambient import untraced
+from q8lightning.trainer.twins import is_from_lightning
+
+BETWEEN = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward")
+"""Hooks between forward and backward."""
+
+AFTER_BACKWARD = ("on_after_backward",)
+
+EVERY_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+ACCUMULATING = (
+    *AFTER_BACKWARD,
+    *EVERY_BATCH,
+    "on_train_batch_end",
+    "on_train_batch_start",
+    "optimizer_step",
+    "lr_scheduler_step",
+    "on_validation_model_zero_grad",
+    "on_validation_model_eval",
+)
+"""Hooks between backward and the next forward when no optimizer step comes between."""
+
+EVALUATING = (
+    *EVERY_BATCH,
+    "write_on_batch_end",
+    *(f"on_{stage}_batch_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")),
+)
+"""Hooks between two batches of an evaluation."""
+
+READERS = ("weight_averaging", "stochastic_weight_avg", "lambda_function", "pruning", "finetuning")
+"""Modules of Lightning's own callbacks whose hooks read or write weights."""
+
+
+def somebody_runs(hooks: Iterable[str], owners: Iterable[Any]) -> bool:
+    """Tell whether one of ``hooks`` is defined outside of Lightning, or by one of its callbacks that reads weights."""
+    functions = [getattr(owner, hook, None) for owner in owners for hook in hooks]
+    modules = [getattr(function, "__module__", None) or "" for function in functions if function is not None]
+    return any(not is_from_lightning(module) or module.rsplit(".", 1)[-1] in READERS for module in modules)
+
+
+class Engagement:
+    """Engages a :class:`FakeQuantizer` around every step of a run, from when it is made until :meth:`close`.
+
+    Args:
+        quantizer: What is engaged.
+        precision: Lightning's precision plugin; some of its methods are wrapped until :meth:`close`.
+        owners: The model and the callbacks, whose hooks may run in between.
+        step: Returns the global step while training, None if the schedule does not apply.
+        manual: Whether the model optimizes itself within its training step.
+        measure: Returns whether statistics are wanted for the step that begins.
+        follow: Called before each step, while the graph of no step is alive, to let the quantizer follow the model.
+    """
+
+    def __init__(
+        self,
+        quantizer: FakeQuantizer,
+        precision: Any,
+        owners: Iterable[Any],
+        step: Callable[[], int | None],
+        manual: bool,
+        measure: Callable[[], bool] = lambda: False,
+        follow: Callable[[], None] = lambda: None,
+    ) -> None:
+        owners = list(owners)
+        self.quantizer = quantizer
+        self._writes = WriteFollower(quantizer)
+        self._precision = precision
+        self._step = step
+        self._manual = manual
+        self._measure = measure
+        self._follow = follow
+        self._between = somebody_runs(BETWEEN, owners)
+        self._after_backward = somebody_runs(AFTER_BACKWARD, owners)
+        self._accumulating = somebody_runs(ACCUMULATING, owners)
+        self._evaluating = somebody_runs(EVALUATING, owners)
+        self._in_manual_step = self._in_backward = self._in_optimizer_step = False
+        around: dict[str, Callable[..., Any]] = {
+            "train_step_context": self._around_training_step,
+            "val_step_context": self._around_evaluation,
+            "test_step_context": self._around_evaluation,
+            "predict_step_context": self._around_evaluation,
+            "pre_backward": self._around_hook_before_backward,
+            "backward": self._around_backward,
+            "post_backward": self._around_hook_after_backward,
+            "optimizer_step": self._around_optimizer_step,
+        }
+        self._own = {name: precision.__dict__[name] for name in around if name in precision.__dict__}
+        self._wrapped = list(around)
+        for name, wrapper in around.items():
+            setattr(precision, name, _Around(getattr(precision, name), wrapper))
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_any_step),
+            register_optimizer_step_post_hook(self._after_any_step),
+        ]
+
+    def close(self) -> None:
+        """Put the masters back, the plugin as it was, and remove all hooks."""
+        self.quantizer.close()
+        self._writes.close()
+        for name in self._wrapped:
+            self._precision.__dict__.pop(name, None)
+        self._precision.__dict__.update(self._own)
+        self._wrapped.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    @untraced
+    def _engage(self, training: bool = True) -> None:
+        measure = training and not self.quantizer.engaged and self._measure()
+        self.quantizer.engage(self._step(), training, measure)
+
+    @contextmanager
+    def _engaged(self, training: bool = True) -> Iterator[None]:
+        """Engage; what raises leaves the masters in place."""
+        self._engage(training)
+        try:
+            yield
+        except BaseException:
+            self.quantizer.restore()
+            raise
+
+    @contextmanager
+    def _around_training_step(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
+        self._writes.begin("training")
+        with self._engaged():
+            self._in_manual_step = self._manual
+            try:
+                with context(), self._writes.step("training"):
+                    yield
+            finally:
+                self._in_manual_step = False
+        if self._manual or self._between or (self._accumulating and not self._in_optimizer_step):
+            self.quantizer.release()
+
+    @contextmanager
+    def _around_evaluation(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        self._follow()
+        self._writes.begin("evaluation")
+        with self._engaged(training=False), context(), self._writes.step("evaluation"):
+            yield
+        if self._evaluating:
+            self.quantizer.release()
+
+    def _around_hook_before_backward(self, pre_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._between:
+            self.quantizer.release()
+        return pre_backward(*args, **kwargs)
+
+    def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._engaged(), self._writes.outside():
+            self._in_backward = True
+            try:
+                result = backward(*args, **kwargs)
+            finally:
+                self._in_backward = False
+        if self._after_backward or (self._accumulating and not self._in_optimizer_step and not self._in_manual_step):
+            self.quantizer.release()
+        return result
+
+    def _around_hook_after_backward(self, post_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = post_backward(*args, **kwargs)
+        if self._in_manual_step:
+            self._engage()
+        return result
+
+    def _around_optimizer_step(
+        self, optimizer_step: Callable[..., Any], optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Release as soon as the closure, which runs forward and backward, has returned."""
+
+        def closure_then_release() -> Any:
+            if self._in_manual_step:
+                self._engage()
+            try:
+                result = closure()
+            except BaseException:
+                self.quantizer.restore()
+                raise
+            self.quantizer.release()
+            self.quantizer.drop_frozen_gradients(self._step() or 0)
+            return result
+
+        outer, self._in_optimizer_step = self._in_optimizer_step, True
+        try:
+            result = optimizer_step(optimizer, model=model, closure=closure_then_release, **kwargs)
+        finally:
+            self._in_optimizer_step = outer
+        if self._in_manual_step:
+            self._engage()
+        return result
+
+    @untraced
+    def _before_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Let optimizers that the Trainer does not step see the masters, or say why they cannot."""
+        if self._in_backward and self._updates_selected(optimizer):
+            raise RuntimeError(
+                f"QAT needs optimizer steps outside of backward, but {type(optimizer).__name__} steps inside it, where"
+                " the weights hold quantized values; step it after backward"
+            )
+        if self._in_optimizer_step or not self.quantizer.engaged or not self._updates_selected(optimizer):
+            return
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise RuntimeError(
+                f"QAT needs to know when a closure ends, but {type(optimizer).__name__}.step was called with one past"
+                " the Trainer; call the step of self.optimizers() instead"
+            )
+        self.quantizer.release()
+        self.quantizer.drop_frozen_gradients(self._step() or 0)
+
+    @untraced
+    def _after_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._in_manual_step and not self._in_optimizer_step:
+            self._engage()
+
+    def _updates_selected(self, optimizer: torch.optim.Optimizer) -> bool:
+        selected = {id(weight.parameter) for weight in self.quantizer.weights}
+        return any(id(parameter) in selected for group in optimizer.param_groups for parameter in group["params"])
+
+
+class _Around:
+    """A method with something around it; a copy, and what is pickled, is the method."""
+
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self._original = original
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._original,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method

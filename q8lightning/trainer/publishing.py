@@ -1,0 +1,101 @@
+"""Hand values to the loggers, to ``trainer.callback_metrics`` and to the end of ``fit``.
+
+Nothing of it may break what it reports, nor hide the exception that a run dies of: what fails here is a warning.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from q8lightning.metrics.recorder import Recorder
+from q8lightning.trainer.lightning_internals import logged_steps
+from q8lightning.trainer.twins import is_a
+
+
+def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]) -> None:
+    """Put values into ``callback_metrics`` and, at the step at which Lightning logs at this moment, on every logger."""
+    if values:
+        put(trainer, recorder, as_tensors(values))
+        log(trainer, recorder, values, step_of(trainer))
+
+
+def step_of(trainer: pl.Trainer) -> int:
+    """Return the step at which Lightning logs at this moment."""
+    return logged_steps(trainer)
+
+
+def as_tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return values as ``callback_metrics`` has them, ``[]`` float32 each on the CPU."""
+    return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
+
+
+def put(trainer: pl.Trainer, recorder: Recorder, tensors: Mapping[str, Tensor]) -> None:
+    """Put values where EarlyStopping and ModelCheckpoint look; they stay until the next ones of the same names."""
+    with harmless(recorder, "putting values into trainer.callback_metrics"):
+        trainer.callback_metrics.update(tensors)
+
+
+def log(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], step: int) -> None:
+    """Hand values to every logger, but for those that are not finite: several refuse them, and none can draw them."""
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    for index, logger in enumerate(trainer.loggers):
+        with harmless(recorder, f"logging to {type(logger).__name__}, trainer.loggers[{index}],"):
+            logger.log_metrics(dict(finite), step=step)
+            logger.save()
+
+
+@contextmanager
+def harmless(recorder: Recorder, doing: str) -> Iterator[None]:
+    """Turn an exception into a warning, one a run for what was being done.
+
+    Args:
+        recorder: Remembers what has been warned of.
+        doing: What may fail, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        if doing not in recorder.warned:
+            recorder.warned.add(doing)
+            said = str(error).rstrip(".")
+            warn_safely(
+                f"{doing} failed: {type(error).__name__}: {said}. Training and checkpoints go on without; values that"
+                " q8lightning records may be missing. Repair or remove what failed, or pass log=None to the"
+                " QuantizationCallback"
+            )
+
+
+def warn_safely(message: str) -> None:
+    """Warn where an exception would do harm; where warnings are errors, log instead."""
+    try:
+        rank_zero_warn(message)
+    except Warning:
+        rank_zero_info(message)
+
+
+def print_totals(trainer: pl.Trainer, recorder: Recorder) -> None:
+    """Print what all saves come to, as the Trainer prints: through rich if it does, not at all without progress bar."""
+    with harmless(recorder, "printing what all saves come to"):
+        _print(trainer, recorder.totals.lines())
+
+
+def _print(trainer: pl.Trainer, lines: list[tuple[str, str]]) -> None:
+    bar = trainer.progress_bar_callback
+    if not lines or not trainer.is_global_zero or bar is None or getattr(bar, "is_disabled", False):
+        return
+    if is_a(bar, RichProgressBar):
+        from rich import get_console
+        from rich.table import Table
+
+        table = Table(title="q8lightning", title_justify="left", show_header=False)
+        for line in lines:
+            table.add_row(*line)
+        get_console().print(table)
+    else:
+        print("q8lightning: " + "; ".join(f"{label} {value}" for label, value in lines))

@@ -1,0 +1,154 @@
+"""Train with quantized weights: the part of the callback that it has if it was given ``qat``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
+from q8lightning.qat.config import QATConfig
+from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.selection import check_optimizers
+from q8lightning.qat.trained_weights import TrainedWeights
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.reference import ErrorStatistics
+from q8lightning.trainer.engage import Engagement
+from q8lightning.trainer.lightning_internals import logs_next_step
+from q8lightning.trainer.model_structure import ModelStructure
+from q8lightning.trainer.publishing import harmless, publish
+
+QAT_PREFIX = f"{PREFIX}/qat"
+"""What the names of values begin with that are measured while training, not when a checkpoint is saved."""
+
+
+class _KnownCodecs:
+    """How the weights of a model were quantized in training, known until the model or what was trained changes."""
+
+    def __init__(self, trained: TrainedWeights, module: pl.LightningModule) -> None:
+        self.trained = trained
+        self.structure = ModelStructure(module)
+        self.replaced = trained.replaced(module)
+        self.codecs = trained.codecs(module)
+
+
+class QATTraining:
+    """Selects the weights of each run, engages them around its steps, and knows afterwards how they were quantized.
+
+    Args:
+        config: Which weights, and when.
+        recorder: What computes and counts what they lose.
+    """
+
+    def __init__(self, config: QATConfig, recorder: Recorder) -> None:
+        self.config = config
+        self.trained = TrainedWeights()
+        """The weights of the last run, for whoever saves a checkpoint after it."""
+        self._recorder = recorder
+        self._engagement: Engagement | None = None
+        self._known: _KnownCodecs | None = None
+        self._logged: Mapping[str, ErrorStatistics] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what hangs on the run that goes on: a copy may be made, or pickled, in the middle of it."""
+        return self.__dict__ | {"_engagement": None, "_known": None}
+
+    @property
+    def statistics(self) -> Mapping[str, ErrorStatistics]:
+        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
+        return {} if self._engagement is None else self._engagement.quantizer.statistics
+
+    def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]:
+        """Return how each weight is quantized by name, none after a step in float; warn of those that were replaced."""
+        pl_module, steps = trainer.lightning_module, trainer.global_step
+        if steps and not self.config.active(steps - 1):
+            return {}
+        known = self._known
+        if known is None or known.trained is not self.trained or not known.structure.is_that_of(pl_module):
+            known = self._known = _KnownCodecs(self.trained, pl_module)
+        if known.replaced:
+            rank_zero_warn(
+                f"{', '.join(known.replaced)} was replaced since it was last trained with quantized weights;"
+                " checkpoints hold it and do not say that it is quantized, and exports write it as it is. Train or"
+                " validate with it before saving, if it should be"
+            )
+        return dict(known.codecs)
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Sequence[pl.Callback]) -> None:
+        """Select the weights and begin to engage them around every step.
+
+        Args:
+            trainer: The Trainer, which has moved model and optimizers to their device.
+            pl_module: The model.
+            others: The other callbacks, whose hooks may look at weights between steps.
+
+        Raises:
+            ValueError: If a pattern matches nothing, or a weight or an optimizer cannot be trained so.
+        """
+        self.end()
+        fitting = trainer.state.fn == "fit"
+        quantizer = FakeQuantizer(pl_module, self.config)
+        try:
+            check_optimizers(trainer.optimizers if fitting else (), quantizer.weights)
+        except ValueError:
+            quantizer.close()
+            raise
+        self.trained = TrainedWeights(tuple(quantizer.weights))
+        self._engagement = Engagement(
+            quantizer,
+            trainer.precision_plugin,
+            owners=[pl_module, getattr(trainer, "datamodule", None), *others],
+            step=lambda: trainer.global_step if fitting else None,
+            manual=fitting and not pl_module.automatic_optimization,
+            measure=lambda: self._recorder.detail is not None and logs_next_step(trainer),
+            follow=lambda: self._follow(trainer, quantizer),
+        )
+
+    def begin_evaluation(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Sequence[pl.Callback]
+    ) -> None:
+        """Begin as :meth:`begin` does, or in the middle of a fit put the masters back before other hooks run."""
+        if self._engagement is None:
+            self.begin(trainer, pl_module, others)
+        self.release()
+
+    def release(self) -> None:
+        """Put the masters back, until the next step."""
+        if self._engagement is not None:
+            self._engagement.quantizer.release()
+
+    def end(self) -> None:
+        """Put the masters back and let go of the model."""
+        if self._engagement is not None:
+            self._engagement.close()
+        self._engagement = None
+
+    def record(self, trainer: pl.Trainer) -> None:
+        """Record what the weights lost, if it was measured in the step that ended."""
+        if self.statistics is self._logged or not self.statistics:
+            return
+        self._logged = self.statistics
+        with harmless(self._recorder, "computing what quantized weights lose"):
+            rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()
+            losses = [Loss("weights", name, row) for name, row in zip(self.statistics, rows, strict=True)]
+            publish(trainer, self._recorder, self._recorder.losses(losses, QAT_PREFIX))
+
+    def select_after_other_processes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out how weights are quantized that processes trained which this one started; they have told nothing."""
+        if not self.trained.weights and trainer.state.fn == "fit" and trainer.state.finished:
+            quantizer = FakeQuantizer(pl_module, self.config)
+            self.trained = TrainedWeights(tuple(quantizer.weights))
+            quantizer.close()
+
+    def _follow(self, trainer: pl.Trainer, quantizer: FakeQuantizer) -> None:
+        """Let the selection follow a model whose layers were added, removed or replaced, and say what that changed."""
+        if not quantizer.follow():
+            return
+        check_optimizers(trainer.optimizers if trainer.state.fn == "fit" else (), quantizer.weights)
+        self.trained = TrainedWeights(tuple(quantizer.weights))
+        if quantizer.change is not None:
+            rank_zero_warn(
+                f"the model has changed since its last step, and QAT follows it: {quantizer.change}. Exclude by name"
+                " what should not be quantized; give what should be a rule"
+            )
