@@ -82,11 +82,13 @@ class Guarded(NamedTuple):
 
     Attributes:
         path: Its path in the checkpoint.
+        name: What messages call it.
         found: What the rule's codec would have lost.
         remedy: ``"residual"`` if the tensor has a residual stage instead, ``"raw"`` if it is stored as it is.
     """
 
     path: str
+    name: str
     found: str
     remedy: str
 

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.metrics.functional.compression import compression_ratio
-from q8lightning.metrics.functional.reconstruction import (
-    relative_error_compute,
-    sqnr_compute,
-    squared_error_from_statistics,
-)
-from q8lightning.metrics.functional.update_direction import update_direction_from_sums
+from q8lightning.metrics.functional.reconstruction import relative_error_compute, sqnr_compute
 
 PREFIX = "q8"
 """What all names begin with."""
@@ -150,20 +145,17 @@ class Recorder:
 
     def losses(self, losses: Sequence[Loss], prefix: str = PREFIX) -> dict[str, float]:
         """Return ratio and relative error of each kind and, if wanted, of each tensor, by name."""
-        if not losses:
-            return {}
-        statistics = _float64([loss.statistics for loss in losses])
+        sums = _sums(loss.statistics for loss in losses)
         members: dict[str, list[int]] = {}
         for index, loss in enumerate(losses):
             members.setdefault(loss.kind, []).append(index)
         values: dict[str, float] = {}
         for kind, indices in members.items():
-            sums = squared_error_from_statistics(statistics[indices])
-            values[f"{prefix}/{kind}/sqnr_db"] = float(sqnr_compute(sums))
-            values[f"{prefix}/{kind}/relative_error"] = float(relative_error_compute(sums))
+            total = sums[indices].sum(dim=0)
+            values[f"{prefix}/{kind}/sqnr_db"] = float(sqnr_compute(total))
+            values[f"{prefix}/{kind}/relative_error"] = float(relative_error_compute(total))
         if self.detail == "tensor":
-            each = statistics.T[:2]
-            rows = zip(losses, sqnr_compute(each).tolist(), relative_error_compute(each).tolist(), strict=True)
+            rows = zip(losses, sqnr_compute(sums.T).tolist(), relative_error_compute(sums.T).tolist(), strict=True)
             for loss, sqnr, error in rows:
                 values[f"{prefix}/{loss.kind}/{loss.name}/sqnr_db"] = sqnr
                 values[f"{prefix}/{loss.kind}/{loss.name}/relative_error"] = error
@@ -173,7 +165,7 @@ class Recorder:
         """Compute what there is to say of a save, in any thread; nothing is counted yet."""
         values = self.losses(save.losses)
         if save.directions:
-            error = relative_error_compute(update_direction_from_sums(_float64(save.directions)))
+            error = relative_error_compute(_sums(save.directions).sum(dim=0))
             values[f"{PREFIX}/update_direction_error"] = float(error)
         values[f"{PREFIX}/compression_ratio"] = float(compression_ratio(save.original_bytes, save.stored_bytes))
         return Recorded(values, save.original_bytes, save.stored_bytes, _worst(save.losses))
@@ -193,14 +185,16 @@ def _worst(losses: Sequence[Loss]) -> tuple[float, str, str] | None:
     """Return the smallest ratio and whose it is; None where nothing was lost or there are no numbers."""
     if not losses:
         return None
-    ratios = sqnr_compute(_float64([loss.statistics for loss in losses]).T[:2])
+    ratios = sqnr_compute(_sums(loss.statistics for loss in losses).T)
     index = int(ratios.argmin())
     ratio = float(ratios[index])
     return (ratio, losses[index].kind, losses[index].name) if math.isfinite(ratio) else None
 
 
-def _float64(rows: Iterable[Sequence[float]]) -> Tensor:
-    return torch.tensor([list(row) for row in rows], dtype=torch.float64, device="cpu")
+def _sums(rows: Iterable[Sequence[float]]) -> Tensor:
+    """Return the first two numbers of each row, ``[rows, 2]`` float64: squared error and squares."""
+    flat = [number for row in rows for number in row[:2]]  # a list of lists takes longer to convert
+    return torch.tensor(flat, dtype=torch.float64, device="cpu").view(-1, 2)
 
 
 def _size(count: float) -> str:

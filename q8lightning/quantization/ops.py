@@ -4,15 +4,14 @@ An op picks the backend by the device of its input (``backends/choose.py``) and 
 their :attr:`Codebook.spec`, so that ops take only tensors and primitives.
 
 The last result of those that encode is what is lost: with ``measure``, :func:`reference.measure` of the tensor and its
-decoded form, ``[5]`` float64 on the device of the tensor, on a GPU from the same pass over memory; else ``[0]``.
+decoded form, ``[5]`` float64 on the device of the tensor, from the same pass over memory; else ``[0]``.
 """
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from q8lightning.quantization.backends import cpu_statistics
-from q8lightning.quantization.backends.choose import backend_of, kernels
+from q8lightning.quantization.backends.choose import backend_of
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.ambient import neutral
@@ -33,15 +32,6 @@ def _lost(x: Tensor, measure: bool) -> Tensor:
     return x.new_empty(5 if measure else 0, dtype=torch.float64)
 
 
-def _measure(x: Tensor, measure: bool, block_size: int, decode: cpu_statistics.Decode) -> Tensor:
-    """Return what is lost of ``x``; ``decode`` decodes some of its elements, which are in some blocks."""
-    if not measure:
-        return _lost(x, False)
-    if x.device.type == "cpu":
-        return cpu_statistics.measure(x, block_size, decode)
-    return reference.measure(x, decode(slice(None), slice(None)).view(x.shape))
-
-
 # Codebooks
 
 
@@ -50,17 +40,8 @@ def _measure(x: Tensor, measure: bool, block_size: int, decode: cpu_statistics.D
 def quantize(
     x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    book = get_codebook(codebook)
-    if measure and x.is_cuda:
-        lost = _lost(x, measure)
-        return *kernels().quantize(x, book, block_size, signed_scale, lost), lost
-    backend = backend_of(x)
-    codes, scale = backend.quantize(x, book, block_size, signed_scale)
-    flat = codes.view(-1)
-    lost = _measure(
-        x, measure, block_size, lambda e, b: backend.dequantize(flat[e], scale[b], book, block_size, x.dtype)
-    )
-    return codes, scale, lost
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale, lost if measure else None), lost
 
 
 @quantize.register_fake
@@ -84,13 +65,8 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 @custom_op("q8lightning::fake_quantize", mutates_args=())
 @neutral()
 def fake_quantize(x: Tensor, codebook: str, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor]:
-    book = get_codebook(codebook)
-    if measure and x.is_cuda:
-        lost = _lost(x, measure)
-        return kernels().fake_quantize(x, book, block_size, lost), lost
-    values = backend_of(x).fake_quantize(x, book, block_size)
-    flat = values.view(-1)
-    return values, _measure(x, measure, block_size, lambda e, b: flat[e])
+    lost = _lost(x, measure)
+    return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size, lost if measure else None), lost
 
 
 @fake_quantize.register_fake
@@ -130,19 +106,8 @@ fake_quantize_rows.register_autograd(lambda ctx, grad: (grad, None, None))
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 @neutral()
 def quantize_residual(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if measure and x.is_cuda:
-        lost = _lost(x, measure)
-        return *kernels().quantize_residual(x, block_size, lost), lost
-    backend = backend_of(x)
-    codes, residual, scale = backend.quantize_residual(x, block_size)
-    one, two = codes.view(-1), residual.view(-1)
-    lost = _measure(
-        x,
-        measure,
-        block_size,
-        lambda e, b: backend.dequantize_residual(one[e], two[e], scale[b], block_size, x.dtype),
-    )
-    return codes, residual, scale, lost
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_residual(x, block_size, lost if measure else None), lost
 
 
 @quantize_residual.register_fake
@@ -167,16 +132,8 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 @custom_op("q8lightning::quantize_log", mutates_args=())
 @neutral()
 def quantize_log(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    if measure and x.is_cuda:
-        lost = _lost(x, measure)
-        return *kernels().quantize_log(x, block_size, lost), lost
-    backend = backend_of(x)
-    codes, bounds = backend.quantize_log(x, block_size)
-    flat = codes.view(-1)
-    lost = _measure(
-        x, measure, block_size, lambda e, b: backend.dequantize_log(flat[e], bounds[b], block_size, x.dtype)
-    )
-    return codes, bounds, lost
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_log(x, block_size, lost if measure else None), lost
 
 
 @quantize_log.register_fake
@@ -201,16 +158,8 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 @neutral()
 def quantize_affine(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if measure and x.is_cuda:
-        lost = _lost(x, measure)
-        return *kernels().quantize_affine(x, block_size, lost), lost
-    backend = backend_of(x)
-    codes, scale, zero = backend.quantize_affine(x, block_size)
-    flat = codes.view(-1)
-    lost = _measure(
-        x, measure, block_size, lambda e, b: backend.dequantize_affine(flat[e], scale[b], zero[b], block_size, x.dtype)
-    )
-    return codes, scale, zero, lost
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_affine(x, block_size, lost if measure else None), lost
 
 
 @quantize_affine.register_fake

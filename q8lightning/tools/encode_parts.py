@@ -160,7 +160,7 @@ class PartEncoder(Converter):
     def _complete(self) -> None:
         said: list[str] = []
         with _caught(said):
-            warn_of_guarded(each._replace(path=self._named(each.path)) for each in self._said.guarded)
+            warn_of_guarded(each._replace(name=self._named(each.path)) for each in self._said.guarded)
         self.warnings[:0] = said
         self._said.complete(self._summary, _bytes_in(self._codes))
         if self._codes:

@@ -18,7 +18,7 @@ from q8lightning.system.private_names import Part, check_names
 from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_saves import describe_saves
-from q8lightning.trainer.install import install, is_installed
+from q8lightning.trainer.install import install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
 from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
@@ -39,6 +39,7 @@ from q8lightning.trainer.recording import (
     watch_saves,
 )
 from q8lightning.trainer.strategies import bypasses_io, check_qat, optimizer_device
+from q8lightning.trainer.warm_up import WarmUp
 
 
 class QuantizationCallback(pl.Callback):
@@ -94,11 +95,12 @@ class QuantizationCallback(pl.Callback):
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._warm_up: WarmUp | None = None
         self._moments = Moments()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out whose callback this is."""
-        return self.__dict__ | {"_trainer": None}
+        """Leave out whose callback this is, and what it does for that one."""
+        return self.__dict__ | {"_trainer": None, "_warm_up": None}
 
     @property
     def qat(self) -> QATConfig | None:
@@ -185,14 +187,23 @@ class QuantizationCallback(pl.Callback):
         begin_to_defer(trainer)
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
+        self._warm_up = warm_up_for(trainer)
 
     def on_train_start(self, *_: Any) -> None:
         """From now on, hooks tell the CheckpointIO before training changes what it saved."""
         self._moments.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """In manual optimization the step may change weights at any time: let go of them now."""
+        """In manual optimization the step may change weights at any time: let go of them now.
+
+        Load the kernels of saves beside the first batch: the processes that load data have been started by then.
+        """
         self._moments.end_one()
+        warm_up, self._warm_up = self._warm_up, None
+        watch = watch_of(trainer)
+        if warm_up is not None and watch is not None:
+            watch.warm_up = warm_up
+            warm_up.start()
         if not pl_module.automatic_optimization:
             self._let_go(trainer)
 

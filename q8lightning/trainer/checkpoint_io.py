@@ -17,7 +17,8 @@ from q8lightning.checkpoint.encode.checkpoint import warn_of_passed_over, warn_o
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.outline import outline_of
-from q8lightning.checkpoint.encode.plan import Plan, plan_save
+from q8lightning.checkpoint.encode.plan import Plan
+from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
 from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.file.link import link_checkpoint

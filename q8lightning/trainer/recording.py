@@ -23,9 +23,13 @@ from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
 from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.warm_up import WarmUp
 
 SAME = 1e-6
 """How close, relatively, two saves of one state measure the same: sums may be added up in another order."""
+
+PATIENCE = 600.0
+"""Seconds after which what a save lost is given up: whatever has become of it, the run must end."""
 
 
 class _Pending(NamedTuple):
@@ -45,9 +49,10 @@ class _Pending(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What is published of a save, and at which step."""
+    """What is published of a save; ``step`` and ``state`` are those of :class:`_Pending`."""
 
     step: int
+    state: int | None
     values: dict[str, float]
 
 
@@ -70,6 +75,8 @@ class SaveWatch:
         """What somebody else put in the place of the strategy's method; None for the method."""
         self.fitting = False
         """Whether hooks of the callback follow in which to publish; otherwise a save waits for what it lost."""
+        self.warm_up: WarmUp | None = None
+        """What loads kernels at the moment, for the first save to wait for."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
@@ -80,7 +87,7 @@ class SaveWatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is pending: who gets a copy has nothing of it."""
-        return {**self.__dict__, "_pending": deque(), "_untold": [], "_others_wait": False}
+        return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
@@ -92,6 +99,9 @@ class SaveWatch:
         trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
         reports.clear()
         start = time.perf_counter()
+        if self.warm_up is not None:
+            self.warm_up.wait()  # it would load the same kernels a second time
+            self.warm_up = None
         if self.save is None:
             type(strategy).save_checkpoint(strategy, *args, **kwargs)
         else:
@@ -126,24 +136,24 @@ class SaveWatch:
     def _publish(self, save: _Pending) -> None:
         with harmless(self._recorder, "computing what a save lost"):
             try:
-                recorded, tensors = save.known.result()
+                recorded, tensors = save.known.result(PATIENCE)
             except CancelledError:
                 return  # the save failed, which is raised elsewhere
             self._recorder.count(recorded, save.seconds)
             if self._recorder.detail is None:
                 return
-            row = _Row(save.step, {**recorded.values, STALL: save.seconds * 1e3})
-            self._log(row, save.state)
+            row = _Row(save.step, save.state, {**recorded.values, STALL: save.seconds * 1e3})
+            self._log(row)
             if self._trainer.world_size > 1:
                 self._untold.append(row)
             else:
                 put(self._trainer, self._recorder, {**tensors, **as_tensors({STALL: row.values[STALL]})})
 
-    def _log(self, row: _Row, state: int | None) -> None:
+    def _log(self, row: _Row) -> None:
         """Log a row, but for what an earlier save of the same state has said already."""
         values, (last, said) = row.values, self._last
-        if state is None or state != last:
-            self._last = state, dict(values)
+        if row.state is None or row.state != last:
+            self._last = row.state, dict(values)
         else:
             values = {name: value for name, value in values.items() if name != STALL and not _same(value, said, name)}
             if not values:
@@ -159,7 +169,7 @@ class SaveWatch:
             theirs, self._others_wait = trainer.strategy.broadcast((rows, bool(self._pending)))
             for row in theirs:
                 if not trainer.is_global_zero:
-                    log(trainer, self._recorder, row.values, row.step)
+                    self._log(row)
                 put(trainer, self._recorder, as_tensors(row.values))
 
 
@@ -244,9 +254,9 @@ def _describe(report: SaveReport) -> Save:
     losses: list[Loss] = []
     seen: set[tuple[str, str]] = set()
     for loss in report.tensors:
+        own = loss.kind, loss.parameter
         # Averaged weights go by the same names as those being trained.
-        name = loss.path if (loss.kind, loss.parameter) in seen else loss.parameter
-        seen.add((loss.kind, loss.parameter))
-        losses.append(Loss(loss.kind, name, loss.statistics))
+        losses.append(Loss(loss.kind, loss.path if own in seen else loss.parameter, loss.statistics))
+        seen.add(own)
     directions = [(each.squared_error, each.squares) for each in report.directions]
     return Save(losses, directions, report.original_bytes, report.stored_bytes)

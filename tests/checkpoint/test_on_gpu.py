@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.models import Shrink
+from support.models import Shrink, quiet_trainer
 from support.promises import assert_same, load, tensors
 from torch import Tensor, nn
 
@@ -52,17 +52,8 @@ class SaveWhileTraining(pl.Callback):
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 def test_a_state_on_the_gpu_comes_back_as_the_host_encodes_and_decodes_it(place: str, tmp_path: Path) -> None:
     saver = SaveWhileTraining(tmp_path / "a.ckpt")
-    trainer = pl.Trainer(
-        accelerator="gpu",
-        devices=1,
-        max_steps=2,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[saver, QuantizationCallback()],
-    )
+    callbacks = [saver, QuantizationCallback()]
+    trainer = quiet_trainer(tmp_path, accelerator="gpu", max_steps=2, limit_val_batches=0, callbacks=callbacks)
     trainer.fit(Shrink(nn.Linear(300, 300), 300))
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True, map_location=place)
     loaded = {"weight": checkpoint["state_dict"]["net.weight"], **checkpoint["optimizer_states"][0]["state"][0]}
@@ -205,15 +196,12 @@ def test_two_hundred_steps_with_a_save_at_each_train_the_same_weights(tmp_path: 
     def train(*callbacks: pl.Callback) -> dict[str, Tensor]:
         torch.manual_seed(6)
         model = Shrink(nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300)), 300)
-        trainer = pl.Trainer(
+        trainer = quiet_trainer(
+            tmp_path,
             accelerator="gpu",
-            devices=1,
             max_steps=200,
             limit_val_batches=0,
-            logger=False,
             enable_checkpointing=bool(callbacks),
-            enable_progress_bar=False,
-            default_root_dir=tmp_path,
             callbacks=[*callbacks],
         )
         trainer.fit(model)

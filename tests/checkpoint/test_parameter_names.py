@@ -8,8 +8,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from support.files import edit_pickle
 from support.models import Autoencoder, Shrink, TwoOptimizers, quiet_trainer
-from support.promises import edit_pickle, load, payloads_of
+from support.promises import load, payloads_of
 from torch import Tensor, nn
 
 from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, keep_encoded

@@ -57,8 +57,8 @@ def test_a_diverged_training_saves_everything_it_has(preset: str, tmp_path: Path
     message = str(next(each.message for each in caught if "not quantized" in str(each.message)))
     index = next(i for i, (name, _) in enumerate(module.named_parameters()) if name == "decoder.weight")
     assert "state_dict.decoder.weight (it holds NaN or infinity)" in message
-    assert f"optimizer_states.0.state.{index}.exp_avg (it holds NaN or infinity)" in message
-    assert f"optimizer_states.0.state.{index}.exp_avg_sq (it holds a negative value)" in message
+    assert "decoder.weight: exp_avg (it holds NaN or infinity)" in message
+    assert "decoder.weight: exp_avg_sq (it holds a negative value)" in message
     after = load(tmp_path / "a.ckpt")
     assert same_bits(after["state_dict"]["decoder.weight"], module.decoder.weight)
     for name, tensor in live.items():

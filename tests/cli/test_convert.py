@@ -64,6 +64,7 @@ def test_compress_makes_the_codes_of_the_callback(
     keep, *after["q8lightning"]["policy"]["rules"] = after["q8lightning"]["policy"]["rules"]
     assert keep["pattern"] == "state_dict.table"
     assert list(after) == list(before)
+    assert before["q8lightning"].pop("parameters"), "which only the callback knows"
     assert list(after["q8lightning"]) == list(before["q8lightning"])
     assert set(after["q8lightning"]["tensors"]) == set(expected)
     assert_same(without_summary(after), without_summary(before))
@@ -85,7 +86,7 @@ def test_decompress_returns_what_the_callback_would_have_restored(
     assert run("decompress", by_callback, tmp_path / "too.ckpt").status == 0
     expected = without_summary(load(by_callback))
     assert_same(load(tmp_path / "large.ckpt"), expected)
-    assert_same(load(tmp_path / "too.ckpt"), expected)
+    assert_same(without_summary(load(tmp_path / "too.ckpt")), expected)
     assert list(expected) == list(load(plain))
     assert payloads_of(tmp_path / "large.ckpt") == {}
 

@@ -122,6 +122,7 @@ def test_a_pattern_that_matches_nothing_is_refused(options: dict[str, Any], mess
         ({"weights": []}, "no rule with a codebook"),
         ({"weights": {"pattern": "*"}}, "weights is a list of rules"),
         ({"exclude": "*.bias"}, "exclude is a list of patterns"),
+        ({"follow_steps": -1}, "follow_steps is at least 0, got -1; write 0 to follow no step"),
         ({"start_step": 5, "end_step": 5}, "end_step must be after start_step, got 5 and 5"),
         ({"start_step": 5, "ramp": 5, "end_step": 9}, "the ramp must end before end_step, got 5 + 5 > 9"),
         ({"ramp": -1}, "at least 0"),

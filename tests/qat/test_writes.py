@@ -518,7 +518,7 @@ def test_a_write_that_cannot_reach_the_master_stops_the_run(kind: str, where: st
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
 @pytest.mark.parametrize("kind", ["moco", "moco_as_published", "clipping", "clipping_without_data", "deep_q"])
 def test_a_write_that_begins_late_stops_the_run(kind: str, where: str, tmp_path: Path) -> None:
-    """At no step that is followed, or compared in all its values."""
+    """At no step that is followed, nor one after which all values are compared."""
     calls = []
 
     def late(pair: Pair) -> None:

@@ -16,12 +16,13 @@ import q8lightning
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, Rule, keep_encoded
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.quantization.codecs import table
-from q8lightning.quantization.codecs.codec import Codec, take_stretches
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem, batches, decode_on, decode_together
 from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.layout import take_stretches
 from q8lightning.tools.tensors import codec_of
 
 

@@ -64,7 +64,14 @@ def close(got: Tensor, pair: Moments) -> bool:
     return float(got[0]) == pytest.approx(error, abs=slack) and float(got[1]) == pytest.approx(squares, rel=1e-6)
 
 
+@pytest.fixture
+def in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a CPU look at all elements of as large tensors as a GPU does."""
+    monkeypatch.setattr(sampling, "WHOLE_ON_CPU", sampling.WHOLE)
+
+
 @each_device
+@pytest.mark.usefixtures("in_whole")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("first", "second"),
@@ -94,6 +101,7 @@ def test_sums_are_those_of_numpy(
 
 
 @each_device
+@pytest.mark.usefixtures("in_whole")
 def test_it_is_the_error_that_the_metric_of_this_name_computes(device: str) -> None:
     metric, from_sums = UpdateDirectionError(EPS).to(device), UpdateDirectionError(EPS).to(device)
     pairs = []
@@ -183,30 +191,50 @@ def test_of_a_large_tensor_one_stretch_in_eight_is_looked_at() -> None:
     assert sampling.weight_of(sampling.WHOLE) == 1.0
 
 
-def taken_of(pair: Moments) -> Moments:
-    """The stretches of both moments that are looked at, decoded with the rest and stored as they are."""
-    taken = sampling.stretches_of(pair.exp_avg.values.numel())
+def taken_of(numel: int, device: str, block_size: int) -> tuple[Tensor, float]:
+    """The numbers of the elements that are looked at, and how many each stands for."""
+    taken, length = sampling.stretches_of(numel), sampling.STRETCH
+    if device == "cpu":
+        taken, length = sampling.stretches_on_cpu(numel, block_size)
     assert taken is not None
-    index = (taken[:, None] * sampling.STRETCH + torch.arange(sampling.STRETCH)).flatten()
-    return Moments(*(StoredMoment(each.values[index], each.codec, each.data) for each in pair.moments), pair.eps)
+    index = (taken[:, None] * length + torch.arange(length)).flatten()
+    return index, numel / len(index)
 
 
 @each_device
 @pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize("second", [SECOND, get_codec("dynamic_unsigned", 4096)], ids=str)
 def test_sums_of_a_large_tensor_are_those_of_its_stretches_and_stand_for_all_of_it(second: Codec, device: str) -> None:
-    numel = 400_007
+    numel = 600_007
     torch.manual_seed(0)
     one, two = torch.randn(numel).to(device), (torch.randn(numel).square() + 0.01).to(device)
     pair = Moments(stored(one, FIRST), stored(two, second), EPS)
     sums = update_direction_sums([pair])[0].cpu()
     # Blocks divide stretches, so these encode by themselves as they do within the whole.
-    part = taken_of(Moments(*(StoredMoment(each.values.cpu(), each.codec) for each in pair.moments), EPS))
-    weight = sampling.weight_of(numel)
-    assert close(sums / weight, part)
+    index, weight = taken_of(numel, device, second.block_size)
+    assert len(index) < numel
+    assert close(sums / weight, Moments(StoredMoment(one.cpu()[index], FIRST), StoredMoment(two.cpu()[index], second)))
     error, squares = expected(pair)
     assert float(sums[0]) == pytest.approx(error, rel=0.05)
     assert float(sums[1]) == pytest.approx(squares, rel=0.02)
+
+
+def test_a_cpu_looks_at_all_of_it_where_the_sample_has_no_direction() -> None:
+    numel = 100_000
+    index, _ = taken_of(numel, "cpu", 128)
+    one, two = moments_of(numel, torch.float32, "cpu")
+    one[index] = 0.0
+    pair = Moments(stored(one, FIRST), stored(two, SECOND), EPS)
+    assert close(update_direction_sums([pair])[0], pair)
+
+
+def test_a_cpu_takes_sixteen_stretches_or_more_and_none_across_a_block() -> None:
+    for block_size in (32, 128, 4096):
+        for numel in range(sampling.WHOLE_ON_CPU - 1, 2 * sampling.WHOLE, 77_777):
+            taken, length = sampling.stretches_on_cpu(numel, block_size)
+            assert length % block_size == 0
+            assert (taken is None) == (numel < 128 * length or numel <= sampling.WHOLE_ON_CPU)
+            assert taken is None or (len(taken) >= 16 and int(taken[-1] + 1) * length <= numel)
 
 
 @pytest.mark.usefixtures("sampled")
@@ -220,8 +248,7 @@ def test_one_launch_looks_at_the_same_stretches(launch_device: str) -> None:
     moments = [
         Moments(StoredMoment(one, FIRST, next(data)), StoredMoment(two, SECOND, next(data)), EPS) for one, two in pairs
     ]
-    with launching(False):
-        expected_sums = update_direction_sums(moments)
+    expected_sums = torch.stack([update_direction._sums(pair) for pair in moments])  # a CPU takes shorter stretches
     torch.testing.assert_close(update_direction_sums(moments), expected_sums, rtol=1e-6, atol=0.0)
 
 

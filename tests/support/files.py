@@ -1,4 +1,4 @@
-"""Files of checkpoints as bytes."""
+"""Files of checkpoints: what is saved, what lies where in the file, and how to damage it."""
 
 import io
 import struct
@@ -10,6 +10,11 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+
+def checkpoint(value: float = 1.0) -> dict[str, Any]:
+    """Return a checkpoint of a weight and a bias that hold one value."""
+    return {"state_dict": {"weight": torch.full((64, 64), value), "bias": torch.full((64,), value)}}
 
 
 def written(save: Callable[[Any, IO[bytes]], None], content: Any) -> bytes:

@@ -64,3 +64,8 @@ def announced() -> Iterator[Steps]:
             yield steps
         finally:
             steps.release()
+
+
+def our_threads() -> list[str]:
+    """Return the names of the threads of ours that run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("q8lightning")]

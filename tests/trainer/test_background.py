@@ -19,10 +19,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from support.files import names
+from support.files import checkpoint, names
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads_of, same_bits
-from support.steps import Steps
+from support.steps import Steps, our_threads
 from torch import Tensor, nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
@@ -30,19 +30,10 @@ from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedChec
 FULL = OSError(28, "No space left on device")
 
 
-def checkpoint(value: float) -> dict[str, Any]:
-    return {"state_dict": {"weight": torch.full((64, 64), value), "bias": torch.full((64,), value)}}
-
-
 def value_of(path: Path) -> float:
     state = load(path)["state_dict"]
     assert bool((state["weight"] == state["bias"][0]).all())
     return float(state["bias"][0])
-
-
-@pytest.fixture
-def io() -> QuantizedCheckpointIO:
-    return QuantizedCheckpointIO(async_save=True)
 
 
 # The state at the call
@@ -260,7 +251,7 @@ def test_an_error_of_the_worker_reaches_the_training(failing: int, reached: int,
     assert error.value.__cause__ is FULL
     assert trainer.global_step == reached
     assert names(tmp_path) == [f"step={step}.ckpt" for step in range(1, reached) if step != failing]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
+    assert our_threads() == []
 
 
 def test_an_error_is_raised_once(io: QuantizedCheckpointIO, steps: Steps, tmp_path: Path) -> None:
@@ -299,7 +290,7 @@ def test_a_training_that_breaks_off_finishes_the_pending_save(
         signal.signal(signal.SIGINT, handler)
     assert names(tmp_path) == ["step=1.ckpt"]
     assert load(tmp_path / "step=1.ckpt")["global_step"] == 1
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
+    assert our_threads() == []
 
 
 def test_the_error_of_the_training_is_not_hidden_by_one_of_the_worker(steps: Steps, tmp_path: Path) -> None:
@@ -380,7 +371,7 @@ def test_a_strategy_that_forgets_the_io_at_its_teardown_loses_nothing(steps: Ste
     threading.Timer(0.5, gate.set).start()
     trainer_that_saves_every_step(tmp_path, max_steps=1, strategy=Forgets("cpu")).fit(Autoencoder())
     assert steps.seen[-1] == ("durable", "step=1.ckpt")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
+    assert our_threads() == []
 
 
 class SlowIO(TorchCheckpointIO):

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from support.packages import PACKAGES, package
+from support.promises import load
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
 from q8lightning.trainer import engage
@@ -56,11 +57,6 @@ def fitted(name: str, folder: Path, *callbacks: Any, model: str = "Autoencoder",
     trainer = models.quiet_trainer(folder, **(defaults | options))
     trainer.fit(getattr(models, model)())
     return trainer
-
-
-def load(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    return checkpoint
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:

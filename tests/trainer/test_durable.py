@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from support.files import checkpoint
 from support.models import Shrink, quiet_trainer
 from support.promises import load
 from support.steps import Steps
@@ -29,15 +30,6 @@ from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 SLOW = 0.03
-
-
-def checkpoint(value: float = 1.0) -> dict[str, Any]:
-    return {"state_dict": {"weight": torch.full((64, 64), value)}}
-
-
-@pytest.fixture
-def io() -> QuantizedCheckpointIO:
-    return QuantizedCheckpointIO(async_save=True)
 
 
 def open_later(gate: threading.Event) -> None:

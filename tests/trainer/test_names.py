@@ -37,6 +37,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from lightning.pytorch.strategies import DDPStrategy
 from support import forked
 from support.audit import listening
+from support.files import checkpoint
 from support.models import batches, quiet_trainer
 from support.promises import assert_same, load
 from support.steps import Steps
@@ -223,15 +224,6 @@ def test_a_plugin_that_saves_in_the_background_needs_the_callback_to_know_the_na
 
 
 # What the queue knows
-
-
-@pytest.fixture
-def io(steps: Steps) -> QuantizedCheckpointIO:
-    return QuantizedCheckpointIO(async_save=True)
-
-
-def checkpoint(value: float = 1.0) -> dict[str, Any]:
-    return {"state_dict": {"weight": torch.full((64, 64), value)}}
 
 
 def test_a_path_is_taken_by_whatever_name_it_goes_and_free_when_it_is_to_be_removed(

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from support import forked
 from support.models import Autoencoder, quiet_trainer
+from support.promises import load
 from support.steps import Steps
 from torch import Tensor
 
@@ -79,11 +80,6 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 def recorded(folder: Path) -> dict[int, dict[str, float]]:
     rows = {step: {n: v for n, v in row.items() if n.startswith("q8/")} for step, row in rows_of(folder).items()}
     return {step: row for step, row in rows.items() if row}
-
-
-def load(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    return checkpoint
 
 
 def numbers(tensor: Tensor) -> Any:

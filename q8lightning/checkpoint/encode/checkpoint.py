@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.outline import outline_of
-from q8lightning.checkpoint.encode.plan import Plan, plan_save
+from q8lightning.checkpoint.encode.plan import Plan
+from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY, state_dicts_in
+from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, STATE_DICT, SUMMARY_KEY, state_dicts_in
 from q8lightning.checkpoint.tree import rebuild
 
 
@@ -116,11 +117,13 @@ def summarize(
         described = describe_codes(stored, names.quantized, codes)
     report.stored_bytes += sum(each.nbytes for name in codes.keys() & described.keys() for each in codes[name])
     if report.tensors or not isinstance(before, Mapping) or not plan.holds_payloads:
+        parameters = names.optimizer_parameters
         restored = names.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)
         content[SUMMARY_KEY] = {
             "format_version": FORMAT_VERSION,
             "policy": plan.policy.as_primitives(),
             "restored": restored,
+            **({PARAMETERS_KEY: list(map(list, parameters))} if any(parameters) else {}),
             **report.summary(),
         }
     if described:

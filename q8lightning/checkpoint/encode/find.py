@@ -17,6 +17,7 @@ from q8lightning.checkpoint.sections import (
     epsilons_of,
     is_state,
     kind_of,
+    name_of,
     parameter_names_in,
     parameter_of,
     path_of,
@@ -82,6 +83,11 @@ class Leaf(NamedTuple):
     refused: str | None = None
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return name_of(self.keys, self.parameter)
+
+    @property
     def kind(self) -> str:
         """See :class:`~q8lightning.checkpoint.report.TensorLoss`."""
         return kind_of(self.keys)
@@ -129,7 +135,7 @@ def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNa
     are not encoded, so that they stay tied.
     """
     leaves = list(_leaves_of(checkpoint, policy, names))
-    found = Found(leaves, [], [], [], [f"{leaf.path} ({leaf.refused})" for leaf in leaves if leaf.refused])
+    found = Found(leaves, [], [], [], [f"{leaf.name} ({leaf.refused})" for leaf in leaves if leaf.refused])
     for sharing in _by_storage(leaves):
         views = _views(sharing)
         members = [view for view in views if _is_member(view, found.refused)] if _are_separate(views) else []
@@ -143,10 +149,10 @@ def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNa
 
 
 def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: CheckpointPolicy) -> list[str]:
-    """Return the paths of the tensors that are large enough for the policy but that none of its rules names."""
+    """Return the names of the tensors that are large enough for the policy but that none of its rules names."""
     sections = state_dicts_in(checkpoint)
     return [
-        leaf.path
+        leaf.name
         for leaf in leaves
         if leaf.storage is not None
         and leaf.tensor.numel() >= policy.min_numel
@@ -232,7 +238,7 @@ def _is_member(view: list[Leaf], refused: list[str]) -> bool:
     if other is None:
         return True
     refused.append(
-        f"{first.path} (it is also there as {other.path}, and only one of them is a parameter or requires grad; put"
+        f"{first.name} (it is also there as {other.name}, and only one of them is a parameter or requires grad; put"
         " .detach() of that one there)"
     )
     return False

@@ -11,6 +11,7 @@ and which the residual stage holds without any loss, was loaded from such a file
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
 from q8lightning.checkpoint.sections import SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.encode import EncodedBuffer, is_sampled, measure
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
+from q8lightning.system.ambient import neutral
+from q8lightning.system.workers import share_out
 
 MARGIN = 0.01
 """How close to a limit, relatively, an error can move when the residual stage has rounded the values: its own error is
@@ -59,6 +63,33 @@ class Watched(NamedTuple):
         others = [i for i, kind in enumerate(kinds) if kind not in SECOND_MOMENTS and i not in judged]
         first, rest = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, others))
         return cls(first, rest, policy)
+
+    @neutral()
+    def look_closer(self, values: Sequence[Tensor], codecs: Sequence[Codec], packed: EncodedBuffer) -> None:
+        """Measure members in whole, where a part was measured and the rest could lose more than the policy allows.
+
+        Only a CPU measures a part. Most members need no second look, because their scales bound what they lose.
+
+        Args:
+            values: The elements of each member as they lie in memory.
+            codecs: How each is encoded.
+            packed: What came of it; its statistics are set.
+        """
+        assert packed.statistics is not None
+        data = packed.data
+        sampled = [is_sampled(each, codec) for each, codec in zip(values, codecs, strict=True)]
+        unsure = [i for i in self.second_moments.tolist() if sampled[i] and not codecs[i].keeps_nonzero]
+        if self.policy.min_sqnr_db is not None:
+            limit = 10 ** (-self.policy.min_sqnr_db / 20) * (1 - MARGIN)
+            for i in self.by_sqnr.tolist():
+                if not sampled[i]:
+                    continue
+                parts = codecs[i].split(data[i], values[i].numel())
+                if not codecs[i].relative_error_bound(values[i], parts) <= limit:
+                    unsure.append(i)
+        jobs = [partial(measure, values[i], codecs[i], data[i]) for i in unsure]
+        for i, statistics in zip(unsure, share_out(jobs, [values[i].nbytes for i in unsure]), strict=True):
+            packed.statistics[i] = statistics
 
     def beyond(self, statistics: Tensor, directions: Tensor) -> tuple[list[int], list[int]]:
         """Return the places of the members and of the pairs that may lose more than the policy allows.
@@ -161,7 +192,7 @@ def guard(
         if candidate.payload is not None and candidate.kind in SECOND_MOMENTS and candidate.statistics[4]:
             zeroed = f"{candidate.statistics[4]:.0f} nonzero values become zero under {candidate.payload.codec.label}"
             candidate.payload = None
-            report.guarded.append(Guarded(candidate.path, zeroed, "raw"))
+            report.guarded.append(Guarded(candidate.path, candidate.name, zeroed, "raw"))
     limit = policy.max_update_direction_error
     for alike in _by_first_moment(pairs):
         for pair in alike:
@@ -198,7 +229,8 @@ def _hold(
         remedy = "raw"
         candidate.payload = None
     if remedy is not None:
-        report.guarded.append(Guarded(candidate.path, f"{describe(error)} under {payload.codec.label}", remedy))
+        found = f"{describe(error)} under {payload.codec.label}"
+        report.guarded.append(Guarded(candidate.path, candidate.name, found, remedy))
     return remedy is not None
 
 
@@ -247,9 +279,11 @@ def _encoded_finer(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, 
     finer = None if codec is None else codec.finer
     if finer is None or finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
         return None
-    payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.name)], measure=True)
+    payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
     if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:
         return None
+    if is_sampled(tensor, finer):  # that nothing is lost must be said of all of it
+        statistics = measure(in_memory_order(tensor), finer, payloads[0].data)[None]
     return payloads[0], tuple(statistics[0].tolist())
 
 
@@ -264,7 +298,7 @@ def _as_direction(error: float) -> str:
 def warn_of_guarded(guarded: Iterable[Guarded]) -> None:
     """Name tensors that the guard kept from losing too much, in one warning; none if there are none."""
     remedies = {"residual": "stored with a residual stage", "raw": "stored as it is", "none": "stored all the same"}
-    named = [f"{each.path} ({each.found}; {remedies[each.remedy]})" for each in guarded]
+    named = [f"{each.name} ({each.found}; {remedies[each.remedy]})" for each in guarded]
     if named:
         more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
         warnings.warn(

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.encode.guard import Candidate, CandidatePair, guard
+from q8lightning.checkpoint.encode.look import Look
 from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, PairPlan, Plan
-from q8lightning.checkpoint.encode.refuse import reason_to_refuse
 from q8lightning.checkpoint.payload import QuantizedTensor, in_memory_order
-from q8lightning.checkpoint.report import DirectionLoss, Guarded, SaveReport, TensorLoss
+from q8lightning.checkpoint.report import DirectionLoss, SaveReport, TensorLoss
 from q8lightning.checkpoint.staging.transfer import HostMemory, take
 from q8lightning.quantization.many.buffer import copy_together, split
 from q8lightning.quantization.many.encode import EncodedBuffer
@@ -63,7 +62,7 @@ class _Part:
         self.plan = plan
         self.encoded: tuple[EncodedBuffer, Tensor] | None = None
         self.measured: Measured | None = None
-        self.look: _Look | None = None
+        self.look: Look | None = None
         self.stream: Any = None
         self.started: Any = None
 
@@ -210,7 +209,7 @@ class Run:
     def _measure(self, part: _Part) -> None:
         assert part.encoded is not None
         part.measured = part.plan.measured(part.encoded[1].cpu())
-        part.look = _Look(self.plan, part.plan, part.measured)
+        part.look = Look(self.plan, part.plan, part.measured)
         self._keep(part.look, part)
 
     @neutral()
@@ -257,7 +256,7 @@ class Run:
         self._tensors.clear()
         self._originals.clear()
 
-    def _keep(self, look: "_Look", part: _Part) -> None:
+    def _keep(self, look: Look, part: _Part) -> None:
         """Copy what will be looked at and nobody has a copy of, before training changes it."""
         missing = sorted(look.numbers - self._copied) if self._live else []
         if not missing:
@@ -274,7 +273,7 @@ class Run:
         self,
         part: _Part,
         measured: Measured,
-        look: "_Look",
+        look: Look,
         losses: dict[int, tuple[float, ...]],
         directions: dict[int, tuple[float, float]],
     ) -> None:
@@ -284,7 +283,7 @@ class Run:
         payloads = [self._payload(i, data) for i, data in zip(members, packed.data, strict=True)]
         part.encoded = None
         if look.numbers:
-            kept = look.closely(self, payloads, measured, losses, directions)
+            kept = look.closely(self._originals, payloads, measured, losses, directions, self.report)
             if kept != payloads:
                 left = [(i, payload) for i, payload in zip(members, kept, strict=True) if payload is not None]
                 # What is not stored would be saved along with the memory that it shares with the others.
@@ -322,7 +321,9 @@ class Run:
         for i, (member, payload) in enumerate(zip(self.plan.members, self.payloads, strict=True)):
             if payload is not None:
                 stored = payload.nbytes
-                report.tensors.append(TensorLoss(*member[1:4], member.nbytes, stored, *losses[i]))
+                report.tensors.append(
+                    TensorLoss(member.path, member.kind, member.parameter, member.nbytes, stored, *losses[i])
+                )
         for i, pair in enumerate(self.plan.pairs):
             sums = directions[i]
             if pair.is_stepped_by and self._is_encoded(pair) and not math.isnan(sums[0]):  # 0 / 0, or diverged
@@ -364,103 +365,3 @@ def _versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
         return list(map(_VERSION, tensors))
     except RuntimeError:
         return None
-
-
-class _Look:
-    """Which tensors of a device need a closer look, and what it finds.
-
-    Attributes:
-        numbers: The numbers of the tensors that it needs.
-        gone: Those that were written to before they could be copied.
-    """
-
-    def __init__(self, plan: Plan, device: DevicePlan, measured: Measured) -> None:
-        self._plan = plan
-        self._device = device
-        self.gone: set[int] = set()
-        self._beyond, pairs_beyond = device.watched.beyond(measured.statistics, measured.directions)
-        failed = measured.failed.nonzero().view(-1).tolist()
-        always = [i for i, number in enumerate(device.numbers) if number in plan.always]
-        self._refusable = sorted({*failed, *always})
-        numbers = {device.numbers[i] for i in (*self._refusable, *self._beyond)}
-        of_device = [plan.pairs[i] for i in device.pairs]
-        firsts = {of_device[i].exp_avg.number for i in pairs_beyond}
-        firsts |= {p.exp_avg.number for p in of_device if numbers & {p.exp_avg.number, p.exp_avg_sq.number}}
-        self._pairs = [i for i in device.pairs if plan.pairs[i].exp_avg.number in firsts]
-        self.numbers = numbers | {side.number for i in self._pairs for side in plan.pairs[i][:2]}
-
-    def closely(
-        self,
-        run: Run,
-        payloads: Sequence[QuantizedTensor],
-        measured: Measured,
-        losses: dict[int, tuple[float, ...]],
-        directions: dict[int, tuple[float, float]],
-    ) -> list[QuantizedTensor | None]:
-        """Refuse and guard; return the payloads that are stored, None for those that are not."""
-        plan, device = self._plan, self._device
-        places = {number: i for i, number in enumerate(device.numbers)}
-        candidates: dict[int, Candidate] = {}
-        for number in sorted(self.numbers):
-            candidates[number] = self._candidate(run, number, places.get(number), payloads, losses)
-        for place in self._refusable:
-            self._refuse(run, place, candidates[device.numbers[place]], bool(measured.failed[place]))
-        pairs = {
-            i: CandidatePair(candidates[one.number], candidates[two.number], eps, *directions[i])
-            for i, (one, two, eps, *_) in ((i, plan.pairs[i]) for i in self._pairs)
-        }
-        usable = {i: pair for i, pair in pairs.items() if not self.gone & {side.number for side in plan.pairs[i][:2]}}
-        usable_candidates = [each for number, each in candidates.items() if number not in self.gone]
-        by_sqnr = [candidates.get(device.numbers[i]) for i in device.watched.by_sqnr.tolist()]
-        guard(
-            usable_candidates,
-            list(usable.values()),
-            [each for each in by_sqnr if each is not None and each in usable_candidates],
-            plan.policy,
-            run.report,
-        )
-        self._say_gone(run, candidates)
-        for i, pair in usable.items():
-            directions[i] = pair.squared_error, pair.squares
-        kept: list[QuantizedTensor | None] = list(payloads)
-        for number, place in places.items():
-            if number in candidates:
-                kept[place] = candidates[number].payload
-                losses[device.members[place]] = candidates[number].statistics
-        return kept
-
-    def _candidate(
-        self,
-        run: Run,
-        number: int,
-        place: int | None,
-        payloads: Sequence[QuantizedTensor],
-        losses: Mapping[int, tuple[float, ...]],
-    ) -> Candidate:
-        tensor = run._originals[number]
-        if place is None:
-            return Candidate("", "", "", tensor, None)
-        member = self._plan.members[self._device.members[place]]
-        statistics = losses[self._device.members[place]]
-        return Candidate(member.path, member.path, member.kind, tensor, member.codec, payloads[place], statistics)
-
-    def _refuse(self, run: Run, place: int, candidate: Candidate, failed: bool) -> None:
-        assert candidate.payload is not None
-        if self._device.numbers[place] in self.gone:
-            if failed:
-                raise RuntimeError(
-                    f"{candidate.path} holds values that {candidate.payload.codec.label} cannot hold, and something"
-                    " wrote to it before it could be stored as it is; write to weights within the training step or the"
-                    " optimizer's, or pass async_save=False"
-                )
-            return
-        reason = reason_to_refuse(candidate.tensor, candidate.payload, not failed)
-        if reason is not None:
-            candidate.payload = None
-            run.report.refused.append(f"{candidate.path} ({reason})")
-
-    def _say_gone(self, run: Run, candidates: Mapping[int, Candidate]) -> None:
-        for number in self.gone:
-            each = candidates[number]
-            if each.payload is not None:
-                run.report.guarded.append(Guarded(each.path, "written to before it could be stored better", "none"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from q8lightning.checkpoint.file.crc32 import combine
 from q8lightning.checkpoint.file.open_file import FileView, OpenFile, reads_in_parallel
-from q8lightning.quantization.backends.cpu import use_huge_pages
+from q8lightning.quantization.backends.cpu_memory import use_huge_pages
 from q8lightning.system.workers import Workers
 
 LONG = 2**22

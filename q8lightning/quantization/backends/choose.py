@@ -18,28 +18,6 @@ class Backend(Protocol):
     """The functions that ``reference.py``, ``cpu.py`` and ``kernels/blockwise.py`` have, as ``reference.py`` says."""
 
     def quantize(
-        self, x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
-    def dequantize(
-        self, codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-    def fake_quantize(self, x: Tensor, codebook: Codebook, block_size: int) -> Tensor: ...
-    def quantize_residual(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
-    def dequantize_residual(
-        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-    def quantize_log(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]: ...
-    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
-    def quantize_affine(self, x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]: ...
-    def dequantize_affine(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype
-    ) -> Tensor: ...
-
-
-class MeasuringBackend(Backend, Protocol):
-    """A backend that writes :func:`reference.measure` to ``statistics`` (``[5]`` float64) in the same pass."""
-
-    def quantize(
         self,
         x: Tensor,
         codebook: Codebook,
@@ -47,16 +25,26 @@ class MeasuringBackend(Backend, Protocol):
         signed_scale: bool = False,
         statistics: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
+    def dequantize(
+        self, codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
     def fake_quantize(
         self, x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None
     ) -> Tensor: ...
     def quantize_residual(
         self, x: Tensor, block_size: int, statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_residual(
+        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
     def quantize_log(self, x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
     def quantize_affine(
         self, x: Tensor, block_size: int, statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dequantize_affine(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor: ...
 
 
 class ManyBackend(Protocol):
@@ -131,7 +119,7 @@ def backend_of(x: Tensor) -> Backend:
     return cpu if x.device.type == "cpu" else reference
 
 
-def kernels() -> MeasuringBackend:
+def kernels() -> Backend:
     """Return the kernels; with the first call Triton is imported."""
     from q8lightning.quantization.backends.kernels import blockwise
 

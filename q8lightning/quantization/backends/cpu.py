@@ -1,29 +1,43 @@
 """The codecs of ``reference.py`` for CPU tensors, in cache-sized chunks: the same results, many times faster.
 
-Each function has the signature and the meaning of its namesake in the reference. Chunks hold whole blocks, so a chunk
-with a block that is not finite is simply handed to the reference. Passes write into a scratch that is allocated once a
-call: fresh memory for every intermediate would cost more than the arithmetic.
+Each function has the signature and the meaning of its namesake in the reference; ``statistics`` (``[5]`` float64) gets
+:func:`reference.measure` of the tensor and its decoded form, measured while a chunk is in the caches. Chunks hold whole
+blocks, so a chunk with a block that is not finite is simply handed to the reference. Passes write into a scratch that
+is allocated once a call: fresh memory for every intermediate would cost more than the arithmetic.
 """
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.spec import logarithm, reference
+from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
+from q8lightning.quantization.backends.cpu_memory import new_tensor, scratch
+from q8lightning.quantization.backends.cpu_statistics import Totals
+from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.layout import KernelCodec
+from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
-CHUNK = 2**20
-"""Elements per chunk: four megabytes of float32, so that the passes over a chunk stay in the caches
+CHUNK = 2**17
+"""Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
 
-HUGE = 2**23
-"""Bytes from which on memory is asked for in huge pages; less is often in memory that was freed before."""
+
+CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyType(
+    {
+        "codebook": lambda codec: Levels(codec.codebook or BUILTIN["linear"], codec.end != 0),
+        "log": lambda _: Log(),
+        "residual": lambda _: Residual(),
+    }
+)
+"""What encodes and decodes chunks, by what kernels call its arithmetic."""
+
+
+def knows(codec: KernelCodec | None) -> bool:
+    """Whether the functions here that write into memory take a codec."""
+    return codec is not None and codec.kernel in CHUNK_CODECS
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -37,265 +51,196 @@ def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
         yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1), numel - whole
 
 
-def _scratch(numel: int, rows: int) -> Tensor:
-    return _empty(rows * min(numel, CHUNK), torch.float32).view(rows, -1)
+def _part(parts: Parts, elements: slice, rows: slice) -> Parts:
+    """Return the parts of a chunk; of all parts, the second has one row a block."""
+    if elements.stop - elements.start == parts[0].numel():
+        return parts
+    return tuple(part[rows if index == 1 else elements] for index, part in enumerate(parts))
 
 
-def _empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return a new tensor, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
-    values = torch.empty(numel, dtype=dtype, device="cpu")
-    _advise(values.data_ptr(), values.nbytes)
+def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
+    """Write the parts of a flat tensor; return whether all of it can be encoded."""
+    finite = True
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        blocks, chunk = flat[elements].view(-1, width), _part(parts, elements, rows)
+        memory = scratch(*blocks.shape)
+        if flat.dtype != torch.float32:
+            blocks = memory.floats[3].copy_(blocks)
+        if not codec.encode(blocks, chunk, memory):
+            finite = False
+            for part, expected in zip(chunk, codec.encode_slowly(blocks), strict=True):
+                part.copy_(expected.view(part.shape))
+    return finite
+
+
+def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of the parts of a flat tensor."""
+    values = new_tensor(parts[0].numel(), dtype)
+    _decode_into(codec, parts, block_size, values)
     return values
 
 
-def use_huge_pages(memory: memoryview) -> None:
-    """Ask for huge pages for memory that nobody has written to yet; no more than a hint."""
-    _advise(ctypes.addressof(ctypes.c_byte.from_buffer(memory)), memory.nbytes)
-
-
-def _advise(address: int, nbytes: int) -> None:
-    madvise = _madvise()
-    if madvise is not None and nbytes >= HUGE:
-        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it returns makes no difference
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """Return the C library's madvise, None where there are no huge pages to ask for."""
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return cast("Callable[[int, int, int], int]", madvise)
-
-
-def _blocks(numel: int, block_size: int) -> int:
-    return -(-numel // block_size)
-
-
-def _scale(blocks: Tensor, end: int, spare: Tensor) -> Tensor:
-    """As ``reference.block_scale``, with the magnitudes in ``spare``."""
-    absmax = torch.abs(blocks, out=spare).amax(dim=1)
-    scale = absmax.masked_fill_(absmax < reference.SMALLEST_NORMAL, 0.0)
-    return torch.where(blocks.amax(dim=1) == scale, end * scale, -end * scale).add_(0.0) if end else scale
-
-
-def _search(y: Tensor, codebook: Codebook) -> Tensor:
-    """Return the number of thresholds below each element of ``y``, int32; overwrites ``y``."""
-    if codebook.closed_form is not None:
-        return codebook.closed_form(y)
-    cells, flat = codebook.cells, y.view(-1)
-    code = cells.first.index_select(0, (flat.view(torch.int32) >> cells.shift).bitwise_and_(cells.first.numel() - 1))
-    thresholds = torch.cat([codebook.thresholds, codebook.thresholds.new_full((2**cells.rounds,), torch.inf)])
-    for step in (2**i for i in reversed(range(cells.rounds))):
-        code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
-    return code.view(y.shape)
-
-
-def _integers(x: Tensor, zero: int) -> Tensor:
-    """As ``reference.round_to_code``, int32; overwrites ``x``."""
-    return x.add_(reference.ROUNDING + zero).view(torch.int32).bitwise_and_(0xFF)
-
-
-def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    flat = x.detach().reshape(-1)
-    codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
-    scratch = _scratch(flat.numel(), 1)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        blocks = flat[elements].view(-1, width).float()
-        spare = scratch[0, : blocks.numel()].view(-1, width)
-        scale[rows] = part = _scale(blocks, codebook.end if signed_scale else 0, spare)
-        if not bool(part.isfinite().all()):
-            codes[elements] = reference.quantize(blocks, codebook, width, signed_scale)[0].view(-1)
+def _decode_into(codec: ChunkCodec, parts: Parts, block_size: int, values: Tensor) -> None:
+    """Write the values of the parts of a flat tensor to ``values``, of any float dtype."""
+    dtype = values.dtype
+    for elements, rows, width in _chunks(values.numel(), block_size):
+        chunk, out = _part(parts, elements, rows), values[elements].view(-1, width)
+        if not bool(chunk[1].isfinite().all()):
+            out.copy_(codec.decode_slowly(chunk, width, dtype).view(out.shape))
             continue
-        y = torch.mul(blocks, reference.reciprocal(part)[:, None], out=spare)
-        codes[elements] = _search(y, codebook).view(-1)
-    return codes.view(x.shape), scale
+        memory = scratch(*out.shape)
+        decoded = out if dtype == torch.float32 else memory.floats[3]
+        codec.decode(chunk, decoded, memory)
+        if dtype != torch.float32:
+            out.copy_(decoded)
+
+
+def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+    """Write to ``statistics`` what the parts of a flat tensor have lost of it."""
+    totals = Totals()
+    for elements, rows, width in _chunks(flat.numel(), block_size):
+        _add(totals, codec, flat[elements].view(-1, width), _part(parts, elements, rows))
+    totals.write(statistics)
+
+
+def _measure_sample(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+    """As :func:`_measure_whole`, for large tensors from an eighth of them."""
+    taken, stretch = stretches_on_cpu(flat.numel(), block_size)
+    if taken is None:
+        _measure_whole(codec, flat, block_size, parts, statistics)
+        return
+    totals = Totals()
+    rows = [_stretches(part, stretch // block_size if index == 1 else stretch) for index, part in enumerate(parts)]
+    original = _stretches(flat, stretch)
+    for some in torch.split(taken, max(CHUNK // stretch, 1)):
+        chunk = tuple(part.index_select(0, some).flatten(0, 1) for part in rows)
+        _add(totals, codec, original.index_select(0, some).view(-1, block_size), chunk)
+    totals.write(statistics, flat.numel() / (len(taken) * stretch))
+
+
+def _stretches(x: Tensor, length: int) -> Tensor:
+    """Return the whole stretches of so many rows of ``x``, ``[stretches, length, ...]``."""
+    return x[: x.shape[0] // length * length].view(-1, length, *x.shape[1:])
+
+
+def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> None:
+    """Add what a chunk has lost."""
+    if original.dtype == torch.float64 or not bool(parts[1].isfinite().all()):
+        decoded = codec.decode_slowly(parts, original.shape[1], original.dtype)
+        totals.add_slowly(original, decoded.view(original.shape))
+        return
+    memory = scratch(*original.shape)
+    decoded = memory.floats[3]
+    codec.decode(parts, decoded, memory)
+    if original.dtype != torch.float32:
+        decoded.copy_(decoded.to(original.dtype))
+        original = memory.floats[4].copy_(original)
+    totals.add(original, decoded, memory)
+
+
+def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1) -> Parts:
+    """Return parts for a tensor, not yet written."""
+    blocks = -(-x.numel() // block_size)
+    codes, *later = (new_tensor(x.numel(), torch.uint8) for _ in range(stages))
+    return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
+
+
+def encode_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor | None = None) -> bool:
+    """Encode a flat tensor into memory that is there.
+
+    Args:
+        x: ``[numel]`` of any float dtype.
+        codec: How; one that :func:`knows`.
+        parts: What is written: codes ``[numel]`` uint8; scales ``[blocks]`` float32, for the log codec ``[blocks, 2]``;
+            residual codes, if there are any, as the codes.
+        statistics: ``[5]`` float64 for what is lost, if that is wanted; of large tensors it is measured in an eighth.
+
+    Returns:
+        Whether all scales are finite.
+    """
+    chunks, block_size, flat = CHUNK_CODECS[codec.kernel](codec), codec.layout.block_size, x.detach()
+    finite = _encode(chunks, flat, block_size, parts)
+    if statistics is not None:
+        measure = _measure_sample if finite else _measure_whole
+        measure(chunks, flat, block_size, parts, statistics)
+    return finite
+
+
+def decode_into(codec: KernelCodec, parts: Parts, values: Tensor) -> None:
+    """Decode into memory that is there: ``values``, ``[numel]`` of any float dtype; the first floats of the scratch are
+    overwritten."""
+    _decode_into(CHUNK_CODECS[codec.kernel](codec), parts, codec.layout.block_size, values)
+
+
+def measure_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor) -> None:
+    """Measure in whole what :func:`encode_into` has lost."""
+    chunks = CHUNK_CODECS[codec.kernel](codec)
+    _measure_whole(chunks, x.detach(), codec.layout.block_size, parts, statistics)
+
+
+def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, statistics: Tensor | None) -> Parts:
+    """Write the parts of a tensor; return them with codes in its shape."""
+    flat = x.detach().reshape(-1)
+    _encode(codec, flat, block_size, parts)
+    if statistics is not None:
+        _measure_whole(codec, flat, block_size, parts, statistics)
+    return tuple(part if index == 1 else part.view(x.shape) for index, part in enumerate(parts))
+
+
+def quantize(
+    x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    codec = Levels(codebook, signed_scale)
+    codes, scale = _quantize(codec, x, block_size, _new_parts(x, block_size), statistics)
+    return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat, levels = codes.reshape(-1), _Levels(codebook)
-    values = _empty(flat.numel(), dtype)
-    scratch = _scratch(flat.numel(), 2)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        if not bool(scale[rows].isfinite().all()):
-            values[elements] = reference.dequantize(flat[elements], scale[rows], codebook, width, dtype)
-            continue
-        spare, part = scratch[:, : flat[elements].numel()]
-        if dtype == torch.float32:
-            part = values[elements]
-        levels.look_up(flat[elements], spare, out=part)
-        part.view(-1, width).mul_(scale[rows, None])
-        if dtype != torch.float32:
-            values[elements] = part
-    return values.view(codes.shape)
+    return _decode(Levels(codebook), (codes.reshape(-1), scale), block_size, dtype).view(codes.shape)
 
 
-class _Levels:
-    """The levels of a codebook by code: computed where they are quotients of integers, else looked up."""
-
-    def __init__(self, codebook: Codebook) -> None:
-        self.name = codebook.name if codebook.spec in ("linear", "softsign") else None
-        # Codes that the codebook lacks decode to 0, as in the reference.
-        self.table = torch.nn.functional.pad(codebook.tensor(), (0, 256 - len(codebook.levels)))
-        self._integers = torch.empty(2, 0, dtype=torch.uint8, device="cpu")
-
-    def look_up(self, codes: Tensor, spare: Tensor, out: Tensor) -> None:
-        """Write the level of each of ``codes`` (flat, uint8) into ``out`` (float32); ``spare`` is like ``out``."""
-        if self.name is None or bool(codes.max() == 255):
-            torch.index_select(self.table, 0, spare.view(torch.int32).copy_(codes), out=out)
-            return
-        if self._integers.shape[1] < codes.numel():
-            self._integers = torch.empty(2, codes.numel(), dtype=torch.uint8, device="cpu")
-        # Bytes as long as possible: a pass over them takes a quarter of the time.
-        numerator, denominator = self._integers[:, : codes.numel()]
-        out.copy_(torch.sub(codes, 127, out=numerator).view(torch.int8))
-        if self.name == "linear":
-            out.div_(127.0)
-        else:
-            torch.abs(numerator.view(torch.int8), out=denominator.view(torch.int8))
-            denominator.neg_().sub_(2)  # 254 - x, modulo 256
-            out.div_(spare.copy_(denominator))
+def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
+    codes, scale = quantize(x, codebook, block_size, statistics=statistics)
+    return dequantize(codes, scale, codebook, block_size, x.dtype)
 
 
-def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
-    return dequantize(*quantize(x, codebook, block_size), codebook, block_size, x.dtype)
-
-
-def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    flat, linear = x.detach().reshape(-1), BUILTIN["linear"]
-    codes, residual = (_empty(flat.numel(), torch.uint8) for _ in range(2))
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
-    levels, scratch = _Levels(linear), _scratch(flat.numel(), 2)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        blocks = flat[elements].view(-1, width).float()
-        spare, left = scratch[:, : blocks.numel()].view(2, -1, width)
-        scale[rows] = part = _scale(blocks, 0, spare)
-        if not bool(part.isfinite().all()):
-            first, second, _ = reference.quantize_residual(blocks, width)
-            codes[elements], residual[elements] = first.view(-1), second.view(-1)
-            continue
-        per_unit = reference.reciprocal(part)[:, None]
-        codes[elements] = _search(torch.mul(blocks, per_unit, out=spare), linear).view(-1)
-        levels.look_up(codes[elements], spare.view(-1), out=left.view(-1))
-        left.mul_(part[:, None])
-        torch.sub(blocks, left, out=left).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
-        residual[elements] = _integers(left, zero=127).clamp_(1, 253).view(-1)
-    return codes.view(x.shape), residual.view(x.shape), scale
+def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, later = _quantize(Residual(), x, block_size, _new_parts(x, block_size, stages=2), statistics)
+    return codes, later, scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat, flat_residual, levels = codes.reshape(-1), residual.reshape(-1), _Levels(BUILTIN["linear"])
-    values = _empty(flat.numel(), dtype)
-    scratch = _scratch(flat.numel(), 3)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        first, second, part = flat[elements], flat_residual[elements], scale[rows]
-        if not bool(part.isfinite().all()):
-            values[elements] = reference.dequantize_residual(first, second, part, width, dtype)
-            continue
-        spare, one, two = scratch[:, : first.numel()]
-        for stage, stage_scale, decoded in (
-            (first, part, one),
-            (second, reference.divide(part, reference.RESIDUAL_DIVISOR), two),
-        ):
-            levels.look_up(stage, spare, out=decoded)
-            decoded.view(-1, width).mul_(stage_scale[:, None])
-        if dtype == torch.float32:
-            torch.add(one, two, out=values[elements])
-        else:
-            values[elements] = one.add_(two)
-    return values.view(codes.shape)
+    parts = codes.reshape(-1), scale, residual.reshape(-1)
+    return _decode(Residual(), parts, block_size, dtype).view(codes.shape)
 
 
-def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    flat = x.detach().reshape(-1)
-    codes = _empty(flat.numel(), torch.uint8)
-    bounds = torch.empty(_blocks(flat.numel(), block_size), 2, dtype=torch.float32, device="cpu")
-    scratch = _scratch(flat.numel(), 3)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        blocks = flat[elements].view(-1, width).float()
-        log, spare, other = scratch[:, : blocks.numel()].view(3, -1, width)
-        low, high = blocks.amin(dim=1), blocks.amax(dim=1) + 0.0  # no negative zero
-        if not bool(((low >= 0) & high.isfinite()).all()):  # a NaN is not >= 0
-            part, bounds[rows] = reference.quantize_log(blocks, width)
-            codes[elements] = part.view(-1)
-            continue
-        has_zeros = not bool((low > 0).all())
-        if has_zeros:
-            low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
-            low.masked_fill_(low.isinf(), 0.0)
-        bounds[rows] = torch.stack([low, high], dim=1)
-        grid = logarithm.log_grid(bounds[rows])
-        pattern, integer = blocks.view(torch.int32), spare.view(torch.int32)
-        torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer).bitwise_or_(0x3F800000)
-        mantissa = spare.sub_(1.0)
-        _polynomial(mantissa, *logarithm.LOG2_POLYNOMIAL, out=log)
-        log.mul_(torch.sub(1.0, mantissa, out=other).mul_(mantissa))
-        log.add_(spare.copy_(torch.sub(pattern, bounds[rows].view(torch.int32)[:, :1], out=integer)))
-        log.add_(grid.offset[:, None]).mul_(grid.codes_per_pattern[:, None])
-        code = _integers(log, zero=1)
-        if has_zeros:
-            code.mul_(integer.copy_(torch.sign(blocks, out=spare)))
-        codes[elements] = code.view(-1)
-    return codes.view(x.shape), bounds
-
-
-def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -> None:
-    """Write ``constant + x (c1 + x (c2 + ...))`` into ``out``, one rounding an operation."""
-    *rest, last = coefficients
-    torch.mul(x, last, out=out)
-    for coefficient in reversed(rest):
-        out.add_(coefficient).mul_(x)
-    out.add_(constant)
+def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    codes, bounds = _quantize(Log(), x, block_size, _new_parts(x, block_size, bounds=True), statistics)
+    return codes, bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat = codes.reshape(-1)
-    values = _empty(flat.numel(), dtype)
-    grid = logarithm.log_grid(bounds)
-    low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
-    scratch = _scratch(flat.numel(), 2 if dtype == torch.float32 else 3)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        code = flat[elements].view(-1, width)
-        has_zeros = bool(code.amin() == 0)
-        one, two = scratch[:2, : code.numel()].view(2, -1, width)
-        part = values[elements] if dtype == torch.float32 else scratch[2, : code.numel()]
-        decoded = part.view(torch.int32).view(-1, width)
-        # In place wherever it can be: to write to other memory takes longer.
-        position, fraction = one.view(torch.int32), two.view(torch.int32)
-        fraction.copy_(code).mul_(grid.step[rows, None]).add_(grid.origin[rows, None])
-        position.copy_(fraction)
-        fraction.bitwise_and_(logarithm.OCTAVE - 1).bitwise_or_(0x3F800000)
-        # The octave of the position, with the power's mantissa in the place of the fraction's.
-        octave = position.sub_(fraction)
-        _polynomial(two, *logarithm.EXP2_POLYNOMIAL, out=part.view(-1, width))
-        decoded.add_(octave)
-        torch.maximum(decoded, low[rows, None], out=decoded)
-        torch.minimum(decoded, high[rows, None], out=decoded)
-        if has_zeros:
-            decoded.mul_(position.copy_(code.clamp(max=1)))  # a comparison would take eight times as long
-        if dtype != torch.float32:
-            values[elements] = part
-    return values.view(codes.shape)
+    return _decode(Log(), (codes.reshape(-1), bounds), block_size, dtype).view(codes.shape)
 
 
-def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
-    codes = _empty(flat.numel(), torch.uint8)
-    scale = torch.empty(_blocks(flat.numel(), block_size), dtype=torch.float32, device="cpu")
-    zero_point = torch.empty(scale.numel(), dtype=torch.uint8, device="cpu")
+    codes, scale = _new_parts(x, block_size)
+    zero_point, totals = torch.empty(scale.numel(), dtype=torch.uint8, device="cpu"), Totals()
     for elements, rows, width in _chunks(flat.numel(), block_size):
         part, scale[rows], zero_point[rows] = reference.quantize_affine(flat[elements].view(-1, width), width)
         codes[elements] = part.view(-1)
+        if statistics is not None:
+            decoded = reference.dequantize_affine(codes[elements], scale[rows], zero_point[rows], width, x.dtype)
+            totals.add_slowly(flat[elements], decoded)
+    if statistics is not None:
+        totals.write(statistics)
     return codes.view(x.shape), scale, zero_point
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
-    values = _empty(flat.numel(), dtype)
+    values = new_tensor(flat.numel(), dtype)
     for elements, rows, width in _chunks(flat.numel(), block_size):
         values[elements] = reference.dequantize_affine(flat[elements], scale[rows], zero_point[rows], width, dtype)
     return values.view(codes.shape)

@@ -1,45 +1,57 @@
-"""What a codec lost of a CPU tensor, measured in cache-sized chunks: decoded, compared and forgotten.
+"""What a codec lost of a CPU tensor, added up chunk by chunk while the chunk is still in the caches.
 
-The same numbers as :func:`reference.measure` of the tensor and its decoded form, but for the order of the float64 sums,
-in a tenth of the time: nothing of the tensor's size is allocated.
+The numbers of :func:`reference.measure` of the tensor and its decoded form, but for the order of the float64 sums.
 """
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**18
-"""Elements per chunk: two megabytes of float64, so that what is decoded is still in the caches when it is compared."""
-
-Decode = Callable[[slice, slice], Tensor]
-"""Given the elements of the flattened tensor and their blocks, returns the decoded elements."""
+from q8lightning.quantization.backends.cpu_memory import Scratch
+from q8lightning.quantization.spec import reference
 
 
-def measure(x: Tensor, block_size: int, decode: Decode) -> Tensor:
-    """Return :func:`reference.measure` of ``x`` and what ``decode`` makes of it, ``[5]`` float64.
+class Totals:
+    """The five numbers of ``reference.ErrorStatistics``, of the chunks so far."""
 
-    Args:
-        x: ``[*shape]`` of any float dtype, on the CPU.
-        block_size: Elements that share a scale; chunks hold whole blocks.
-        decode: What is stored of ``x``, decoded to its dtype.
-    """
-    flat = x.detach().reshape(-1)
-    step = max(CHUNK // block_size, 1) * block_size
-    squared_error = squares = max_error = zeros = zeroed = torch.zeros((), dtype=torch.float64, device="cpu")
-    for start in range(0, flat.numel(), step):
-        elements = slice(start, min(start + step, flat.numel()))
-        part, decoded = flat[elements], decode(elements, slice(start // block_size, (start + step) // block_size))
-        original = part.double()
-        error = torch.sub(decoded.double(), original)
-        squared_error = squared_error + torch.dot(error, error)
-        squares = squares + torch.dot(original, original)
-        max_error = torch.maximum(max_error, error.abs_().amax())
-        nonzero = torch.count_nonzero(part)
-        zeros = zeros + (part.numel() - nonzero)
-        # Every codec decodes zero to zero, unless it is in a block with no numbers.
-        if bool(max_error.isfinite()):
-            zeroed = zeroed + (nonzero - torch.count_nonzero(decoded))
-        else:
-            zeroed = zeroed + torch.count_nonzero((part != 0) & (decoded == 0))
-    return torch.stack([squared_error, squares, max_error, zeros, zeroed])
+    def __init__(self) -> None:
+        self._numbers = [0.0] * 5
+
+    def add(self, original: Tensor, decoded: Tensor, scratch: Scratch) -> None:
+        """Add a chunk of finite numbers.
+
+        Args:
+            original: ``[rows, width]`` float32.
+            decoded: The same; 0 where the original is.
+            scratch: To compute in; its first float and its doubles are overwritten.
+        """
+        zeros = _count_zeros(original, scratch.floats[0])
+        zeroed = _count_zeros(decoded, scratch.floats[0]) - zeros
+        exact, error = scratch.doubles
+        exact.view(original.shape).copy_(original)
+        error.view(decoded.shape).copy_(decoded)
+        error.sub_(exact)
+        max_error = max(float(error.amax()), -float(error.amin()))
+        self._add(float(torch.dot(error, error)), float(torch.dot(exact, exact)), max_error, zeros, zeroed)
+
+    def add_slowly(self, original: Tensor, decoded: Tensor) -> None:
+        """Add a chunk of any floats, of any dtype."""
+        self._add(*(float(each) for each in reference.error_statistics(original, decoded)))
+
+    def write(self, statistics: Tensor, weight: float = 1.0) -> None:
+        """Write the numbers to ``statistics``, ``[5]`` float64, sums and counts times ``weight``."""
+        error, squares, largest, *counts = self._numbers
+        numbers = [error * weight, squares * weight, largest, *(count * weight for count in counts)]
+        statistics.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+
+    def _add(self, squared_error: float, squares: float, max_error: float, zeros: float, zeroed: float) -> None:
+        error, power, largest, *counts = self._numbers
+        if max_error > largest or math.isnan(max_error):  # nothing is greater than a NaN
+            largest = max_error
+        self._numbers = [error + squared_error, power + squares, largest, counts[0] + zeros, counts[1] + zeroed]
+
+
+def _count_zeros(x: Tensor, spare: Tensor) -> float:
+    # As floats: to count bools would take many times as long.
+    return float(torch.eq(x, 0.0, out=spare).sum())

@@ -10,6 +10,7 @@ from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.residual import ResidualCodec
 from q8lightning.quantization.spec.codebook import Codebook, get_codebook
+from q8lightning.quantization.spec.error_bound import of_codebook, relative_error_bound
 from q8lightning.quantization.spec.layout import KernelCodec
 
 STABLE_IN_BFLOAT16 = ("linear", "softsign")
@@ -57,6 +58,9 @@ class CodebookCodec(Codec):
         codes, scales = parts
         values: Tensor = ops.dequantize(codes, scales, self.name, self.block_size, dtype)
         return values
+
+    def relative_error_bound(self, values: Tensor, parts: tuple[Tensor, ...]) -> float:
+        return relative_error_bound(values, parts[1], self.block_size, *of_codebook(self.book))
 
     @property
     def label(self) -> str:

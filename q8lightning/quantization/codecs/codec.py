@@ -74,6 +74,13 @@ class Codec(ABC):
         """Return whether a block could not be encoded, 0-dimensional bool, from what :meth:`encode` returned."""
         return ~parts[1].isfinite().all()
 
+    def relative_error_bound(self, values: Tensor, parts: tuple[Tensor, ...]) -> float:
+        """Return what the relative error of a flat tensor cannot exceed, from its parts alone; infinity if not known.
+
+        What is measured in a sample is judged by it.
+        """
+        return torch.inf
+
     def decode_stretches(
         self, parts: tuple[Tensor, ...], which: slice | Tensor, length: int, dtype: torch.dtype
     ) -> Tensor:
@@ -88,11 +95,7 @@ class Codec(ABC):
         Returns:
             The values of these stretches, one after the other.
         """
-        codes, scales, *later = (
-            take_stretches(part, which, length // self.block_size if index == 1 else length)
-            for index, part in enumerate(parts)
-        )
-        return self.decode((codes, scales, *later), dtype)
+        return self.decode(self.layout.take(parts, which, length), dtype)
 
     # How its parts lie in the bytes of a payload
 
@@ -156,11 +159,3 @@ class Codec(ABC):
     def is_stable_in(self, dtype: torch.dtype) -> bool:
         """Whether values that were decoded to ``dtype``, rounded, always give the same parts again."""
         return dtype in (torch.float32, torch.float64)
-
-
-def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:
-    """Return stretches of so many rows of ``x``, one after the other; by number, only whole ones."""
-    if isinstance(which, slice):
-        return x[which.start * length : which.stop * length]
-    whole = x[: x.shape[0] // length * length]
-    return whole.view(-1, length, *x.shape[1:])[which].flatten(0, 1)

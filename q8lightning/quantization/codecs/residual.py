@@ -9,6 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.spec.error_bound import OF_RESIDUAL, relative_error_bound
 from q8lightning.quantization.spec.layout import KernelCodec, Layout
 
 
@@ -46,6 +47,9 @@ class ResidualCodec(Codec):
     @property
     def entry(self) -> dict[str, str | int]:
         return super().entry | {"residual_bits": 8}
+
+    def relative_error_bound(self, values: Tensor, parts: tuple[Tensor, ...]) -> float:
+        return relative_error_bound(values, parts[1], self.block_size, *OF_RESIDUAL)
 
     @property
     def label(self) -> str:

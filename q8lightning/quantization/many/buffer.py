@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.system.ambient import lasting
 
 ALIGNMENT = 16
@@ -53,7 +54,11 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
 
 def allocate(layout: BufferLayout) -> Tensor:
     """Return a new buffer."""
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
+    device = layout.gaps.device
+    if device.type == "cpu":
+        buffer = new_tensor(layout.nbytes, torch.uint8)
+    else:
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
 
 

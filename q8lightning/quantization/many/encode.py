@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import has_kernels, many
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, kept_index, lay_out, split
+from q8lightning.quantization.spec.sampling import stretches_on_cpu
+from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
 
@@ -22,7 +25,8 @@ class EncodedBuffer(NamedTuple):
         failed: ``[tensors]`` int32 on their device, 1 where the codec cannot hold a block of the tensor and its scales
             are not finite.
         statistics: ``[tensors, 5]`` float64 on their device if they were wanted: the fields of
-            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order. Where :func:`is_sampled`,
+            sums and counts are estimates, and the largest error is that of the elements that were looked at.
     """
 
     buffer: Tensor
@@ -66,6 +70,7 @@ class EncodePlan:
         """Where in the buffer the data of each tensor begins, in bytes."""
         return self._layout.starts
 
+    @neutral()
     def encode(self, tensors: Sequence[Tensor], measure: bool = False) -> EncodedBuffer:
         """Encode such tensors, each as :meth:`Codec.encode` does its elements in the order of memory.
 
@@ -73,7 +78,7 @@ class EncodePlan:
 
         Args:
             tensors: Of the sizes and dtypes, and on the device, that were given.
-            measure: Whether to measure what is lost.
+            measure: Whether to measure what is lost; on a CPU, of large tensors in an eighth (``sampling.py``).
         """
         count, device = len(tensors), tensors[0].device
         failed = torch.zeros(count, dtype=torch.int32, device=device)
@@ -86,7 +91,8 @@ class EncodePlan:
         jobs = []
         for index, codec in self._alone:
             flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
-            jobs.append(partial(_encode, flat, codec, encoded, data[index], index))
+            on_cpu = device.type == "cpu" and cpu.knows(codec.kernel)
+            jobs.append(partial(_encode_on_cpu if on_cpu else _encode, flat, codec, encoded, data[index], index))
         share_out(jobs, [tensors[index].nbytes if device.type == "cpu" else 0 for index, _ in self._alone])
         return encoded
 
@@ -94,6 +100,34 @@ class EncodePlan:
 def encode_many(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> EncodedBuffer:
     """Encode each tensor with its codec into one buffer; see :class:`EncodePlan`."""
     return EncodePlan(tensors, codecs).encode(tensors, measure)
+
+
+def is_sampled(values: Tensor, codec: Codec) -> bool:
+    """Whether :func:`encode_many` measures what is lost of such a tensor in a part of it."""
+    taken, _ = stretches_on_cpu(values.numel(), codec.block_size)
+    return values.device.type == "cpu" and cpu.knows(codec.kernel) and taken is not None
+
+
+def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
+    """Return what is lost of all of a CPU tensor that :func:`is_sampled`, ``[5]`` float64.
+
+    Args:
+        values: ``[numel]``, the original.
+        codec: How it is encoded.
+        data: What :func:`encode_many` returned for it.
+    """
+    statistics = torch.zeros(5, dtype=torch.float64, device="cpu")
+    assert codec.kernel is not None
+    cpu.measure_into(values, codec.kernel, codec.split(data, values.numel()), statistics)
+    return statistics
+
+
+def _encode_on_cpu(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, index: int) -> None:
+    """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
+    statistics = None if encoded.statistics is None else encoded.statistics[index]
+    assert codec.kernel is not None
+    if not cpu.encode_into(flat, codec.kernel, codec.split(data, flat.numel()), statistics):
+        encoded.failed[index] = 1
 
 
 def _encode(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, index: int) -> None:

@@ -1,8 +1,8 @@
 """How far stored moments turn the direction in which Adam steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
 
 The error of a small second moment counts here as much as it changes the step; the error of the tensors themselves
-cannot see it. Of large tensors an eighth is looked at (``sampling.py``): training stands still meanwhile, and a
-hundred thousand elements tell the ratio of error to signal as well as all of them.
+cannot see it. Of large tensors an eighth is looked at (``sampling.py``): training stands still meanwhile, and a part of
+the elements tells the ratio of error to signal as well as all of them.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -12,16 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import has_kernels, many
-from q8lightning.quantization.codecs.codec import Codec, take_stretches
+from q8lightning.quantization.backends.cpu_memory import scratch
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import kept_index
-from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
+from q8lightning.quantization.spec.layout import take_stretches
+from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, stretches_on_cpu, weight_of
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
+CHUNK = {"cpu": 2**16, "cuda": 2**24}
 """Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
 half a gigabyte."""
+
+
+_Part = slice | Tensor
+"""Stretches of a tensor: a range of them, or their numbers."""
 
 
 class StoredMoment(NamedTuple):
@@ -124,7 +131,7 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
         chosen = [pairs[index] for index in members]
         if likeness is None:
             sizes = [pair.exp_avg.values.nbytes if sums.device.type == "cpu" else 0 for pair in chosen]
-            each = share_out([partial(_sums, pair) for pair in chosen], sizes)
+            each = share_out([partial(_sums_on_cpu if _is_simple(pair) else _sums, pair) for pair in chosen], sizes)
             sums[kept_index(tuple(members), sums.device)] = torch.stack(each)
         else:
             _measure_in_a_launch(tuple(members), chosen, sums)
@@ -168,8 +175,54 @@ def _sums(pair: Moments) -> Tensor:
     return sums * weight_of(exp_avg.values.numel())
 
 
-_Part = slice | Tensor
-"""Stretches of a tensor: a range of them, or their numbers."""
+def _is_simple(pair: Moments) -> bool:
+    """Whether a CPU can decode and compare without an operator for each chunk."""
+    return all(
+        each.values.device.type == "cpu"
+        and each.values.dtype == torch.float32
+        and (each.codec is None or cpu.knows(each.codec.kernel))
+        for each in pair.moments
+    )
+
+
+def _sums_on_cpu(pair: Moments) -> Tensor:
+    """As :func:`_sums`, in memory that is used again and from a sample of smaller tensors, too."""
+    numel = pair.exp_avg.values.numel()
+    block_size = max(1 if each.codec is None else each.codec.block_size for each in pair.moments)
+    taken, length = stretches_on_cpu(numel, block_size)
+    if taken is not None:
+        error, squares = _add_up(pair, torch.split(taken, max(CHUNK["cpu"] // length, 1)), length)
+        if squares:
+            weight = numel / (len(taken) * length)
+            return torch.tensor([error * weight, squares * weight], dtype=torch.float64, device="cpu")
+    count = max(CHUNK["cpu"] // STRETCH, 1)
+    parts = [slice(start, start + count) for start in range(0, -(-numel // STRETCH), count)]
+    return torch.tensor(_add_up(pair, parts, STRETCH), dtype=torch.float64, device="cpu")
+
+
+def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, float]:
+    """Return the sums over these parts, of stretches of so many elements."""
+    error = squares = 0.0
+    for part in parts:
+        first, second = (take_stretches(each.values, part, length) for each in pair.moments)
+        memory = scratch(1, first.numel())
+        spare, direction, _, stored_first, stored_second, *_ = (each.view(-1) for each in memory.floats)
+        for moment, values, out in zip(pair.moments, (first, second), (stored_first, stored_second), strict=True):
+            kernel = None if moment.codec is None else moment.codec.kernel
+            if kernel is None or moment.data is None:
+                out.copy_(values)
+            else:  # the first three are overwritten
+                encoded = kernel.layout.split(moment.data, moment.values.numel())
+                cpu.decode_into(kernel, kernel.layout.take(encoded, part, length), out)
+        root = torch.sqrt(second, out=spare).add_(pair.eps)
+        torch.div(first, root, out=direction)
+        stored_first.div_(stored_second.sqrt_().add_(pair.eps)).sub_(direction)
+        one, two = memory.doubles
+        one.copy_(stored_first)
+        two.copy_(direction)
+        error += float(torch.dot(one, one))
+        squares += float(torch.dot(two, two))
+    return error, squares
 
 
 def _parts(values: Tensor) -> list[_Part]:

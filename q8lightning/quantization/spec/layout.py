@@ -41,6 +41,15 @@ class Layout(NamedTuple):
         codes, scales, *later = parts
         torch.cat([scales.view(-1).view(torch.uint8), codes, *later], out=out)
 
+    def take(self, parts: Sequence[Tensor], which: slice | Tensor, length: int) -> tuple[Tensor, ...]:
+        """Return the parts of some stretches of a flat tensor, whole blocks each; see :func:`take_stretches`."""
+        codes, scales, *later = parts
+        return (
+            take_stretches(codes, which, length),
+            take_stretches(scales, which, length // self.block_size),
+            *(take_stretches(part, which, length) for part in later),
+        )
+
 
 class KernelCodec(NamedTuple):
     """What the kernels for many tensors are told of a codec.
@@ -56,6 +65,20 @@ class KernelCodec(NamedTuple):
     layout: Layout
     codebook: Codebook | None = None
     end: int = 0
+
+
+def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:
+    """Return stretches of so many rows of ``x``, one after the other; by number, only whole ones.
+
+    Args:
+        x: ``[rows, ...]``.
+        which: A range of stretches, or their numbers.
+        length: Rows of a stretch.
+    """
+    if isinstance(which, slice):
+        return x[which.start * length : which.stop * length]
+    whole = x[: x.shape[0] // length * length]
+    return whole.view(-1, length, *x.shape[1:])[which].flatten(0, 1)
 
 
 def check_block_size(block_size: int) -> int:

@@ -92,7 +92,9 @@ def _search(y: Tensor, codebook: Codebook, scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite()[:, None], code, codebook.zero_code)
 
 
-def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Encode each element as the nearest level of the codebook, relative to the largest magnitude of its block.
 
     Args:
@@ -100,6 +102,8 @@ def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool 
         codebook: The levels.
         block_size: Elements that share a scale.
         signed_scale: Give the scale a sign, so that the block's largest element becomes :attr:`Codebook.end`.
+        statistics: ``[5]`` float64 that gets :func:`measure` of ``x`` and its decoded form, if that is wanted; the same
+            in the functions below.
 
     Returns:
         codes ``[*shape]`` uint8, and scale ``[ceil(numel / block_size)]`` float32 in the units of ``x``, 0 for an
@@ -107,8 +111,10 @@ def quantize(x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool 
     """
     blocks = to_blocks(x, block_size)
     scale = block_scale(blocks, codebook.end if signed_scale else 0)
-    codes = _search(blocks * reciprocal(scale)[:, None], codebook, scale)
-    return from_blocks(codes, x, torch.uint8), scale
+    codes = from_blocks(_search(blocks * reciprocal(scale)[:, None], codebook, scale), x, torch.uint8)
+    if statistics is not None:
+        statistics.copy_(measure(x, dequantize(codes, scale, codebook, block_size, x.dtype)))
+    return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -121,9 +127,10 @@ def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int
     return from_blocks(values, codes, dtype)
 
 
-def fake_quantize(x: Tensor, codebook: Codebook, block_size: int) -> Tensor:
+def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
     """Return ``dequantize(quantize(x))`` in the dtype of ``x``."""
-    return dequantize(*quantize(x, codebook, block_size), codebook, block_size, x.dtype)
+    codes, scale = quantize(x, codebook, block_size, statistics=statistics)
+    return dequantize(codes, scale, codebook, block_size, x.dtype)
 
 
 def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
@@ -131,7 +138,7 @@ def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
     return fake_quantize(x, codebook, row)
 
 
-def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Encode with the linear codebook, then encode what is left with it again, at a 253rd of the scale.
 
     A step of the residual is ``scale / (253 * 127)``. Its codes stay within 126 steps of its zero, so that the sum
@@ -144,8 +151,10 @@ def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
     codes, scale = quantize(x, linear, block_size)
     left = to_blocks(x, block_size) - to_blocks(dequantize(codes, scale, linear, block_size, torch.float32), block_size)
     residual = round_to_code(left * reciprocal(scale)[:, None] * (RESIDUAL_DIVISOR * 127), zero=127).clamp(1, 253)
-    residual = torch.where(scale.isfinite()[:, None], residual, 127)
-    return codes, from_blocks(residual, x, torch.uint8), scale
+    residual = from_blocks(torch.where(scale.isfinite()[:, None], residual, 127), x, torch.uint8)
+    if statistics is not None:
+        statistics.copy_(measure(x, dequantize_residual(codes, residual, scale, block_size, x.dtype)))
+    return codes, residual, scale
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -161,7 +170,7 @@ def round_to_code(x: Tensor, zero: int) -> Tensor:
     return (x + (ROUNDING + zero)) - ROUNDING
 
 
-def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Encode values that are never negative at equal steps of their logarithm; for second moments.
 
     Code 0 is exactly zero; codes from 1 on are equal steps of log2 from the smallest positive to the largest value of
@@ -186,8 +195,10 @@ def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     pattern = torch.where(positive, blocks, 0.0).view(torch.int32)
     distance = (pattern - bounds.view(torch.int32)[:, :1]).float() + log2_correction(pattern)
     code = round_to_code((distance + grid.offset[:, None]) * grid.codes_per_pattern[:, None], zero=1)
-    code = torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0))
-    return from_blocks(code, x, torch.uint8), bounds
+    codes = from_blocks(torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0)), x, torch.uint8)
+    if statistics is not None:
+        statistics.copy_(measure(x, dequantize_log(codes, bounds, block_size, x.dtype)))
+    return codes, bounds
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -200,7 +211,7 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     return from_blocks(values.view(torch.float32), codes, dtype)
 
 
-def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Encode with 256 equal steps from the smallest to the largest value of each block, zero always among them.
 
     The standard asymmetric integer quantization: ``x = (code - zero_point) * scale``. It suits values on one side of
@@ -218,8 +229,11 @@ def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]
     per_unit = reciprocal(scale)
     zero_point = (0.5 - torch.where(scale.isfinite(), low, 0.0) * per_unit).floor().clamp(0, 255)
     code = (blocks * per_unit[:, None] + (zero_point + 0.5)[:, None]).floor().clamp(0, 255)
-    code = torch.where(scale.isfinite()[:, None], code, 0.0)
-    return from_blocks(code, x, torch.uint8), scale, zero_point.to(torch.uint8)
+    codes = from_blocks(torch.where(scale.isfinite()[:, None], code, 0.0), x, torch.uint8)
+    zero_point = zero_point.to(torch.uint8)
+    if statistics is not None:
+        statistics.copy_(measure(x, dequantize_affine(codes, scale, zero_point, block_size, x.dtype)))
+    return codes, scale, zero_point
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:

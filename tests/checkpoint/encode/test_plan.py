@@ -13,7 +13,8 @@ from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode.plan import Plan, plan_save
+from q8lightning.checkpoint.encode.plan import Plan
+from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.trainer import checkpoint_io
 
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from q8lightning.tools.convert import compress
-from q8lightning.tools.source import open_checkpoint
 from support.models import Autoencoder, Diary, TwoOptimizers, quiet_trainer
 from support.promises import load, same_bits, tensors
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from q8lightning import QuantizationCallback, export_quantized, keep_encoded
 from q8lightning.quantization.spec.codebook import BUILTIN, get_codebook
 from q8lightning.quantization.spec.reference import dequantize_log
+from q8lightning.tools import compress
 
 sys.path.append(str(Path(__file__).parents[2] / "golden"))
 
@@ -46,7 +45,7 @@ def encoded_again(folder: Path) -> Path:
 def compressed(folder: Path) -> Path:
     """What the command line writes, record by record."""
     torch.save(load(GOLDEN / "codecs_v1.ckpt"), folder / "plain.ckpt")
-    compress(open_checkpoint(folder / "plain.ckpt"), folder / "a.ckpt", POLICY)
+    compress(folder / "plain.ckpt", folder / "a.ckpt", POLICY)
     return folder / "a.ckpt"
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import edit_pickle
 from support.models import Autoencoder, quiet_trainer
-from support.promises import edit_pickle, load, same_bits
+from support.promises import load, same_bits
 
 from q8lightning import (
     CorruptCheckpointError,
@@ -24,7 +25,7 @@ from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import rebuild_v1
 from q8lightning.quantization.codecs.table import get_codec
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 NAME = "state_dict.weight"
 SAYS = r"format version 2, which this installation \(format version 1\) does not know; upgrade q8lightning"
 

@@ -5,7 +5,7 @@ import os
 import threading
 import zipfile
 import zlib
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from support.containers import Pair
 from support.files import flip
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads, same_bits
+from support.steps import our_threads
 from torch import Tensor
 
 from q8lightning import (
@@ -39,10 +41,8 @@ from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem
 from q8lightning.system.workers import Workers
-from q8lightning.tools.verify import verify_file
+from q8lightning.tools import verify
 from q8lightning.trainer.durable_io import DurableCheckpointIO
-
-Pair = namedtuple("Pair", ["one", "two"])
 
 
 def payload(
@@ -91,15 +91,11 @@ def test_it_returns_what_torch_load_returns(path: Path) -> None:
     assert found["state_dict"]["b"] is found["again"]
     assert found["tuples"][0] is found["tuples"][1]
     assert found["state_dict"]._metadata == expected["state_dict"]._metadata
-    assert threads() == []
+    assert our_threads() == []
 
 
 def load_all(path: Path) -> Any:
     return torch.load(path, weights_only=False)
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
 
 
 def test_the_io_reads_so_unless_somebody_else_stands_between(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +189,7 @@ def test_an_error_of_loading_is_that_error(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.ckpt", fail)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "b.ckpt")
-    assert threads() == []
+    assert our_threads() == []
 
 
 class Watched(QuantizedTensor):
@@ -211,12 +207,12 @@ class Watched(QuantizedTensor):
 def test_an_interrupt_leaves_no_thread(path: Path) -> None:
     def interrupted(file: Any) -> None:
         torch.load(file, weights_only=False)
-        assert threads() != [], "the records that they have read are in memory"
+        assert our_threads() != [], "the records that they have read are in memory"
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         read_checkpoint(path, interrupted)
-    assert threads() == []
+    assert our_threads() == []
 
 
 def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share() -> None:
@@ -239,7 +235,7 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
     assert set(where.values()) == {("q8lightning worker", 1)}
     for each in payloads:
         assert same_bits(decoded[id(each)], each.decode())
-    assert threads() == []
+    assert our_threads() == []
 
 
 def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone() -> None:
@@ -379,7 +375,7 @@ def test_bytes_of_no_tensor_are_left_to_the_command_line(path: Path) -> None:
     whole = read(path)
     flip(path, long_records(path)[1][0])
     assert_same(read(path), whole)
-    assert verify_file(path, trust=True).damage == ("the tensor large",)
+    assert verify(path, trust=True).damage == ("the tensor large",)
 
 
 def test_the_sum_is_of_what_was_loaded_not_of_what_the_file_holds_later(

@@ -24,6 +24,7 @@ import torch
 from support.files import without_identity, written
 from support.odd_checkpoints import ODD
 from support.promises import assert_same
+from support.steps import our_threads
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.checkpoint.file import write as writer
@@ -268,10 +269,6 @@ def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
 LARGE = {"weight": torch.zeros(2 * write_behind.STEP // 4), "more": torch.zeros(CHUNK)}
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("q8lightning")]
-
-
 class Failing:
     """A file whose writes fail from some byte on."""
 
@@ -301,7 +298,7 @@ def test_an_error_of_the_file_is_raised_as_it_is(at: int, make: Callable[[], Bas
         writer.write_durably(tmp_path / "a.ckpt", lambda file: zip_writer.save(LARGE, Failing(file, at, error)))
     assert raised.value is error
     assert not isinstance(error, OSError) or str(tmp_path / "a.ckpt") in str(error)
-    assert threads() == []
+    assert our_threads() == []
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
     assert (tmp_path / "a.ckpt").read_bytes() == before
 
@@ -319,7 +316,7 @@ def test_an_error_of_a_sum_is_raised_and_no_half_file_is_completed(monkeypatch: 
     file = io.BytesIO()
     with pytest.raises(MemoryError, match="no memory"):
         zip_writer.save(LARGE, file)
-    assert threads() == []
+    assert our_threads() == []
     assert b"PK\x05\x06" not in file.getvalue()
 
 
@@ -346,7 +343,7 @@ def test_what_the_disk_refuses_behind_our_back_is_raised(
     with pytest.raises(OSError, match=r"Input/output error: '.*a\.ckpt'") as raised:
         writer.write_durably(tmp_path / "a.ckpt", write)
     assert raised.value is error
-    assert threads() == []
+    assert our_threads() == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -416,7 +413,7 @@ def test_jobs_that_nobody_began_are_dropped_and_the_others_waited_for() -> None:
         threading.Timer(0.05, go_on.set).start()
     assert done == ["slow"]
     assert never.cancelled()
-    assert threads() == []
+    assert our_threads() == []
 
 
 SCRIPT = """

@@ -6,7 +6,7 @@ Copies from a device are tested here with the CPU in its place, and on a GPU in 
 import copy
 import gc
 import weakref
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.parsing import AttributeDict
+from support.containers import Pair
 from support.odd_checkpoints import ODD
 from support.promises import assert_same, load, same_bits
 from torch import Tensor, UntypedStorage, nn
@@ -26,8 +27,6 @@ from q8lightning.checkpoint.staging import transfer as host_memory
 from q8lightning.checkpoint.staging.copier import Copier
 from q8lightning.checkpoint.staging.transfer import ALIGNMENT, HostMemory, Transfer
 from q8lightning.quantization.codecs.table import get_codec
-
-Pair = namedtuple("Pair", ["one", "two"])
 
 
 class Snapshot:

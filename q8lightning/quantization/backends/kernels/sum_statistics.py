@@ -39,7 +39,8 @@ def _fold(values, item):
     return tl.where(item == 2, largest, tl.sum(values))
 
 
-@triton.jit
+# One kernel for any number of programs: what a small save compiles, a large one runs.
+@triton.jit(do_not_specialize=["columns"])
 def _parts_kernel(partials, columns, parts, PROGRAMS: tl.constexpr):
     item, part, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     start = part * PROGRAMS
@@ -47,7 +48,7 @@ def _parts_kernel(partials, columns, parts, PROGRAMS: tl.constexpr):
     tl.store(parts + item * count + part, _total(partials, columns, start, programs, item, PROGRAMS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _total_kernel(parts, count, statistics, WIDTH: tl.constexpr):
     item, lanes = tl.program_id(0), tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float64)
@@ -57,7 +58,7 @@ def _total_kernel(parts, count, statistics, WIDTH: tl.constexpr):
     tl.store(statistics + item, _fold(total, item))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _totals_kernel(partials, columns, first, used, rows, statistics, WIDTH: tl.constexpr):
     item, tensor = tl.program_id(0), tl.program_id(1)
     start, programs = tl.load(first + tensor), tl.load(used + tensor)

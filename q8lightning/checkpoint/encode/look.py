@@ -1,0 +1,124 @@
+"""Look closer at what a save lost: refuse what no codec holds, guard what lost too much."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from q8lightning.checkpoint.encode.guard import Candidate, CandidatePair, guard
+from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, Plan
+from q8lightning.checkpoint.encode.refuse import reason_to_refuse
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.report import Guarded, SaveReport
+
+
+class Look:
+    """Which tensors of a device need a closer look, and what it finds.
+
+    Args:
+        plan: What was run.
+        device: Its part on the device.
+        measured: What was measured there.
+
+    Attributes:
+        numbers: The numbers of the tensors that it needs.
+        gone: Those that were written to before they could be copied.
+    """
+
+    def __init__(self, plan: Plan, device: DevicePlan, measured: Measured) -> None:
+        self._plan = plan
+        self._device = device
+        self.gone: set[int] = set()
+        beyond, pairs_beyond = device.watched.beyond(measured.statistics, measured.directions)
+        failed = measured.failed.nonzero().view(-1).tolist()
+        always = [i for i, number in enumerate(device.numbers) if number in plan.always]
+        self._refusable = sorted({*failed, *always})
+        numbers = {device.numbers[i] for i in (*self._refusable, *beyond)}
+        of_device = [plan.pairs[i] for i in device.pairs]
+        firsts = {of_device[i].exp_avg.number for i in pairs_beyond}
+        firsts |= {p.exp_avg.number for p in of_device if numbers & {p.exp_avg.number, p.exp_avg_sq.number}}
+        self._lossy = {device.numbers[i] for i in beyond}
+        self._lossy |= {side.number for i in pairs_beyond for side in of_device[i][:2]}
+        self._pairs = [i for i in device.pairs if plan.pairs[i].exp_avg.number in firsts]
+        self.numbers = numbers | {side.number for i in self._pairs for side in plan.pairs[i][:2]}
+
+    def closely(
+        self,
+        originals: Sequence[Tensor],
+        payloads: Sequence[QuantizedTensor],
+        measured: Measured,
+        losses: dict[int, tuple[float, ...]],
+        directions: dict[int, tuple[float, float]],
+        report: SaveReport,
+    ) -> list[QuantizedTensor | None]:
+        """Refuse and guard; return the payloads that are stored, None for what is stored as it is.
+
+        Args:
+            originals: The tensors, or copies of them, by number.
+            payloads: What the device's members were encoded to.
+            measured: What was measured.
+            losses: What each member loses, by its number among all; set anew where that changes.
+            directions: What each pair loses; likewise.
+            report: Gets what was refused and guarded.
+        """
+        plan, device = self._plan, self._device
+        places = {number: i for i, number in enumerate(device.numbers)}
+        candidates: dict[int, Candidate] = {}
+        for number in sorted(self.numbers):
+            candidates[number] = self._candidate(originals[number], number, places.get(number), payloads, losses)
+        for place in self._refusable:
+            self._refuse(place, candidates[device.numbers[place]], bool(measured.failed[place]), report)
+        pairs = {
+            i: CandidatePair(candidates[one.number], candidates[two.number], eps, *directions[i])
+            for i, (one, two, eps, *_) in ((i, plan.pairs[i]) for i in self._pairs)
+        }
+        usable = {i: pair for i, pair in pairs.items() if not self.gone & {side.number for side in plan.pairs[i][:2]}}
+        usable_candidates = [each for number, each in candidates.items() if number not in self.gone]
+        by_sqnr = [candidates.get(device.numbers[i]) for i in device.watched.by_sqnr.tolist()]
+        guard(
+            usable_candidates,
+            list(usable.values()),
+            [each for each in by_sqnr if each is not None and each in usable_candidates],
+            plan.policy,
+            report,
+        )
+        for number in self.gone & self._lossy:
+            if (each := candidates[number]).payload is not None:
+                found = "written to before it could be stored better"
+                report.guarded.append(Guarded(each.path, each.name, found, "none"))
+        for i, pair in usable.items():
+            directions[i] = pair.squared_error, pair.squares
+        kept: list[QuantizedTensor | None] = list(payloads)
+        for number, place in places.items():
+            if number in candidates:
+                kept[place] = candidates[number].payload
+                losses[device.members[place]] = candidates[number].statistics
+        return kept
+
+    def _candidate(
+        self,
+        tensor: Tensor,
+        number: int,
+        place: int | None,
+        payloads: Sequence[QuantizedTensor],
+        losses: Mapping[int, tuple[float, ...]],
+    ) -> Candidate:
+        if place is None:
+            return Candidate("", "", "", tensor, None)
+        member = self._plan.members[self._device.members[place]]
+        statistics = losses[self._device.members[place]]
+        return Candidate(member.path, member.name, member.kind, tensor, member.codec, payloads[place], statistics)
+
+    def _refuse(self, place: int, candidate: Candidate, failed: bool, report: SaveReport) -> None:
+        assert candidate.payload is not None
+        if self._device.numbers[place] in self.gone:
+            if failed:
+                raise RuntimeError(
+                    f"{candidate.name} holds values that {candidate.payload.codec.label} cannot hold, and something"
+                    " wrote to it before it could be stored as it is; write to weights within the training step or the"
+                    " optimizer's, or pass async_save=False"
+                )
+            return
+        reason = reason_to_refuse(candidate.tensor, candidate.payload, not failed)
+        if reason is not None:
+            candidate.payload = None
+            report.refused.append(f"{candidate.name} ({reason})")

@@ -1,0 +1,245 @@
+"""How one chunk of a CPU tensor is encoded and decoded, codec by codec: few passes, in memory that is used again.
+
+A chunk is ``[rows, width]`` float32, whole blocks. What stands for it are its parts: codes ``[rows * width]`` uint8,
+scales ``[rows]`` or ``[rows, 2]`` float32 and, for the residual codec, later codes. Results are those of
+``reference.py``, bit for bit.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.backends.cpu_memory import Scratch
+from q8lightning.quantization.spec import logarithm, reference
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+
+Parts = tuple[Tensor, ...]
+
+_LINEAR, _SOFTSIGN = BUILTIN["linear"], BUILTIN["softsign"]
+
+_TO_CODE = reference.ROUNDING + 127
+"""Added to a float32 in [-127, 127], it leaves the nearest integer plus 127 in the low byte of the pattern."""
+
+
+class ChunkCodec(Protocol):
+    """Encodes and decodes chunks.
+
+    Its methods overwrite the first three floats of the scratch that they are given.
+    """
+
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        """Write the parts of finite blocks; where one is not finite, return False and leave the parts to others."""
+
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        """Write the values of parts with finite scales to ``out``, ``[rows, width]`` float32."""
+
+    def encode_slowly(self, blocks: Tensor) -> Parts:
+        """Return the parts of any blocks, from the reference."""
+
+    def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        """Return the values of any parts, from the reference."""
+
+
+class Levels:
+    """Codes of the levels of a codebook."""
+
+    def __init__(self, codebook: Codebook, signed_scale: bool = False) -> None:
+        self.codebook = codebook
+        self.signed_scale = signed_scale
+
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        codes, scale = parts
+        spare, words = scratch.floats[0], scratch.integers[0]
+        per_unit = _write_scale(blocks, self.codebook.end if self.signed_scale else 0, scale, spare)
+        if per_unit is None:
+            return False
+        if self.codebook is _SOFTSIGN and not self.signed_scale:  # the spare holds magnitudes
+            share = spare.mul_(per_unit).add_(1.0).reciprocal_()
+            torch.sub(1.0, share, out=share).copysign_(blocks).mul_(254.0).add_(_TO_CODE)
+        elif self.codebook is _LINEAR:
+            torch.mul(blocks, per_unit, out=spare).mul_(127.0).add_(_TO_CODE)
+        else:
+            words = _search(torch.mul(blocks, per_unit, out=spare), self.codebook)
+        codes.view(words.shape).copy_(words)  # integers become bytes modulo 256
+        return True
+
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        codes, scale = parts
+        self.look_up(codes.view(out.shape), scratch, out)
+        out.mul_(scale[:, None])
+
+    def look_up(self, codes: Tensor, scratch: Scratch, out: Tensor) -> None:
+        """Write the level of each code to ``out``: computed where it is a quotient of integers, else looked up."""
+        spare, words = scratch.floats[0], scratch.integers[0]
+        if not (self.codebook is _LINEAR or self.codebook is _SOFTSIGN) or bool(codes.max() == 255):
+            # Codes that the codebook lacks decode to 0, as in the reference.
+            table = torch.nn.functional.pad(self.codebook.tensor(), (0, 256 - len(self.codebook.levels)))
+            torch.index_select(table, 0, words.copy_(codes).view(-1), out=out.view(-1))
+            return
+        # Bytes as long as possible: a pass over them takes a quarter of the time.
+        numerator = torch.sub(codes, 127).view(torch.int8)
+        out.copy_(numerator)
+        if self.codebook is _LINEAR:
+            out.div_(127.0)
+        else:
+            denominator = numerator.abs_().view(torch.uint8).neg_().sub_(2)  # 254 - x, modulo 256
+            out.div_(spare.copy_(denominator))
+
+    def encode_slowly(self, blocks: Tensor) -> Parts:
+        return reference.quantize(blocks, self.codebook, blocks.shape[1], self.signed_scale)
+
+    def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        codes, scale = parts
+        return reference.dequantize(codes, scale, self.codebook, width, dtype)
+
+
+class Residual:
+    """Codes of the codebook ``linear``, and codes of what they lost."""
+
+    def __init__(self) -> None:
+        self._levels = Levels(_LINEAR)
+
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        codes, scale, later = parts
+        one, two, *_ = scratch.floats
+        per_unit = _write_scale(blocks, 0, scale, one)
+        if per_unit is None:
+            return False
+        torch.mul(blocks, per_unit, out=one).mul_(127.0).add_(_TO_CODE)
+        codes.view(one.shape).copy_(scratch.integers[0])  # integers become bytes modulo 256
+        decoded = one.sub_(_TO_CODE).div_(127.0).mul_(scale[:, None])
+        torch.sub(blocks, decoded, out=two).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
+        two.clamp_(-126.0, 126.0).add_(_TO_CODE)
+        later.view(two.shape).copy_(scratch.integers[1])
+        return True
+
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        codes, scale, later = parts
+        second = scratch.floats[1]
+        self._levels.decode((later, reference.divide(scale, reference.RESIDUAL_DIVISOR)), second, scratch)
+        self._levels.decode((codes, scale), out, scratch)
+        out.add_(second)
+
+    def encode_slowly(self, blocks: Tensor) -> Parts:
+        codes, later, scale = reference.quantize_residual(blocks, blocks.shape[1])
+        return codes, scale, later
+
+    def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        codes, scale, later = parts
+        return reference.dequantize_residual(codes, later, scale, width, dtype)
+
+
+class Log:
+    """Codes at equal steps of the logarithm."""
+
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        codes, bounds = parts
+        log, spare, other, *_ = scratch.floats
+        integer = scratch.integers[1]
+        low, high = blocks.amin(dim=1), blocks.amax(dim=1)
+        smallest, largest = float(low.amin()), float(high.amax())
+        if not (smallest >= 0 and largest < math.inf):  # a NaN is neither
+            return False
+        has_zeros = smallest == 0
+        if has_zeros:
+            low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
+            low.masked_fill_(low.isinf(), 0.0)
+        torch.stack([low, high.add_(0.0)], dim=1, out=bounds)  # no negative zero
+        first, correction, span, steps = _log_steps(bounds)
+        pattern = blocks.view(torch.int32)
+        mantissa = spare.copy_(torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer))  # times an octave
+        _polynomial(mantissa, *_LOG2_OF_MANTISSA, out=log)
+        log.mul_(torch.sub(logarithm.OCTAVE, mantissa, out=other).mul_(mantissa))
+        log.add_(spare.copy_(torch.sub(pattern, first[:, None], out=integer)))
+        log.sub_(correction[:, None]).mul_(steps.div_(span.clamp_(min=0.25))[:, None]).add_(reference.ROUNDING + 1)
+        code = scratch.integers[0]
+        if has_zeros:
+            code.bitwise_and_(0xFF).mul_(integer.copy_(torch.sign(blocks, out=spare)))
+        codes.view(code.shape).copy_(code)  # integers become bytes modulo 256
+        return True
+
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        codes, bounds = parts
+        low, correction, span, steps = _log_steps(bounds)
+        high = bounds.view(torch.int32)[:, 1]
+        step = span.add_(2.0 * logarithm.LOG_MARGIN).div_(steps).round_().to(torch.int32)
+        origin = correction.round().to(torch.int32).add_(low).sub_(logarithm.LOG_MARGIN).sub_(step)
+        code, decoded = codes.view(out.shape), out.view(torch.int32)
+        (position, fraction, *_), fraction_as_float = scratch.integers, scratch.floats[1]
+        position.copy_(code).mul_(step[:, None]).add_(origin[:, None])
+        torch.bitwise_and(position, logarithm.OCTAVE - 1, out=fraction).bitwise_or_(0x3F800000)
+        # The octave of the position, with the power's mantissa in the place of the fraction's.
+        octave = position.sub_(fraction)
+        _polynomial(fraction_as_float, *logarithm.EXP2_POLYNOMIAL, out=out)
+        decoded.add_(octave)
+        torch.maximum(decoded, low[:, None], out=decoded)
+        torch.minimum(decoded, high[:, None], out=decoded)
+        if bool(code.amin() == 0):
+            decoded.mul_(position.copy_(code.clamp(max=1)))  # a comparison would take eight times as long
+
+    def encode_slowly(self, blocks: Tensor) -> Parts:
+        return reference.quantize_log(blocks, blocks.shape[1])
+
+    def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        codes, bounds = parts
+        return reference.dequantize_log(codes, bounds, width, dtype)
+
+
+def _log_steps(bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``logarithm.log_grid`` begins with, ``[blocks]`` each: to make all of it takes as long as the rest.
+
+    Returns:
+        The pattern of the smallest value and its correction, how far it is to the largest, and in how many steps.
+    """
+    patterns = bounds.view(torch.int32)
+    low, high = patterns.unbind(dim=1)
+    correction, correction_high = logarithm.log2_correction(patterns).unbind(dim=1)
+    span = (high - low).float().add_(correction_high - correction)
+    return low, correction, span, (span * (1.0 / logarithm.FINEST_LOG_STEP)).floor_().clamp_(1, 254)
+
+
+_LOG2_OF_MANTISSA = [
+    coefficient / logarithm.OCTAVE ** (2 + power) for power, coefficient in enumerate(logarithm.LOG2_POLYNOMIAL)
+]
+"""The polynomial for a mantissa that is multiplied by an octave, a power of two, which changes no rounding."""
+
+
+def _write_scale(blocks: Tensor, end: int, out: Tensor, spare: Tensor) -> Tensor | None:
+    """Write ``reference.block_scale`` to ``out`` and the magnitudes to ``spare``.
+
+    Returns:
+        ``reference.reciprocal`` of the scale, ``[rows, 1]``; None if a block is not finite.
+    """
+    absmax = torch.amax(torch.abs(blocks, out=spare), dim=1, out=out)
+    smallest, largest = (float(each) for each in torch.aminmax(absmax))
+    if not largest < math.inf:  # or NaN
+        return None
+    if smallest < reference.SMALLEST_NORMAL:
+        out.masked_fill_(absmax < reference.SMALLEST_NORMAL, 0.0)
+    if end:
+        torch.where(blocks.amax(dim=1) == out, end * out, -end * out, out=out).add_(0.0)
+    per_unit = reference.reciprocal(out) if smallest < reference.SMALLEST_NORMAL else out.reciprocal()
+    return per_unit[:, None]
+
+
+def _search(y: Tensor, codebook: Codebook) -> Tensor:
+    """Return the number of thresholds below each element of ``y``, int32; overwrites ``y``."""
+    if codebook.closed_form is not None:
+        return codebook.closed_form(y)
+    cells, flat = codebook.cells, y.view(-1)
+    code = cells.first.index_select(0, (flat.view(torch.int32) >> cells.shift).bitwise_and_(cells.first.numel() - 1))
+    thresholds = torch.cat([codebook.thresholds, codebook.thresholds.new_full((2**cells.rounds,), torch.inf)])
+    for step in (2**i for i in reversed(range(cells.rounds))):
+        code.add_(flat > thresholds[step - 1 :].index_select(0, code), alpha=step)
+    return code.view(y.shape)
+
+
+def _polynomial(x: Tensor, constant: float, *coefficients: float, out: Tensor) -> None:
+    """Write ``constant + x (c1 + x (c2 + ...))`` into ``out``, one rounding an operation."""
+    *rest, last = coefficients
+    torch.mul(x, last, out=out)
+    for coefficient in reversed(rest):
+        out.add_(coefficient).mul_(x)
+    out.add_(constant)

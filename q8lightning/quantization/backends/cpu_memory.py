@@ -1,0 +1,99 @@
+"""Memory that CPU tensors are written to: in huge pages where it is large, and a scratch that is used again."""
+
+import ctypes
+import mmap
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from q8lightning.system.ambient import lasting
+
+HUGE = 2**23
+"""Bytes from which on memory is asked for in huge pages; less is often in memory that was freed before."""
+
+
+def new_tensor(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return a new tensor, in huge pages if it is large: to touch 4 KiB at a time would take longer than to decode."""
+    values = torch.empty(numel, dtype=dtype, device="cpu")
+    _advise(values.data_ptr(), values.nbytes)
+    return values
+
+
+class Scratch:
+    """Memory to compute in, for a chunk of so many rows.
+
+    Attributes:
+        floats: ``[rows, width]`` float32 each.
+        integers: The same memory as int32.
+        doubles: ``[rows * width]`` float64, two of them.
+    """
+
+    def __init__(self, memory: Tensor, rows: int, width: int) -> None:
+        words = memory[: 4 * FLOATS * rows * width].view(torch.float32).view(FLOATS, rows, width)
+        self.floats = words.unbind()
+        self.integers = words.view(torch.int32).unbind()
+        end = _BYTES * rows * width
+        self.doubles = memory[end - 16 * rows * width : end].view(torch.float64).view(2, -1).unbind()
+
+
+def scratch(rows: int, width: int) -> Scratch:
+    """Return what this thread computes in until it asks again; what was left there is still there.
+
+    It is kept, because the system gives new memory page by page, which takes longer than to compute in it; and so are
+    views of it, because a model has many tensors of one size.
+    """
+    kept = _OF_THREAD
+    if kept.memory.numel() < _BYTES * rows * width or len(kept.views) == _VIEWS:
+        kept.views.clear()
+        if kept.memory.numel() < _BYTES * rows * width:
+            with lasting():
+                kept.memory = torch.empty(_BYTES * rows * width, dtype=torch.uint8, device="cpu")
+    result = kept.views.get((rows, width))
+    if result is None:
+        with lasting():
+            result = kept.views[rows, width] = Scratch(kept.memory, rows, width)
+    return result
+
+
+FLOATS = 6
+"""How many float32 numbers of scratch there are for each element; even, so that the doubles begin where they may."""
+
+_BYTES = 4 * FLOATS + 16
+_VIEWS = 64
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.views: dict[tuple[int, int], Scratch] = {}
+
+
+_OF_THREAD = _OfThread()
+
+
+def use_huge_pages(memory: memoryview) -> None:
+    """Ask for huge pages for memory that nobody has written to yet; no more than a hint."""
+    _advise(ctypes.addressof(ctypes.c_byte.from_buffer(memory)), memory.nbytes)
+
+
+def _advise(address: int, nbytes: int) -> None:
+    madvise = _madvise()
+    if madvise is not None and nbytes >= HUGE:
+        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(start, length, mmap.MADV_HUGEPAGE)  # a hint: what it returns makes no difference
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Return the C library's madvise, None where there are no huge pages to ask for."""
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast("Callable[[int, int, int], int]", madvise)

@@ -1,0 +1,63 @@
+"""How much a codec can lose at most, from the scales alone: what a sample cannot hide."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.reference import RESIDUAL_DIVISOR
+from q8lightning.system.ambient import lasting
+
+_ROUNDING = 1e-6
+"""More than all float32 roundings of an element together, relative to it or to the scale of its block."""
+
+
+OF_RESIDUAL = (1 / (RESIDUAL_DIVISOR * 127)) ** 2, _ROUNDING**2
+"""As :func:`of_codebook`: a whole step of the residual is twice what it can be off, and more than the roundings of both
+stages."""
+
+
+def relative_error_bound(values: Tensor, scales: Tensor, block_size: int, of_scale: float, of_value: float) -> float:
+    """Return what the relative error of encoded values, the root of error power over signal power, cannot exceed.
+
+    Args:
+        values: ``[numel]`` of any float dtype.
+        scales: ``[blocks]`` float32, finite.
+        block_size: Elements that share a scale.
+        of_scale: The a of :func:`of_codebook`.
+        of_value: The b.
+
+    Returns:
+        Infinity where nothing is known: but for float32, and beyond the range in which float32 squares add up.
+    """
+    if values.dtype != torch.float32:
+        return torch.inf
+    squares = float(torch.dot(values, values))
+    if not 1e-25 < squares < 1e35:
+        return torch.inf
+    scale_power = float(scales.double().square().sum()) * block_size
+    return float((of_scale * scale_power / squares * (1 + 1e-3) + of_value) ** 0.5)
+
+
+@lru_cache(maxsize=64)
+@lasting()
+def of_codebook(codebook: Codebook) -> tuple[float, float]:
+    """Return a and b such that an element x of a block of scale s is off by at most the root of ``a s^2 + b x^2``.
+
+    Levels are often far apart only where they are large. Of all such pairs, one that is small for a value of a quarter
+    of the scale.
+    """
+    levels, thresholds = codebook.tensor("cpu").double(), codebook.thresholds.double()
+    error = torch.maximum((levels[1:] - thresholds), (thresholds - levels[:-1])) + _ROUNDING
+    smallest = torch.minimum(levels[1:].abs(), levels[:-1].abs())
+    edges = torch.stack([(levels[0] + 1).clamp(min=0), (1 - levels[-1]).clamp(min=0)]) + _ROUNDING
+    squared = torch.cat([error.square(), edges.square()])
+    power = torch.cat([smallest.square(), levels[[0, -1]].square()])
+    best = (torch.inf, torch.inf)
+    for a in sorted(set(squared.tolist())):
+        beyond = squared > a
+        b = float(((squared - a) / power)[beyond].max()) if bool(beyond.any()) else 0.0
+        if a + b / 16 < best[0] + best[1] / 16:
+            best = (a, b)
+    return best

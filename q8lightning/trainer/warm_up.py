@@ -1,0 +1,263 @@
+"""Load or compile what the first save needs while training goes on: by saves in miniature, which lead nowhere.
+
+A kernel is compiled for the codec, the dtype and the alignment of its tensors, not for their number or sizes. So one
+small tensor for each of these takes a save through all that a real one needs: kernels of Triton and of torch, tables
+and streams. In a new installation that takes seconds; the first save waits for what is left of it.
+"""
+
+import atexit
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor, nn
+
+from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.quantization.backends import choose
+from q8lightning.system.advice import advise
+from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+
+NUMEL = 4096
+"""Elements of a miniature: whole blocks of every codec."""
+
+ALIGNED = 16
+"""Bytes, and elements, of which kernels that read and write fastest want multiples."""
+
+LEAVE = 5.0
+"""Seconds for which the end of the process waits, so that nothing is compiled while the process is torn down."""
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for, of one tensor.
+
+    Attributes:
+        dtype: Its dtype.
+        is_whole: Whether its number of elements is a multiple of 16.
+        is_aligned: Whether its address is a multiple of 16 bytes.
+    """
+
+    dtype: torch.dtype
+    is_whole: bool
+    is_aligned: bool
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Form":
+        """Return the form of a tensor."""
+        return Form(tensor.dtype, tensor.numel() % ALIGNED == 0, tensor.data_ptr() % ALIGNED == 0)
+
+    def ones(self, device: torch.device) -> Tensor:
+        """Return a tensor of this form, which every codec holds without any loss."""
+        skip = 0 if self.is_aligned else 1
+        numel = NUMEL if self.is_whole else NUMEL + 1
+        return torch.ones(skip + numel, dtype=self.dtype, device=device)[skip:]
+
+
+class Miniature(NamedTuple):
+    """A parameter that stands for all that are saved alike.
+
+    Attributes:
+        name: Of the parameter.
+        weight: Its form; None if it is stored as it is.
+        place: Which optimizer has it, and its number there; None if none has.
+        states: What the optimizer keeps for it, or will, and in which form; none if all of it is stored as it is.
+    """
+
+    name: str
+    weight: Form | None
+    place: tuple[int, int] | None
+    states: tuple[tuple[str, Form], ...]
+
+    def checkpoint(self, device: torch.device) -> dict[str, Any]:
+        """Return a checkpoint of this parameter alone."""
+        result: dict[str, Any] = {"state_dict": {}, "optimizer_states": []}
+        if self.weight is not None:
+            result["state_dict"][self.name] = self.weight.ones(device)
+        if self.place is not None and self.states:
+            optimizer, index = self.place
+            state = {index: {key: form.ones(device) for key, form in self.states}}
+            groups = [{"eps": 1e-8, "params": [index]}]
+            nothing: dict[str, Any] = {"state": {}, "param_groups": []}
+            result["optimizer_states"] = [nothing] * optimizer + [{"state": state, "param_groups": groups}]
+        return result
+
+
+def miniatures_of(
+    policy: CheckpointPolicy, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+) -> list[Miniature]:
+    """Return a miniature for each way in which the policy will encode a parameter and its states.
+
+    Args:
+        policy: The policy.
+        module: The model.
+        optimizers: Its optimizers, which need not have any state yet.
+        device: Only parameters there count.
+    """
+    places = {
+        id(parameter): (i, index)
+        for i, optimizer in enumerate(optimizers)
+        for index, parameter in enumerate(_parameters_of(optimizer))
+    }
+    found: dict[Any, Miniature] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.device != device or parameter.numel() < policy.min_numel:
+            continue
+        place = places.get(id(parameter))
+        weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
+        states = () if place is None else tuple(_states_to_come(optimizers[place[0]], parameter))
+        path = "" if place is None else "optimizer_states.{}.state.{}".format(*place)
+        codecs = tuple(policy.codec_for(f"{path}.{key}", name) for key, _ in states)
+        if codec is not None or any(codecs):
+            kept = states if any(codecs) else ()
+            way = codec and (codec, weight), kept and (codecs, kept)
+            found.setdefault(way, Miniature(name, weight if codec else None, place, kept))
+    return list(found.values())
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Form]]:
+    """Yield the keys and forms of what an optimizer keeps for a parameter; what it will keep, if it has not begun."""
+    state = optimizer.state.get(parameter)
+    if state:
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield key, Form.of(value)
+        return
+    options = getattr(optimizer, "defaults", {})
+    keys = ["exp_avg", "exp_avg_sq"] if "betas" in options else []
+    keys += ["max_exp_avg_sq"] if options.get("amsgrad") else []
+    keys += ["momentum_buffer"] if options.get("momentum") else []
+    keys += ["square_avg"] if "alpha" in options else []
+    for key in keys:
+        yield key, Form(parameter.dtype, parameter.numel() % ALIGNED == 0, is_aligned=True)
+
+
+class WarmUp:
+    """Saves in miniature on a thread of their own.
+
+    Args:
+        policy: How real saves encode.
+        module: The model.
+        optimizers: Its optimizers.
+        device: The GPU that they are on.
+        async_save: Whether real saves go on in the background.
+    """
+
+    def __init__(
+        self,
+        policy: CheckpointPolicy,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
+        async_save: bool,
+    ) -> None:
+        self._device = device
+        self._async_save = async_save
+        self._miniatures = miniatures_of(policy, module, optimizers, device)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._names = ModelNames(
+            parameters=frozenset(names.values()),
+            optimizer_parameters=tuple(
+                tuple(names.get(id(parameter), "") for parameter in _parameters_of(optimizer))
+                for optimizer in optimizers
+            ),
+        )
+        policy = replace(policy, min_numel=1)
+        self._policies = [policy, *guarded(policy)]
+        self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        if self._miniatures:
+            # Here and not on the thread: a process that is forked meanwhile could never import what is being imported.
+            choose.many()
+
+    def start(self) -> None:
+        """Begin, once."""
+        if self._thread is None and self._miniatures:
+            self._thread = threading.Thread(target=self._run, name="q8lightning warm-up", daemon=True)
+            atexit.register(self._leave)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until everything is there that a save surely needs; what failed is then done by the save itself."""
+        while self._thread is not None and self._thread.is_alive() and not self._ready.wait(0.1):
+            pass
+
+    def _run(self) -> None:
+        try:
+            _leave_captures_alone()
+            with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+                for policy in self._policies:
+                    for miniature in self._miniatures:
+                        if self._stop.is_set():
+                            return
+                        self._save(policy, miniature.checkpoint(self._device))
+                    self._ready.set()  # the first policy is the one of real saves
+        except BaseException as error:
+            advise(
+                f"loading the kernels of saves while training goes on failed: {type(error).__name__}: {error}. The"
+                " first save loads them while training waits"
+            )
+        finally:
+            self._ready.set()
+            atexit.unregister(self._leave)
+
+    def _save(self, policy: CheckpointPolicy, checkpoint: dict[str, Any]) -> None:
+        io = QuantizedCheckpointIO(_Nowhere(), policy, self._async_save)
+        io.describe_model = lambda: self._names
+        try:
+            for _ in range(2):  # the second as all that follow
+                io.save_checkpoint(checkpoint, "warm-up.ckpt")
+        finally:
+            io.finish()
+            torch.cuda.current_stream().synchronize()  # kept tables are complete before another stream reads them
+
+    def _leave(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(LEAVE)
+
+
+def guarded(policy: CheckpointPolicy) -> list[CheckpointPolicy]:
+    """Return the policy by which tensors are encoded that would lose too much, if there are limits."""
+    if policy.min_sqnr_db is None and policy.max_update_direction_error is None:
+        return []
+    rules = [Rule(**rule) if not isinstance(rule, Rule) else rule for rule in policy.rules]
+    held = [_held(rule) for rule in rules]
+    return [] if held == rules else [replace(policy, rules=held)]
+
+
+def _held(rule: Rule) -> Rule:
+    """Return the rule with the codec that the guard tries where the rule's loses too much, if there is one."""
+    codec = rule.resolve()
+    finer = None if codec is None else codec.finer
+    return rule if finer is None else Rule(**{**asdict(rule), "codec": finer.name, "residual": finer.residual})
+
+
+def _leave_captures_alone() -> None:
+    """Let this thread load kernels while another one captures a CUDA graph, which that would end otherwise."""
+    thread_local = ctypes.c_int(1)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(thread_local))
+
+
+class _Nowhere(CheckpointIO):
+    """Takes checkpoints and writes none."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        pass
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        raise FileNotFoundError(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        pass
