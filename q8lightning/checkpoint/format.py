@@ -1,7 +1,7 @@
 """What files say in format version 1, and how readers refuse what they do not know; docs/format.md has every byte."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +15,6 @@ FORMAT_VERSION = 1
 the name of the function that they call (``rebuild_v1``). It is raised when what a reader knows would mean something
 else. What a reader does not know (a codec, an option of one) is no reason to: it refuses that by its name."""
 
-CHECKSUM_KEY = "xxh3_64"
-"""Where the header of a payload has its checksum."""
-
 DTYPES = {
     name: getattr(torch, name)  # one string for each dtype: a pickle has the number of the first
     for name in ("float32", "float16", "bfloat16", "float64")
@@ -26,8 +23,8 @@ DTYPES = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_COVERED = ("codec", "dtype", "name", "shape", "stride")
-"""What the checksum covers beside the data: every entry of a header that has a part in the decoded values."""
+_ENTRIES = {"codec", "dtype", "name", "shape", "stride"}
+"""What every header has."""
 
 
 class NewerFormatError(RuntimeError):
@@ -63,28 +60,42 @@ def check_version(summary: Any) -> None:
         raise NewerFormatError.of_version(version)
 
 
-def describe(
-    codec: Codec, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, name: str
-) -> dict[str, Any]:
-    """Return what the header of a payload says of the tensor that it stands for, as primitives."""
-    return {
-        "codec": _codec(codec),
-        "dtype": _NAMES[dtype],
-        "name": name,
-        "shape": tuple(shape),
-        "stride": tuple(stride),
-    }
+def write_header(
+    codec: Codec,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    name: str,
+    requires_grad: bool = False,
+    is_parameter: bool = False,
+) -> str:
+    """Return what a file says of the tensor that a payload stands for: JSON without spaces, keys sorted.
+
+    A string, because a pickle takes as long for it as for a single number. Put together by hand, because a save makes
+    one for each tensor while training waits for Python's lock.
+    """
+    flags = (',"parameter":true' if is_parameter else "") + (',"requires_grad":true' if requires_grad else "")
+    return (
+        f'{{"codec":{_codec_text(codec)},"dtype":"{_NAMES[dtype]}","name":{json.dumps(name)}{flags}'
+        f',"shape":[{",".join(map(str, shape))}],"stride":[{",".join(map(str, stride))}]}}'
+    )
 
 
-def covered_text(header: Mapping[str, Any]) -> str:
-    """Return what the checksum covers of a header, as JSON whose keys are sorted."""
-    return json.dumps({key: header[key] for key in _COVERED}, sort_keys=True)
+def read_header(text: str) -> dict[str, Any]:
+    """Return the entries of a header.
+
+    Raises:
+        ValueError: If it is none, since it is damaged.
+    """
+    header = json.loads(text)
+    if not isinstance(header, dict) or not header.keys() >= _ENTRIES:
+        raise ValueError(f"{text!r} is no header")
+    return header
 
 
 @lru_cache(maxsize=256)
-def _codec(codec: Codec) -> dict[str, str | int]:
-    """Return the entry of a codec, the same object each time: a pickle has it once."""
-    return codec.entry
+def _codec_text(codec: Codec) -> str:
+    return json.dumps(codec.entry, sort_keys=True, separators=(",", ":"))
 
 
 def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
@@ -99,7 +110,7 @@ def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
     """
     try:
         codec = get_codec(entry["name"], entry["block_size"], "residual_bits" in entry)
-        if _codec(codec) == entry:
+        if codec.entry == entry:
             return codec
     except (KeyError, TypeError, ValueError):
         pass

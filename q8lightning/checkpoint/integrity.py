@@ -6,7 +6,7 @@ door can afford it. It guards against accidents, not against forgery.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-
-from q8lightning.checkpoint.format import covered_text
 
 _VERIFY: ContextVar[bool] = ContextVar("verify", default=True)
 
@@ -43,27 +41,37 @@ class CorruptCheckpointError(RuntimeError):
         return type(self), (self.what, self.file)
 
 
-def checksum(header: Mapping[str, Any], data: Tensor) -> int:
-    """Return the checksum of a payload: XXH3 of ``data``, seeded with that of what counts of the header.
+def checksum(header: str, data: memoryview) -> int:
+    """Return the checksum of a payload: XXH3 of its bytes, seeded with that of its header.
 
     Args:
-        header: The header of :func:`~q8lightning.checkpoint.payload.rebuild_v1`.
-        data: ``[nbytes]`` uint8; read where it is on the host, copied there from any other device.
+        header: As :func:`~q8lightning.checkpoint.payload.rebuild_v1` gets it.
+        data: See :func:`bytes_of`.
     """
-    content = memoryview(data.cpu().numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
-    return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(covered_text(header).encode()))
+    return xxhash.xxh3_64_intdigest(data, seed=xxhash.xxh3_64_intdigest(header.encode()))
 
 
-def verify(header: Mapping[str, Any], data: Tensor, expected: int | None) -> None:
+def bytes_of(data: Tensor) -> memoryview:
+    """Return the bytes of a uint8 tensor: where it is on the host, copied there from any other device."""
+    return memoryview(data.cpu().numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
+
+
+def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
     """Compare a payload with the checksum that it was saved with, if it was and verification is on.
+
+    Args:
+        name: The tensor, for the message.
+        header: As the file has it.
+        data: ``[nbytes]`` uint8.
+        expected: The checksum; None if the payload was not loaded.
 
     Raises:
         CorruptCheckpointError: If they do not agree.
     """
     if expected is None or not _VERIFY.get() or type(data) is not Tensor or data.device.type == "meta":
         return  # tensors without content (fake, meta) are nothing to verify
-    if checksum(header, data) != expected:
-        raise CorruptCheckpointError(f"the tensor {header['name']}", _file_being_loaded())
+    if checksum(header, bytes_of(data)) != expected:
+        raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
 
 
 def _file_being_loaded() -> str | None:

@@ -8,25 +8,23 @@ written; docs/format.md is the promise.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.format import (
-    CHECKSUM_KEY,
     FORMAT_VERSION,
     NewerFormatError,
-    describe,
     read_codec,
     read_dtype,
+    read_header,
+    write_header,
 )
-from q8lightning.checkpoint.integrity import checksum, verify
+from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import encode_many
 
@@ -35,9 +33,6 @@ _ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", def
 
 _WATCHER: ContextVar["Callable[[Tensor, Tensor], None] | None"] = ContextVar("watcher", default=None)
 """Told of each tensor that was stored together with others."""
-
-CHECKSUMS: ContextVar[Mapping[int, "Future[int]"]] = ContextVar("checksums", default=MappingProxyType({}))
-"""Checksums that other threads compute for payloads which are about to be pickled, by id."""
 
 
 class QuantizedTensor:
@@ -63,6 +58,7 @@ class QuantizedTensor:
 
     __slots__ = (
         "__weakref__",
+        "_header",
         "checksum",
         "codec",
         "data",
@@ -85,6 +81,7 @@ class QuantizedTensor:
         checksum: int | None = None,
         requires_grad: bool = False,
         is_parameter: bool = False,
+        header: str | None = None,
     ) -> None:
         self.codec = codec
         self.data = data
@@ -95,6 +92,7 @@ class QuantizedTensor:
         self.checksum = checksum
         self.requires_grad = requires_grad
         self.is_parameter = is_parameter
+        self._header = header
 
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
@@ -128,7 +126,7 @@ class QuantizedTensor:
         Raises:
             CorruptCheckpointError: If they do not agree.
         """
-        verify(self.header, self.data, self.checksum)
+        verify(self.name, self.header, self.data, self.checksum)
 
     def replace_data(self, data: Tensor) -> "QuantizedTensor":
         """Return the same payload with its bytes elsewhere."""
@@ -136,16 +134,8 @@ class QuantizedTensor:
             *(self.codec, data, self.shape, self.stride, self.dtype, self.name, self.checksum),
             requires_grad=self.requires_grad,
             is_parameter=self.is_parameter,
+            header=self._header,
         )
-
-    def standing_for(self, tensor: Tensor) -> "QuantizedTensor":
-        """Return the payload that loads as what ``tensor`` is: a parameter, a tensor that requires grad, or neither."""
-        is_parameter = type(tensor) is nn.Parameter
-        if (self.requires_grad, self.is_parameter) == (tensor.requires_grad, is_parameter):
-            return self
-        payload = self.replace_data(self.data)
-        payload.requires_grad, payload.is_parameter = tensor.requires_grad, is_parameter
-        return payload
 
     @property
     def nbytes(self) -> int:
@@ -153,26 +143,21 @@ class QuantizedTensor:
         return self.data.nbytes
 
     @property
-    def header(self) -> dict[str, Any]:
-        """Everything about the payload but its bytes and their checksum, as primitives."""
-        header = describe(self.codec, self.shape, self.stride, self.dtype, self.name)
-        if self.requires_grad:
-            header["requires_grad"] = True
-        if self.is_parameter:
-            header["parameter"] = True
-        return header
+    def header(self) -> str:
+        """Everything about the payload but its bytes and their checksum, as JSON.
+
+        As the file had it, if it was loaded: what a later writer added to it is covered by the checksum, too.
+        """
+        if self._header is not None:
+            return self._header
+        flags = self.requires_grad, self.is_parameter
+        return write_header(self.codec, self.shape, self.stride, self.dtype, self.name, *flags)
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = self.header
-        header[CHECKSUM_KEY] = self._checksum_to_save()
-        return rebuild_v1, (TENSOR, header, self.data)
-
-    def _checksum_to_save(self) -> int:
         # Made when it is saved because then the bytes are on the host, and training does not wait.
-        if self.checksum is not None:
-            return self.checksum
-        ahead = CHECKSUMS.get().get(id(self))
-        return checksum(self.header, self.data) if ahead is None else ahead.result()
+        found = checksum(header, bytes_of(self.data)) if self.checksum is None else self.checksum
+        return rebuild_v1, (TENSOR, header, found, self.data, 0, len(self.data))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
         """Copy it encoded; the default would go through ``__reduce__`` and decode."""
@@ -251,32 +236,37 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
     return parts[what](*arguments)
 
 
-def _tensor(header: dict[str, Any], data: Tensor) -> Tensor | QuantizedTensor:
+def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -> Tensor | QuantizedTensor:
     """Return the tensor that a payload stands for, encoded inside :func:`keep_encoded`.
 
     Args:
-        header: Primitives only: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``), ``name`` and
-            ``xxh3_64``, the checksum; ``requires_grad`` and ``parameter``, which are True for what is no plain tensor,
-            and else are not there. Further keys are ignored: what changes the values is an option of the codec.
-        data: Scales and codes; see :class:`QuantizedTensor`.
+        text: The header, JSON: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``) and ``name``;
+            ``requires_grad`` and ``parameter``, which are true for what is no plain tensor, and else are not there.
+            Further keys are ignored: what changes the values is an option of the codec.
+        checksum: Of the header and of scales and codes.
+        buffer: ``[bytes]`` uint8, what several payloads may lie in.
+        start: Where in it scales and codes begin; see :class:`QuantizedTensor`.
+        nbytes: How many bytes of it they are.
     """
-    if CHECKSUM_KEY not in header:
-        raise NewerFormatError(f"no checksum {CHECKSUM_KEY} for the tensor {header['name']}")
+    data = buffer[start : start + nbytes]
     try:
-        codec, dtype = read_codec(header["codec"], header["name"]), read_dtype(header)
+        header = read_header(text)
+    except ValueError:
+        verify(f"with the header {text!r}", text, data, checksum)
+        raise
+    name = header["name"]
+    if type(checksum) is not int:
+        raise NewerFormatError(f"checksum {checksum!r} for the tensor {name}")
+    try:
+        codec, dtype = read_codec(header["codec"], name), read_dtype(header)
     except NewerFormatError:
-        verify(header, data, header[CHECKSUM_KEY])  # or is it damaged?
+        verify(name, text, data, checksum)  # or is it damaged?
         raise
     payload = QuantizedTensor(
-        codec,
-        data,
-        tuple(header["shape"]),
-        tuple(header["stride"]),
-        dtype,
-        header["name"],
-        header[CHECKSUM_KEY],
+        *(codec, data, tuple(header["shape"]), tuple(header["stride"]), dtype, name, checksum),
         requires_grad=header.get("requires_grad", False),
         is_parameter=header.get("parameter", False),
+        header=text,
     )
     encoded = _ENCODED.get()
     if encoded is None:

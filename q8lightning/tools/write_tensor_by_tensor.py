@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.storage import TypedStorage
 
-from q8lightning.checkpoint.file.compact_pickle import PICKLE, shorten
+from q8lightning.checkpoint.file.compact_pickle import PICKLE
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.zip_writer import ZipWriter
 from q8lightning.checkpoint.payload import QuantizedTensor
@@ -80,8 +80,7 @@ def write_tensor_by_tensor(
         pickler = _Pickler(archive, replace, location, small)
         with _recursing():
             pickler.dump(content)
-        pickled = pickler.pickled if small is None else shorten(pickler.pickled)
-        archive.write_record(PICKLE, pickled, len(pickled))
+        archive.write_record(PICKLE, pickler.pickled, len(pickler.pickled))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ STORAGES = {
 NAMES = {"Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64"} | {
     **{"Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}
 }
-HEADER = {"codec", "dtype", "name", "shape", "stride", "xxh3_64"}
+HEADER = {"codec", "dtype", "name", "shape", "stride"}
 
 
 def check_zip(path: str) -> None:
@@ -40,7 +40,7 @@ def check_zip(path: str) -> None:
         assert archive.testzip() is None
         for record in archive.infolist():
             if record.filename.endswith("/data.pkl") and record.compress_type == zipfile.ZIP_DEFLATED:
-                assert record.file_size <= 2**18
+                assert record.file_size <= 2**20
                 continue
             assert record.compress_type == zipfile.ZIP_STORED
             file.seek(record.header_offset + 26)
@@ -70,24 +70,27 @@ class File:
         steps = [storage.itemsize * step for step in strides]
         return as_strided(storage[offset:], shape, steps), NAMES[kind]
 
-    def payload(self, header: dict[str, Any], data: Any) -> np.ndarray:
-        """Return an encoded tensor."""
+    def payload(self, text: str, checksum: int, *place: Any) -> tuple[np.ndarray, dict[str, Any], bytes]:
+        """Return an encoded tensor, what its header says, and its bytes."""
+        assert 0 <= checksum < 2**64
+        header, data = json.loads(text), self.data(*place)
         assert header.keys() - {"requires_grad", "parameter"} == HEADER
         codec, count = header["codec"], prod(header["shape"])
         assert codec.keys() - {"residual_bits"} == {"name", "bits", "block_size"}
         assert codec["bits"] == codec.get("residual_bits", 8) == 8
-        values, _ = parts_of(self.data(data), codec, count)
+        values, _ = parts_of(data, codec, count)
         values = as_dtype(values, header["dtype"])
-        return as_strided(values, header["shape"], [values.itemsize * step for step in header["stride"]])
+        return as_strided(values, header["shape"], [values.itemsize * step for step in header["stride"]]), header, data
 
-    def data(self, call: Any) -> bytes:
+    def data(self, buffer: Any, start: int, nbytes: int) -> bytes:
         """Return the bytes of a payload."""
-        function, arguments = call
+        function, arguments = buffer
         assert function == VIEW
         found, dtype = self.tensor(arguments)
         assert dtype == "uint8"
         assert found.ndim == 1
-        return found.tobytes()
+        assert 0 <= start <= start + nbytes <= len(found)
+        return found[start : start + nbytes].tobytes()
 
 
 def parts_of(data: bytes, codec: dict[str, Any], count: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -119,7 +122,7 @@ def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def tensors_in(file: File, value: Any, path: tuple[str, ...] = ()) -> Any:
-    """Yield path, array, name of the dtype, and the header where there is one, of every tensor."""
+    """Yield path, array, name of the dtype, and of a payload header, its text, checksum and bytes, of every tensor."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from tensors_in(file, item, (*path, str(key)))
@@ -128,8 +131,9 @@ def tensors_in(file: File, value: Any, path: tuple[str, ...] = ()) -> Any:
         if function == VIEW:
             yield ".".join(path), *file.tensor(arguments), None
         elif arguments[0] == "tensor":
-            header = arguments[1]
-            yield ".".join(path), file.payload(*arguments[1:]), header["dtype"], (header, file.data(arguments[2]))
+            text, checksum, *_ = arguments[1:]
+            array, header, data = file.payload(*arguments[1:])
+            yield ".".join(path), array, header["dtype"], (header, text, checksum, data)
         else:
             yield ".".join(path), *item_of(file, arguments), None
     elif isinstance(value, tuple):
@@ -153,12 +157,13 @@ def trained_weights(file: File) -> Any:
     """Yield name, codes, scales and levels of weights that were trained quantized, as far as the file has codes."""
     for name, entry in file.content["q8lightning"].get("qat", {}).items():
         levels = PAGE["levels_of"](entry["codebook"])
-        function, (what, header, data) = file.content["state_dict"][name]
+        function, (what, text, _, *place) = file.content["state_dict"][name]
+        header = json.loads(text)
         shape, axis = header["shape"], entry["axis"]
         assert (function, what) == (REBUILD, "tensor")
         if "codes" not in entry:
             assert (header["codec"]["name"], header["codec"]["block_size"]) == (entry["codebook"], entry["block_size"])
-            _, (codes, scales) = parts_of(file.data(data), header["codec"], prod(shape))
+            _, (codes, scales) = parts_of(file.data(*place), header["codec"], prod(shape))
             yield name, codes[None], scales[None], levels
             continue
         rows = 1 if axis is None else shape[axis]
@@ -186,10 +191,9 @@ def main(path: str, target: str) -> None:
             arrays[name] = array
             about["tensors"][name] = [dtype, [step // array.itemsize for step in array.strides]]
             if encoded is not None:
-                header, data = encoded
+                *said, data = encoded
                 arrays[f"data of {name}"] = np.frombuffer(data, np.uint8)
-                covered = {key: header[key] for key in ("codec", "dtype", "name", "shape", "stride")}
-                about["payloads"][name] = [header, json.dumps(covered, sort_keys=True)]
+                about["payloads"][name] = said
         for name, codes, scales, levels in trained_weights(file):
             arrays |= {f"codes of {name}": codes, f"scales of {name}": scales, f"levels of {name}": levels}
             about["qat"].append(name)

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from typing import Any
 
 from q8lightning.checkpoint.file.compact_pickle import PICKLE
-from q8lightning.checkpoint.format import CHECKSUM_KEY
+from q8lightning.checkpoint.format import read_header
 from q8lightning.checkpoint.parameter_names import parameters_of_states
 from q8lightning.checkpoint.payload import TENSOR, rebuild_v1
 from q8lightning.checkpoint.sections import name_of
@@ -70,8 +70,8 @@ class _Anything:
         match rest if type(kind) is str else self.parts:
             case [_Storage(), int(), shape, *_]:  # as torch rebuilds a tensor
                 return shape
-            case [dict() as header, _Anything()]:
-                return header.get("shape")
+            case [str() as header, int(), _Anything(), int(), int()]:
+                return tuple(read_header(header)["shape"])
             case [_Anything(parts=[*_, list() as shapes, list()]), int() as number] if number < len(shapes):
                 return shapes[number]
         return None
@@ -100,12 +100,13 @@ class _Outline(pickle.Unpickler):
 
 
 class _PayloadOutline(_Outline):
-    """Counts how often each storage is referred to, and how often as the data of a payload."""
+    """Counts how often each storage is referred to, and how often by a buffer of payloads."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self.references: Counter[str] = Counter()
         self.payloads: Counter[str] = Counter()
+        self._buffers: dict[int, _Anything] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         is_ours = (module, name) == (rebuild_v1.__module__, rebuild_v1.__name__)
@@ -113,8 +114,10 @@ class _PayloadOutline(_Outline):
 
     def _rebuild(self, what: str, *arguments: Any) -> _Anything:
         if what == TENSOR:
-            header, data = arguments
-            self.payloads[data.parts[0]] += CHECKSUM_KEY in header
+            _, checksum, buffer, *_ = arguments
+            if type(checksum) is int and id(buffer) not in self._buffers:
+                self._buffers[id(buffer)] = buffer  # keeps it, so that nothing else gets its id
+                self.payloads[buffer.parts[0]] += 1
         return _Anything(*arguments)
 
     def persistent_load(self, pid: Any) -> Any:

@@ -1,8 +1,7 @@
-"""All payloads of a checkpoint at once: checksums in several threads, decoding in few launches."""
+"""All payloads of a checkpoint at once: found, verified in several threads, decoded in few launches."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -10,38 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.integrity import checksum
-from q8lightning.checkpoint.payload import CHECKSUMS, QuantizedTensor
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
 from q8lightning.quantization.many.decode import EncodedItem, batches, bytes_to_decode_on, decode_on, decode_together
 from q8lightning.system.ambient import neutral
-from q8lightning.system.workers import WORTH_THREADS, Workers, count_workers, share_out
+from q8lightning.system.workers import share_out
 
 
 def payloads_in(content: Any) -> list[QuantizedTensor]:
     """Return the payloads in the containers of a checkpoint, each once."""
     found = {id(leaf): leaf for _, leaf in leaves(content) if isinstance(leaf, QuantizedTensor)}
     return list(found.values())
-
-
-@contextmanager
-def checksums_ahead(content: Any) -> Iterator[list[QuantizedTensor]]:
-    """Within this context, threads compute the checksums that the payloads of ``content`` are pickled with.
-
-    Gives the payloads, which must not change meanwhile.
-    """
-    payloads = payloads_in(content)
-    unsummed = [each for each in payloads if each.checksum is None and each.data.device.type == "cpu"]
-    if sum(payload.nbytes for payload in unsummed) < WORTH_THREADS:
-        yield payloads
-        return
-    with Workers(count_workers(len(unsummed))) as workers:
-        sums = {id(payload): workers.submit(checksum, payload.header, payload.data) for payload in unsummed}
-        token = CHECKSUMS.set(sums)
-        try:
-            yield payloads
-        finally:
-            CHECKSUMS.reset(token)
 
 
 @neutral()

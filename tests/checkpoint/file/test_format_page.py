@@ -98,7 +98,7 @@ def test_every_tensor_is_what_torch_load_returns(file: Path, read: Read) -> None
         assert f"torch.{dtype}" == str(tensor.dtype), name
         assert same_bits(as_tensor(arrays[name], dtype), tensor), name
         if name in about["payloads"]:
-            header, _ = about["payloads"][name]
+            header, *_ = about["payloads"][name]
             assert tuple(strides) == tensor.stride() or 1 in tensor.shape, name
             assert header.get("requires_grad", False) == tensor.requires_grad
             assert header.get("parameter", False) == (type(tensor) is nn.Parameter)
@@ -106,9 +106,9 @@ def test_every_tensor_is_what_torch_load_returns(file: Path, read: Read) -> None
 
 def test_the_checksum_is_of_what_the_page_says(read: Read) -> None:
     about, arrays = read
-    for name, (header, text) in about["payloads"].items():
+    for name, (_, text, checksum) in about["payloads"].items():
         seed = xxhash.xxh3_64_intdigest(text.encode())
-        assert xxhash.xxh3_64_intdigest(arrays[f"data of {name}"].tobytes(), seed=seed) == header["xxh3_64"]
+        assert xxhash.xxh3_64_intdigest(arrays[f"data of {name}"].tobytes(), seed=seed) == checksum
 
 
 def test_the_codes_of_trained_weights_are_those_that_are_exported(file: Path, read: Read, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a later version wrote is refused by what this one does not know of it; it is never read as something else."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from support.files import edit_pickle
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load, same_bits
+from torch import Tensor
 
 from q8lightning import (
     CorruptCheckpointError,
@@ -20,8 +22,9 @@ from q8lightning import (
     keep_encoded,
 )
 from q8lightning.checkpoint import payload
+from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.format import FORMAT_VERSION
-from q8lightning.checkpoint.integrity import checksum
+from q8lightning.checkpoint.integrity import bytes_of, checksum
 from q8lightning.checkpoint.payload import rebuild_v1
 from q8lightning.quantization.codecs.table import get_codec
 
@@ -53,10 +56,14 @@ class Call:
 def later(codec: dict[str, Any] | None = None, right: bool = True, **entries: Any) -> Call:
     """Return a payload of this version with other entries of the codec or the header, and a checksum of all that."""
     encoded = QuantizedTensor.encode(torch.linspace(-1, 1, 4096).view(64, 64), get_codec("softsign"), NAME)
-    function, (what, header, data) = encoded.__reduce__()
-    header = {**header, "codec": {**header["codec"], **(codec or {})}, **entries}
-    header["xxh3_64"] = checksum(header, data) ^ (not right)
-    return Call(function, what, header, data)
+    header = json.loads(encoded.header)
+    return described({**header, "codec": {**header["codec"], **(codec or {})}, **entries}, encoded.data, right)
+
+
+def described(header: dict[str, Any], data: Tensor, right: bool = True) -> Call:
+    """Return a payload with this header and a checksum of it."""
+    text = json.dumps(header)
+    return Call(rebuild_v1, "tensor", text, checksum(text, bytes_of(data)) ^ (not right), data, 0, len(data))
 
 
 def save(folder: Path, weight: Any, **more: Any) -> Path:
@@ -157,17 +164,18 @@ def test_a_payload_that_would_be_read_as_something_else_is_refused(
 
 
 def test_a_codec_that_lacks_what_this_version_must_know_is_refused() -> None:
-    function, (what, header, data) = later().__reduce__()
+    _, (_, text, _, data, *_) = later().__reduce__()
+    header = json.loads(text)
     codec = {key: value for key, value in header["codec"].items() if key != "block_size"}
+    function, arguments = described({**header, "codec": codec}, data).__reduce__()
     with pytest.raises(NewerFormatError, match="codec"):
-        function(what, {**header, "codec": codec, "xxh3_64": checksum({**header, "codec": codec}, data)}, data)
+        function(*arguments)
 
 
 def test_a_payload_with_another_checksum_is_refused() -> None:
-    function, (what, header, data) = later().__reduce__()
-    header["another"] = header.pop("xxh3_64")
-    with pytest.raises(NewerFormatError, match=r"no checksum xxh3_64 for the tensor state_dict\.weight"):
-        function(what, header, data)
+    function, (what, header, _, *place) = later().__reduce__()
+    with pytest.raises(NewerFormatError, match=r"checksum \('blake3', 7\) for the tensor state_dict\.weight"):
+        function(what, header, ("blake3", 7), *place)
 
 
 @door
@@ -194,5 +202,16 @@ def test_other_broken_files_are_not_called_newer(tmp_path: Path) -> None:
 def test_what_a_later_writer_added_without_a_change_of_meaning_is_read(tmp_path: Path) -> None:
     path = save(tmp_path, later(written_by="a later release"), q8lightning={"format_version": 1, "x": 2})
     found = QuantizedCheckpointIO().load_checkpoint(path)["state_dict"]["weight"]
-    _, (_, header, data) = later().__reduce__()
-    assert same_bits(found, rebuild_v1("tensor", header, data))
+    function, arguments = later().__reduce__()
+    assert same_bits(found, function(*arguments))
+
+
+def test_what_a_later_writer_added_stays_when_the_payload_is_saved_again(tmp_path: Path) -> None:
+    """The checksum covers it, and is kept."""
+    path = save(tmp_path, later(written_by="a later release"))
+    with keep_encoded():
+        encoded = load(path)["state_dict"]["weight"]
+    write_checkpoint({"state_dict": {"weight": encoded}}, tmp_path / "again.ckpt")
+    assert same_bits(load(tmp_path / "again.ckpt")["state_dict"]["weight"], encoded.decode())
+    with keep_encoded():
+        assert '"written_by": "a later release"' in load(tmp_path / "again.ckpt")["state_dict"]["weight"].header

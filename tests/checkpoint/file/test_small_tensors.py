@@ -1,6 +1,5 @@
 """Small tensors lie together in a file, and nobody who loads it can tell."""
 
-import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def test_where_torch_is_not_as_we_know_it_the_file_is_larger(
     assert storages_in(tmp_path / "torch.ckpt") > storages_in(file)
 
 
-def test_only_short_pickles_are_made_shorter(file: Path, tmp_path: Path) -> None:
+def test_only_short_pickles_are_compressed(file: Path, tmp_path: Path) -> None:
     save(checkpoint() | {"history": list(range(WORTHWHILE // 2))}, tmp_path / "long.ckpt")
     found = load(tmp_path / "long.ckpt")
     del found["history"]
@@ -158,10 +157,7 @@ def test_only_short_pickles_are_made_shorter(file: Path, tmp_path: Path) -> None
     methods = []
     for path in (file, tmp_path / "long.ckpt"):
         with zipfile.ZipFile(path) as archive:
-            record = archive.getinfo("archive/data.pkl")
-            methods.append(record.compress_type)
-            puts = [op for op, *_ in pickletools.genops(archive.read(record)) if "PUT" in op.name]
-            assert (len(puts) < 40) == (path == file)
+            methods.append(archive.getinfo("archive/data.pkl").compress_type)
     assert methods == [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED]
 
 

@@ -6,6 +6,7 @@ import itertools
 import mmap
 import os
 import pickle
+import pickletools
 import random
 import re
 import struct
@@ -16,6 +17,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,17 +25,18 @@ import pytest
 import torch
 from support.files import without_identity, written
 from support.odd_checkpoints import ODD
-from support.promises import assert_same
+from support.promises import assert_same, same_bits
 from support.steps import our_threads
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
 from q8lightning.checkpoint.file import write as writer
 from q8lightning.checkpoint.file import write_behind, zip_writer
 from q8lightning.checkpoint.file.crc32 import combine
-from q8lightning.checkpoint.file.payloads import checksums_ahead, payloads_in
+from q8lightning.checkpoint.file.parts import Parts
+from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
-from q8lightning.checkpoint.file.zip_writer import CHUNK, ZipWriter
-from q8lightning.checkpoint.payload import CHECKSUMS
+from q8lightning.checkpoint.file.zip_writer import ALONE, CHUNK, ZipWriter
+from q8lightning.checkpoint.payload import encode_tensors
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.system.workers import Workers
 
@@ -51,6 +54,8 @@ def everything() -> dict[str, Any]:
         "payload": QuantizedTensor.encode(torch.randn(64, 65), get_codec("log"), "x"),
         "exactly one chunk": torch.zeros(CHUNK, dtype=torch.uint8),
         "one byte more": torch.zeros(CHUNK + 1, dtype=torch.uint8),
+        "summed alone": torch.ones(ALONE, dtype=torch.uint8),
+        "not alone": torch.ones(ALONE + 1, dtype=torch.uint8),
         "storage": torch.arange(5.0).untyped_storage(),
     }
 
@@ -244,29 +249,64 @@ def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
     payloads = [
         QuantizedTensor.encode(torch.randn(1024, 1024), get_codec("softsign"), f"x{index}") for index in range(5)
     ]
-    expected = [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads]
+    expected = [payload.__reduce__()[1][1:3] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
-    with checksums_ahead(content):
-        assert set(CHECKSUMS.get()) == set(map(id, payloads)), "threads compute them"
-        assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
-    assert [payload.__reduce__()[1][1]["xxh3_64"] for payload in payloads] == expected
+    with Parts(payloads) as parts:
+        assert our_threads(), "threads compute them"
+        assert [parts.reduce(payload)[1][1:3] for payload in payloads] == expected
+    assert our_threads() == []
+    assert [payload.__reduce__()[1][1:3] for payload in payloads] == expected
     assert [payload.checksum for payload in payloads] == [None] * 5, "they are as they were"
+
+
+def test_parts_of_one_buffer_are_the_payloads() -> None:
+    """In batches of several, of which one is larger than all others, and the last is short."""
+    sizes = [64, 2**16, 96, 64, 2**12, 2**15, 64, 128]
+    items = [(torch.randn(size, 65), get_codec("softsign"), f"x{index}") for index, size in enumerate(sizes)]
+    payloads = encode_tensors(items).payloads
+    with Parts(payloads) as parts:
+        reduced = [parts.reduce(payload) for payload in payloads]
+    assert len({id(arguments[3]) for _, arguments in reduced}) == 1
+    for payload, (function, arguments) in zip(payloads, reduced, strict=True):
+        assert arguments[1:3] == payload.__reduce__()[1][1:3]
+        assert same_bits(function(*arguments), payload.decode())
 
 
 def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
     large = QuantizedTensor.encode(torch.randn(2**23), get_codec("softsign"), "large")  # for which threads are started
     payload = QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), "x")
     payload.checksum = 7
-    with checksums_ahead([payload, large]):
-        assert set(CHECKSUMS.get()) == {id(large)}
-        assert payload.__reduce__()[1][1]["xxh3_64"] == 7
+    with Parts([payload, large]) as parts:
+        assert parts.reduce(payload)[1][2] == payload.__reduce__()[1][2] == 7
+        assert parts.reduce(large)[1][2] == large.__reduce__()[1][2]
+
+
+def test_a_small_checkpoint_starts_no_thread() -> None:
+    payload = QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), "x")
+    with Parts([payload]) as parts:
+        assert our_threads() == []
+        assert parts.reduce(payload)[1][1:3] == payload.__reduce__()[1][1:3]
+
+
+def test_a_payload_costs_a_pickle_few_objects() -> None:
+    """Each is work that holds Python's lock, while training waits for it, and as much again when it is loaded."""
+
+    def opcodes(count: int) -> int:
+        items = [(torch.randn(64, 65), get_codec("softsign"), f"state_dict.{index}.weight") for index in range(count)]
+        content = {"state_dict": {str(i): each for i, each in enumerate(encode_tensors(items).payloads)}}
+        archive = written(partial(zip_writer.save, payloads=payloads_in(content)), content)
+        pickled = zipfile.ZipFile(io.BytesIO(archive)).read("archive/data.pkl")
+        return sum("PUT" not in opcode.name for opcode, *_ in pickletools.genops(pickled))
+
+    # Its key, the function, the word, header, checksum, buffer, start and length; a mark, a tuple and the call.
+    assert (opcodes(300) - opcodes(100)) / 200 == 11
 
 
 # When something goes wrong: the error is itself, no thread and no file is left
 
 
-LARGE = {"weight": torch.zeros(2 * write_behind.STEP // 4), "more": torch.zeros(CHUNK)}
+LARGE = {"weight": torch.zeros(2 * write_behind.STEP // 4), "more": torch.zeros(CHUNK // 4)}
 
 
 class Failing:
@@ -284,7 +324,7 @@ class Failing:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("at", [0, 100, 3 * CHUNK, 8 * CHUNK], ids=str)
+@pytest.mark.parametrize("at", [0, 100, 2 * CHUNK, 4 * CHUNK], ids=str)
 @pytest.mark.parametrize(
     "make",
     [lambda: OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt, MemoryError],
@@ -392,7 +432,7 @@ def test_without_threads_the_work_is_done_all_the_same(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        patch.setattr("q8lightning.checkpoint.file.payloads.WORTH_THREADS", 0)
+        patch.setattr("q8lightning.checkpoint.file.parts.WORTH_THREADS", 0)
         writer.write_checkpoint(LARGE | everything(), tmp_path / "a.ckpt")
     found = torch.load(tmp_path / "a.ckpt", weights_only=False)
     assert_same(found["large"], everything()["large"])
