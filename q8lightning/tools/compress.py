@@ -10,6 +10,7 @@ from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.zip_writer import SharedMemory
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Preset, Rule
 from q8lightning.checkpoint.sections import path_of
+from q8lightning.checkpoint.tree import leaves
 from q8lightning.tools.conversion import Conversion, check_target
 from q8lightning.tools.encode_parts import PartEncoder
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
@@ -64,7 +65,8 @@ def compress(
     if not isinstance(opened.content, Mapping):
         raise ToolError(f"{opened.path} holds {type(opened.content).__name__}, not the dict that a checkpoint is")
     _check_kept(keep, opened)
-    small = SmallTensors(opened.content, chosen.min_numel, lambda storage: opened.locations.get(storage._cdata, "cpu"))
+    found = [leaf for _, leaf in leaves(opened.content)]
+    small = SmallTensors(found, chosen.min_numel, lambda storage: opened.locations.get(storage._cdata, "cpu"))
     try:
         return _compress(opened, path, chosen, progress, small)
     except SharedMemory:

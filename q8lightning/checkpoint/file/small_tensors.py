@@ -7,7 +7,7 @@ unpickler, which is Python, a tenth of a millisecond. Loaded, each has memory of
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, UntypedStorage
 
 from q8lightning.checkpoint.payload import ITEM, TENSORS, in_memory_order, is_dense, rebuild_v1
 from q8lightning.checkpoint.tree import has_memory, is_ordinary
-from q8lightning.checkpoint.tree import tensors as tensors_in
 
 SMALL = 2**14
 """Bytes, at most: a float32 tensor that is too small to be quantized."""
@@ -27,7 +26,7 @@ class SmallTensors:
     Not of those that share memory with another one in the containers, nor of those that are more than their values.
 
     Args:
-        content: The checkpoint.
+        leaves: What the containers hold; of it, the tensors.
         fewer_than: Leave out tensors of so many elements or more.
         location: Where a storage loads to.
 
@@ -39,11 +38,11 @@ class SmallTensors:
 
     def __init__(
         self,
-        content: Any,
+        leaves: Iterable[Any],
         fewer_than: float = math.inf,
         location: Callable[[UntypedStorage], str] = torch.serialization.location_tag,
     ) -> None:
-        tensors = {id(x): x for _, x in tensors_in(content) if has_memory(x) and x.device.type == "cpu"}
+        tensors = {id(x): x for x in leaves if isinstance(x, Tensor) and has_memory(x) and x.device.type == "cpu"}
         used = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
         pools: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for tensor in tensors.values():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from q8lightning.checkpoint.file import zip_writer
-from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.system.advice import advise
 from q8lightning.system.ambient import neutral
@@ -52,7 +51,7 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
     """
 
     def write(file: IO[bytes]) -> None:
-        zip_writer.save(checkpoint, file, payloads_in(checkpoint))
+        zip_writer.save(checkpoint, file, compact=True)
 
     write_durably(path, write)
 

@@ -22,6 +22,7 @@ from q8lightning.checkpoint.file.parts import Parts
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.tree import leaves
 from q8lightning.system.workers import Workers, count_workers
 
 CHUNK = 2**24
@@ -50,7 +51,7 @@ _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _END64, _END64_LOCATOR, _END = b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"
 
 
-def save(obj: Any, file: IO[bytes], payloads: Collection[QuantizedTensor] = ()) -> None:
+def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
     """Write ``obj`` to an open file as ``torch.save`` does, with the same bytes except the file's random-looking id.
 
     Where the installed torch has no such inner function as this needs, or an option is set that this does not know,
@@ -59,17 +60,19 @@ def save(obj: Any, file: IO[bytes], payloads: Collection[QuantizedTensor] = ()) 
     Args:
         obj: What to save.
         file: Where to.
-        payloads: Those in its containers. If there are any, and only q8lightning loads it anyway, it takes less room
-            and time than ``torch.save``: payloads share buffers, small tensors lie together, and the pickle is
-            compressed, as a zip's records may be. If memory that small tensors share with an object that is no
-            container would not be shared any more, they lie apart.
+        compact: Take less room and time than ``torch.save``, if it has payloads in its containers and only q8lightning
+            loads it anyway: payloads share buffers, small tensors lie together, and the pickle is compressed, as a
+            zip's records may be. If memory that small tensors share with an object that is no container would not be
+            shared any more, they lie apart.
 
     Raises:
         OSError: If the file cannot be written.
     """
     start = file.tell()
+    found = [leaf for _, leaf in leaves(obj)] if compact else []
+    payloads = list({id(leaf): leaf for leaf in found if isinstance(leaf, QuantizedTensor)}.values())
     with Parts(payloads) as parts:
-        for small in (SmallTensors(obj), None) if payloads else (None,):
+        for small in (SmallTensors(found), None) if payloads else (None,):
             try:
                 if _knows_torch():
                     _save(obj, file, parts if payloads else None, small)
