@@ -9,9 +9,10 @@ and which the residual stage holds without any loss, was loaded from such a file
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -202,25 +203,53 @@ def guard(
             _hold_moments(alike, limit, report)
     if policy.min_sqnr_db is not None:
         limit = 10 ** (-policy.min_sqnr_db / 20)
-        for candidate in by_sqnr:
-            _hold(candidate, limit, lambda _, statistics: relative_error(*statistics[:2]), _as_sqnr, report)
+        left = [each for each in by_sqnr if each.payload is not None]
+        finer = _encode_finer([each for each in left if _is_close(_sqnr_error(None, each.statistics), limit)])
+        for candidate in left:
+            _hold(candidate, limit, _sqnr_error, _as_sqnr, report, finer)
 
 
 _Error = Callable[[QuantizedTensor, tuple[float, ...]], float]
 """What a payload with these statistics loses, relative."""
 
+_Finer = tuple[QuantizedTensor, tuple[float, ...]]
+"""What a tensor is with the finer codec, and what that loses, five numbers."""
+
+
+def _is_close(error: float, limit: float) -> bool:
+    """Whether an error is beyond a limit, or may be on its other side when what was stored is saved again."""
+    return error > limit * (1 - MARGIN)
+
+
+def _sqnr_error(_: QuantizedTensor | None, statistics: tuple[float, ...]) -> float:
+    return relative_error(*statistics[:2])
+
 
 def _hold(
-    candidate: Candidate, limit: float, error_of: _Error, describe: Callable[[float], str], report: SaveReport
+    candidate: Candidate,
+    limit: float,
+    error_of: _Error,
+    describe: Callable[[float], str],
+    report: SaveReport,
+    known: "Mapping[Candidate, _Finer | None]" = MappingProxyType({}),
 ) -> bool:
-    """Give a candidate that loses more than ``limit`` what loses less; return whether anything changed."""
+    """Give a candidate that loses more than ``limit`` what loses less; return whether anything changed.
+
+    Args:
+        candidate: The candidate.
+        limit: The largest relative error.
+        error_of: Returns what a payload loses.
+        describe: Says what is lost.
+        report: Gets what was guarded.
+        known: What candidates are with the finer codec, if that was found out for many at once.
+    """
     payload = candidate.payload
     if payload is None:
         return False
     error = error_of(payload, candidate.statistics)
-    if not error > limit * (1 - MARGIN):
+    if not _is_close(error, limit):
         return False
-    finer = _encoded_finer(candidate)
+    finer = known[candidate] if candidate in known else _encode_finer([candidate])[candidate]
     remedy = None
     if finer is not None and (finer[1][0] == 0 or (error > limit and error_of(*finer) <= limit)):
         remedy = "residual"
@@ -273,18 +302,28 @@ def _direction_error(moments: Moments) -> float:
     return relative_error(*update_direction_sums([moments])[0].tolist())
 
 
-def _encoded_finer(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, ...]] | None:
-    """Return the candidate encoded with the finer codec and what that loses; None if that is no improvement."""
-    codec, tensor = candidate.codec, candidate.tensor
-    finer = None if codec is None else codec.finer
-    if finer is None or finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
-        return None
-    payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
-    if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:
-        return None
-    if is_sampled(tensor, finer):  # that nothing is lost must be said of all of it
-        statistics = measure(in_memory_order(tensor), finer, payloads[0].data)[None]
-    return payloads[0], tuple(statistics[0].tolist())
+def _encode_finer(candidates: Sequence[Candidate]) -> "dict[Candidate, _Finer | None]":
+    """Encode candidates of one device with the finer codecs, at once; None for those that this does not improve."""
+    result: dict[Candidate, _Finer | None] = dict.fromkeys(candidates)
+    wanted = [(each, finer) for each in candidates if (finer := _finer_codec(each)) is not None]
+    if not wanted:
+        return result
+    encoded = encode_tensors([(each.tensor, finer, each.path) for each, finer in wanted], measure=True)
+    assert encoded.statistics is not None
+    failed, statistics = encoded.failed.tolist(), encoded.statistics.tolist()
+    for i, (each, finer) in enumerate(wanted):
+        payload, lost = encoded.payloads[i], statistics[i]
+        if reason_to_refuse(each.tensor, payload, not failed[i]) is None:
+            if is_sampled(each.tensor, finer):  # that nothing is lost must be said of all of it
+                lost = measure(in_memory_order(each.tensor), finer, payload.data).tolist()
+            result[each] = payload, tuple(lost)
+    return result
+
+
+def _finer_codec(candidate: Candidate) -> Codec | None:
+    finer = None if candidate.codec is None else candidate.codec.finer
+    too_large = finer is not None and finer.encoded_bytes(candidate.tensor.numel()) >= candidate.tensor.nbytes
+    return None if too_large else finer
 
 
 def _as_sqnr(error: float) -> str:

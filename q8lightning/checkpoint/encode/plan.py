@@ -176,6 +176,18 @@ class RawPlan(NamedTuple):
         return torch.stack(own) if self.scalars else torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in own])
 
 
+class CodesTogether(NamedTuple):
+    """Weights that are trained quantized and whose codes the kernels of one device make together.
+
+    Attributes:
+        codes: Their places among :attr:`Plan.codes`.
+        encoding: How they are laid out and launched.
+    """
+
+    codes: tuple[int, ...]
+    encoding: EncodePlan
+
+
 class Storage(NamedTuple):
     """A memory that tensors of the checkpoint lie in.
 
@@ -206,6 +218,7 @@ class Plan:
             show the same of it together.
         codes: For each parameter that is trained quantized and whose codes do not follow from what is stored: its name,
             the number of its tensor and how it is quantized.
+        codes_together: Which of these are encoded in launches.
         storages: The memories that the checkpoint's tensors lie in.
         holds_payloads: Whether some of it was loaded encoded and stays so.
         refused: Tensors that the policy wants encoded and that cannot be, with the reason.
@@ -224,6 +237,7 @@ class Plan:
     raws: tuple[RawPlan, ...]
     neighbours: tuple[tuple[int, ...], ...]
     codes: tuple[tuple[str, int, WeightCodec], ...]
+    codes_together: tuple[CodesTogether, ...]
     storages: tuple[Storage, ...]
     holds_payloads: bool
     refused: tuple[str, ...]

@@ -11,7 +11,7 @@ from torch import Tensor
 from q8lightning.checkpoint.encode.find import Found, Leaf, ModelNames, Pair, find, not_named
 from q8lightning.checkpoint.encode.guard import Watched
 from q8lightning.checkpoint.encode.outline import Outline
-from q8lightning.checkpoint.encode.plan import DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
+from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import is_first_stage
@@ -19,6 +19,7 @@ from q8lightning.checkpoint.sections import STATE_DICT, epsilons_of, state_dicts
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import has_memory, is_ordinary, leaves
 from q8lightning.quantization.backends.choose import has_kernels
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
 from q8lightning.quantization.many.update_directions import Alike
@@ -52,6 +53,7 @@ def plan_save(
     # An object may hold a view of a tensor; both must have the same copy, which nobody makes who copies in one piece.
     alone = all(type(leaf) in IMMUTABLE or isinstance(leaf, QuantizedTensor) for leaf in others)
     nothing = not (members or found.refused or holds_payloads)
+    codes = tuple(_codes(checkpoint, names, members, numbers, places))
     plan = Plan(
         outline=outline,
         policy=policy,
@@ -63,7 +65,8 @@ def plan_save(
         devices=tuple(_devices(members, pairs, tensors, policy)),
         raws=tuple(_raws(tensors, places.keys() | apart)) if alone else (),
         neighbours=tuple(neighbours),
-        codes=tuple(_codes(checkpoint, names, members, numbers, places)),
+        codes=codes,
+        codes_together=tuple(_codes_together(codes, tensors)),
         storages=tuple(_storages(found, numbers)),
         holds_payloads=holds_payloads,
         refused=tuple(found.refused),
@@ -165,6 +168,19 @@ def _codes(
         number = numbers.get(id(masters.get(name)))
         if number is not None and number in places and not is_first_stage(members[places[number]].codec, codec):
             yield name, number, codec
+
+
+def _codes_together(
+    codes: Sequence[tuple[str, int, WeightCodec]], tensors: Sequence[Tensor]
+) -> Iterator[CodesTogether]:
+    """Yield what the kernels of each device encode; blocks must run along memory, as those of checkpoints do."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, (_, number, codec) in enumerate(codes):
+        if has_kernels(tensors[number]) and codec.runs_along_memory(tensors[number]):
+            devices.setdefault(tensors[number].device, []).append(i)
+    for here in devices.values():
+        stored = [get_codec(codec.codebook, codec.block_size) for _, _, codec in (codes[i] for i in here)]
+        yield CodesTogether(tuple(here), EncodePlan([tensors[codes[i][1]] for i in here], stored))
 
 
 def _storages(found: Found, numbers: Mapping[int, int]) -> Iterator[Storage]:

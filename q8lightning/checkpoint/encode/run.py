@@ -161,8 +161,14 @@ class Run:
 
     def _copy_on_devices(self) -> None:
         """Copy what the guard may look at again."""
-        for i in self.plan.looked_at - self._copied:
-            self._set_copy(i, in_memory_order(self._tensors[i]).clone())
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in sorted(self.plan.looked_at - self._copied):
+            alike.setdefault((self._tensors[i].device, self._tensors[i].dtype), []).append(i)
+        for numbers in alike.values():
+            originals = [in_memory_order(self._tensors[i]) for i in numbers]
+            copies = torch.split(torch.cat(originals), [each.numel() for each in originals])
+            for i, copy in zip(numbers, copies, strict=True):
+                self._set_copy(i, copy)
 
     def _set_copy(self, number: int, copy: Tensor) -> None:
         tensor = self._tensors[number]
@@ -175,9 +181,21 @@ class Run:
             self.own |= dict.fromkeys(group, own)
 
     def _encode_codes(self, device: torch.device) -> None:
+        """Encode the weights of a device that are trained quantized: in launches where kernels take them."""
+        for together in self.plan.codes_together:
+            entries = [self.plan.codes[i] for i in together.codes]
+            tensors = [self._originals[number] for _, number, _ in entries]
+            if tensors[0].device == device:
+                data = together.encoding.encode(tensors).data
+                for (name, _, codec), tensor, stored, each in zip(
+                    entries, tensors, together.encoding.codecs, data, strict=True
+                ):
+                    codes, scales = stored.split(each, tensor.numel())
+                    rows = 1 if codec.axis is None else tensor.shape[codec.axis]
+                    self._codes[name] = codes.view(rows, -1), scales.view(rows, -1)
         for name, number, codec in self.plan.codes:
             tensor = self._originals[number]
-            if tensor.device == device:
+            if tensor.device == device and name not in self._codes:
                 self._codes[name] = codec.encode(tensor)
 
     def is_of(self, plan: Plan, tensors: Sequence[Tensor], live: bool) -> bool:
@@ -280,6 +298,7 @@ class Run:
         """Set the payloads of a device, after a closer look where one is needed."""
         assert part.encoded is not None
         packed, members = part.encoded[0], part.plan.members
+        memory, cuts = packed.buffer, packed.cuts
         payloads = [self._payload(i, data) for i, data in zip(members, packed.data, strict=True)]
         part.encoded = None
         if look.numbers:
@@ -287,19 +306,17 @@ class Run:
             if kept != payloads:
                 left = [(i, payload) for i, payload in zip(members, kept, strict=True) if payload is not None]
                 # What is not stored would be saved along with the memory that it shares with the others.
-                packed = packed._replace(buffer=packed.buffer[:0], cuts=[])
+                memory, cuts = memory[:0], list[int]()
                 if left:
-                    buffer, cuts = copy_together([payload.data for _, payload in left])
-                    packed = packed._replace(buffer=buffer, cuts=cuts)
+                    memory, cuts = copy_together([payload.data for _, payload in left])
                 members = tuple(i for i, _ in left)
                 payloads = [
-                    payload.replace_data(data)
-                    for (_, payload), data in zip(left, split(packed.buffer, packed.cuts), strict=True)
+                    payload.replace_data(data) for (_, payload), data in zip(left, split(memory, cuts), strict=True)
                 ]
         for i, payload in zip(members, payloads, strict=True):
             self.payloads[i] = payload
         if members:
-            self.buffers.append(Buffer(packed.buffer, packed.cuts, members))
+            self.buffers.append(Buffer(memory, cuts, members))
 
     def _payload(self, member: int, data: Tensor) -> QuantizedTensor:
         each, outline = self.plan.members[member], self.plan.outline
@@ -341,10 +358,11 @@ class Run:
         tied = [i for i, place in self.plan.places.items() if place == member]
         storage = next(each for each in self.plan.storages if number in each.numbers)
         alone = storage.nbytes == self.plan.members[member].nbytes and set(storage.numbers) <= set(tied)
-        if self._live or not alone:
-            own = self._originals[number].detach()
-            if number not in self._copied or own.device.type == "cpu":
-                own = own.clone()  # a file has whole memories, and copies on the host share one
+        own = self._originals[number].detach()
+        on_host = own.device.type == "cpu"
+        if self._live or not (alone and on_host):
+            if on_host or number in self._copied or not alone:
+                own = own.clone()  # a file has whole memories, and copies share one
             self.own |= dict.fromkeys(tied, own)
 
     def _count_bytes(self) -> None:

@@ -15,8 +15,11 @@ from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.packed_bits import unpack_bits
 from q8lightning.trainer import checkpoint_io
 
 
@@ -403,4 +406,28 @@ def test_a_plan_keeps_no_tensor_alive(device: str, tmp_path: Path) -> None:
     del training
     gc.collect()
     assert [each() for each in gone] == [None, None]
+    io.finish()
+
+
+def test_codes_of_weights_that_are_trained_quantized_are_those_of_their_codec(device: str, tmp_path: Path) -> None:
+    """Encoded together or one by one: flat, by rows of whole blocks, by rows that end within a block, out of order."""
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=True)
+    quantized = {
+        "embed.weight": WeightCodec("int4", 32),
+        "layers.0.weight": WeightCodec("int4", 32, 0),
+        "layers.1.weight": WeightCodec("normal_float4", 64, 0),
+        "conv.weight": WeightCodec("int8", 32),
+    }
+    io.describe_model = lambda: ModelNames(quantized=quantized)
+    for name in ("a.ckpt", "b.ckpt"):
+        expected = {key: codec.encode(training.model.get_parameter(key)) for key, codec in quantized.items()}
+        io.save_checkpoint(training.checkpoint, tmp_path / name)
+        training.step()
+        io.wait_until_durable()
+        found = torch.load(tmp_path / name, weights_only=True)["q8lightning"]["qat"]
+        for key, (codes, scales) in expected.items():
+            entry, bits = found[key], quantized[key].bits
+            unpacked = unpack_bits(entry["codes"].cpu(), bits, codes.numel())
+            assert torch.equal(unpacked, codes.cpu().reshape(-1)), key
+            assert torch.equal(entry["scales"].cpu(), scales.cpu()), key
     io.finish()
