@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from q8lightning.quantization.backends import cpu
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import Packing, measure
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import EncodePlan, measure
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import get_codebook
 
@@ -105,19 +106,26 @@ def save(numel: int, repeats: int) -> None:
     table = Table(title=f"{count} tensors of {numel:,} float32 values, one thread, torch {torch.__version__}")
     for column in ("codec", "encode", "and measure a sample", "and measure in whole"):
         table.add_column(column, justify="left" if column == "codec" else "right")
-    for codec in (Codec("linear", 256), Codec("softsign", 128), Codec("linear", 128, residual=True), Codec("log", 128)):
+    for codec in (
+        get_codec("linear", 256),
+        get_codec("softsign", 128),
+        get_codec("linear", 128, residual=True),
+        get_codec("log", 128),
+    ):
         tensors = second if codec.unsigned else x
-        packing = Packing(tensors, [codec] * count)
+        packing = EncodePlan(tensors, [codec] * count)
         packed = packing.encode(tensors)
 
-        def whole(tensors: list[torch.Tensor] = tensors, packing: Packing = packing, codec: Codec = codec) -> None:
+        def whole(tensors: list[torch.Tensor] = tensors, packing: EncodePlan = packing, codec: Codec = codec) -> None:
             for values, data in zip(tensors, packing.encode(tensors).data, strict=True):
                 measure(values, codec, data)
 
         ways = (partial(packing.encode, tensors), partial(packing.encode, tensors, measure=True), whole)
         least = [min(thread_seconds(way) for _ in range(repeats + 1)) for way in ways]
-        label = f"{codec.label}{' + residual' * codec.residual}, block {codec.block_size}"
-        table.add_row(label, *(f"{t / count * 1e6:.0f} us, {t / count / numel * 1e9:.2f} ns" for t in least))
+        table.add_row(
+            f"{codec.label}, block {codec.block_size}",
+            *(f"{t / count * 1e6:.0f} us, {t / count / numel * 1e9:.2f} ns" for t in least),
+        )
         assert not packed.failed.any()
     console.print(table)
 

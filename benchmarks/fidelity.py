@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.spec.reference import to_blocks
 
 EPSILON = 1e-8
@@ -30,7 +30,7 @@ def direction(first: Tensor, second: Tensor) -> Tensor:
 def reconstruct(codec: str, block_size: int, x: Tensor) -> Tensor:
     if codec == "log2":
         return true_log2(x, block_size)
-    chosen = Codec(codec, block_size)
+    chosen = get_codec(codec, block_size)
     return chosen.decode(chosen.encode(x), torch.float32)
 
 

@@ -17,14 +17,15 @@ import torch
 from kernels import environment, median_ms
 from torch import Tensor
 
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.codebook import BUILTIN
 
 PRESETS = {
-    "resume": (Codec("linear", 256, residual=True), Codec("softsign", 128), Codec("log", 128)),
-    "compact": (Codec("softsign", 256), Codec("softsign", 128), Codec("log", 128)),
+    "resume": (get_codec("linear", 256, residual=True), get_codec("softsign", 128), get_codec("log", 128)),
+    "compact": (get_codec("softsign", 256), get_codec("softsign", 128), get_codec("log", 128)),
 }
 
 
@@ -88,12 +89,17 @@ def main() -> None:
     read = sum(tensor.nbytes for tensor in tensors)
     for preset, choice in PRESETS.items():
         codecs = [choice[kind] for kind in kinds]
-        packed = pack(tensors, codecs)
+        packed = encode_many(tensors, codecs)
         check(tensors, codecs, packed.data)
         moved = read + sum(data.nbytes for data in packed.data)
         del packed
-        row(f"encode `{preset}`", 3, moved, lambda codecs=codecs: pack(tensors, codecs))
-        row(f"encode `{preset}` + statistics", 3, moved, lambda codecs=codecs: pack(tensors, codecs, measure=True))
+        row(f"encode `{preset}`", 3, moved, lambda codecs=codecs: encode_many(tensors, codecs))
+        row(
+            f"encode `{preset}` + statistics",
+            3,
+            moved,
+            lambda codecs=codecs: encode_many(tensors, codecs, measure=True),
+        )
 
         def one_by_one(codecs: list[Codec] = codecs) -> None:
             for tensor, codec in zip(tensors, codecs, strict=True):

@@ -25,7 +25,7 @@ import xxhash
 from q8lightning import QuantizedTensor, without_verification
 from q8lightning.checkpoint import payload
 from q8lightning.checkpoint.file import archive, read, write
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 RUNS = 9
 
@@ -59,7 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     side = 1024
     names = [f"state_dict.{index}" for index in range(megabytes)]
-    payloads = {name: QuantizedTensor.encode(torch.randn(side, side), Codec("softsign"), name) for name in names}
+    payloads = {name: QuantizedTensor.encode(torch.randn(side, side), get_codec("softsign"), name) for name in names}
     nbytes = sum(each.nbytes for each in payloads.values())
     data = memoryview(torch.randint(256, (nbytes,), dtype=torch.uint8).numpy())  # type: ignore[arg-type]
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -14,9 +14,9 @@ import torch
 from kernels import median_ms
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels import blockwise, grouped, launch, work_list
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.backends.kernels import blockwise, launch, many, work_list
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.spec.codebook import BUILTIN
 
 BLOCKS = (64, 256, 2048)
@@ -48,7 +48,7 @@ SQUEEZED = [launch.Settings(tile, warps, registers=96) for tile, warps in ((1024
 
 
 def choices_for(name: str) -> list[launch.Settings]:
-    if "measured" in name and "group" not in name:
+    if "measured" in name and "many" not in name:
         return LOOPED
     return CHOICES + SQUEEZED if name == "dequantize_log" else CHOICES
 
@@ -67,8 +67,8 @@ def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
         book = BUILTIN["linear" if name.endswith("linear") else "dynamic"]
         codes, scale = blockwise.quantize(x, book, block)
         return lambda: blockwise.dequantize(codes, scale, book, block, dtype)
-    if "group" in name:
-        return grouped_run(name, x, block)
+    if "many" in name:
+        return many_run(name, x, block)
     if name.startswith("fake"):
         book = BUILTIN["dynamic" if "cells" in name else "linear"]
         lost = torch.empty(5, dtype=torch.float64, device=x.device) if name.endswith("measured") else None
@@ -76,7 +76,7 @@ def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
     return lambda: blockwise.quantize(x, book, block)
 
 
-def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
+def many_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
     """Likewise for the kernels of many tensors: here eight of them."""
     tensors, count = list(x.view(8, -1)), 8
     if "fake_quantize" in name:
@@ -84,19 +84,19 @@ def grouped_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
         values = torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)
         starts = tuple(range(0, x.nbytes, x.nbytes // count))
         lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
-        return lambda: grouped.fake_quantize(tensors, values, starts, book, block, statistics=lost)
-    codec = Codec("linear", block, residual=True) if name.endswith("residual") else Codec("softsign", block)
+        return lambda: many.fake_quantize(tensors, values, starts, book, block, statistics=lost)
+    codec = get_codec("linear", block, residual=True) if name.endswith("residual") else get_codec("softsign", block)
     if "cells" in name:
-        codec = Codec("dynamic", block)
+        codec = get_codec("dynamic", block)
     if "log" in name:
-        codec, tensors = Codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
-    packed = pack(tensors, [codec] * count)
+        codec, tensors = get_codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
+    packed = encode_many(tensors, [codec] * count)
     buffer = packed.data[0].new_empty(0).set_(packed.data[0].untyped_storage())
     starts = tuple(data.storage_offset() for data in packed.data)
     if "decode" in name:
-        return lambda: grouped.decode(buffer, starts, tensors, codec.coding)
+        return lambda: many.decode(buffer, starts, tensors, codec.kernel)
     lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
-    return lambda: grouped.encode(tensors, buffer, starts, codec.coding, packed.failed, lost)
+    return lambda: many.encode(tensors, buffer, starts, codec.kernel, packed.failed, lost)
 
 
 def main() -> None:
@@ -114,7 +114,8 @@ def main() -> None:
                 continue
             x = torch.randn(arguments.numel, device="cuda").to(dtype)
             times: dict[launch.Settings, list[float]] = {}
-            for choice in choices_for(name):
+            for each in choices_for(name):
+                choice = each._replace(row=settings[index].row)  # rows are as the kernel wants them
                 chosen = list(settings)
                 chosen[index] = choice
                 launch.SETTINGS[name] = (chosen[0], chosen[1])

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from q8lightning.metrics import ReconstructionSQNR, UpdateDirectionError
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 CODECS = {
-    "weights, linear + residual": Codec("linear", 256, residual=True),
-    "weights, softsign": Codec("softsign", 256),
-    "exp_avg, softsign": Codec("softsign", 128),
-    "exp_avg_sq, log": Codec("log", 128),
+    "weights, linear + residual": get_codec("linear", 256, residual=True),
+    "weights, softsign": get_codec("softsign", 256),
+    "exp_avg, softsign": get_codec("softsign", 128),
+    "exp_avg_sq, log": get_codec("log", 128),
 }
 EVERY, SAVES = 50, 8
 

@@ -45,8 +45,8 @@ from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionS
 from q8lightning.qat.config import ActivationRule, QATConfig, WeightRule
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.quantization import functional
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.codebook import get_codebook
-from q8lightning.quantization.weight_codec import WeightCodec
 
 State = Callable[[], AbstractContextManager[Any]]
 

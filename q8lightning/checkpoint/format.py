@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 FORMAT_VERSION = 1
 """The version that files are written in, the only number of a version that they have: it stands in the summary, and in
@@ -24,9 +25,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ENTRIES = {"codec", "dtype", "name", "shape", "stride"}
 """What every header has."""
-
-_BITS = 8
-"""Of a code, in either stage."""
 
 
 class NewerFormatError(RuntimeError):
@@ -97,12 +95,7 @@ def read_header(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _codec_text(codec: Codec) -> str:
-    return json.dumps(_codec(codec), sort_keys=True, separators=(",", ":"))
-
-
-def _codec(codec: Codec) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": codec.name, "bits": _BITS, "block_size": codec.block_size}
-    return entry | {"residual_bits": _BITS} if codec.residual else entry
+    return json.dumps(codec.entry, sort_keys=True, separators=(",", ":"))
 
 
 def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
@@ -116,8 +109,8 @@ def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
         NewerFormatError: If there is no such codec, or if it has an option or a value that this version does not know.
     """
     try:
-        codec = Codec(entry["name"], entry["block_size"], "residual_bits" in entry)
-        if _codec(codec) == entry:
+        codec = get_codec(entry["name"], entry["block_size"], "residual_bits" in entry)
+        if codec.entry == entry:
             return codec
     except (KeyError, TypeError, ValueError):
         pass

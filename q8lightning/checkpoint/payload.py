@@ -25,8 +25,8 @@ from q8lightning.checkpoint.format import (
     write_header,
 )
 from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import pack, unpack
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.encode import encode_many
 
 _ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", default=None)
 """The payloads that have been loaded to stay encoded; None where they are decoded at once."""
@@ -102,7 +102,7 @@ class QuantizedTensor:
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
-        return unpack(self.data, self.codec, math.prod(self.shape))
+        return self.codec.split(self.data, math.prod(self.shape))
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original.
@@ -199,7 +199,7 @@ def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]], measure: bool = F
                 f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
                 " encode tensor.contiguous()"
             )
-    packed = pack([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
+    packed = encode_many([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
     payloads = [
         QuantizedTensor(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
         for (tensor, codec, name), data in zip(items, packed.data, strict=True)

@@ -14,14 +14,13 @@ from q8lightning.checkpoint.sections import (
     SECOND_MOMENTS,
     WEIGHTS,
 )
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import CodecName, get_codec
+from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.arguments import check_keys, did_you_mean
 
 Preset = Literal["resume", "compact"]
 """The names of :data:`PRESETS`, for type checkers."""
-
-CodecName = Literal["log"] | CodebookName
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Rule:
         if self.codec is None:
             return None
         assert isinstance(self.codec, str)
-        return Codec(self.codec, self.block_size, self.residual)
+        return get_codec(self.codec, self.block_size, self.residual)
 
     def matches(self, path: str, parameter: str | None) -> bool:
         """Whether the rule applies to the tensor at ``path`` that is or belongs to ``parameter``."""
@@ -224,7 +223,7 @@ def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
             *(Rule(f"*.{key}") for key in RUNNING_STATISTICS),
             *(Rule(f"{section}.*", **weights) for section in WEIGHTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
-            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", LOG, 128) for key in SECOND_MOMENTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128) for key in SECOND_MOMENTS),
         ]
     )
 

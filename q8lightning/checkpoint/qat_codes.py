@@ -13,9 +13,9 @@ from torch import Tensor
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.spec.bit_packing import unpack
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.packed_bits import unpack_bits
 
 _KEYS = {"codebook", "block_size", "axis", "codes", "scales"}
 """What it says of one."""
@@ -68,7 +68,7 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     like = torch.empty_strided(value.shape, _strides(value), dtype=value.dtype, device="meta")
     if "codes" in entry:
         scales = entry["scales"]
-        codes = unpack(entry["codes"], codec.bits, like.numel())
+        codes = unpack_bits(entry["codes"], codec.bits, like.numel())
         return codec, codes.view(scales.shape[0], -1), scales, like
     if isinstance(value, QuantizedTensor):
         codes, scales = value.parts[:2]
@@ -78,7 +78,7 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
 
 def is_first_stage(stored: Codec, codec: WeightCodec) -> bool:
     """Whether the codes of what is stored are those of ``codec``; a one-sided codebook has a signed scale in both."""
-    return codec.axis is None and (stored.name, stored.block_size) == (codec.codebook, codec.block_size)
+    return codec.axis is None and (stored.codebook, stored.block_size) == (codec.codebook, codec.block_size)
 
 
 def _strides(value: Tensor | QuantizedTensor) -> tuple[int, ...]:

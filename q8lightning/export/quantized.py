@@ -31,7 +31,7 @@ from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
 from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
-from q8lightning.quantization.spec.bit_packing import pack
+from q8lightning.quantization.spec.packed_bits import pack_bits
 from q8lightning.system.ambient import neutral
 
 
@@ -122,7 +122,7 @@ def _plain_codes(weight: Codes) -> dict[str, Any]:
     else:
         order = [codec.axis, *(dimension for dimension in range(like.ndim) if dimension != codec.axis)]
     return {
-        "codes": pack(codes, codec.bits),
+        "codes": pack_bits(codes, codec.bits),
         "scales": scales.clone(),
         "levels": codec.book.tensor().clone(),
         "bits": codec.bits,

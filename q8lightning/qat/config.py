@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.system.arguments import check_keys
 
 

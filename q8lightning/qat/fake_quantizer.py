@@ -15,10 +15,10 @@ from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.lost_write import LostWriteError
 from q8lightning.qat.selection import SelectedWeight, Selection, select
 from q8lightning.qat.structure import Structure
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.system.ambient import untraced
 
 Place = tuple[FakeQuantizeGroup, int]

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from q8lightning.qat.compiled import COMPILED, is_compiled_wrapper
 from q8lightning.qat.config import ActivationRule, QATConfig
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.weight import WeightCodec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

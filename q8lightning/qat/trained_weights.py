@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from q8lightning.qat.selection import SelectedWeight
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.weight import WeightCodec
 
 
 @dataclass(frozen=True)

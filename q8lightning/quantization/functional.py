@@ -6,8 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from q8lightning.quantization import measured_ops, ops
+from q8lightning.quantization import ops
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.spec.layout import check_block_size
 
 Code = CodebookName | Codebook | Tensor | Sequence[float]
 """What names or lists a codebook; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
@@ -63,17 +64,15 @@ def quantize_blockwise(
     """
     _check_float(A, "A")
     spec = _spec(code)
-    blocks = -(-A.numel() // ops.check_block_size(blocksize))
+    blocks = -(-A.numel() // check_block_size(blocksize))
     if out is not None:
         _check_buffer(out, "out", A.shape, torch.uint8, A.device)
     if absmax is not None:
         _check_buffer(absmax, "absmax", [blocks], torch.float32, A.device)
     if statistics is not None:
         _check_buffer(statistics, "statistics", [5], torch.float64, A.device)
-    if statistics is None:
-        codes, scale = ops.quantize(A.detach(), spec, blocksize)
-    else:
-        codes, scale, lost = measured_ops.quantize(A.detach(), spec, blocksize)
+    codes, scale, lost = ops.quantize(A.detach(), spec, blocksize, measure=statistics is not None)
+    if statistics is not None:
         statistics.copy_(lost)
     return codes if out is None else out.copy_(codes), scale if absmax is None else absmax.copy_(scale)
 
@@ -116,7 +115,7 @@ def dequantize_blockwise(
     assert dtype is not None
     _check_float(torch.empty(0, dtype=dtype, device="cpu"), "the result")
     spec = _spec(code)
-    _check_buffer(absmax, "absmax", [-(-a.numel() // ops.check_block_size(blocksize))], torch.float32, a.device)
+    _check_buffer(absmax, "absmax", [-(-a.numel() // check_block_size(blocksize))], torch.float32, a.device)
     if out is not None:
         _check_buffer(out, "out", a.shape, dtype, a.device)
     values = ops.dequantize(a, absmax, spec, blocksize, dtype)
@@ -153,12 +152,10 @@ def fake_quantize(
     """
     _check_float(x, "x")
     spec = _spec(code)
-    ops.check_block_size(block_size)
-    if return_statistics:
-        values, statistics = measured_ops.fake_quantize(x, spec, block_size)
-        return values, statistics.detach()
-    result: Tensor = ops.fake_quantize(x, spec, block_size)
-    return result
+    check_block_size(block_size)
+    values: Tensor
+    values, lost = ops.fake_quantize(x, spec, block_size, return_statistics)
+    return (values, lost.detach()) if return_statistics else values
 
 
 def fake_quantize_rows(x: Tensor, code: Code, per_tensor: bool = False) -> Tensor:

@@ -1,8 +1,10 @@
-"""The operators: each codec as a ``torch.library`` op with a fake implementation.
+"""The operators: what codecs compute, as ``torch.library`` ops with fake implementations.
 
-An op picks the backend by the device of its input (``backend.py``) and does nothing else. Codebooks travel as their
-:attr:`Codebook.spec`, so that ops take only tensors and primitives. Those that also measure what is lost are in
-``measured_ops.py``.
+An op picks the backend by the device of its input (``backends/choose.py``) and does nothing else. Codebooks travel as
+their :attr:`Codebook.spec`, so that ops take only tensors and primitives.
+
+The last result of those that encode is what is lost: with ``measure``, :func:`reference.measure` of the tensor and its
+decoded form, ``[5]`` float64 on the device of the tensor, from the same pass over memory; else ``[0]``.
 """
 
 import torch
@@ -10,21 +12,43 @@ from torch import Tensor
 from torch.library import custom_op
 
 from q8lightning.quantization.backends.choose import backend_of
-from q8lightning.quantization.measured_ops import empty_codes, empty_scale
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.ambient import neutral
 
 
+def _codes(x: Tensor) -> Tensor:
+    """Codes of ``x``, not yet written."""
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _scales(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One value, or ``trailing`` ones, for each block of ``x``, not yet written."""
+    return x.new_empty(((x.numel() + block_size - 1) // block_size, *trailing), dtype=dtype)
+
+
+def _lost(x: Tensor, measure: bool) -> Tensor:
+    """What is lost of ``x``, not yet written."""
+    return x.new_empty(5 if measure else 0, dtype=torch.float64)
+
+
+# Codebooks
+
+
 @custom_op("q8lightning::quantize", mutates_args=())
 @neutral()
-def quantize(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    return backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale)
+def quantize(
+    x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale, lost if measure else None), lost
 
 
 @quantize.register_fake
-def _(x: Tensor, codebook: str, block_size: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    return empty_codes(x), empty_scale(x, block_size)
+def _(
+    x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x), _scales(x, block_size), _lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize", mutates_args=())
@@ -40,17 +64,18 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 
 @custom_op("q8lightning::fake_quantize", mutates_args=())
 @neutral()
-def fake_quantize(x: Tensor, codebook: str, block_size: int) -> Tensor:
-    return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size)
+def fake_quantize(x: Tensor, codebook: str, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor]:
+    lost = _lost(x, measure)
+    return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size, lost if measure else None), lost
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, codebook: str, block_size: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, codebook: str, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _lost(x, measure)
 
 
-def _straight_through(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad, None, None
+def _straight_through(ctx: object, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
 
 
 fake_quantize.register_autograd(_straight_through)
@@ -72,18 +97,22 @@ def _(x: Tensor, codebook: str, row: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-fake_quantize_rows.register_autograd(_straight_through)
+fake_quantize_rows.register_autograd(lambda ctx, grad: (grad, None, None))
+
+
+# Residual
 
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 @neutral()
-def quantize_residual(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return backend_of(x).quantize_residual(x, block_size)
+def quantize_residual(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_residual(x, block_size, lost if measure else None), lost
 
 
 @quantize_residual.register_fake
-def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_codes(x), empty_codes(x), empty_scale(x, block_size)
+def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _codes(x), _codes(x), _scales(x, block_size), _lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
@@ -97,15 +126,19 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
+# Log
+
+
 @custom_op("q8lightning::quantize_log", mutates_args=())
 @neutral()
-def quantize_log(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return backend_of(x).quantize_log(x, block_size)
+def quantize_log(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_log(x, block_size, lost if measure else None), lost
 
 
 @quantize_log.register_fake
-def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return empty_codes(x), empty_scale(x, block_size, 2)
+def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return _codes(x), _scales(x, block_size, 2), _lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
@@ -119,15 +152,19 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
+# Affine
+
+
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 @neutral()
-def quantize_affine(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return backend_of(x).quantize_affine(x, block_size)
+def quantize_affine(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lost = _lost(x, measure)
+    return *backend_of(x).quantize_affine(x, block_size, lost if measure else None), lost
 
 
 @quantize_affine.register_fake
-def _(x: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_codes(x), empty_scale(x, block_size), empty_scale(x, block_size, dtype=torch.uint8)
+def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _codes(x), _scales(x, block_size), _scales(x, block_size, dtype=torch.uint8), _lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_affine", mutates_args=())
@@ -139,13 +176,3 @@ def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_si
 @dequantize_affine.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
-
-
-def check_block_size(block_size: int) -> int:
-    """Return ``block_size`` if it is a power of two between 32 and 4096, else raise ValueError."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise ValueError(f"block_size must be an integer, got {block_size!r}; try 256")
-    if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
-        nearest = min((2**i for i in range(5, 13)), key=lambda size: abs(size - block_size))
-        raise ValueError(f"block_size must be a power of two between 32 and 4096, got {block_size}; try {nearest}")
-    return block_size

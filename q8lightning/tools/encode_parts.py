@@ -24,7 +24,7 @@ from q8lightning.checkpoint.sections import (
     path_of,
 )
 from q8lightning.checkpoint.tree import Keys, tensors
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.tools.conversion import Converter
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress
 from q8lightning.tools.split import Part, containers_around, memory_of, parts_of

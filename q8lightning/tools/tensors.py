@@ -51,5 +51,4 @@ def codec_of(value: Value) -> str | None:
     """Return how a tensor is encoded, such as ``linear+residual/256``; None if it is not."""
     if not isinstance(value, QuantizedTensor):
         return None
-    codec = value.codec
-    return f"{codec.label}{'+residual' if codec.residual else ''}/{codec.block_size}"
+    return f"{value.codec.label}/{value.codec.block_size}"

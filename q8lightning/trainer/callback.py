@@ -11,8 +11,8 @@ from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.sections import SUMMARY_KEY
 from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
 from q8lightning.system.save_queue import BackgroundSaveError

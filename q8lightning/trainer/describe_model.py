@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.model_structure import ModelStructure
 
 

@@ -12,8 +12,8 @@ from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
 from q8lightning.qat.trained_weights import TrainedWeights
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.trainer.engage import Engagement
 from q8lightning.trainer.lightning_internals import logs_next_step
 from q8lightning.trainer.model_structure import ModelStructure

@@ -10,7 +10,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.quantization.backends import choose
-from q8lightning.quantization.codec import LOG
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 
@@ -179,8 +178,7 @@ class WarmUp:
         self._stop = threading.Event()
         if self._miniatures:
             # Here and not on the thread: a process that is forked meanwhile could never import what is being imported.
-            choose.grouped()
-            choose.update_directions()
+            choose.many()
 
     def start(self) -> None:
         """Begin, once."""
@@ -219,6 +217,7 @@ class WarmUp:
         try:
             for _ in range(2):  # the second as all that follow
                 io.save_checkpoint(checkpoint, "warm-up.ckpt")
+                io.settle("warm-up.ckpt")
         finally:
             io.finish()
             torch.cuda.current_stream().synchronize()  # kept tables are complete before another stream reads them
@@ -234,8 +233,15 @@ def guarded(policy: CheckpointPolicy) -> list[CheckpointPolicy]:
     if policy.min_sqnr_db is None and policy.max_update_direction_error is None:
         return []
     rules = [Rule(**rule) if not isinstance(rule, Rule) else rule for rule in policy.rules]
-    held = [rule if rule.codec in (None, LOG) else replace(rule, codec="linear", residual=True) for rule in rules]
+    held = [_held(rule) for rule in rules]
     return [] if held == rules else [replace(policy, rules=held)]
+
+
+def _held(rule: Rule) -> Rule:
+    """Return the rule with the codec that the guard tries where the rule's loses too much, if there is one."""
+    codec = rule.resolve()
+    finer = None if codec is None else codec.finer
+    return rule if finer is None else Rule(**{**asdict(rule), "codec": finer.name, "residual": finer.residual})
 
 
 def _leave_captures_alone() -> None:

@@ -51,7 +51,7 @@ from q8lightning import (
 )
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
 from q8lightning.checkpoint.payload import collect_encoded
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 EVERYTHING = CheckpointPolicy([Rule("*", "softsign")])
 
@@ -689,7 +689,12 @@ def test_where_there_is_nothing_to_encode_nothing_is_said(make: Callable[[], Any
         warnings.simplefilter("error")
         save(make(), tmp_path / "a.ckpt", False, "resume")
         with keep_encoded():  # and where all is encoded already
-            save({"w": QuantizedTensor.encode(torch.ones(5000), Codec("linear"), "w")}, tmp_path / "b", False, "resume")
+            save(
+                {"w": QuantizedTensor.encode(torch.ones(5000), get_codec("linear"), "w")},
+                tmp_path / "b",
+                False,
+                "resume",
+            )
 
 
 def test_a_small_model_of_a_trainer_is_saved_without_a_word(tmp_path: Path) -> None:

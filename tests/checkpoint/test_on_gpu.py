@@ -20,14 +20,18 @@ from q8lightning import (
     keep_encoded,
 )
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CODECS = {"weight": Codec("linear", 256, True), "exp_avg": Codec("softsign", 128), "exp_avg_sq": Codec("log", 128)}
+CODECS = {
+    "weight": get_codec("linear", 256, True),
+    "exp_avg": get_codec("softsign", 128),
+    "exp_avg_sq": get_codec("log", 128),
+}
 
 
 class SaveWhileTraining(pl.Callback):

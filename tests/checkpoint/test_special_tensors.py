@@ -23,7 +23,7 @@ from q8lightning import (
     Rule,
     keep_encoded,
 )
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 
 def save_both(
@@ -370,7 +370,7 @@ def test_a_compiled_part_of_the_model_keeps_its_names(preset: str, tmp_path: Pat
 
 
 def test_a_deepcopied_payload_stays_encoded_and_tied() -> None:
-    payload = QuantizedTensor.encode(torch.randn(64, 64), Codec("linear", 256, residual=True), "weight")
+    payload = QuantizedTensor.encode(torch.randn(64, 64), get_codec("linear", 256, residual=True), "weight")
     first, second = copy.deepcopy([payload, payload])
     assert type(first) is QuantizedTensor
     assert first is second is not payload

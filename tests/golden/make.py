@@ -27,8 +27,8 @@ from support.models import batches, quiet_trainer  # noqa: E402
 from support.promises import promised, stored, tensors  # noqa: E402
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule  # noqa: E402
-from q8lightning.quantization.spec.bit_packing import pack  # noqa: E402
-from q8lightning.quantization.weight_codec import WeightCodec  # noqa: E402
+from q8lightning.quantization.codecs.weight import WeightCodec  # noqa: E402
+from q8lightning.quantization.spec.packed_bits import pack_bits  # noqa: E402
 
 BUFFERS = frozenset({"table"})
 
@@ -148,7 +148,7 @@ def values_of_codecs(live: dict[str, Any]) -> dict[str, Tensor]:
     codec = WeightCodec("int4", 32, 0).fitted((12, 10))
     codes, scales = codec.encode(live["state_dict"]["rows.weight"])
     return values | {
-        "q8lightning.qat.rows.weight.codes": pack(codes, 4),
+        "q8lightning.qat.rows.weight.codes": pack_bits(codes, 4),
         "q8lightning.qat.rows.weight.scales": scales,
     }
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from q8lightning.metrics import MaxReconstructionError, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.metrics.functional.update_direction import update_direction_update
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.spec.reference import ErrorStatistics, measure
 
 FROM_STATISTICS = [case for case in CASES if case.batch is pair]
-CODECS = [Codec("linear"), Codec("softsign", 128), Codec("linear", residual=True), Codec("log", 128)]
+CODECS = [get_codec("linear"), get_codec("softsign", 128), get_codec("linear", residual=True), get_codec("log", 128)]
 
 
 def originals() -> list[Tensor]:

@@ -24,8 +24,8 @@ from q8lightning import (
     export_quantized,
     keep_encoded,
 )
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.codebook import BUILTIN
-from q8lightning.quantization.weight_codec import WeightCodec
 
 
 class Convolutional(Trained):

@@ -13,10 +13,10 @@ from support import oracle
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, CellTable, Codebook, CodebookName, get_codebook
-from q8lightning.quantization.weight_codec import WeightCodec
 
 ULP = 2.0**-23  # of float32, relative: at most this far apart are neighbouring floats
 
@@ -387,7 +387,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_meant(name: str, hint: s
 def test_what_others_call_a_codebook_is_understood_and_never_stored(alias: str) -> None:
     book = BUILTIN[ALIASES[alias]]
     assert get_codebook(alias) is book
-    assert book.spec == ALIASES[alias] == WeightCodec(alias).codebook == Codec(alias).name
+    assert book.spec == ALIASES[alias] == WeightCodec(alias).codebook == get_codec(alias).name
 
 
 def test_the_names_for_type_checkers_are_those_there_are() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,13 +10,21 @@ import torch
 from support import oracle
 from torch import Tensor
 
-from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import CODECS as CODECS_BY_NAME
+from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook
 
 CUSTOM = Codebook("mine", (-0.5, -0.1, 0.0, 0.3, 1.0))
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-CODECS = [*map(Codec, BUILTIN), Codec(CUSTOM.spec, 64), Codec(LOG), Codec("linear", 64, residual=True), Codec(LOG, 128)]
+CODECS = [
+    *map(get_codec, BUILTIN),
+    get_codec(CUSTOM.spec, 64),
+    get_codec("log"),
+    get_codec("linear", 64, residual=True),
+    get_codec("log", 128),
+]
 
 
 def codec_id(codec: Codec) -> str:
@@ -39,7 +48,7 @@ def worst_error(codec: Codec, x: Tensor) -> oracle.Array:
     value = abs(oracle.float64(x))
     largest = oracle.spread(oracle.block_scale(x, codec.block_size), codec.block_size, x)
     rounding = value * torch.finfo(x.dtype).eps + largest * 2.0**-21
-    if codec.name == LOG:
+    if codec.name == "log":
         with np.errstate(divide="ignore"):
             octaves = np.log2(largest / np.min(value[value > 0], initial=np.inf))
         # Half a step, at least one in 128 octaves, and a thousandth for the grid's margin and its approximations.
@@ -73,7 +82,7 @@ def test_the_parts_are_codes_scales_and_residual(codec: Codec) -> None:
     codes, scales, *residual = codec.encode(admissible(codec, 7, 100))
     blocks = -(-700 // codec.block_size)
     assert (codes.dtype, codes.shape) == (torch.uint8, (7, 100))
-    assert (scales.dtype, scales.shape) == (torch.float32, (blocks, 2) if codec.name == LOG else (blocks,))
+    assert (scales.dtype, scales.shape) == (torch.float32, (blocks, 2) if codec.name == "log" else (blocks,))
     assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * codec.residual
 
 
@@ -86,10 +95,10 @@ def test_encoded_bytes_are_the_bytes_of_the_parts(codec: Codec) -> None:
 
 def test_the_presets_cost_what_the_design_says() -> None:
     numel = 2**20
-    weight, moment = Codec("linear", 256, residual=True), Codec("softsign", 128)
-    second = Codec(LOG, 128)
+    weight, moment = get_codec("linear", 256, residual=True), get_codec("softsign", 128)
+    second = get_codec("log", 128)
     resume = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
-    compact = sum(codec.encoded_bytes(numel) for codec in (Codec("softsign", 256), moment, second)) / numel
+    compact = sum(codec.encoded_bytes(numel) for codec in (get_codec("softsign", 256), moment, second)) / numel
     assert (round(resume, 2), round(compact, 2)) == (4.11, 3.11)
 
 
@@ -99,7 +108,7 @@ def test_the_presets_cost_what_the_design_says() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_codebook_with_one_end_gets_a_signed_scale(name: str, sign: int) -> None:
     x = sign * torch.tensor([2.0, -1.0, 0.5])
-    codec = Codec(name)
+    codec = get_codec(name)
     parts = codec.encode(x)
     assert abs(parts[1].item()) == 2.0
     assert codec.decode(parts, torch.float32)[0] == x[0]
@@ -107,18 +116,18 @@ def test_a_codebook_with_one_end_gets_a_signed_scale(name: str, sign: int) -> No
 
 def test_a_codebook_with_both_ends_or_one_sign_keeps_a_plain_scale() -> None:
     for name in ("linear", "softsign", "normal_float4", "fp8_e4m3", "fp8_e5m2", "dynamic_unsigned"):
-        assert Codec(name).encode(torch.tensor([-2.0, 1.0]))[1].item() == 2.0
+        assert get_codec(name).encode(torch.tensor([-2.0, 1.0]))[1].item() == 2.0
 
 
 def test_unsigned_says_which_codecs_take_no_negative_values() -> None:
-    assert {codec.name for codec in CODECS if codec.unsigned} == {LOG, "dynamic_unsigned"}
-    assert Codec(Codebook("mine", (0.0, 1.0)).spec).unsigned
+    assert {codec.name for codec in CODECS if codec.unsigned} == {"log", "dynamic_unsigned"}
+    assert get_codec(Codebook("mine", (0.0, 1.0)).spec).unsigned
 
 
 @every_codec
 def test_scales_that_are_not_finite_say_which_block_cannot_be_encoded(codec: Codec) -> None:
     # A negative value too, under log; any other codec takes them, or says that it is unsigned.
-    for poison in (torch.nan, torch.inf, -torch.inf, *[-1.0] * (codec.name == LOG)):
+    for poison in (torch.nan, torch.inf, -torch.inf, *[-1.0] * (codec.name == "log")):
         x = admissible(codec, 3 * codec.block_size).float()
         x[codec.block_size + 5] = poison
         parts = codec.encode(x)
@@ -135,9 +144,9 @@ def test_the_parts_of_a_parameter_hold_no_graph() -> None:
 
 
 def test_the_first_stage_of_a_residual_is_the_linear_codec() -> None:
-    x = admissible(Codec("linear"), 1000).float()
-    codes, scales, _ = Codec("linear", 256, residual=True).encode(x)
-    assert all(map(oracle.same_bits, (codes, scales), Codec("linear", 256).encode(x)))
+    x = admissible(get_codec("linear"), 1000).float()
+    codes, scales, _ = get_codec("linear", 256, residual=True).encode(x)
+    assert all(map(oracle.same_bits, (codes, scales), get_codec("linear", 256).encode(x)))
 
 
 @pytest.mark.parametrize("name", ["", "int1", "linear ", "LOG", "float8"])
@@ -145,38 +154,59 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
     with pytest.raises(
         ValueError, match=r"unknown codec: for second moments there is 'log'; otherwise codebook is one of linear, .*"
     ) as error:
-        Codec(name)
+        get_codec(name)
     assert f"got {name!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", LOG, "int1"])
+@pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", "log", "int1"])
 def test_a_residual_anywhere_but_on_linear_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"residual stage needs the codec linear, got '{name}'"):
-        Codec(name, residual=True)
+        get_codec(name, residual=True)
 
 
 @pytest.mark.parametrize("levels", [(-0.5, 0.0, 0.5), (0.0, 0.999), (-0.999, 0.0)], ids=str)
 def test_a_codebook_that_reaches_neither_end_is_refused(levels: tuple[float, ...]) -> None:
     received = f"got levels from {levels[0]:g} to {levels[-1]:g}"
     with pytest.raises(ValueError, match=f"holds 1 or -1, {received}; divide them by the largest magnitude"):
-        Codec(Codebook("mine", levels).spec)
+        get_codec(Codebook("mine", levels).spec)
 
 
 @pytest.mark.parametrize("block_size", [100, 16, 8192, 0, -256, 2.0, True])
 def test_a_block_size_that_is_none_is_refused(block_size: object) -> None:
     with pytest.raises(ValueError, match=f"block_size must be .*, got {block_size}"):
-        Codec("linear", block_size)  # type: ignore[arg-type]
+        get_codec("linear", block_size)  # type: ignore[arg-type]
+
+
+def test_type_checkers_know_the_names_of_the_table() -> None:
+    known = {name for literal in get_args(CodecName) for name in get_args(literal)}
+    assert known == {name for name, residual in CODECS_BY_NAME if not residual} | {*BUILTIN, *ALIASES}
+
+
+def test_what_files_say_of_a_codec_makes_it_again() -> None:
+    for codec in CODECS:
+        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * codec.residual]
+        assert get_codec(codec.entry["name"], codec.entry["block_size"], "residual_bits" in codec.entry) == codec
 
 
 def test_a_codec_is_a_value() -> None:
-    assert Codec("linear") == Codec("linear", 256, False)
-    assert len({Codec("linear"), Codec("linear", 256), Codec("linear", 128), Codec("linear", residual=True)}) == 3
+    assert get_codec("linear") == get_codec("linear", 256, False)
+    assert (
+        len(
+            {
+                get_codec("linear"),
+                get_codec("linear", 256),
+                get_codec("linear", 128),
+                get_codec("linear", residual=True),
+            }
+        )
+        == 3
+    )
 
 
 def test_a_codec_decodes_as_the_reference() -> None:
-    x = admissible(Codec(LOG), 300).float()
+    x = admissible(get_codec("log"), 300).float()
     assert oracle.same_bits(
-        Codec(LOG, 128).decode(Codec(LOG, 128).encode(x), torch.float32),
+        get_codec("log", 128).decode(get_codec("log", 128).encode(x), torch.float32),
         reference.dequantize_log(*reference.quantize_log(x, 128), 128, torch.float32),
     )
 
@@ -185,9 +215,10 @@ def test_a_codec_decodes_as_the_reference() -> None:
 
 ROUND_TRIP = """
 import torch
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 x = torch.linspace(0, 1, 100)
-for codec in (Codec("linear"), Codec("dynamic"), Codec("linear", residual=True), Codec("log")):
+for codec in (get_codec("linear"), get_codec("dynamic"), get_codec("linear", residual=True), get_codec("log")):
     assert (codec.decode(codec.encode(x), x.dtype) - x).abs().max() < 0.05
 """
 
@@ -212,7 +243,7 @@ sys.modules["q8lightning"] = door
 NOT_IMPORTED = """
 import torch
 before = set(sys.modules)
-import q8lightning.quantization.codec
+import q8lightning.quantization.codecs.table
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not {"triton", "lightning", "pytorch_lightning", "torchmetrics"} & new, new
 """  # only that: torch itself imports Triton, where it is installed, when an operator is called

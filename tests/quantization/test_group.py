@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from q8lightning.quantization.backends.choose import launching
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
-from q8lightning.quantization.many.launches import BATCH, InLaunch
+from q8lightning.quantization.many.write_quantized import BATCH, InLaunch
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.block_choice import chosen_blocks, mix
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook

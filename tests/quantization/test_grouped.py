@@ -11,20 +11,21 @@ from support.devices import NOT_COMPILED, NOT_INTERPRETED
 from support.oracle import same_bits
 from torch import Tensor
 
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.block_choice import chosen_blocks
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from q8lightning.quantization.backends.kernels import grouped, launch, work_list
+from q8lightning.quantization.backends.kernels import launch, many, work_list
 
 CODECS = [
-    Codec("softsign", 128),
-    Codec("linear", 256, residual=True),
-    Codec("log", 128),
-    Codec("dynamic", 64),
-    Codec("fp8_e4m3", 2048),
+    get_codec("softsign", 128),
+    get_codec("linear", 256, residual=True),
+    get_codec("log", 128),
+    get_codec("dynamic", 64),
+    get_codec("fp8_e4m3", 2048),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (5000, 1, 0, 4096, 16, 8208, 0, 33)
@@ -67,12 +68,12 @@ def test_a_group_is_encoded_and_decoded_as_its_tensors_one_by_one(device: str, c
     buffer, starts = _buffer(device, tensors, sizes)
     failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
     statistics = torch.zeros(len(tensors), 5, dtype=torch.float64, device=device) if measure else None
-    grouped.encode(tensors, buffer, starts, codec.coding, failed, statistics)
+    many.encode(tensors, buffer, starts, codec.kernel, failed, statistics)
 
     assert not failed.any()
     _assert_untouched(buffer, starts, [whole for _, whole in sizes])
     values = [torch.full_like(x, 7.0) for x in tensors]
-    grouped.decode(buffer, starts, values, codec.coding)
+    many.decode(buffer, starts, values, codec.kernel)
     for i, (x, start, (head, _)) in enumerate(zip(tensors, starts, sizes, strict=True)):
         codes, scales, *residual = codec.encode(x.cpu())
         data = buffer[start:].cpu()
@@ -99,7 +100,7 @@ def test_tensors_that_cannot_be_encoded_are_told_from_the_others(device: str, co
     sizes = [(codec.scale_bytes(9000), codec.encoded_bytes(9000))] * 4
     buffer, starts = _buffer(device, tensors, sizes)
     failed = torch.zeros(4, dtype=torch.int32, device=device)
-    grouped.encode(tensors, buffer, starts, codec.coding, failed)
+    many.encode(tensors, buffer, starts, codec.kernel, failed)
     assert failed.tolist() == [0, 1, 0, 1]
 
 
@@ -141,7 +142,7 @@ def test_a_group_is_fake_quantized_as_the_reference_does(
     device: str, book: Codebook, block_size: int, share: float, measure: bool
 ) -> None:
     dtypes = (torch.float32, torch.float16) if device == "cpu" else _dtypes()
-    tensors = [x if i % 3 else -x for i, x in enumerate(_tensors(device, Codec("linear"), dtypes))]
+    tensors = [x if i % 3 else -x for i, x in enumerate(_tensors(device, get_codec("linear"), dtypes))]
     if device == "cpu":  # where each tensor costs 16 programs, of a tenth of a second
         tensors = [tensors[i] for i in (0, 2, 5, 7, 8)]
     originals = [x.cpu().clone() for x in tensors]
@@ -149,7 +150,7 @@ def test_a_group_is_fake_quantized_as_the_reference_does(
     numbers = tuple(range(5, 5 + 2 * len(tensors), 2))
     statistics = torch.full((numbers[-1] + 2, 5), 7.0, dtype=torch.float64, device=device) if measure else None
     seed = 2**31 + 12345
-    grouped.fake_quantize(tensors, buffer, starts, book, block_size, numbers, share, seed, statistics)
+    many.fake_quantize(tensors, buffer, starts, book, block_size, numbers, share, seed, statistics)
 
     _assert_untouched(buffer, starts, [x.nbytes for x in tensors])
     for number, x, original, start in zip(numbers, tensors, originals, starts, strict=True):
@@ -173,7 +174,7 @@ def test_blocks_that_are_not_finite_show_it_and_zeros_stay(device: str, share: f
     tensors = [x.view(-1).to(device)]
     buffer, starts = _buffer(device, tensors, [(0, x.nbytes)])
     statistics = torch.zeros(1, 5, dtype=torch.float64, device=device)
-    grouped.fake_quantize(tensors, buffer, starts, BUILTIN["int4"], 64, None, share, 1, statistics)
+    many.fake_quantize(tensors, buffer, starts, BUILTIN["int4"], 64, None, share, 1, statistics)
     values = buffer[starts[0] : starts[0] + x.nbytes].view(torch.float32).cpu()
     expected = fake_quantized(x.view(-1), BUILTIN["int4"], 64, share, 1, 0)
     assert same_bits(values, expected)
@@ -189,7 +190,7 @@ def test_the_kernels_choose_the_blocks_of_the_hash(device: str, share: float, se
     for x in tensors:
         x[::32] = 1.0
     buffer, starts = _buffer(device, tensors, [(0, x.nbytes) for x in tensors])
-    grouped.fake_quantize(tensors, buffer, starts, BUILTIN["int2"], 32, (3, 2**16), share, seed)
+    many.fake_quantize(tensors, buffer, starts, BUILTIN["int2"], 32, (3, 2**16), share, seed)
     for number, x, start in zip((3, 2**16), tensors, starts, strict=True):
         values = buffer[start : start + x.nbytes].view(torch.float32)
         changed = (values != x).view(-1, 32).any(dim=1).cpu()
@@ -201,7 +202,7 @@ def test_statistics_of_a_group_survive_squares_outside_float32(device: str) -> N
     originals = [x.cpu().clone() for x in tensors]
     buffer, starts = _buffer(device, tensors, [(0, x.nbytes) for x in tensors])
     statistics = torch.zeros(3, 5, dtype=torch.float64, device=device)
-    grouped.fake_quantize(tensors, buffer, starts, BUILTIN["linear"], 64, statistics=statistics)
+    many.fake_quantize(tensors, buffer, starts, BUILTIN["linear"], 64, statistics=statistics)
     for row, original, start in zip(statistics.cpu(), originals, starts, strict=True):
         values = buffer[start : start + original.nbytes].view(torch.float32).cpu()
         torch.testing.assert_close(row, reference.measure(original, values), rtol=2e-6, atol=0.0)
@@ -209,20 +210,20 @@ def test_statistics_of_a_group_survive_squares_outside_float32(device: str) -> N
 
 def test_empty_and_single_elements_may_fill_a_group(device: str) -> None:
     tensors = [torch.full((i % 2,), float(i), device=device) for i in range(64)]
-    codec = Codec("linear", 64)
+    codec = get_codec("linear", 64)
     sizes = [(codec.scale_bytes(x.numel()), codec.encoded_bytes(x.numel())) for x in tensors]
     buffer, starts = _buffer(device, tensors, sizes)
     failed = torch.zeros(64, dtype=torch.int32, device=device)
-    grouped.encode(tensors, buffer, starts, codec.coding, failed)
+    many.encode(tensors, buffer, starts, codec.kernel, failed)
     values = [torch.full_like(x, 77.0) for x in tensors]
-    grouped.decode(buffer, starts, values, codec.coding)
+    many.decode(buffer, starts, values, codec.kernel)
     assert all(torch.equal(one, other) for one, other in zip(values, tensors, strict=True))
     empty = [x for x in tensors if not x.numel()]
-    grouped.encode(empty, buffer, starts[: len(empty)], codec.coding, failed[: len(empty)])  # nothing to launch
+    many.encode(empty, buffer, starts[: len(empty)], codec.kernel, failed[: len(empty)])  # nothing to launch
 
 
 def test_a_group_takes_one_launch_for_each_dtype_and_its_work_list_is_kept(device: str, launched: list[Any]) -> None:
-    codec = Codec("softsign", 128)
+    codec = get_codec("softsign", 128)
     tensors = [torch.randn(4096 * n, device=device).to(d) for n in (1, 2, 3) for d in (torch.float32, torch.float16)]
     sizes = [(codec.scale_bytes(x.numel()), codec.encoded_bytes(x.numel())) for x in tensors]
     starts, end = [], 0
@@ -233,7 +234,7 @@ def test_a_group_takes_one_launch_for_each_dtype_and_its_work_list_is_kept(devic
     failed = torch.zeros(len(tensors), dtype=torch.int32, device=device)
     work_list.launches.cache_clear()
     for _ in range(3):
-        grouped.encode(tensors, buffer, tuple(starts), codec.coding, failed)
+        many.encode(tensors, buffer, tuple(starts), codec.kernel, failed)
     assert len(launched) == 3 * 2
     assert work_list.launches.cache_info().misses == 1
 

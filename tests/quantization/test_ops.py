@@ -9,7 +9,7 @@ from support import oracle
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from q8lightning.quantization import measured_ops, ops
+from q8lightning.quantization import ops
 from q8lightning.quantization.functional import (
     dequantize_blockwise,
     fake_quantize,
@@ -18,6 +18,7 @@ from q8lightning.quantization.functional import (
 )
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, get_codebook
+from q8lightning.quantization.spec.layout import check_block_size
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -50,6 +51,7 @@ def residual_first(x: Tensor, block_size: int) -> tuple[Tensor, ...]:
 
 
 OPERATORS = [*arguments(random(4))]
+MEASURED = [name for name in OPERATORS if not name.startswith("dequantize") and not name.endswith("rows")]
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -60,8 +62,7 @@ def parts_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_every_operator_of_the_package_is_tested_here() -> None:
     registered = {name for name in dir(torch.ops.q8lightning) if not name.startswith("_")}
     defined = {getattr(ops, name)._qualname.split("::")[1] for name in OPERATORS}
-    measured = {f"measured_{name}" for name in defined}
-    assert {name for name in registered if "quantize" in name} <= defined | measured
+    assert {name for name in registered if "quantize" in name} <= defined
     assert {value._qualname.split("::")[1] for value in vars(ops).values() if hasattr(value, "_qualname")} == defined
 
 
@@ -79,25 +80,24 @@ def test_torch_accepts_the_operator(name: str, shape: tuple[int, ...]) -> None:
     torch.library.opcheck(getattr(ops, name), arguments(random(*shape))[name])
 
 
-MEASURED = [name for name in OPERATORS if not name.startswith("dequantize") and not name.endswith("rows")]
-
-
 @pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("shape", [(3, 50), (0, 4)], ids=str)
 def test_torch_accepts_the_operator_that_measures(name: str, shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(getattr(measured_ops, name.removeprefix("_")), arguments(random(*shape))[name])
+    torch.library.opcheck(getattr(ops, name), arguments(random(*shape))[name], {"measure": True})
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_measuring_changes_no_bit_of_the_result(name: str) -> None:
     given = arguments(random(5, 40))[name]
-    *measured, _ = getattr(measured_ops, name.removeprefix("_"))(*given)
-    assert all(map(oracle.same_bits, measured, parts_of(getattr(ops, name)(*given))))
+    *measured, statistics = getattr(ops, name)(*given, measure=True)
+    *plain, nothing = getattr(ops, name)(*given)
+    assert all(map(oracle.same_bits, measured, plain))
+    assert (statistics.shape, nothing.shape) == ((5,), (0,))
 
 
 def test_torch_accepts_the_operator_with_a_gradient() -> None:
     x = random(3, 50).requires_grad_()
-    torch.library.opcheck(measured_ops.fake_quantize, (x, "int4", 32))
+    torch.library.opcheck(ops.fake_quantize, (x, "int4", 32), {"measure": True})
     torch.library.opcheck(ops.fake_quantize, (x, "int4", 32))
     torch.library.opcheck(ops.fake_quantize, (x, Codebook("mine", (-1.0, 0.0, 1.0)).spec, 32))
 
@@ -108,8 +108,10 @@ def test_it_returns_what_the_reference_returns(name: str) -> None:
         return get_codebook(argument) if isinstance(argument, str) else argument
 
     given = arguments(random(5, 40))[name]
-    expected = getattr(reference, name.removeprefix("_"))(*map(codebook_of, given))
-    assert all(map(oracle.same_bits, parts_of(getattr(ops, name)(*given)), parts_of(expected)))
+    expected = parts_of(getattr(reference, name)(*map(codebook_of, given)))
+    found = parts_of(getattr(ops, name)(*given))
+    assert all(map(oracle.same_bits, found[: len(expected)], expected))
+    assert [rest.numel() for rest in found[len(expected) :]] == [0] * (name in MEASURED)  # what was not measured
 
 
 @every_operator
@@ -127,7 +129,7 @@ def test_a_fake_tensor_gets_the_shape_and_dtype_of_a_real_one(name: str) -> None
 def test_more_than_2_to_31_elements_have_that_many_codes_and_blocks() -> None:
     numel = 2**32 + 5
     with FakeTensorMode():
-        codes, scale = ops.quantize(torch.empty(numel, dtype=torch.bfloat16), "linear", 256)
+        codes, scale, _ = ops.quantize(torch.empty(numel, dtype=torch.bfloat16), "linear", 256)
     assert codes.shape == (numel,)
     assert scale.shape == (2**24 + 1,)
 
@@ -319,7 +321,7 @@ BLOCK_SIZES = {
             torch.zeros(64, dtype=torch.uint8), torch.ones(1), "linear", block_size, torch.float32
         ),
         lambda block_size: fake_quantize(random(64), "linear", block_size),
-        ops.check_block_size,
+        check_block_size,
     ],
     ids=["quantize", "dequantize", "fake_quantize", "check"],
 )
@@ -330,7 +332,7 @@ def test_a_block_size_that_is_none_is_refused(call: Callable, block_size: object
 
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_every_power_of_two_from_32_to_4096_is_a_block_size(block_size: int) -> None:
-    assert ops.check_block_size(block_size) == block_size
+    assert check_block_size(block_size) == block_size
     assert quantize_blockwise(random(5000), "linear", block_size)[1].numel() == -(-5000 // block_size)
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from support.devices import each_device
 
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import Unpacking, bytes_to_unpack, is_sampled, measure, pack, unpack_on
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.decode import EncodedItem, bytes_to_decode_on, decode_on
+from q8lightning.quantization.many.encode import encode_many, is_sampled, measure
 from q8lightning.quantization.spec import reference
 
-CODECS = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("int4", 64)]
+CODECS = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("log", 128), get_codec("int4", 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
@@ -26,7 +28,7 @@ def _state(device: str) -> tuple[list[torch.Tensor], list[Codec]]:
 @each_device
 def test_packed_tensors_are_those_encoded_one_by_one(device: str) -> None:
     tensors, codecs = _state(device)
-    packed = pack(tensors, codecs, measure=True)
+    packed = encode_many(tensors, codecs, measure=True)
     assert not packed.failed.any()
     for tensor, codec, data, statistics in zip(tensors, codecs, packed.data, packed.statistics, strict=True):
         codes, scales, *residual = codec.encode(tensor.cpu())
@@ -41,7 +43,7 @@ def test_packed_tensors_are_those_encoded_one_by_one(device: str) -> None:
 @each_device
 def test_the_buffer_holds_nothing_but_what_was_packed(device: str) -> None:
     tensors, codecs = _state(device)
-    packed = pack(tensors, codecs)
+    packed = encode_many(tensors, codecs)
     (storage,) = {data.untyped_storage().data_ptr() for data in packed.data}
     buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(packed.data[0].untyped_storage())
     assert buffer.data_ptr() == storage
@@ -57,7 +59,7 @@ def test_tensors_that_a_codec_cannot_hold_are_told(device: str) -> None:
     tensors, codecs = _state(device)
     tensors[0][7] = torch.nan
     tensors[2][7] = -1.0  # under log
-    failed = pack(tensors, codecs).failed.tolist()
+    failed = encode_many(tensors, codecs).failed.tolist()
     assert [i for i, value in enumerate(failed) if value] == [0, 2]
 
 
@@ -68,10 +70,10 @@ def test_packing_on_a_gpu_does_not_wait_for_it() -> None:
     tensors, codecs = zip(
         *((x, c) for x, c in zip(tensors, codecs, strict=True) if x.dtype != torch.float64), strict=True
     )
-    pack(tensors, codecs, measure=True)  # makes the work lists
+    encode_many(tensors, codecs, measure=True)  # makes the work lists
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pack(tensors, codecs, measure=True)
+        encode_many(tensors, codecs, measure=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -81,12 +83,12 @@ def test_they_are_unpacked_together_as_they_are_one_by_one(device: str) -> None:
     """On the CPU the kernels are interpreted."""
     pytest.importorskip("triton", reason="Triton is not installed")
     tensors, codecs = _state("cpu")
-    data = pack(tensors, codecs).data
+    data = encode_many(tensors, codecs).data
     # The interpreter truncates to bfloat16 where it should round.
     without = (torch.float64, torch.bfloat16) if device == "cpu" else (torch.float64,)
     chosen = [i for i, x in enumerate(tensors) if x.dtype not in without and (x.numel() <= 8192 or device == "cuda")]
-    items = [Unpacking(data[i], codecs[i], tensors[i].numel(), tensors[i].dtype) for i in chosen]
-    values = unpack_on(torch.device(device), items)
+    items = [EncodedItem(data[i], codecs[i], tensors[i].numel(), tensors[i].dtype) for i in chosen]
+    values = decode_on(torch.device(device), items)
     for i, item, found in zip(chosen, items, values, strict=True):
         codes, scales, *residual = codecs[i].encode(tensors[i])
         expected = codecs[i].decode((codes, scales, *residual), item.dtype)
@@ -94,4 +96,4 @@ def test_they_are_unpacked_together_as_they_are_one_by_one(device: str) -> None:
         assert found.dtype == item.dtype
         assert torch.equal(found.cpu(), expected)
     decoded = sum(value.nbytes for value in values)
-    assert decoded < bytes_to_unpack(items) <= decoded + sum(item.data.nbytes for item in items) + 16 * len(items)
+    assert decoded < bytes_to_decode_on(items) <= decoded + sum(item.data.nbytes for item in items) + 16 * len(items)

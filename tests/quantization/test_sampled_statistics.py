@@ -9,19 +9,20 @@ from torch import Tensor
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import is_sampled, measure, pack, relative_error_bound, unpack
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import encode_many, is_sampled, measure
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN
 from q8lightning.quantization.spec.sampling import WHOLE_ON_CPU, stretches_on_cpu
 
 CODECS = [
-    Codec("linear", 128),
-    Codec("softsign", 256),
-    Codec("linear", 128, residual=True),
-    Codec("log", 128),
-    Codec("int4", 64),
-    Codec("dynamic", 4096),
+    get_codec("linear", 128),
+    get_codec("softsign", 256),
+    get_codec("linear", 128, residual=True),
+    get_codec("log", 128),
+    get_codec("int4", 64),
+    get_codec("dynamic", 4096),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 NUMEL = 600_003
@@ -42,7 +43,7 @@ def taken_of(numel: int, codec: Codec) -> Tensor:
 
 
 def packed(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    result = pack([x], [codec], measure=True)
+    result = encode_many([x], [codec], measure=True)
     assert result.statistics is not None
     return result.data[0], result.statistics[0]
 
@@ -51,7 +52,7 @@ def packed(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
 def test_of_a_large_tensor_an_eighth_is_measured_and_stands_for_all(codec: Codec) -> None:
     x = values(unsigned=codec.unsigned)
     data, statistics = packed(x, codec)
-    decoded = codec.decode(unpack(data, codec, NUMEL), x.dtype)
+    decoded = codec.decode(codec.split(data, NUMEL), x.dtype)
     taken = taken_of(NUMEL, codec)
     expected = reference.measure(x[taken], decoded[taken])
     weight = NUMEL / len(taken)
@@ -67,15 +68,15 @@ def test_what_is_measured_is_lost_in_the_dtype_of_the_tensor(codec: Codec, dtype
     x = values(unsigned=codec.unsigned).to(dtype)
     data, statistics = packed(x, codec)
     taken = taken_of(NUMEL, codec)
-    expected = reference.measure(x[taken], codec.decode(unpack(data, codec, NUMEL), dtype)[taken])
+    expected = reference.measure(x[taken], codec.decode(codec.split(data, NUMEL), dtype)[taken])
     assert float(statistics[0] / statistics[1]) == pytest.approx(float(expected[0] / expected[1]), rel=1e-9)
 
 
 def test_small_tensors_and_those_with_blocks_that_cannot_be_encoded_are_measured_in_whole() -> None:
-    codec = Codec("linear", 128)
+    codec = get_codec("linear", 128)
     for x in (values(WHOLE_ON_CPU), values().index_fill(0, torch.tensor([NUMEL - 1]), math.nan)):
         data, statistics = packed(x, codec)
-        expected = reference.measure(x, codec.decode(unpack(data, codec, x.numel()), x.dtype))
+        expected = reference.measure(x, codec.decode(codec.split(data, x.numel()), x.dtype))
         torch.testing.assert_close(statistics, expected, equal_nan=True)
     assert not is_sampled(values(WHOLE_ON_CPU), codec)
     assert is_sampled(values(WHOLE_ON_CPU + 1), codec)
@@ -88,7 +89,7 @@ def test_no_tensor_loses_more_than_its_scales_allow(name: str, scale: float) -> 
     book = BUILTIN[name]
     if book.end == 0:
         pytest.skip("not for checkpoints")
-    codec = Codec(name, 64)
+    codec = get_codec(name, 64)
     thresholds = torch.cat([book.thresholds, book.thresholds.nextafter(torch.tensor(2.0))])
     worst = torch.cat([torch.tensor([1.0]), thresholds]).repeat(codec.block_size)  # in the company of all others
     ends = torch.full((len(thresholds), 64), float(book.end))
@@ -97,20 +98,20 @@ def test_no_tensor_loses_more_than_its_scales_allow(name: str, scale: float) -> 
         y = x * scale
         data, _ = packed(y, codec)
         lost = measure(y, codec, data)
-        bound = relative_error_bound(y, codec, data)
+        bound = codec.relative_error_bound(y, codec.split(data, y.numel()))
         assert float((lost[0] / lost[1]).sqrt()) <= bound
         if name in ("linear", "softsign"):
             assert bound < 0.1  # it says something
 
 
 def test_no_tensor_loses_more_in_two_stages_than_its_scales_allow() -> None:
-    codec = Codec("linear", 64, residual=True)
+    codec = get_codec("linear", 64, residual=True)
     ends = torch.ones(254, 64)
     ends[:, 1:] = BUILTIN["linear"].thresholds[:, None]
     for x in (ends.flatten(), values(), torch.rand(70_000)):
         data, _ = packed(x, codec)
         lost = measure(x, codec, data)
-        assert float((lost[0] / lost[1]).sqrt()) <= relative_error_bound(x, codec, data) < 1e-3
+        assert float((lost[0] / lost[1]).sqrt()) <= codec.relative_error_bound(x, codec.split(data, x.numel())) < 1e-3
 
 
 def hidden(codec: Codec, plain: float, lossy: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def hidden(codec: Codec, plain: float, lossy: Tensor) -> Tensor:
 
 
 def test_the_guard_finds_weights_that_lose_too_much_where_no_sample_is_taken() -> None:
-    codec = Codec("linear", 128)
+    codec = get_codec("linear", 128)
     lossy = torch.full((128,), 0.45 / 127)  # becomes zero beside the one
     lossy[0] = 1.0
     x = hidden(codec, 1e-3, lossy)
@@ -139,7 +140,7 @@ def test_the_guard_finds_weights_that_lose_too_much_where_no_sample_is_taken() -
 def test_the_guard_finds_second_moments_that_become_zero_where_no_sample_is_taken() -> None:
     lossy = torch.full((128,), 1e-4)
     lossy[0] = 1.0
-    x = hidden(Codec("linear", 128), 1e-3, lossy)
+    x = hidden(get_codec("linear", 128), 1e-3, lossy)
     policy = CheckpointPolicy([Rule("optimizer_states.*.exp_avg_sq", "linear", block_size=128)])
     state = {"state": {0: {"exp_avg_sq": x}}, "param_groups": [{"params": [0], "eps": 1e-8}]}
     encoded, report = encode_and_report({"optimizer_states": [state]}, policy)
@@ -151,6 +152,6 @@ def test_what_is_reported_of_weights_that_cannot_lose_much_is_the_estimate() -> 
     x = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
     policy = CheckpointPolicy([Rule("state_dict.*", "softsign", block_size=256)])
     _, report = encode_and_report({"state_dict": {"w": x}}, policy)
-    _, statistics = packed(x, Codec("softsign", 256))
+    _, statistics = packed(x, get_codec("softsign", 256))
     assert report.tensors[0].statistics == tuple(statistics.tolist())
     assert not report.guarded

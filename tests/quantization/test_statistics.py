@@ -12,16 +12,17 @@ from support.devices import each_device
 from torch import Tensor
 
 from q8lightning import fake_quantize, quantize_blockwise
-from q8lightning.quantization import measured_ops, ops
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization import ops
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 CODECS = [
-    Codec("linear", 64),
-    Codec("softsign", 256),
-    Codec("dynamic", 128),
-    Codec("linear", 128, True),
-    Codec("log", 64),
+    get_codec("linear", 64),
+    get_codec("softsign", 256),
+    get_codec("dynamic", 128),
+    get_codec("linear", 128, True),
+    get_codec("log", 64),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (0, 1, 33, 4096, 70_001)
@@ -60,7 +61,7 @@ def test_statistics_are_those_of_the_decoded_tensor(device: str, codec: Codec, d
 @pytest.mark.parametrize("block_size", [32, 256, 2048])
 def test_fake_quantize_measures_on_the_way(device: str, dtype: torch.dtype, codebook: str, block_size: int) -> None:
     for numel in SIZES:
-        x = _sample(numel, dtype, Codec("linear")).to(device)
+        x = _sample(numel, dtype, get_codec("linear")).to(device)
         values, statistics = fake_quantize(x, codebook, block_size, return_statistics=True)
         assert torch.equal(values, fake_quantize(x, codebook, block_size))
         assert_measured(statistics, x, values)
@@ -68,8 +69,8 @@ def test_fake_quantize_measures_on_the_way(device: str, dtype: torch.dtype, code
 
 @each_device
 def test_the_affine_codec_is_measured_too(device: str) -> None:
-    x = _sample(5000, torch.float32, Codec("linear")).to(device)
-    *parts, statistics = measured_ops.quantize_affine(x, 64)
+    x = _sample(5000, torch.float32, get_codec("linear")).to(device)
+    *parts, statistics = ops.quantize_affine(x, 64, measure=True)
     assert_measured(statistics, x, ops.dequantize_affine(*parts, 64, torch.float32))
 
 
@@ -105,16 +106,16 @@ def test_the_error_of_what_is_not_finite_is_no_number(device: str, codec: Codec,
 
 @each_device
 def test_the_error_of_a_negative_value_under_log_is_no_number(device: str) -> None:
-    x = _sample(4096, torch.float32, Codec("log")).to(device)
+    x = _sample(4096, torch.float32, get_codec("log")).to(device)
     x[1234] = -1.0
-    _, statistics = Codec("log", 64).encode_and_measure(x)
+    _, statistics = get_codec("log", 64).encode_and_measure(x)
     assert statistics[[0, 2]].isnan().all()
     assert statistics[1].isfinite()
 
 
 @each_device
 def test_a_second_run_measures_the_same_bits(device: str) -> None:
-    x = _sample(3_000_001, torch.float32, Codec("linear")).to(device)
+    x = _sample(3_000_001, torch.float32, get_codec("linear")).to(device)
     first = fake_quantize(x, "linear", 64, return_statistics=True)[1]
     for _ in range(3):
         assert torch.equal(fake_quantize(x, "linear", 64, return_statistics=True)[1], first)
@@ -122,7 +123,7 @@ def test_a_second_run_measures_the_same_bits(device: str) -> None:
 
 @each_device
 def test_quantize_blockwise_writes_statistics_into_a_buffer(device: str) -> None:
-    x = _sample(5000, torch.float32, Codec("linear")).to(device)
+    x = _sample(5000, torch.float32, get_codec("linear")).to(device)
     statistics = torch.empty(5, dtype=torch.float64, device=device)
     codes, absmax = quantize_blockwise(x, "softsign", 64, statistics=statistics)
     assert_measured(statistics, x, ops.dequantize(codes, absmax, "softsign", 64, torch.float32))

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from q8lightning.metrics import UpdateDirectionError
 from q8lightning.quantization.backends.choose import launching
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many import update_directions as update_direction
-from q8lightning.quantization.many.encode import pack, repack, split
+from q8lightning.quantization.many.buffer import copy_together, split
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import sampling
 
 EPS = 1e-8
 SIZES = (4096, 5001, 1, 33, 300_000)
-FIRST = Codec("softsign", 128)
-SECOND = Codec("log", 64)
+FIRST = get_codec("softsign", 128)
+SECOND = get_codec("log", 64)
 
 
 def moments_of(numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,9 @@ def moments_of(numel: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
 
 
 def stored(values: Tensor, codec: Codec | None) -> StoredMoment:
-    return StoredMoment(values) if codec is None else StoredMoment(values, codec, pack([values], [codec]).data[0])
+    return (
+        StoredMoment(values) if codec is None else StoredMoment(values, codec, encode_many([values], [codec]).data[0])
+    )
 
 
 def decoded(moment: StoredMoment) -> Tensor:
@@ -73,11 +77,11 @@ def in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ("first", "second"),
     [
         (FIRST, SECOND),
-        (Codec("linear", 256, True), SECOND),
+        (get_codec("linear", 256, True), SECOND),
         (None, SECOND),
         (FIRST, None),
         (None, None),
-        (FIRST, Codec("dynamic_unsigned", 4096)),
+        (FIRST, get_codec("dynamic_unsigned", 4096)),
     ],
     ids=str,
 )
@@ -114,7 +118,9 @@ def test_a_second_moment_that_becomes_zero_turns_the_step(device: str) -> None:
     one = torch.full((4096,), 1e-4, device=device)
     two = one.square()
     two[0] = 1.0  # so large that a linear code of the others is zero
-    wrong, right = (Moments(StoredMoment(one), stored(two, codec), EPS) for codec in (Codec("linear", 4096), SECOND))
+    wrong, right = (
+        Moments(StoredMoment(one), stored(two, codec), EPS) for codec in (get_codec("linear", 4096), SECOND)
+    )
     sums = update_direction_sums([wrong, right])
     assert float(sums[0, 0] / sums[0, 1]) > 1e7
     assert float(sums[1, 0] / sums[1, 1]) < 1e-3
@@ -139,8 +145,8 @@ def test_a_moment_without_numbers_makes_no_number() -> None:
 
 def test_repacked_data_is_the_same_and_keeps_nothing_else_alive() -> None:
     tensors = [torch.randn(numel) for numel in (4096, 5001, 33)]
-    packed = pack(tensors, [FIRST] * 3).data
-    copies = split(*repack([packed[2], packed[1]]))
+    packed = encode_many(tensors, [FIRST] * 3).data
+    copies = split(*copy_together([packed[2], packed[1]]))
     assert torch.equal(copies[0], packed[2])
     assert torch.equal(copies[1], packed[1])
     assert copies[0].untyped_storage().nbytes() < packed[1].nbytes + packed[2].nbytes + 32
@@ -197,7 +203,7 @@ def taken_of(numel: int, device: str, block_size: int) -> tuple[Tensor, float]:
 
 @each_device
 @pytest.mark.usefixtures("sampled")
-@pytest.mark.parametrize("second", [SECOND, Codec("dynamic_unsigned", 4096)], ids=str)
+@pytest.mark.parametrize("second", [SECOND, get_codec("dynamic_unsigned", 4096)], ids=str)
 def test_sums_of_a_large_tensor_are_those_of_its_stretches_and_stand_for_all_of_it(second: Codec, device: str) -> None:
     numel = 600_007
     torch.manual_seed(0)
@@ -238,7 +244,7 @@ def test_one_launch_looks_at_the_same_stretches(launch_device: str) -> None:
         one, two = moments_of(numel, torch.float32, launch_device)
         pairs.append((one, two))
     with launching(launch_device == "cuda"):  # to interpret the encoding of so much would take long
-        data = iter(pack([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
+        data = iter(encode_many([x for pair in pairs for x in pair], [FIRST, SECOND] * len(pairs)).data)
     moments = [
         Moments(StoredMoment(one, FIRST, next(data)), StoredMoment(two, SECOND, next(data)), EPS) for one, two in pairs
     ]
@@ -250,8 +256,8 @@ def test_one_launch_looks_at_the_same_stretches(launch_device: str) -> None:
     ("first", "second", "dtypes"),
     [
         (FIRST, SECOND, (torch.float32, torch.float32)),
-        (Codec("linear", 32, True), Codec("log", 4096), (torch.float16, torch.float32)),
-        (Codec("dynamic", 4096), None, (torch.float32, torch.float32)),
+        (get_codec("linear", 32, True), get_codec("log", 4096), (torch.float16, torch.float32)),
+        (get_codec("dynamic", 4096), None, (torch.float32, torch.float32)),
         (None, SECOND, (torch.float32, torch.float16)),
         (None, None, (torch.float32, torch.float32)),
     ],
@@ -273,7 +279,7 @@ def test_one_launch_gives_the_sums_of_the_operators(
             codecs.append(codec)
     encoded = [i for i, codec in enumerate(codecs) if codec is not None]
     with launching(launch_device == "cuda"):
-        data = pack([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
+        data = encode_many([values[i] for i in encoded], [codecs[i] for i in encoded]).data if encoded else []
     where = dict(zip(encoded, data, strict=True))
     moments = [StoredMoment(x, codecs[i], where.get(i)) for i, x in enumerate(values)]
     pairs = [Moments(*moments[i : i + 2], EPS) for i in range(0, len(moments), 2)]

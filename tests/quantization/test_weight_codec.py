@@ -4,10 +4,10 @@ import pytest
 import torch
 from support.oracle import same_bits
 
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.bit_packing import CHUNK, pack, unpack
 from q8lightning.quantization.spec.codebook import BUILTIN
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.spec.packed_bits import CHUNK, pack_bits, unpack_bits
 
 WEIGHTS = [name for name, codebook in BUILTIN.items() if codebook.signed]
 SHAPES = [(96,), (10, 64), (7, 33), (4, 3, 5, 5), (1, 1), (300, 2)]
@@ -89,14 +89,14 @@ def test_an_axis_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 1000])
 def test_packed_codes_come_back(numel: int, bits: int) -> None:
     codes = torch.randint(2**bits, (numel,), dtype=torch.uint8)
-    packed = pack(codes, bits)
+    packed = pack_bits(codes, bits)
     assert packed.numel() == -(-numel * bits // 8)
-    assert torch.equal(unpack(packed, bits, numel), codes)
+    assert torch.equal(unpack_bits(packed, bits, numel), codes)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_packing_in_chunks_leaves_no_gaps(bits: int) -> None:
     codes = torch.randint(2**bits, (2 * CHUNK + 1000,), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert torch.equal(packed, torch.cat([pack(part, bits) for part in codes.split(CHUNK // 2)]))
-    assert torch.equal(unpack(packed, bits, len(codes)), codes)
+    packed = pack_bits(codes, bits)
+    assert torch.equal(packed, torch.cat([pack_bits(part, bits) for part in codes.split(CHUNK // 2)]))
+    assert torch.equal(unpack_bits(packed, bits, len(codes)), codes)

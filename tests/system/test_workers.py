@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import pack
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.encode import encode_many
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system.workers import MOST, WORTH_THREADS, count_workers, share_out
 
@@ -71,14 +71,14 @@ def test_tensors_are_encoded_and_measured_as_one_after_the_other(inference: bool
     torch.manual_seed(0)
     with torch.inference_mode(inference):
         tensors = [x for numel in (500_000, 4096, 33, 400_001) for x in (torch.randn(numel), torch.rand(numel) + 0.1)]
-        codecs = [Codec("softsign", 128), Codec("log", 128)] * 4
-        packed = pack(tensors, codecs, measure=True)
+        codecs = [get_codec("softsign", 128), get_codec("log", 128)] * 4
+        packed = encode_many(tensors, codecs, measure=True)
         moments = [StoredMoment(x, codec, data) for x, codec, data in zip(tensors, codecs, packed.data, strict=True)]
         pairs = [Moments(*moments[i : i + 2]) for i in range(0, 8, 2)]
         sums = update_direction_sums(pairs)
         assert packed.statistics is not None
         for i, (x, codec) in enumerate(zip(tensors, codecs, strict=True)):
-            alone = pack([x], [codec], measure=True)
+            alone = encode_many([x], [codec], measure=True)
             assert alone.statistics is not None
             assert torch.equal(packed.data[i], alone.data[0])
             torch.testing.assert_close(packed.statistics[i], alone.statistics[0], rtol=1e-12, atol=0.0)

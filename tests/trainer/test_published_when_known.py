@@ -169,10 +169,14 @@ def test_early_stopping_waits_for_what_it_watches_when_it_looks(when: str, tmp_p
     assert trainer.global_step == 4
 
 
-def test_a_model_checkpoint_sees_what_another_has_saved_in_the_same_hook(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_model_checkpoint_sees_what_another_has_saved_in_the_same_hook(in_background: bool, tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "all", save_top_k=-1)
     best = ModelCheckpoint(tmp_path / "best", monitor=SQNR, mode="max")
-    trainer = fit(tmp_path, Late(seconds=0.1), first, best, enable_checkpointing=True, limit_val_batches=1)
+    io = QuantizedCheckpointIO(checkpoint="compact") if in_background else Late(seconds=0.1)
+    callback = QuantizationCallback("compact", async_save=in_background)
+    options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 1}
+    trainer = fit(tmp_path, io, first, best, callback=callback, **options)
     assert best.best_model_score is not None
     assert len(best.best_k_models) == 1
     assert SQNR in trainer.callback_metrics

@@ -24,8 +24,8 @@ from q8lightning.checkpoint.sections import (
     state_dicts_in,
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, has_memory, tensors
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.weight_codec import WeightCodec
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.weight import WeightCodec
 
 _MOMENTS = (FIRST_OF_ADAM, *SECONDS_OF_ADAM)
 

@@ -22,8 +22,8 @@ from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors, in_m
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
 from q8lightning.checkpoint.sections import SECOND_MOMENTS
-from q8lightning.quantization.codec import LOG, Codec
-from q8lightning.quantization.many.encode import Packed, is_sampled, measure, relative_error_bound
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.encode import EncodedBuffer, is_sampled, measure
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
@@ -65,7 +65,7 @@ class Watched(NamedTuple):
         return cls(first, rest, policy)
 
     @neutral()
-    def look_closer(self, values: Sequence[Tensor], codecs: Sequence[Codec], packed: Packed) -> None:
+    def look_closer(self, values: Sequence[Tensor], codecs: Sequence[Codec], packed: EncodedBuffer) -> None:
         """Measure members in whole, where a part was measured and the rest could lose more than the policy allows.
 
         Only a CPU measures a part. Most members need no second look, because their scales bound what they lose.
@@ -78,11 +78,14 @@ class Watched(NamedTuple):
         assert packed.statistics is not None
         data = packed.data
         sampled = [is_sampled(each, codec) for each, codec in zip(values, codecs, strict=True)]
-        unsure = [i for i in self.second_moments.tolist() if sampled[i] and codecs[i].name != LOG]  # that keeps them
+        unsure = [i for i in self.second_moments.tolist() if sampled[i] and not codecs[i].keeps_nonzero]
         if self.policy.min_sqnr_db is not None:
             limit = 10 ** (-self.policy.min_sqnr_db / 20) * (1 - MARGIN)
             for i in self.by_sqnr.tolist():
-                if sampled[i] and not relative_error_bound(values[i], codecs[i], data[i]) <= limit:
+                if not sampled[i]:
+                    continue
+                parts = codecs[i].split(data[i], values[i].numel())
+                if not codecs[i].relative_error_bound(values[i], parts) <= limit:
                     unsure.append(i)
         jobs = [partial(measure, values[i], codecs[i], data[i]) for i in unsure]
         for i, statistics in zip(unsure, share_out(jobs, [values[i].nbytes for i in unsure]), strict=True):
@@ -217,7 +220,7 @@ def _hold(
     error = error_of(payload, candidate.statistics)
     if not error > limit * (1 - MARGIN):
         return False
-    finer = _with_residual(candidate)
+    finer = _encoded_finer(candidate)
     remedy = None
     if finer is not None and (finer[1][0] == 0 or (error > limit and error_of(*finer) <= limit)):
         remedy = "residual"
@@ -270,13 +273,11 @@ def _direction_error(moments: Moments) -> float:
     return relative_error(*update_direction_sums([moments])[0].tolist())
 
 
-def _with_residual(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, ...]] | None:
-    """Return the candidate encoded with the residual stage and what that loses; None if that is no improvement."""
+def _encoded_finer(candidate: Candidate) -> tuple[QuantizedTensor, tuple[float, ...]] | None:
+    """Return the candidate encoded with the finer codec and what that loses; None if that is no improvement."""
     codec, tensor = candidate.codec, candidate.tensor
-    if codec is None or codec.residual or codec.name == LOG:
-        return None
-    finer = Codec("linear", codec.block_size, residual=True)
-    if finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
+    finer = None if codec is None else codec.finer
+    if finer is None or finer.encoded_bytes(tensor.numel()) >= tensor.nbytes:
         return None
     payloads, failed, statistics = encode_tensors([(tensor, finer, candidate.path)], measure=True)
     if statistics is None or reason_to_refuse(tensor, payloads[0], not failed.item()) is not None:

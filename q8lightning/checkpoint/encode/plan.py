@@ -19,10 +19,11 @@ from q8lightning.checkpoint.encode.refuse import is_held_if_finite
 from q8lightning.checkpoint.payload import in_memory_order
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.sections import epsilons_of
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import Packed, Packing, kept_index
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.many.buffer import kept_index
+from q8lightning.quantization.many.encode import EncodedBuffer, EncodePlan
 from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
-from q8lightning.quantization.weight_codec import WeightCodec
 
 
 class Member(NamedTuple):
@@ -111,13 +112,13 @@ class DevicePlan:
     device: torch.device
     members: tuple[int, ...]
     numbers: tuple[int, ...]
-    packing: Packing
+    packing: EncodePlan
     pairs: tuple[int, ...]
     launches: tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
     loose: tuple[tuple[int, PairPlan], ...]
     watched: Watched
 
-    def encode(self, tensors: Sequence[Tensor]) -> tuple[Packed, Tensor]:
+    def encode(self, tensors: Sequence[Tensor]) -> tuple[EncodedBuffer, Tensor]:
         """Encode and measure; return what was encoded, and all that was measured in one tensor on the device.
 
         A GPU is not waited for.

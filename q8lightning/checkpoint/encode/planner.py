@@ -19,9 +19,9 @@ from q8lightning.checkpoint.sections import STATE_DICT, epsilons_of, state_dicts
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import has_memory, is_ordinary, leaves
 from q8lightning.quantization.backends.choose import has_kernels
-from q8lightning.quantization.many.encode import Packing
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.many.encode import EncodePlan
 from q8lightning.quantization.many.update_directions import Alike
-from q8lightning.quantization.weight_codec import WeightCodec
 
 
 def plan_save(
@@ -93,7 +93,7 @@ def _devices(
         devices.setdefault(tensors[member.number].device, []).append(i)
     for device, here in devices.items():
         own = [tensors[members[i].number] for i in here]
-        packing = Packing(own, [members[i].codec for i in here])
+        packing = EncodePlan(own, [members[i].codec for i in here])
         local = [i for i, pair in enumerate(pairs) if tensors[pair.exp_avg.number].device == device]
         place = {member: i for i, member in enumerate(here)}
         launches, loose = _launches([pairs[i] for i in local], tensors, packing, place)
@@ -114,7 +114,7 @@ _Launches = tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
 
 
 def _launches(
-    pairs: Sequence[PairPlan], tensors: Sequence[Tensor], packing: Packing, place: Mapping[int, int]
+    pairs: Sequence[PairPlan], tensors: Sequence[Tensor], packing: EncodePlan, place: Mapping[int, int]
 ) -> tuple[_Launches, tuple[tuple[int, PairPlan], ...]]:
     """Sort pairs by the launch that measures them; return those that no launch takes by themselves."""
     groups: dict[tuple[Any, ...], list[int]] = {}

@@ -4,16 +4,14 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.quantization.codec import LOG, Codec
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.spec.reference import SMALLEST_NORMAL
-
-_STABLE_IN_BFLOAT16 = ("linear", "softsign", LOG)
 
 
 def is_held_if_finite(dtype: torch.dtype, codec: Codec) -> bool:
     """Whether finite scales alone say that a payload may take the place of any tensor of this dtype."""
-    unsigned = codec.unsigned and codec.name != LOG
-    return not (unsigned or dtype == torch.float64 or _may_be_too_coarse(dtype, codec))
+    misread = codec.unsigned and not codec.marks_negative
+    return not (misread or dtype == torch.float64 or not codec.is_stable_in(dtype))
 
 
 def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) -> str | None:
@@ -28,29 +26,20 @@ def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) 
     if not is_finite:
         if not bool(tensor.isfinite().all()):
             return "it holds NaN or infinity"
-        negative = codec.name == LOG and bool((tensor < 0).any())
+        negative = codec.marks_negative and bool((tensor < 0).any())
         return "it holds a negative value" if negative else "its values exceed the range of float32"
-    if codec.unsigned and codec.name != LOG and bool((tensor < 0).any()):
+    if codec.unsigned and not codec.marks_negative and bool((tensor < 0).any()):
         return f"it holds a negative value, which {codec.label} has no code for"
     if tensor.dtype == torch.float64 and bool(_vanished(tensor, payload).any()):
         return "it holds nonzero values that are zero in float32"
-    if _may_be_too_coarse(tensor.dtype, codec):
+    if not codec.is_stable_in(tensor.dtype):  # a 16-bit float can be too coarse for the finest levels
         again = QuantizedTensor.encode(payload.decode(), codec, payload.name)
         if not torch.equal(payload.data, again.data):
             return f"{tensor.dtype} is too coarse for {codec.label} at its magnitude"
     return None
 
 
-def _may_be_too_coarse(dtype: torch.dtype, codec: Codec) -> bool:
-    """Whether rounding what is decoded to the tensor's dtype could make the next save find other codes.
-
-    A 16-bit float can be too coarse for a codebook's finest levels. The codecs of the presets are stable in bfloat16
-    (tests/checkpoint/test_saving_again.py).
-    """
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and codec.name not in _STABLE_IN_BFLOAT16)
-
-
 def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:
     """Tell which nonzero elements became zero because their magnitude does, not because a level is nearest."""
     gone = (payload.decode() == 0) & (tensor != 0)
-    return gone if payload.codec.name == LOG else gone & (tensor.abs() < SMALLEST_NORMAL)
+    return gone if payload.codec.keeps_nonzero else gone & (tensor.abs() < SMALLEST_NORMAL)

@@ -24,8 +24,9 @@ from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, PairPlan, P
 from q8lightning.checkpoint.payload import QuantizedTensor, in_memory_order
 from q8lightning.checkpoint.report import DirectionLoss, SaveReport, TensorLoss
 from q8lightning.checkpoint.staging.transfer import HostMemory, take
-from q8lightning.quantization.many.encode import Packed, repack, split
-from q8lightning.quantization.spec.bit_packing import pack
+from q8lightning.quantization.many.buffer import copy_together, split
+from q8lightning.quantization.many.encode import EncodedBuffer
+from q8lightning.quantization.spec.packed_bits import pack_bits
 from q8lightning.system.ambient import neutral
 
 _VERSION = attrgetter("_version")
@@ -59,7 +60,7 @@ class _Part:
 
     def __init__(self, plan: DevicePlan) -> None:
         self.plan = plan
-        self.encoded: tuple[Packed, Tensor] | None = None
+        self.encoded: tuple[EncodedBuffer, Tensor] | None = None
         self.measured: Measured | None = None
         self.look: Look | None = None
         self.stream: Any = None
@@ -288,7 +289,7 @@ class Run:
                 # What is not stored would be saved along with the memory that it shares with the others.
                 packed = packed._replace(buffer=packed.buffer[:0], cuts=[])
                 if left:
-                    buffer, cuts = repack([payload.data for _, payload in left])
+                    buffer, cuts = copy_together([payload.data for _, payload in left])
                     packed = packed._replace(buffer=buffer, cuts=cuts)
                 members = tuple(i for i, _ in left)
                 payloads = [
@@ -313,7 +314,7 @@ class Run:
         for name, number, codec in self.plan.codes:
             if name in self._codes and self._tensors[number].device == device:
                 codes, scales = self._codes.pop(name)
-                self.codes[name] = pack(codes, codec.bits), scales
+                self.codes[name] = pack_bits(codes, codec.bits), scales
 
     def _report(self, losses: Mapping[int, tuple[float, ...]], directions: Mapping[int, tuple[float, float]]) -> None:
         report = self.report

@@ -17,7 +17,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.staging.copier import Copier, Copies
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.checkpoint.tree import rebuild
-from q8lightning.quantization.many.encode import split
+from q8lightning.quantization.many.buffer import split
 
 Fetched = Callable[[Copies], Tensor]
 """Returns a tensor on the host, once everything is there."""

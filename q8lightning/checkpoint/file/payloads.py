@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
-from q8lightning.quantization.many.encode import Unpacking, batches, bytes_to_unpack, unpack_on, unpack_together
+from q8lightning.quantization.many.decode import EncodedItem, batches, bytes_to_decode_on, decode_on, decode_together
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
@@ -55,22 +55,22 @@ def _decode_together(payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Verify and decode what may be decoded in one go; return the tensors by the payloads' ids."""
     for payload in payloads:
         payload.verify()
-    values = unpack_together([_unpacking(payload) for payload in payloads])
+    values = decode_together([_unpacking(payload) for payload in payloads])
     return {id(payload): payload.as_decoded(each) for payload, each in zip(payloads, values, strict=True)}
 
 
-def _unpacking(payload: QuantizedTensor) -> Unpacking:
-    return Unpacking(payload.data, payload.codec, math.prod(payload.shape), payload.dtype)
+def _unpacking(payload: QuantizedTensor) -> EncodedItem:
+    return EncodedItem(payload.data, payload.codec, math.prod(payload.shape), payload.dtype)
 
 
 def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
     chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
     items = [_unpacking(each) for each in chosen]
-    if not items or bytes_to_unpack(items) > _free_bytes(device):
+    if not items or bytes_to_decode_on(items) > _free_bytes(device):
         return {}
     try:
-        values = unpack_on(device, items)
+        values = decode_on(device, items)
     except torch.OutOfMemoryError:  # somebody else was faster
         return {}
     return {id(payload): payload.as_decoded(each) for payload, each in zip(chosen, values, strict=True)}

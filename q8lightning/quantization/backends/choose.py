@@ -11,7 +11,7 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.layout import KernelCodec
 
 
 class Backend(Protocol):
@@ -47,19 +47,19 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
-class GroupedBackend(Protocol):
-    """Encodes, decodes and fake-quantizes many tensors in few launches; see ``kernels/grouped.py``."""
+class ManyBackend(Protocol):
+    """Encodes, decodes, fake-quantizes and compares many tensors in few launches; see ``kernels/many.py``."""
 
     def encode(
         self,
         tensors: Sequence[Tensor],
         buffer: Tensor,
         starts: tuple[int, ...],
-        coding: Coding,
+        codec: KernelCodec,
         failed: Tensor,
         statistics: Tensor | None = None,
     ) -> None: ...
-    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None: ...
+    def decode(self, buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None: ...
     def fake_quantize(
         self,
         tensors: Sequence[Tensor],
@@ -72,16 +72,11 @@ class GroupedBackend(Protocol):
         seed: int = 0,
         statistics: Tensor | None = None,
     ) -> None: ...
-
-
-class DirectionBackend(Protocol):
-    """Measures the update directions of many parameters in a launch; see ``kernels/update_direction.py``."""
-
     def update_direction_sums(
         self,
         tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
         starts: tuple[tuple[int, ...], tuple[int, ...]],
-        codings: tuple[Coding | None, Coding | None],
+        codecs: tuple[KernelCodec | None, KernelCodec | None],
         buffer: Tensor,
         eps: float,
         sums: Tensor,
@@ -131,15 +126,8 @@ def kernels() -> Backend:
     return blockwise
 
 
-def grouped() -> GroupedBackend:
+def many() -> ManyBackend:
     """Return the kernels for many tensors; with the first call Triton is imported."""
-    from q8lightning.quantization.backends.kernels import grouped
+    from q8lightning.quantization.backends.kernels import many
 
-    return grouped
-
-
-def update_directions() -> DirectionBackend:
-    """Return the kernels for update directions; with the first call Triton is imported."""
-    from q8lightning.quantization.backends.kernels import update_direction
-
-    return update_direction
+    return many

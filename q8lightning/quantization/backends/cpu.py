@@ -6,7 +6,8 @@ blocks, so a chunk with a block that is not finite is simply handed to the refer
 is allocated once a call: fresh memory for every intermediate would cost more than the arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,13 +16,28 @@ from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log
 from q8lightning.quantization.backends.cpu_memory import new_tensor, scratch
 from q8lightning.quantization.backends.cpu_statistics import Totals
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.layout import KernelCodec
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
 CHUNK = 2**17
 """Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
 (``benchmarks/cpu.py --chunk`` compares sizes)."""
+
+
+CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyType(
+    {
+        "codebook": lambda codec: Levels(codec.codebook or BUILTIN["linear"], codec.end != 0),
+        "log": lambda _: Log(),
+        "residual": lambda _: Residual(),
+    }
+)
+"""What encodes and decodes chunks, by what kernels call its arithmetic."""
+
+
+def knows(codec: KernelCodec | None) -> bool:
+    """Whether the functions here that write into memory take a codec."""
+    return codec is not None and codec.kernel in CHUNK_CODECS
 
 
 def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -129,12 +145,12 @@ def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1
     return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
 
 
-def encode_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor | None = None) -> bool:
+def encode_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor | None = None) -> bool:
     """Encode a flat tensor into memory that is there.
 
     Args:
         x: ``[numel]`` of any float dtype.
-        coding: How.
+        codec: How; one that :func:`knows`.
         parts: What is written: codes ``[numel]`` uint8; scales ``[blocks]`` float32, for the log codec ``[blocks, 2]``;
             residual codes, if there are any, as the codes.
         statistics: ``[5]`` float64 for what is lost, if that is wanted; of large tensors it is measured in an eighth.
@@ -142,29 +158,24 @@ def encode_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor | No
     Returns:
         Whether all scales are finite.
     """
-    codec, flat = _chunk_codec(coding), x.detach()
-    finite = _encode(codec, flat, coding.block_size, parts)
+    chunks, block_size, flat = CHUNK_CODECS[codec.kernel](codec), codec.layout.block_size, x.detach()
+    finite = _encode(chunks, flat, block_size, parts)
     if statistics is not None:
         measure = _measure_sample if finite else _measure_whole
-        measure(codec, flat, coding.block_size, parts, statistics)
+        measure(chunks, flat, block_size, parts, statistics)
     return finite
 
 
-def decode_into(coding: Coding, parts: Parts, values: Tensor) -> None:
+def decode_into(codec: KernelCodec, parts: Parts, values: Tensor) -> None:
     """Decode into memory that is there: ``values``, ``[numel]`` of any float dtype; the first floats of the scratch are
     overwritten."""
-    _decode_into(_chunk_codec(coding), parts, coding.block_size, values)
+    _decode_into(CHUNK_CODECS[codec.kernel](codec), parts, codec.layout.block_size, values)
 
 
-def measure_into(x: Tensor, coding: Coding, parts: Parts, statistics: Tensor) -> None:
+def measure_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor) -> None:
     """Measure in whole what :func:`encode_into` has lost."""
-    _measure_whole(_chunk_codec(coding), x.detach(), coding.block_size, parts, statistics)
-
-
-def _chunk_codec(coding: Coding) -> ChunkCodec:
-    if coding.codebook is None:
-        return Log()
-    return Residual() if coding.residual else Levels(coding.codebook, coding.signed_scale)
+    chunks = CHUNK_CODECS[codec.kernel](codec)
+    _measure_whole(chunks, x.detach(), codec.layout.block_size, parts, statistics)
 
 
 def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, statistics: Tensor | None) -> Parts:

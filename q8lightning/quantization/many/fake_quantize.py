@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.many.launches import Batch, InLaunch, batches
+from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.many.write_quantized import Batch, InLaunch, batches
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.weight_codec import WeightCodec
 from q8lightning.system.ambient import neutral
 
 STATISTICS = 5
@@ -43,7 +43,7 @@ class FakeQuantizeGroup:
         codebook: The levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, whose rows no block crosses, or None for blocks along the elements in the order
-            of memory; see :class:`~q8lightning.quantization.weight_codec.WeightCodec`.
+            of memory; see :class:`~q8lightning.quantization.codecs.weight.WeightCodec`.
 
     Raises:
         ValueError: If the codebook, the block size or the axis does not fit.

@@ -5,7 +5,7 @@ cannot see it. Of large tensors an eighth is looked at (``sampling.py``): traini
 the elements tells the ratio of error to signal as well as all of them.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
-from q8lightning.quantization.backends.choose import has_kernels, update_directions
+from q8lightning.quantization.backends.choose import has_kernels, many
 from q8lightning.quantization.backends.cpu_memory import scratch
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import kept_index, unpack
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.buffer import kept_index
+from q8lightning.quantization.spec.layout import take_stretches
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, stretches_on_cpu, weight_of
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
@@ -36,8 +37,7 @@ class StoredMoment(NamedTuple):
     Attributes:
         values: ``[numel]`` float, the original.
         codec: How it is encoded; None if it is stored as it is.
-        data: ``[nbytes]`` uint8, what :func:`q8lightning.quantization.many.encode.pack` returned for it; None if it is
-            stored as it is.
+        data: ``[nbytes]`` uint8, its bytes as :meth:`Codec.join` writes them; None if it is stored as it is.
     """
 
     values: Tensor
@@ -88,12 +88,26 @@ class Alike(NamedTuple):
             buffer: uint8, where the data of all is.
             sums: ``[pairs, 2]`` float64.
         """
-        first, second = (None if codec is None else codec.coding for codec in self.codecs)
+        where = kept_index(self.members, sums.device)
+        first, second = (None if codec is None else codec.kernel for codec in self.codecs)
+        if not all(map(_in_kernels, self.codecs)):
+            sides = zip(*(self._stored(i, tensors, buffer) for i, tensors in enumerate((firsts, seconds))), strict=True)
+            sums[where] = torch.stack([_sums(Moments(one, two, self.eps)) for one, two in sides])
+            return
         part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
-        update_directions().update_direction_sums(
-            (firsts, seconds), self.starts, (first, second), buffer, self.eps, part
-        )
-        sums[kept_index(self.members, sums.device)] = part
+        many().update_direction_sums((firsts, seconds), self.starts, (first, second), buffer, self.eps, part)
+        sums[where] = part
+
+    def _stored(self, side: int, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[StoredMoment]:
+        codec = self.codecs[side]
+        for tensor, start in zip(tensors, self.starts[side], strict=True):
+            data = None if codec is None else buffer[start : start + codec.encoded_bytes(tensor.numel())]
+            yield StoredMoment(tensor.as_strided((tensor.numel(),), (1,)), codec, data)
+
+
+def _in_kernels(codec: Codec | None) -> bool:
+    """Tell whether the kernels can decode what is stored with a codec, or as it is."""
+    return codec is None or codec.kernel is not None
 
 
 @neutral()
@@ -127,7 +141,9 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
 def _likeness(pair: Moments) -> Hashable:
     """Return what pairs of one launch have in common, None for those that no launch takes."""
     memory = {each.data.untyped_storage()._cdata for each in pair.moments if each.data is not None}
-    if len(memory) > 1 or not all(has_kernels(each.values) and each.values.is_contiguous() for each in pair.moments):
+    if len(memory) > 1 or not all(
+        has_kernels(each.values) and each.values.is_contiguous() and _in_kernels(each.codec) for each in pair.moments
+    ):
         return None
     return *memory, *((each.values.dtype, each.codec) for each in pair.moments), pair.eps
 
@@ -161,7 +177,12 @@ def _sums(pair: Moments) -> Tensor:
 
 def _is_simple(pair: Moments) -> bool:
     """Whether a CPU can decode and compare without an operator for each chunk."""
-    return all(each.values.device.type == "cpu" and each.values.dtype == torch.float32 for each in pair.moments)
+    return all(
+        each.values.device.type == "cpu"
+        and each.values.dtype == torch.float32
+        and (each.codec is None or cpu.knows(each.codec.kernel))
+        for each in pair.moments
+    )
 
 
 def _sums_on_cpu(pair: Moments) -> Tensor:
@@ -183,14 +204,16 @@ def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, 
     """Return the sums over these parts, of stretches of so many elements."""
     error = squares = 0.0
     for part in parts:
-        first, second = (_rows(each.values, part, length) for each in pair.moments)
+        first, second = (take_stretches(each.values, part, length) for each in pair.moments)
         memory = scratch(1, first.numel())
         spare, direction, _, stored_first, stored_second, *_ = (each.view(-1) for each in memory.floats)
         for moment, values, out in zip(pair.moments, (first, second), (stored_first, stored_second), strict=True):
-            if moment.codec is None or moment.data is None:
+            kernel = None if moment.codec is None else moment.codec.kernel
+            if kernel is None or moment.data is None:
                 out.copy_(values)
             else:  # the first three are overwritten
-                cpu.decode_into(moment.codec.coding, _encoded_rows(moment, part, length), out)
+                encoded = kernel.layout.split(moment.data, moment.values.numel())
+                cpu.decode_into(kernel, kernel.layout.take(encoded, part, length), out)
         root = torch.sqrt(second, out=spare).add_(pair.eps)
         torch.div(first, root, out=direction)
         stored_first.div_(stored_second.sqrt_().add_(pair.eps)).sub_(direction)
@@ -216,26 +239,8 @@ def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
     """Return original and decoded elements, copies in float32 or float64."""
     values, codec, data = moment
     dtype = torch.promote_types(values.dtype, torch.float32)
-    original = _rows(values, part, STRETCH)
+    original = take_stretches(values, part, STRETCH)
     if codec is None or data is None:
         return original.to(dtype, copy=True), original.to(dtype, copy=True)
-    stored = codec.decode(_encoded_rows(moment, part, STRETCH), values.dtype)
+    stored = codec.decode_stretches(codec.split(data, values.numel()), part, STRETCH, values.dtype)
     return original.to(dtype, copy=True), stored.to(dtype)
-
-
-def _encoded_rows(moment: StoredMoment, part: _Part, length: int) -> tuple[Tensor, ...]:
-    """Return what stands for a part of an encoded moment."""
-    values, codec, data = moment
-    assert codec is not None
-    assert data is not None
-    codes, scales, *residual = unpack(data, codec, values.numel())
-    scales = _rows(scales, part, length // codec.block_size)
-    return _rows(codes, part, length), scales, *(_rows(r, part, length) for r in residual)
-
-
-def _rows(x: Tensor, part: _Part, stretch: int) -> Tensor:
-    """Return the rows of a part, of which a stretch has so many."""
-    if isinstance(part, slice):
-        return x[part.start * stretch : part.stop * stretch]
-    whole = x[: x.shape[0] // stretch * stretch]
-    return whole.view(-1, stretch, *x.shape[1:]).index_select(0, part).flatten(0, 1)

@@ -102,6 +102,11 @@ class Codebook:
         return self.signed and (self.levels[0] == -1.0) != (self.levels[-1] == 1.0)
 
     @property
+    def scale_end(self) -> int:
+        """The end that a signed scale turns a block's largest element to; 0 where a plain absmax is stable."""
+        return self.end if self.one_sided else 0
+
+    @property
     def zero_code(self) -> int:
         """The code of the level 0."""
         return self.levels.index(0.0)

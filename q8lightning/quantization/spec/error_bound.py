@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.coding import Coding
 from q8lightning.quantization.spec.reference import RESIDUAL_DIVISOR
 from q8lightning.system.ambient import lasting
 
@@ -14,34 +13,36 @@ _ROUNDING = 1e-6
 """More than all float32 roundings of an element together, relative to it or to the scale of its block."""
 
 
-def relative_error_bound(values: Tensor, coding: Coding, scales: Tensor) -> float:
+OF_RESIDUAL = (1 / (RESIDUAL_DIVISOR * 127)) ** 2, _ROUNDING**2
+"""As :func:`of_codebook`: a whole step of the residual is twice what it can be off, and more than the roundings of both
+stages."""
+
+
+def relative_error_bound(values: Tensor, scales: Tensor, block_size: int, of_scale: float, of_value: float) -> float:
     """Return what the relative error of encoded values, the root of error power over signal power, cannot exceed.
 
     Args:
-        values: ``[numel]`` float32.
-        coding: How they are encoded.
+        values: ``[numel]`` of any float dtype.
         scales: ``[blocks]`` float32, finite.
+        block_size: Elements that share a scale.
+        of_scale: The a of :func:`of_codebook`.
+        of_value: The b.
 
     Returns:
-        Infinity where nothing is known: for the log codec, and beyond the range in which float32 squares add up.
+        Infinity where nothing is known: but for float32, and beyond the range in which float32 squares add up.
     """
-    if coding.codebook is None:
+    if values.dtype != torch.float32:
         return torch.inf
     squares = float(torch.dot(values, values))
     if not 1e-25 < squares < 1e35:
         return torch.inf
-    of_scale, of_value = (_RESIDUAL, _ROUNDING**2) if coding.residual else _bound_of(coding.codebook)
-    scale_power = float(scales.double().square().sum()) * coding.block_size
+    scale_power = float(scales.double().square().sum()) * block_size
     return float((of_scale * scale_power / squares * (1 + 1e-3) + of_value) ** 0.5)
-
-
-_RESIDUAL = (1 / (RESIDUAL_DIVISOR * 127)) ** 2
-"""The square of a whole step of the residual: twice what it can be off, and more than the roundings of both stages."""
 
 
 @lru_cache(maxsize=64)
 @lasting()
-def _bound_of(codebook: Codebook) -> tuple[float, float]:
+def of_codebook(codebook: Codebook) -> tuple[float, float]:
     """Return a and b such that an element x of a block of scale s is off by at most the root of ``a s^2 + b x^2``.
 
     Levels are often far apart only where they are large. Of all such pairs, one that is small for a value of a quarter

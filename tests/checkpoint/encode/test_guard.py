@@ -12,7 +12,7 @@ from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, Rule
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 COARSE = Rule("state_dict.*", "int4", 4096)
 ADAM = (
@@ -292,7 +292,7 @@ def test_a_moment_that_stays_raw_at_the_limit_is_judged_beside_the_same_neighbou
     raw: str, tmp_path: Path
 ) -> None:
     """Its neighbour is rounded by the save, which moves the error: limits between both errors are those that matter."""
-    softsign, log = Codec("softsign", 128), Codec("log", 128)
+    softsign, log = get_codec("softsign", 128), get_codec("log", 128)
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         first = torch.randn(64, 128, generator=generator)

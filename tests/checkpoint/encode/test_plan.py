@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import CUDA
+from support.promises import payloads_of
 from support.steps import Steps
 from torch import Tensor, nn
 
@@ -18,9 +20,15 @@ from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.trainer import checkpoint_io
 
 
-@pytest.fixture
-def device(launch_device: str) -> str:
-    return launch_device
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where tensors are: operators encode them on the CPU, launches on a GPU.
+
+    Plans are the same for both. What launches do is tested with ``launch_device`` as well, where they are interpreted;
+    that takes a hundred times as long.
+    """
+    name: str = request.param
+    return name
 
 
 @pytest.fixture
@@ -103,8 +111,10 @@ def written(checkpoint: dict[str, Any], path: Path, policy: CheckpointPolicy) ->
 
 
 @pytest.mark.parametrize("policy", [RESUME, COMPACT], ids=["resume", "compact"])
-def test_the_file_is_byte_for_byte_that_of_a_first_save(policy: CheckpointPolicy, device: str, tmp_path: Path) -> None:
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
+def test_the_file_is_byte_for_byte_that_of_a_first_save(
+    policy: CheckpointPolicy, launch_device: str, tmp_path: Path
+) -> None:
+    training, io = Training(launch_device), QuantizedCheckpointIO(checkpoint=policy, async_save=True)
     for _ in range(2):
         training.step()
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
@@ -113,8 +123,8 @@ def test_the_file_is_byte_for_byte_that_of_a_first_save(policy: CheckpointPolicy
     io.finish()
 
 
-def test_it_reports_what_a_first_save_reports(device: str, tmp_path: Path) -> None:
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+def test_it_reports_what_a_first_save_reports(launch_device: str, tmp_path: Path) -> None:
+    training, io = Training(launch_device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     usual = QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     training.step()
@@ -296,7 +306,24 @@ def test_what_is_not_as_before_is_saved_as_by_a_first_save(
     async_save: bool, change: Callable[[Training], None], device: str, planned: list[Plan], tmp_path: Path
 ) -> None:
     """Other tensors need another plan; other values do not, and the guard decides anew by values alone."""
-    training, io = Training(device), QuantizedCheckpointIO(checkpoint=COMPACT, async_save=async_save)
+    check_change(change, Training(device), async_save, planned, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:stored as they are", "ignore:would have lost more")
+@pytest.mark.parametrize("change", [diverge, lose], ids=lambda f: f.__name__)
+def test_what_a_launch_cannot_keep_is_saved_as_by_a_first_save(
+    change: Callable[[Training], None], launch_device: str, planned: list[Plan], tmp_path: Path
+) -> None:
+    check_change(change, Training(launch_device), True, planned, tmp_path)
+    encoded = payloads_of(tmp_path / "a.ckpt")
+    assert ("state_dict.layers.0.weight" in encoded) == (change is lose), "what holds NaN is stored as it is"
+    assert encoded.keys() >= {"state_dict.layers.1.weight", "state_dict.embed.weight"}
+
+
+def check_change(
+    change: Callable[[Training], None], training: Training, async_save: bool, planned: list[Plan], tmp_path: Path
+) -> None:
+    io = QuantizedCheckpointIO(checkpoint=COMPACT, async_save=async_save)
     io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     change(training)
     for _ in range(2):

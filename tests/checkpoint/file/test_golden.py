@@ -98,8 +98,8 @@ def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) ->
 def test_there_is_a_file_with_every_codec() -> None:
     found = {payload.codec.label for payload in payloads_of(GOLDEN / "codecs_v1.ckpt").values()}
     assert found == {
-        *("linear", "softsign", "log", "dynamic", "dynamic_unsigned", "normal_float4", "int2", "int8"),
-        *("fp8_e4m3", "fp8_e5m2", "custom"),
+        *("linear", "linear+residual", "softsign", "log", "dynamic", "dynamic_unsigned", "normal_float4", "int2"),
+        *("int8", "fp8_e4m3", "fp8_e5m2", "custom"),
     }
 
 

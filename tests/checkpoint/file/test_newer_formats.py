@@ -26,7 +26,7 @@ from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.integrity import bytes_of, checksum
 from q8lightning.checkpoint.payload import rebuild_v1
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NAME = "state_dict.weight"
@@ -55,7 +55,7 @@ class Call:
 
 def later(codec: dict[str, Any] | None = None, right: bool = True, **entries: Any) -> Call:
     """Return a payload of this version with other entries of the codec or the header, and a checksum of all that."""
-    encoded = QuantizedTensor.encode(torch.linspace(-1, 1, 4096).view(64, 64), Codec("softsign"), NAME)
+    encoded = QuantizedTensor.encode(torch.linspace(-1, 1, 4096).view(64, 64), get_codec("softsign"), NAME)
     header = json.loads(encoded.header)
     return described({**header, "codec": {**header["codec"], **(codec or {})}, **entries}, encoded.data, right)
 

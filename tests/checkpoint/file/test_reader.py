@@ -38,8 +38,8 @@ from q8lightning.checkpoint.file.payloads import decode_payloads, replace_payloa
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.file.write import write_checkpoint
-from q8lightning.quantization.codec import Codec
-from q8lightning.quantization.many.encode import Unpacking
+from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.many.decode import EncodedItem
 from q8lightning.system.workers import Workers
 from q8lightning.tools import verify
 from q8lightning.trainer.durable_io import DurableCheckpointIO
@@ -48,7 +48,7 @@ from q8lightning.trainer.durable_io import DurableCheckpointIO
 def payload(
     name: str = "x", codec: str = "softsign", dtype: torch.dtype = torch.float32, elements: int = 64 * 65
 ) -> QuantizedTensor:
-    return QuantizedTensor.encode(torch.randn(elements // 64, 64).abs().to(dtype), Codec(codec), name)
+    return QuantizedTensor.encode(torch.randn(elements // 64, 64).abs().to(dtype), get_codec(codec), name)
 
 
 def everything() -> Any:
@@ -57,7 +57,7 @@ def everything() -> Any:
     state = OrderedDict(a=payload("a"), b=tied, raw=torch.randn(LONG // 4 + 3), small=torch.randn(5))
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     shared = (payload("in a tuple"), 1)
-    large = QuantizedTensor.encode(torch.randn(LONG + 9), Codec("linear", 256, True), "large")
+    large = QuantizedTensor.encode(torch.randn(LONG + 9), get_codec("linear", 256, True), "large")
     return {
         "state_dict": state,
         "again": tied,
@@ -240,7 +240,12 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
 
 def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone() -> None:
     generator = torch.Generator().manual_seed(4)
-    codecs = [Codec("linear", 256, True), Codec("softsign", 128), Codec("log", 128), Codec("dynamic", 64)]
+    codecs = [
+        get_codec("linear", 256, True),
+        get_codec("softsign", 128),
+        get_codec("log", 128),
+        get_codec("dynamic", 64),
+    ]
     payloads = []
     # Some end within a block, one has no element, one is larger than what is decoded together.
     for index, numel in enumerate((256, 4096, 300, 0, 5120, 70_000, 512, 4096, 129, 8192)):
@@ -509,14 +514,14 @@ class Gpu:
     device = torch.device("cuda", 0)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int = 2**40, error: Exception | None = None) -> None:
-        self.items: list[Unpacking] = []
+        self.items: list[EncodedItem] = []
         self.error = error
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-        monkeypatch.setattr(payload_group, "unpack_on", self.unpack)
+        monkeypatch.setattr(payload_group, "decode_on", self.unpack)
 
-    def unpack(self, device: torch.device, items: list[Unpacking]) -> list[Tensor]:
+    def unpack(self, device: torch.device, items: list[EncodedItem]) -> list[Tensor]:
         assert device == self.device
         self.items += items
         if self.error is not None:

@@ -37,7 +37,7 @@ from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.file.zip_writer import ALONE, CHUNK, ZipWriter
 from q8lightning.checkpoint.payload import encode_tensors
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.system.workers import Workers
 
 
@@ -51,7 +51,7 @@ def everything() -> dict[str, Any]:
         "dtypes": [torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64)],
         "empty": torch.empty(0),
         "scalars": [1, 2.5, "word", None, b"bytes", {1, 2}],
-        "payload": QuantizedTensor.encode(torch.randn(64, 65), Codec("log"), "x"),
+        "payload": QuantizedTensor.encode(torch.randn(64, 65), get_codec("log"), "x"),
         "exactly one chunk": torch.zeros(CHUNK, dtype=torch.uint8),
         "one byte more": torch.zeros(CHUNK + 1, dtype=torch.uint8),
         "summed alone": torch.ones(ALONE, dtype=torch.uint8),
@@ -246,7 +246,9 @@ def test_a_sum_of_many_stretches_beyond_4_gib() -> None:
 
 
 def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
-    payloads = [QuantizedTensor.encode(torch.randn(1024, 1024), Codec("softsign"), f"x{index}") for index in range(5)]
+    payloads = [
+        QuantizedTensor.encode(torch.randn(1024, 1024), get_codec("softsign"), f"x{index}") for index in range(5)
+    ]
     expected = [payload.__reduce__()[1][1:3] for payload in payloads]
     content = {"a": payloads[:2], "b": (payloads[2], {"c": payloads[3]}), "d": payloads[0], "e": payloads[4]}
     assert payloads_in(content) == payloads
@@ -261,7 +263,7 @@ def test_checksums_made_ahead_are_those_of_the_payloads() -> None:
 def test_parts_of_one_buffer_are_the_payloads() -> None:
     """In batches of several, of which one is larger than all others, and the last is short."""
     sizes = [64, 2**16, 96, 64, 2**12, 2**15, 64, 128]
-    items = [(torch.randn(size, 65), Codec("softsign"), f"x{index}") for index, size in enumerate(sizes)]
+    items = [(torch.randn(size, 65), get_codec("softsign"), f"x{index}") for index, size in enumerate(sizes)]
     payloads = encode_tensors(items).payloads
     with Parts(payloads) as parts:
         reduced = [parts.reduce(payload) for payload in payloads]
@@ -272,8 +274,8 @@ def test_parts_of_one_buffer_are_the_payloads() -> None:
 
 
 def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
-    large = QuantizedTensor.encode(torch.randn(2**23), Codec("softsign"), "large")  # for which threads are started
-    payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
+    large = QuantizedTensor.encode(torch.randn(2**23), get_codec("softsign"), "large")  # for which threads are started
+    payload = QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), "x")
     payload.checksum = 7
     with Parts([payload, large]) as parts:
         assert parts.reduce(payload)[1][2] == payload.__reduce__()[1][2] == 7
@@ -281,7 +283,7 @@ def test_a_payload_that_was_loaded_keeps_its_checksum() -> None:
 
 
 def test_a_small_checkpoint_starts_no_thread() -> None:
-    payload = QuantizedTensor.encode(torch.randn(64, 65), Codec("softsign"), "x")
+    payload = QuantizedTensor.encode(torch.randn(64, 65), get_codec("softsign"), "x")
     with Parts([payload]) as parts:
         assert our_threads() == []
         assert parts.reduce(payload)[1][1:3] == payload.__reduce__()[1][1:3]
@@ -291,7 +293,7 @@ def test_a_payload_costs_a_pickle_few_objects() -> None:
     """Each is work that holds Python's lock, while training waits for it, and as much again when it is loaded."""
 
     def opcodes(count: int) -> int:
-        items = [(torch.randn(64, 65), Codec("softsign"), f"state_dict.{index}.weight") for index in range(count)]
+        items = [(torch.randn(64, 65), get_codec("softsign"), f"state_dict.{index}.weight") for index in range(count)]
         content = {"state_dict": {str(i): each for i, each in enumerate(encode_tensors(items).payloads)}}
         archive = written(partial(zip_writer.save, compact=True), content)
         pickled = zipfile.ZipFile(io.BytesIO(archive)).read("archive/data.pkl")

@@ -26,7 +26,7 @@ from q8lightning.checkpoint.staging import copier
 from q8lightning.checkpoint.staging import transfer as host_memory
 from q8lightning.checkpoint.staging.copier import Copier
 from q8lightning.checkpoint.staging.transfer import ALIGNMENT, HostMemory, Transfer
-from q8lightning.quantization.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 
 
 class Snapshot:
@@ -111,7 +111,7 @@ def test_without_going_on_nothing_is_copied() -> None:
 def test_the_bytes_of_payloads_are_not_copied() -> None:
     """Nobody else has them; also where one storage holds those of several."""
     together = torch.randint(0, 256, (20_000,), dtype=torch.uint8)
-    payload = QuantizedTensor.encode(torch.randn(64, 64), Codec("softsign"), "x")
+    payload = QuantizedTensor.encode(torch.randn(64, 64), get_codec("softsign"), "x")
     together[100 : 100 + payload.nbytes] = payload.data
     packed = payload.replace_data(together[100 : 100 + payload.nbytes])
     content = content_of({"a": payload, "b": packed, "c": packed})
@@ -145,7 +145,7 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("live", [True, False])
 def test_what_comes_from_a_device_is_the_same(live: bool) -> None:
     checkpoint = everything()
-    checkpoint["payload"] = payload = QuantizedTensor.encode(torch.randn(70, 70), Codec("log"), "x")
+    checkpoint["payload"] = payload = QuantizedTensor.encode(torch.randn(70, 70), get_codec("log"), "x")
     before = copy.deepcopy({**checkpoint, "parameters": checkpoint["parameters"][:2], "payload": None})
     frozen = Snapshot(checkpoint, live)
     if live:
@@ -164,7 +164,7 @@ def test_what_comes_from_a_device_is_the_same(live: bool) -> None:
 
 @pytest.mark.usefixtures("as_device")
 def test_the_devices_memory_is_let_go_before_the_file_is_written() -> None:
-    payload = QuantizedTensor.encode(torch.randn(70, 70), Codec("log"), "x")
+    payload = QuantizedTensor.encode(torch.randn(70, 70), get_codec("log"), "x")
     raw = torch.randn(300)
     alive = [weakref.ref(payload.data.untyped_storage()), weakref.ref(raw.untyped_storage())]
     frozen = Snapshot({"payload": payload, "raw": raw}, live=True)

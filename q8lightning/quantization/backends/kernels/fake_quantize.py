@@ -1,6 +1,6 @@
 """Kernels that write quantized values and no codes; one of them measures on the way.
 
-Those for groups (``grouped.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
+Those for groups (``many.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
 how, in plain torch.
 """
 # Triton's decorator is untyped, and so is what it decorates:
@@ -8,11 +8,16 @@ how, in plain torch.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from q8lightning.quantization.backends.kernels import codec
+from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import as_pairs, packed, rounded, unpacked
+from q8lightning.quantization.backends.kernels.codecs import codebook
 from q8lightning.quantization.backends.kernels.statistics import add, measure_many, nothing
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
+from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float, store, tile
+from q8lightning.quantization.spec.codebook import Codebook
 
 
 @triton.jit
@@ -22,7 +27,7 @@ def fake_quantize_kernel(
 ):  # fmt: skip
     first, _, _, elements, mask, _ = tile(numel, ROWS, BLOCK)
     x_tile = load_float(x + first * BLOCK, elements, mask)
-    value = codec.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0)
+    value = codebook.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0)
     store(values + first * BLOCK, elements, value, mask)
 
 
@@ -66,7 +71,7 @@ def fake_quantize_tiles(
         following = at + TILE
         ahead = tl.load(words + following, mask=following < count, other=0)
         value = unpacked(original, IN_PAIRS)
-        quantized = codec.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END)
+        quantized = codebook.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END)
         if CHOOSE:
             quantized = tl.where(is_chosen(seed, limit, number, block + i * ROWS + rows)[:, None], quantized, value)
         quantized = packed(quantized) if IN_PAIRS else rounded(quantized, values)
@@ -92,3 +97,28 @@ def _mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
+    """Quantized values in the shape and dtype of ``x``; codes are never written."""
+    flat, tables = launch.flattened(x), tables_of(codebook, x.device)
+    values = launch.empty(x, *x.shape, dtype=flat.dtype)
+    settings = "fake_quantize" if tables.search in ("linear", "softsign") else "fake_quantize in cells"
+    constants = launch.search_constants(tables)
+    parts = flat, values, tables.table, tables.levels
+    if statistics is None or flat.dtype != x.dtype:
+        rows, warps = launch.rows_of(settings, block_size, flat.element_size())
+        launch.run(fake_quantize_kernel, rows, warps, block_size, parts, tiles=1, **constants)
+        values = values.to(x.dtype)
+        launch.finish(x, statistics, None, lambda: values)
+        return values
+    settings = f"{settings} measured"
+    rows, warps = launch.rows_of(settings, block_size, flat.element_size())
+    tiles = launch.tiles_of(settings, rows * block_size, flat.element_size())
+    partials = empty_partials(flat, triton.cdiv(flat.numel(), rows * block_size * tiles))
+    constants |= {"TILES": tiles, "IN_PAIRS": launch.in_pairs(flat)}
+    constants |= launch.options_of(settings, flat.element_size())
+    kernel = measured_fake_quantize_kernel
+    launch.run(kernel, rows, warps, block_size, (*parts, partials), tiles=tiles, **constants)
+    sum_of_one(partials, statistics)
+    return values

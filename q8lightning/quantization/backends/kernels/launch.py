@@ -1,5 +1,6 @@
 """How kernels are launched: their settings, and the dtypes they read and write."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +8,9 @@ import triton
 from torch import Tensor
 
 from q8lightning.quantization.backends.kernels import bits
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import Tables
-from q8lightning.quantization.backends.kernels.totals import empty_partials, total
+from q8lightning.quantization.spec import reference
 
 
 class Settings(NamedTuple):
@@ -21,6 +23,7 @@ class Settings(NamedTuple):
             it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
             segments decide.
         fewest: Tiles of a program however long the rows are.
+        row: Longer blocks are decoded in rows of so many elements: nothing there needs a whole block at once.
         registers: The most that a thread may have; 0 for as many as the compiler likes. Fewer let more programs share
             a processor.
     """
@@ -30,6 +33,7 @@ class Settings(NamedTuple):
     tiles: int = 1
     registers: int = 0
     fewest: int = 1
+    row: int = 4096
 
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
@@ -43,35 +47,31 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "fake_quantize measured": (Settings(1024, 2, 4), Settings(1024, 2, 6, fewest=6)),
     "fake_quantize in cells measured": (Settings(512, 1, 6), Settings(1024, 2, 16)),
     "fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
-    "dequantize": (Settings(512, 1), Settings(1024, 2)),
-    "dequantize linear": (Settings(512, 1), Settings(2048, 4)),
+    "dequantize": (Settings(512, 1, row=256), Settings(1024, 2, row=256)),
+    "dequantize linear": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
-    "dequantize_residual": (Settings(1024, 2), Settings(2048, 2)),
+    "dequantize_residual": (Settings(1024, 2, row=256), Settings(2048, 2, row=256)),
     "quantize_log": (Settings(1024, 1), Settings(1024, 1)),
-    "dequantize_log": (Settings(2048, 1), Settings(2048, 1, registers=96)),
+    # With 32 rows a tile, each lane of a warp lays out the grid of one.
+    "dequantize_log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64, registers=96)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
-    "dequantize_affine": (Settings(512, 1), Settings(2048, 4)),
-    "group codebook": (Settings(1024, 1), Settings(1024, 1)),
-    "group in cells": (Settings(1024, 1), Settings(1024, 1)),
-    "group residual": (Settings(1024, 2), Settings(1024, 1)),
-    "group log": (Settings(2048, 1), Settings(2048, 1)),
-    "group decode": (Settings(1024, 2), Settings(4096, 2)),
-    "group decode log": (Settings(2048, 1), Settings(2048, 1)),
-    "group fake_quantize": (Settings(512, 1), Settings(2048, 2)),
-    "group fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
-    "measured group fake_quantize": (Settings(512, 1), Settings(512, 1)),
-    "measured group fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
-    "measured group codebook": (Settings(512, 1), Settings(512, 1)),
-    "measured group in cells": (Settings(256, 1), Settings(512, 1)),
-    "measured group residual": (Settings(1024, 1), Settings(512, 1)),
-    "measured group log": (Settings(512, 1), Settings(512, 1)),
+    "dequantize_affine": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
+    "many codebook": (Settings(1024, 1), Settings(1024, 1)),
+    "many in cells": (Settings(1024, 1), Settings(1024, 1)),
+    "many residual": (Settings(1024, 2), Settings(1024, 1)),
+    "many log": (Settings(2048, 1), Settings(2048, 1)),
+    "many decode codebook": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode residual": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
+    "many fake_quantize": (Settings(512, 1), Settings(2048, 2)),
+    "many fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
+    "measured many fake_quantize": (Settings(512, 1), Settings(512, 1)),
+    "measured many fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
+    "measured many codebook": (Settings(512, 1), Settings(512, 1)),
+    "measured many in cells": (Settings(256, 1), Settings(512, 1)),
+    "measured many residual": (Settings(1024, 1), Settings(512, 1)),
+    "measured many log": (Settings(512, 1), Settings(512, 1)),
 }
-
-DECODED_ROW = 256
-"""Blocks longer than this are decoded in several rows: nothing there needs a whole block at once."""
-
-LOG_ROW = 64
-"""Likewise for the log codec: with 32 rows a tile, each lane of a warp lays out the grid of one."""
 
 VALUES_OF_A_WARP = 2048
 """At most: 64 a thread."""
@@ -87,6 +87,11 @@ def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
     # Longer rows get more warps, not more registers than there are; sums take up some too.
     a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
     return rows, min(max(rows * row // a_warp, warps), 8)
+
+
+def decoded_row(settings: str, block_size: int) -> int:
+    """Return how many elements of a block are a row when it is decoded."""
+    return min(block_size, SETTINGS[settings][0].row)
 
 
 def tiles_of(settings: str, elements: int, itemsize: int) -> int:
@@ -119,7 +124,7 @@ def run(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[grid](
             *tensors, x.numel(), ROWS=rows, BLOCK=block_size, **constants,
-            num_warps=warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+            num_warps=warps, enable_fp_fusion=False,  # codecs/codebook.py says why
         )  # fmt: skip
 
 
@@ -149,15 +154,21 @@ def run_encoder(
     partials = empty_partials(flat, programs)
     run(kernel, rows, warps, block_size, (*tensors, partials), MEASURE=own is not None, **constants)
     if own is not None:
-        total(partials, own)
+        sum_of_one(partials, own)
     return own
+
+
+def finish(x: Tensor, statistics: Tensor | None, own: Tensor | None, decode: Callable[[], Tensor]) -> None:
+    """Measure in PyTorch what a kernel could not, because it saw ``x`` in another dtype."""
+    if statistics is not None and own is None:
+        statistics.copy_(reference.measure(x, decode()))
 
 
 def run_decoder(
     kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
 ) -> None:
     """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
-    row = min(block_size, LOG_ROW if settings == "dequantize_log" else DECODED_ROW)
+    row = decoded_row(settings, block_size)
     rows, warps = rows_of(settings, row, itemsize)
     constants |= options_of(settings, itemsize)
     run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)

@@ -2,8 +2,8 @@
 
 Each program writes partial results to its column of ``partials``, float32: the statistics in the order of
 ``reference.ErrorStatistics`` and the unit in whose square the first two are. What belongs to a tensor is added up
-afterwards (``totals.py``) in float64, in the order of the programs. Nothing is atomic, so a second run gives the same
-bits.
+afterwards (``sum_statistics.py``) in float64, in the order of the programs. Nothing is atomic, so a second run gives
+the same bits.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

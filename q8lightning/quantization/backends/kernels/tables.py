@@ -38,8 +38,13 @@ _CLOSED_FORMS = {BUILTIN[name].closed_form: name for name in ("linear", "softsig
 """The closed forms that ``codec.nearest_code`` knows."""
 
 
-def tables_of(codebook: Codebook, device: torch.device) -> Tables:
-    """Return the tables of ``codebook`` on ``device``, kept there after the first call."""
+def tables_of(codebook: Codebook | None, device: torch.device) -> Tables:
+    """Return the tables of ``codebook`` on ``device``, kept there after the first call.
+
+    Kernels that need none, but take some, get those of ``linear``, which is a closed form.
+    """
+    if codebook is None:
+        codebook = BUILTIN["linear"]
     # Codebooks compare equal whatever their closed form, so the cache needs it as a key of its own.
     return _make(codebook, codebook.closed_form, device)
 

@@ -1,6 +1,6 @@
 """How far stored moments turn the direction in which Adam steps: one launch for all parameters that are stored alike.
 
-Work lists, alignment and launches are as in ``grouped.py``, with two tensors to a row; of large ones, an eighth of the
+Work lists, alignment and launches are as in ``many.py``, with two tensors to a row; of large ones, an eighth of the
 segments is in the list (``sampling.py``). Sums are float64 and added up in a fixed order.
 """
 # Triton's decorator is untyped, and so is what it decorates:
@@ -15,19 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels import codec, log
 from q8lightning.quantization.backends.kernels.bits import rounded
-from q8lightning.quantization.backends.kernels.launch import LOG_ROW
+from q8lightning.quantization.backends.kernels.codecs.of_tile import decode_tile
 from q8lightning.quantization.backends.kernels.tables import tables_of
-from q8lightning.quantization.backends.kernels.tiles import load_code, load_float
+from q8lightning.quantization.backends.kernels.tiles import load_float
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.layout import KernelCodec, Layout
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight_of
 from q8lightning.system.ambient import lasting
 
 TILE = STRETCH // SEGMENT
 """Elements of a tile, 512: a warp for each of them."""
+
+ROW = 64
+"""Longer blocks are decoded in several rows: with 32 rows a tile, each lane of a warp lays out the grid of one."""
 
 _SEGMENT = tl.constexpr(SEGMENT)
 
@@ -38,27 +39,27 @@ class _Place(NamedTuple):
     addresses: tuple[int, ...]
     itemsize: int
     starts: tuple[int, ...]
-    coding: Coding | None
+    layout: Layout | None
 
     @property
     def block_size(self) -> int:
-        return TILE if self.coding is None else self.coding.block_size
+        return TILE if self.layout is None else self.layout.block_size
 
     def columns(self, index: int, numel: int) -> tuple[int, int, int, int]:
         """Return offsets: of the values, in elements from the first tensor's; of codes, scales and residual codes."""
         offset = (self.addresses[index] - self.addresses[0]) // self.itemsize
-        if self.coding is None:
+        if self.layout is None:
             return offset, 0, 0, 0
-        codes = self.starts[index] + self.coding.scale_bytes(numel)
+        codes = self.starts[index] + self.layout.scale_bytes(numel)
         return offset, codes, self.starts[index] // 4, codes + numel
 
     def advance(self, segment: int) -> tuple[int, int, int, int]:
         """Return how far these move on from one segment to the next."""
-        scales = 0 if self.coding is None else segment // self.coding.block_size * self.coding.scales
+        scales = 0 if self.layout is None else segment // self.layout.block_size * self.layout.scales
         return segment, segment, scales, segment
 
     def is_aligned(self, index: int, numel: int) -> bool:
-        codes = 0 if self.coding is None else self.starts[index] + self.coding.scale_bytes(numel)
+        codes = 0 if self.layout is None else self.starts[index] + self.layout.scale_bytes(numel)
         return not any(n % 16 for n in (self.addresses[index], numel, codes))
 
 
@@ -80,23 +81,19 @@ class _Launch(NamedTuple):
 @triton.jit
 def _stored(
     values, like, buffer, floats, levels, row, COLUMN: tl.constexpr, elements, mask, tile_rows, row_mask,
-    PARTS: tl.constexpr, KIND: tl.constexpr, SEARCH: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """What a tile of ``values`` is after decoding, float32."""
     MULTIPLE: tl.constexpr = 16 if ALIGNED else 1
-    if KIND == "raw":
+    if CODEC == "raw":
         return values
     else:
-        code = load_code(buffer + tl.multiple_of(tl.load(row + COLUMN + 1), MULTIPLE), elements, mask)
-        scales, blocks = floats + tl.load(row + COLUMN + 2), tile_rows // PARTS
-        if KIND == "log":
-            low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)
-            value = log.decode(code, low, high)
-        elif KIND == "residual":
-            rest = load_code(buffer + tl.multiple_of(tl.load(row + COLUMN + 3), MULTIPLE), elements, mask)
-            value = codec.decode_residual(code, rest, load_float(scales, blocks, row_mask))
-        else:
-            value = codec.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH)
+        codes = buffer + tl.multiple_of(tl.load(row + COLUMN + 1), MULTIPLE)
+        rest = buffer + tl.multiple_of(tl.load(row + COLUMN + 3), MULTIPLE)
+        scales = floats + tl.load(row + COLUMN + 2)
+        value = decode_tile(
+            codes, rest, scales, levels, elements, mask, tile_rows // PARTS, row_mask, CODEC, SEARCH,
+        )  # fmt: skip
         return rounded(value, like).to(tl.float32)
 
 
@@ -109,8 +106,8 @@ def _direction(first, second, eps):
 def _sums_kernel(
     firsts, seconds, buffer, floats, first_levels, second_levels, work, partials, eps,
     ROWS: tl.constexpr, ROW: tl.constexpr, ALIGNED: tl.constexpr,
-    FIRST_MULTIPLE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_KIND: tl.constexpr, FIRST_SEARCH: tl.constexpr,
-    SECOND_MULTIPLE: tl.constexpr, SECOND_PARTS: tl.constexpr, SECOND_KIND: tl.constexpr, SECOND_SEARCH: tl.constexpr,
+    FIRST_MULTIPLE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_CODEC: tl.constexpr, FIRST_SEARCH: tl.constexpr,
+    SECOND_MULTIPLE: tl.constexpr, SECOND_PARTS: tl.constexpr, SECOND_CODEC: tl.constexpr, SECOND_SEARCH: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = ROWS * ROW
     segment = tl.program_id(0)
@@ -130,9 +127,9 @@ def _sums_kernel(
         direction = _direction(first, second, eps)
         stored = _direction(
             _stored(first, firsts, buffer, floats, first_levels, row, 1, elements, mask, tile_rows, row_mask,
-                    FIRST_PARTS, FIRST_KIND, FIRST_SEARCH, ALIGNED),
+                    FIRST_PARTS, FIRST_CODEC, FIRST_SEARCH, ALIGNED),
             _stored(second, seconds, buffer, floats, second_levels, row, 5, elements, mask, tile_rows, row_mask,
-                    SECOND_PARTS, SECOND_KIND, SECOND_SEARCH, ALIGNED),
+                    SECOND_PARTS, SECOND_CODEC, SECOND_SEARCH, ALIGNED),
             eps,
         )  # fmt: skip
         off = tl.where(mask, stored - direction, 0.0).to(tl.float64)
@@ -156,7 +153,7 @@ def _totals_kernel(partials, first, used, members, weights, sums, WIDTH: tl.cons
 def update_direction_sums(
     tensors: tuple[Sequence[Tensor], Sequence[Tensor]],
     starts: tuple[tuple[int, ...], tuple[int, ...]],
-    codings: tuple[Coding | None, Coding | None],
+    codecs: tuple[KernelCodec | None, KernelCodec | None],
     buffer: Tensor,
     eps: float,
     sums: Tensor,
@@ -166,26 +163,28 @@ def update_direction_sums(
     Args:
         tensors: The first and the second moment of each parameter, ``[numel]`` float32, float16 or bfloat16, contiguous
             and on one device; all first moments have one dtype, and so have all second ones.
-        starts: Where in the buffer the scales of each begin, in bytes; not read where ``codings`` has None.
-        codings: How the first and the second moments are encoded; None for those that are stored as they are.
+        starts: Where in the buffer the scales of each begin, in bytes; not read where ``codecs`` has None.
+        codecs: How the first and the second moments are encoded; None for those that are stored as they are.
         buffer: uint8, aligned to 16 bytes: what is stored of all.
         eps: The optimizer's.
         sums: ``[parameters, 2]`` float64 to be written; see ``quantization.update_direction``.
     """
     places = tuple(
-        _Place(tuple(x.data_ptr() for x in each), each[0].element_size(), begin, coding)
-        for each, begin, coding in zip(tensors, starts, codings, strict=True)
+        _Place(
+            tuple(x.data_ptr() for x in each), each[0].element_size(), begin, None if codec is None else codec.layout
+        )
+        for each, begin, codec in zip(tensors, starts, codecs, strict=True)
     )
-    row = min(LOG_ROW, *(place.block_size for place in places))
+    row = min(ROW, *(place.block_size for place in places))
     rows = TILE // row
     sums.zero_()  # of empty tensors
     floats = buffer[: buffer.numel() // 4 * 4].view(torch.float32)
-    books = [tables_of(_codebook(coding), buffer.device) for coding in codings]
+    books = [tables_of(None if codec is None else codec.codebook, buffer.device) for codec in codecs]
     constants: dict[str, Any] = {"ROWS": rows, "ROW": row}
-    for name, place, tables in zip(("FIRST", "SECOND"), places, books, strict=True):
+    for name, place, codec, tables in zip(("FIRST", "SECOND"), places, codecs, books, strict=True):
         constants |= {
             f"{name}_PARTS": place.block_size // row,
-            f"{name}_KIND": "raw" if place.coding is None else place.coding.kind,
+            f"{name}_CODEC": "raw" if codec is None else codec.kernel,
             f"{name}_SEARCH": "linear" if tables.search == "linear" else "table",
         }
     numels = tuple(x.numel() for x in tensors[0])
@@ -204,10 +203,6 @@ def update_direction_sums(
             _totals_kernel[(2, len(launch.members))](
                 partials, launch.first, launch.used, launch.members, launch.weights, sums, WIDTH=1024
             )  # fmt: skip
-
-
-def _codebook(coding: Coding | None) -> Codebook:
-    return BUILTIN["linear"] if coding is None or coding.codebook is None else coding.codebook
 
 
 @lru_cache(maxsize=32)

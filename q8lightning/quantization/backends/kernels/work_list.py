@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.kernels.launch import rows_of
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.layout import Layout
 from q8lightning.system.ambient import lasting
 
 SEGMENT = 16
@@ -88,31 +88,30 @@ def describe(tensors: Sequence[Tensor], starts: tuple[int, ...], numbers: tuple[
 
 @lru_cache(maxsize=32)
 @lasting()
-def launches(group: Group, coding: Coding | None, row: int, settings: str, device: torch.device) -> tuple[Launch, ...]:
+def launches(group: Group, layout: Layout | None, row: int, settings: str, device: torch.device) -> tuple[Launch, ...]:
     """Return a launch for each dtype and alignment in ``group``; empty tensors take part in none.
 
     Args:
         group: The tensors.
-        coding: How their counterparts are encoded: scales, codes and a residual's codes. None if the counterparts are
-            tensors of the same dtype.
+        layout: How the bytes of their counterparts lie; None if the counterparts are tensors of the same dtype.
         row: Elements of a row of a tile.
         settings: What the kernel is called in ``SETTINGS``.
         device: Where the tensors are.
     """
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
     for index, (address, numel, dtype, start, _) in enumerate(zip(*group, strict=True)):
-        counterpart = start + (coding.scale_bytes(numel) if coding is not None else 0)
+        counterpart = start + (layout.scale_bytes(numel) if layout is not None else 0)
         if numel:
             kinds.setdefault((dtype, not any(n % 16 for n in (address, numel, counterpart))), []).append(index)
     return tuple(
-        _launch(group, coding, row, settings, device, dtype, aligned, members)
+        _launch(group, layout, row, settings, device, dtype, aligned, members)
         for (dtype, aligned), members in kinds.items()
     )
 
 
 def _launch(
     group: Group,
-    coding: Coding | None,
+    layout: Layout | None,
     row: int,
     settings: str,
     device: torch.device,
@@ -126,15 +125,15 @@ def _launch(
     for index in members:
         numel, start, number = group.numels[index], group.starts[index], group.numbers[index]
         offset = (group.addresses[index] - base) // size
-        if coding is None:
+        if layout is None:
             columns.append((numel, offset, start // size, 0, number))
         else:
-            codes = start + coding.scale_bytes(numel)
+            codes = start + layout.scale_bytes(numel)
             columns.append((numel, offset, codes, start // 4, codes + numel, number))
-    if coding is None:
+    if layout is None:
         advance = [-segment, segment, segment, segment // row, 0]
     else:
-        advance = [-segment, segment, segment, segment // coding.block_size * coding.scales, segment, 0]
+        advance = [-segment, segment, segment, segment // layout.block_size * layout.scales, segment, 0]
     work, first, used = _work(columns, advance, rows * row, device)
     numbers = torch.tensor([group.numbers[index] for index in members], dtype=torch.int64, device=device)
     return Launch(dtype, tuple(members), aligned, rows, warps, work, first, used, numbers)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization import ops
 from q8lightning.quantization.spec.codebook import Codebook, get_codebook
+from q8lightning.quantization.spec.layout import check_block_size
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WeightCodec:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        ops.check_block_size(self.block_size)
+        check_block_size(self.block_size)
         object.__setattr__(self, "codebook", self.book.spec)
         levels = self.book.levels
         if not self.book.signed:
@@ -102,7 +103,7 @@ class WeightCodec:
         """
         rows = self.to_rows(x.detach())
         padded = pad_rows(rows, self.block_size)
-        codes, scales = ops.quantize(padded, self.codebook, self.block_size, self.book.one_sided)
+        codes, scales, _ = ops.quantize(padded, self.codebook, self.block_size, self.book.one_sided)
         return codes[:, : rows.shape[1]], scales.view(rows.shape[0], -1)
 
     def decode(self, codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:

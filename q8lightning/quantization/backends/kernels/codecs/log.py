@@ -1,10 +1,13 @@
-"""What the log codec means for a tile of blocks in registers; ``codec.py`` tells tiles and the rules of arithmetic."""
+"""The log codec: ``codebook.py`` tells tiles and the rules of arithmetic."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import (
     INFINITY,
     INTERPRETED,
@@ -14,7 +17,10 @@ from q8lightning.quantization.backends.kernels.bits import (
     one_and_mantissa,
     round_to_code,
     round_to_integer,
+    rounded,
 )
+from q8lightning.quantization.backends.kernels.statistics import measure
+from q8lightning.quantization.backends.kernels.tiles import load_code_for, load_float, store, tile
 from q8lightning.quantization.spec import logarithm
 
 FINEST_LOG_STEP = tl.constexpr(float(logarithm.FINEST_LOG_STEP))
@@ -85,3 +91,45 @@ def decode(code, low, high):
     pattern = exp2_pattern(code * step[:, None] + origin[:, None])
     pattern = tl.minimum(tl.maximum(pattern, low[:, None]), high[:, None])
     return float_of(tl.where(code == 0, 0, pattern))
+
+
+@triton.jit
+def _quantize_log_kernel(
+    x, codes, bounds, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr
+):
+    first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
+    values = load_float(x + first * BLOCK, elements, mask)
+    code, low, high = encode(values)
+    store(codes + first * BLOCK, elements, code, mask)
+    store(bounds + first * 2, rows * 2, low, row_mask)
+    store(bounds + first * 2, rows * 2 + 1, high, row_mask)
+    if MEASURE:
+        decoded = rounded(decode(code, low, high), x)
+        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
+    blocks = (first + rows) // PARTS
+    low, high = load_float(bounds, blocks * 2, row_mask), load_float(bounds, blocks * 2 + 1, row_mask)
+    code = load_code_for(values, codes, first * BLOCK, elements, mask)
+    store(values + first * BLOCK, elements, decode(code, low, high), mask)
+
+
+def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes ``[*x.shape]`` uint8 and bounds ``[ceil(numel / block_size), 2]`` float32."""
+    flat = launch.flattened(x)
+    codes, bounds = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size), 2)
+    parts = flat, codes, bounds
+    own = launch.run_encoder(_quantize_log_kernel, "quantize_log", block_size, parts, x, statistics)
+    launch.finish(x, statistics, own, lambda: dequantize_log(codes, bounds, block_size, x.dtype))
+    return codes, bounds
+
+
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Values ``[*codes.shape]`` of ``dtype``."""
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
+    parts = codes.reshape(-1), bounds.contiguous(), values
+    launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size())
+    return values.to(dtype)

@@ -1,12 +1,12 @@
-"""The kernels of ``grouped.py``, which launches them: each program handles its part of one of many tensors."""
+"""The kernels of ``many.py``, which launches them: each program handles its part of one of many tensors."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.backends.kernels import codec, log
-from q8lightning.quantization.backends.kernels.bits import is_finite, rounded
+from q8lightning.quantization.backends.kernels.codecs import codebook
+from q8lightning.quantization.backends.kernels.codecs.of_tile import decode_tile, encode_tile
 from q8lightning.quantization.backends.kernels.fake_quantize import fake_quantize_tiles, is_chosen
 from q8lightning.quantization.backends.kernels.statistics import (
     add,
@@ -18,7 +18,7 @@ from q8lightning.quantization.backends.kernels.statistics import (
     unit_of_tiles,
     write_many,
 )
-from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store
+from q8lightning.quantization.backends.kernels.tiles import load_float, store
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT
 
 _SEGMENT = tl.constexpr(SEGMENT)
@@ -43,45 +43,9 @@ def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
-def _encode_tile(
-    values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, END: tl.constexpr,
-):  # fmt: skip
-    """Encode a tile; return what it decodes to, in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
-    rows = tl.arange(0, ROWS)
-    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask, row_mask = elements < left, rows * BLOCK < left
-    decoded = values
-    if CODEC == "log":
-        code, scale, high = log.encode(values)
-        if STORE:
-            store(scales, rows * 2, scale, row_mask)
-            store(scales, rows * 2 + 1, high, row_mask)
-        if DECODE:
-            decoded = rounded(log.decode(code, scale, high), like)
-    elif CODEC == "residual":
-        code, second, scale = codec.encode_residual(values)
-        if STORE:
-            store(rest, elements, second, mask)
-            store(scales, rows, scale, row_mask)
-        if DECODE:
-            decoded = rounded(codec.decode_residual(code, second, scale), like)
-    else:
-        code, scale = codec.encode(values, table, SEARCH, SHIFT, BITS, END)
-        if STORE:
-            store(scales, rows, scale, row_mask)
-        if DECODE:
-            decoded = rounded(codec.decode(code, levels, scale, SEARCH), like)
-    if STORE:
-        store(codes, elements, code, mask)
-    return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
-
-
-@triton.jit
 def encode_kernel(
     x, codes, scales, failed, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
@@ -90,9 +54,9 @@ def encode_kernel(
     elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, elements < left)
     rest = codes + _start(row, 4, skip, 16 if ALIGNED else 1)
-    _, wrong = _encode_tile(
+    _, wrong = encode_tile(
         values, x, codes + _start(row, 2, skip, 16 if ALIGNED else 1), rest,
-        scales + tl.load(row + 3) + skip // BLOCK * (2 if CODEC == "log" else 1), left, table, levels,
+        scales + tl.load(row + 3) + skip // BLOCK * SCALES, left, table, levels,
         ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, END,
     )  # fmt: skip
     if wrong != 0:
@@ -102,7 +66,7 @@ def encode_kernel(
 @triton.jit
 def measured_encode_kernel(
     x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """A segment a program, tile after tile as in ``fake_quantize_tiles``: sums stay with their lanes."""
@@ -126,8 +90,8 @@ def measured_encode_kernel(
         values = ahead.to(tl.float32)
         following = elements + (i + 1) * TILE
         ahead = tl.load(x + following, mask=following < left, other=0.0)
-        decoded, tile_wrong = _encode_tile(
-            values, x, codes + i * TILE, rest + i * TILE, scales + i * (ROWS * (2 if CODEC == "log" else 1)),
+        decoded, tile_wrong = encode_tile(
+            values, x, codes + i * TILE, rest + i * TILE, scales + i * (ROWS * SCALES),
             left - i * TILE, table, levels, ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, END,
         )  # fmt: skip
         wrong |= tile_wrong
@@ -146,7 +110,7 @@ def measured_encode_kernel(
         error, squares, zeroed = 0.0, 0.0, 0.0
         for i in range(tiles):
             values, _, _ = load_again(x, elements, left, i)
-            decoded, _ = _encode_tile(
+            decoded, _ = encode_tile(
                 values, x, codes, rest, scales, left - i * TILE, table, levels,
                 ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, END,
             )  # fmt: skip
@@ -168,18 +132,11 @@ def decode_kernel(
     rows = tl.arange(0, ROWS)
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask, row_mask = elements < left, rows * BLOCK < left
-    code = load_code(codes + _start(row, 2, skip, 16 if ALIGNED else 1), elements, mask)
-    blocks = (skip // BLOCK + rows) // PARTS
-    if CODEC == "log":
-        scale = scales + tl.load(row + 3)
-        value = log.decode(code, load_float(scale, blocks * 2, row_mask), load_float(scale, blocks * 2 + 1, row_mask))
-    else:
-        block_scale = load_float(scales + tl.load(row + 3), blocks, row_mask)
-        if CODEC == "residual":
-            rest = load_code(codes + _start(row, 4, skip, 16 if ALIGNED else 1), elements, mask)
-            value = codec.decode_residual(code, rest, block_scale)
-        else:
-            value = codec.decode(code, levels, block_scale, SEARCH)
+    MOST: tl.constexpr = 16 if ALIGNED else 1
+    value = decode_tile(
+        codes + _start(row, 2, skip, MOST), codes + _start(row, 4, skip, MOST), scales + tl.load(row + 3), levels,
+        elements, mask, (skip // BLOCK + rows) // PARTS, row_mask, CODEC, SEARCH,
+    )  # fmt: skip
     store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
 
 
@@ -196,7 +153,7 @@ def fake_quantize_kernel(
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = elements < left
     original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
-    quantized = codec.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
+    quantized = codebook.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
     if CHOOSE:
         blocks = tl.load(row + 3) + skip // BLOCK + rows
         quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)

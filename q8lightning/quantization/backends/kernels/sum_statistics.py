@@ -71,7 +71,7 @@ def empty_partials(like: Tensor, programs: int) -> Tensor:
     return torch.empty(6, programs, dtype=torch.float32, device=like.device)
 
 
-def total(partials: Tensor, statistics: Tensor) -> None:
+def sum_of_one(partials: Tensor, statistics: Tensor) -> None:
     """Add all programs of one tensor up: ``[6, programs]`` into ``[5]`` float64."""
     programs = partials.shape[1]
     parts = torch.empty(5, triton.cdiv(programs, 1024), dtype=torch.float64, device=partials.device)
@@ -81,7 +81,7 @@ def total(partials: Tensor, statistics: Tensor) -> None:
         _total_kernel[(5,)](parts, parts.shape[1], statistics, WIDTH=256)
 
 
-def totals(partials: Tensor, first: Tensor, used: Tensor, rows: Tensor, statistics: Tensor) -> None:
+def sum_of_each(partials: Tensor, first: Tensor, used: Tensor, rows: Tensor, statistics: Tensor) -> None:
     """Add up the programs of each tensor of a group.
 
     Args:

@@ -1,4 +1,4 @@
-"""How the quantized values of a group come into its buffer: by the grouped kernels where they fit, else by operators.
+"""How the quantized values of a group come into its buffer: by the many kernels where they fit, else by operators.
 
 Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory:
 those without an axis, and those along one whose rows are whole blocks and lie one after another.
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from q8lightning.quantization.backends.choose import grouped, has_kernels
+from q8lightning.quantization.backends.choose import has_kernels, many
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.block_choice import chosen_blocks
 from q8lightning.quantization.spec.reference import measure
-from q8lightning.quantization.weight_codec import WeightCodec
 
 BATCH = 2**22
 """Elements that operators quantize in one call: many small tensors together, while scratch stays small."""
@@ -50,7 +50,7 @@ class InLaunch:
         """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
         own = [sources[index] for index in self.indices]
         book, size = self.codec.book, self.codec.block_size
-        grouped().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
+        many().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
 
 
 @dataclass(frozen=True)

@@ -17,65 +17,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels.group_kernels import (
+from q8lightning.quantization.backends.kernels.launch import decoded_row, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.many_kernels import (
     decode_kernel,
     encode_kernel,
     fake_quantize_kernel,
     measured_encode_kernel,
     measured_fake_quantize_kernel,
 )
-from q8lightning.quantization.backends.kernels.launch import LOG_ROW, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_each
 from q8lightning.quantization.backends.kernels.tables import tables_of
-from q8lightning.quantization.backends.kernels.totals import empty_partials, totals
+from q8lightning.quantization.backends.kernels.update_direction import update_direction_sums as update_direction_sums
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch, describe, launches
 from q8lightning.quantization.spec.block_choice import limit_of
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
-from q8lightning.quantization.spec.coding import Coding
+from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.layout import KernelCodec
 
 
 def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
     with torch.cuda.device_of(launch.work):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *arguments, **constants, ALIGNED=launch.aligned, MULTIPLE=launch.multiple,
-            num_warps=launch.warps, enable_fp_fusion=False,  # codec.py needs every operation rounded
+            num_warps=launch.warps, enable_fp_fusion=False,  # codecs/codebook.py says why
         )  # fmt: skip
 
 
 def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
     """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
-    totals(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
+    sum_of_each(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
 
 
 def encode(
     tensors: Sequence[Tensor],
     buffer: Tensor,
     starts: tuple[int, ...],
-    coding: Coding,
+    codec: KernelCodec,
     failed: Tensor,
     statistics: Tensor | None = None,
 ) -> None:
-    """Encode each tensor into its stretch of a buffer: scales, codes and, if there is one, the residual's codes.
+    """Encode each tensor into its stretch of a buffer.
 
     Args:
         tensors: ``[numel]`` float32, float16 or bfloat16 each, on one device.
         buffer: uint8, aligned to 16 bytes, on the same device.
         starts: Where in the buffer each tensor's scales begin, a multiple of 4. It is fastest if the codes behind them
             begin at a multiple of 16.
-        coding: How to encode.
+        codec: How to encode.
         failed: ``[tensors]`` int32 zeros, to be set to 1 where a block could not be encoded and has a scale that is not
             finite.
         statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
     """
-    book = coding.codebook or BUILTIN["linear"]
-    tables = tables_of(book, buffer.device)
-    in_cells = coding.kind == "codebook" and tables.search not in ("linear", "softsign")
-    settings = "group in cells" if in_cells else f"group {coding.kind}"
+    tables, layout = tables_of(codec.codebook, buffer.device), codec.layout
+    in_cells = tables.search not in ("linear", "softsign")
+    settings = "many in cells" if in_cells else f"many {codec.kernel}"
     if statistics is not None:
         settings = f"measured {settings}"
-    constants = {"CODEC": coding.kind, "END": book.end if coding.signed_scale else 0, **search_constants(tables)}
-    for launch in launches(describe(tensors, starts), coding, coding.block_size, settings, buffer.device):
+    constants = {"CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables)}
+    for launch in launches(describe(tensors, starts), layout, layout.block_size, settings, buffer.device):
         parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
-        constants |= {"ROWS": launch.rows, "BLOCK": coding.block_size}
+        constants |= {"ROWS": launch.rows, "BLOCK": layout.block_size}
         if statistics is None:
             _run(encode_kernel, launch, launch.programs, *parts, tables.table, tables.levels, **constants)
         else:
@@ -85,17 +85,17 @@ def encode(
             _collect(partials, launch, SEGMENT, statistics)
 
 
-def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], coding: Coding) -> None:
+def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None:
     """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
-    tables = tables_of(coding.codebook or BUILTIN["linear"], buffer.device)
-    row = min(coding.block_size, LOG_ROW) if coding.kind == "log" else coding.block_size
-    settings = "group decode log" if coding.kind == "log" else "group decode"
+    tables, block_size = tables_of(codec.codebook, buffer.device), codec.layout.block_size
+    settings = f"many decode {codec.kernel}"
+    row = decoded_row(settings, block_size)
     search = "linear" if tables.search == "linear" else "table"
-    for launch in launches(describe(values, starts), coding, row, settings, buffer.device):
+    for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
         _run(
             decode_kernel, launch, launch.programs,
             values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
-            ROWS=launch.rows, BLOCK=row, PARTS=coding.block_size // row, CODEC=coding.kind, SEARCH=search,
+            ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=search,
         )  # fmt: skip
 
 
@@ -129,12 +129,12 @@ def fake_quantize(
             tensors.
     """
     tables = tables_of(codebook, buffer.device)
-    settings = "group fake_quantize" if tables.search in ("linear", "softsign") else "group fake_quantize in cells"
+    settings = "many fake_quantize" if tables.search in ("linear", "softsign") else "many fake_quantize in cells"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {
         "BLOCK": block_size, "CHOOSE": share < 1.0, **search_constants(tables),
-        "END": codebook.end if codebook.one_sided else 0,
+        "END": codebook.scale_end,
     }  # fmt: skip
     numbered = describe(tensors, starts, numbers)
     for launch in launches(numbered, None, block_size, settings, buffer.device):

@@ -7,7 +7,7 @@ CHUNK = 2**20
 """Codes that are taken apart at a time: their bits take eight times their memory."""
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Return codes below ``2**bits`` as one stream of bits, each code's lowest first, each byte filled from its lowest.
 
     Args:
@@ -18,7 +18,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ``[ceil(numel * bits / 8)]`` uint8.
 
     Example:
-        >>> pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist()
+        >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist()
         [33, 3]
     """
     flat = codes.reshape(-1)
@@ -28,8 +28,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(parts)
 
 
-def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
-    """Undo :func:`pack`: return ``[numel]`` uint8."""
+def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """Undo :func:`pack_bits`: return ``[numel]`` uint8."""
     if bits == 8:
         return packed[:numel].clone()
     whole = packed.split(CHUNK // 8 * bits)  # type: ignore[no-untyped-call]

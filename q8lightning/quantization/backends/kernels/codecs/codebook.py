@@ -1,4 +1,4 @@
-"""What each codec means for a tile of blocks in registers (the log codec has ``log.py``); kernels move the tiles.
+"""The codecs that are a codebook, and the rules that all codecs here follow.
 
 A tile ``x`` is ``[ROWS, BLOCK]`` float32, one block a row, zero where a short last block has ended. What belongs to a
 block, such as its scale, is ``[ROWS]`` float32. Codes are ``[ROWS, BLOCK]`` int32.
@@ -10,11 +10,13 @@ because Triton's ``/`` is approximate on a GPU, and kernels that call them must 
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from q8lightning.quantization.backends.kernels import launch
 from q8lightning.quantization.backends.kernels.bits import (
-    INFINITY,
     INTERPRETED,
     MAGNITUDE,
     ROUNDING,
@@ -25,17 +27,18 @@ from q8lightning.quantization.backends.kernels.bits import (
     is_finite,
     nan_unless_finite,
     round_to_code,
+    rounded,
 )
+from q8lightning.quantization.backends.kernels.statistics import measure
+from q8lightning.quantization.backends.kernels.tables import tables_of
+from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
 from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.codebook import Codebook
 
 SMALLEST_NORMAL = tl.constexpr(reference.SMALLEST_NORMAL)
-RESIDUAL_DIVISOR = tl.constexpr(reference.RESIDUAL_DIVISOR)
 
 HIGH_127TH = tl.constexpr(float(2064 * 2.0**-18))  # 1 / 127 to 12 bits
 LOW_127TH = tl.constexpr(1 / 127 - 2064 * 2.0**-18)
-
-
-# Codebooks
 
 
 @triton.jit
@@ -166,52 +169,53 @@ def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, B
     return value * nan_unless_finite(scale)[:, None]
 
 
-# Residual
+@triton.jit
+def _quantize_kernel(
+    x, codes, scale, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    END: tl.constexpr,
+):  # fmt: skip
+    first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
+    values = load_float(x + first * BLOCK, elements, mask)
+    code, block_scale = encode(values, table, SEARCH, SHIFT, BITS, END)
+    store(codes + first * BLOCK, elements, code, mask)
+    store(scale + first, rows, block_scale, row_mask)
+    if MEASURE:
+        decoded = rounded(decode(code, levels, block_scale, SEARCH), x)
+        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
 
 
 @triton.jit
-def encode_residual(x):
-    """As ``reference.quantize_residual``: codes, residual codes and scale."""
-    scale = block_scale(x, 0)
-    per_unit = reciprocal(scale)[:, None]
-    finite = is_finite(scale)
-    x = tl.where(finite[:, None], x, 0.0)
-    k = linear_steps(x * per_unit)
-    left = x - linear_level(k) * tl.where(finite, scale, 0.0)[:, None]
-    residual = round_to_code(left * per_unit * (RESIDUAL_DIVISOR * 127), 127)
-    code = bits_of(k + (ROUNDING + 127.0)) & 0xFF
-    return code, tl.minimum(tl.maximum(residual, 1), 253), scale
+def _dequantize_kernel(
+    codes, scale, values, levels, numel,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
+    block_scale = load_float(scale, (first + rows) // PARTS, row_mask)
+    value = decode(load_code(codes + first * BLOCK, elements, mask), levels, block_scale, SEARCH)
+    store(values + first * BLOCK, elements, value, mask)
 
 
-@triton.jit
-def decode_residual(code, residual, scale):
-    """As ``reference.dequantize_residual``."""
-    return decode(code, 0, scale, "linear") + decode(residual, 0, tl.div_rn(scale, RESIDUAL_DIVISOR), "linear")
+def quantize(
+    x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes ``[*x.shape]`` uint8 and scale ``[ceil(numel / block_size)]`` float32."""
+    flat, tables = launch.flattened(x), tables_of(codebook, x.device)
+    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size))
+    constants = {**launch.search_constants(tables), "END": codebook.end if signed_scale else 0}
+    settings = "quantize" if tables.search in ("linear", "softsign") else "quantize in cells"
+    parts = flat, codes, scale, tables.table, tables.levels
+    own = launch.run_encoder(_quantize_kernel, settings, block_size, parts, x, statistics, **constants)
+    launch.finish(x, statistics, own, lambda: dequantize(codes, scale, codebook, block_size, x.dtype))
+    return codes, scale
 
 
-# Affine
-
-
-@triton.jit
-def encode_affine(x):
-    """As ``reference.quantize_affine``: codes, scale and zero point (``[ROWS]`` int32)."""
-    finite = tl.max(bits_of(x) & MAGNITUDE, axis=1) < INFINITY
-    x = tl.where(finite[:, None], x, 0.0)
-    low, high = tl.minimum(tl.min(x, axis=1), 0.0), tl.maximum(tl.max(x, axis=1), 0.0)
-    scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
-    scale = tl.where(scale < SMALLEST_NORMAL, 0.0, scale)
-    per_unit = reciprocal(scale)
-    zero_point = _byte(0.5 - low * per_unit)
-    code = _byte(x * per_unit[:, None] + (zero_point + 0.5)[:, None])
-    return code.to(tl.int32), tl.where(finite, scale, float("nan")), zero_point.to(tl.int32)
-
-
-@triton.jit
-def _byte(x):
-    return tl.minimum(tl.maximum(tl.floor(x), 0.0), 255.0)
-
-
-@triton.jit
-def decode_affine(code, scale, zero_point):
-    """As ``reference.dequantize_affine``."""
-    return (code - zero_point[:, None]).to(tl.float32) * nan_unless_finite(scale)[:, None]
+def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Values ``[*codes.shape]`` of ``dtype``."""
+    flat, tables = codes.reshape(-1), tables_of(codebook, codes.device)
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
+    linear = tables.search == "linear"
+    parts = flat, scale.contiguous(), values, tables.levels
+    settings, search = ("dequantize linear", "linear") if linear else ("dequantize", "table")
+    launch.run_decoder(_dequantize_kernel, settings, block_size, parts, values.element_size(), SEARCH=search)
+    return values.to(dtype)

@@ -1,0 +1,85 @@
+"""The affine codec, which has a zero point: ``codebook.py`` tells tiles and the rules of arithmetic."""
+# Triton's decorator is untyped, and so is what it decorates:
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from q8lightning.quantization.backends.kernels import launch
+from q8lightning.quantization.backends.kernels.bits import INFINITY, MAGNITUDE, bits_of, nan_unless_finite, rounded
+from q8lightning.quantization.backends.kernels.codecs import codebook
+from q8lightning.quantization.backends.kernels.statistics import measure
+from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
+
+
+@triton.jit
+def encode(x):
+    """As ``reference.quantize_affine``: codes, scale and zero point (``[ROWS]`` int32)."""
+    finite = tl.max(bits_of(x) & MAGNITUDE, axis=1) < INFINITY
+    x = tl.where(finite[:, None], x, 0.0)
+    low, high = tl.minimum(tl.min(x, axis=1), 0.0), tl.maximum(tl.max(x, axis=1), 0.0)
+    scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
+    scale = tl.where(scale < codebook.SMALLEST_NORMAL, 0.0, scale)
+    per_unit = codebook.reciprocal(scale)
+    zero_point = _byte(0.5 - low * per_unit)
+    code = _byte(x * per_unit[:, None] + (zero_point + 0.5)[:, None])
+    return code.to(tl.int32), tl.where(finite, scale, float("nan")), zero_point.to(tl.int32)
+
+
+@triton.jit
+def _byte(x):
+    return tl.minimum(tl.maximum(tl.floor(x), 0.0), 255.0)
+
+
+@triton.jit
+def decode(code, scale, zero_point):
+    """As ``reference.dequantize_affine``."""
+    return (code - zero_point[:, None]).to(tl.float32) * nan_unless_finite(scale)[:, None]
+
+
+@triton.jit
+def _quantize_affine_kernel(
+    x, codes, scale, zero_point, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr
+):
+    first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
+    values = load_float(x + first * BLOCK, elements, mask)
+    code, block_scale, block_zero = encode(values)
+    store(codes + first * BLOCK, elements, code, mask)
+    store(scale + first, rows, block_scale, row_mask)
+    store(zero_point + first, rows, block_zero, row_mask)
+    if MEASURE:
+        decoded = rounded(decode(code, block_scale, block_zero), x)
+        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def _dequantize_affine_kernel(
+    codes, scale, zero_point, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
+    first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
+    blocks = (first + rows) // PARTS
+    block_scale, block_zero = load_float(scale, blocks, row_mask), load_code(zero_point, blocks, row_mask)
+    code = load_code(codes + first * BLOCK, elements, mask)
+    store(values + first * BLOCK, elements, decode(code, block_scale, block_zero), mask)
+
+
+def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes ``[*x.shape]`` uint8, scale float32 and zero point uint8, ``[ceil(numel / block_size)]`` each."""
+    flat, blocks = launch.flattened(x), launch.block_count(x, block_size)
+    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, blocks)
+    zero_point = launch.empty(x, blocks, dtype=torch.uint8)
+    parts = flat, codes, scale, zero_point
+    own = launch.run_encoder(_quantize_affine_kernel, "quantize_affine", block_size, parts, x, statistics)
+    launch.finish(x, statistics, own, lambda: dequantize_affine(codes, scale, zero_point, block_size, x.dtype))
+    return codes, scale, zero_point
+
+
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Values ``[*codes.shape]`` of ``dtype``."""
+    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
+    parts = codes.reshape(-1), scale.contiguous(), zero_point.contiguous(), values
+    size = values.element_size()
+    launch.run_decoder(_dequantize_affine_kernel, "dequantize_affine", block_size, parts, size)
+    return values.to(dtype)

@@ -1,0 +1,56 @@
+"""The codec ``log``, for values that are never negative: equal steps of the logarithm, and zero."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization import ops
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.spec.layout import KernelCodec, Layout
+
+
+@dataclass(frozen=True)
+class LogCodec(Codec):
+    """As ``reference.quantize_log``: a block has two scales, its smallest positive and its largest value.
+
+    Args:
+        block_size: Elements of the flattened tensor that share them; a power of two between 32 and 4096.
+
+    Raises:
+        ValueError: If the block size is none.
+    """
+
+    name: str = field(default="log", init=False)
+    marks_negative: ClassVar[bool] = True
+    keeps_nonzero: ClassVar[bool] = True
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        codes, bounds, _ = ops.quantize_log(x.detach(), self.block_size)
+        return codes, bounds
+
+    def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        codes, bounds, lost = ops.quantize_log(x.detach(), self.block_size, measure=True)
+        return (codes, bounds), lost
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        codes, bounds = parts
+        values: Tensor = ops.dequantize_log(codes, bounds, self.block_size, dtype)
+        return values
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.block_size, scales=2)
+
+    @property
+    def unsigned(self) -> bool:
+        return True
+
+    @cached_property
+    def kernel(self) -> KernelCodec:
+        return KernelCodec("log", self.layout)
+
+    def is_stable_in(self, dtype: torch.dtype) -> bool:
+        return super().is_stable_in(dtype) or dtype == torch.bfloat16

@@ -1,0 +1,115 @@
+"""Decode what was encoded into a buffer: many small tensors in one go, or many of any size on a GPU."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from q8lightning.quantization.backends.choose import many
+from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.buffer import allocate, lay_out, split
+
+_TOGETHER = 2**19
+"""Elements up to which tensors are decoded in one go on the CPU. Threads that call operators on many fewer wait for
+Python's lock more than they compute; the scratch of more would be in new memory each time."""
+
+
+class EncodedItem(NamedTuple):
+    """What :func:`decode_on` and :func:`decode_together` decode.
+
+    Attributes:
+        data: ``[nbytes]`` uint8, on any device, as an ``EncodedBuffer`` has it.
+        codec: What it was encoded with.
+        numel: How many elements it has.
+        dtype: What to decode it to: float32, float16, bfloat16 or, not on a GPU, float64.
+    """
+
+    data: Tensor
+    codec: Codec
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What :meth:`Codec.encode` returned."""
+        return self.codec.split(self.data, self.numel)
+
+
+def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
+    """Yield the indices of items that :func:`decode_together` may decode, such that several threads have enough to do.
+
+    Items that are large or empty, not on the CPU, or whose codec decodes them only alone come alone.
+    """
+    most = min(_TOGETHER, sum(item.numel for item in items) // (4 * threads))
+    open_batches: dict[tuple[Codec, torch.dtype], list[int]] = {}
+    sizes: dict[tuple[Codec, torch.dtype], int] = {}
+    for index, (data, codec, numel, dtype) in enumerate(items):
+        if data.device.type != "cpu" or not codec.decodes_joined(numel) or not 0 < numel <= most:
+            yield [index]
+            continue
+        key = codec, dtype
+        size = sizes.get(key, 0) + numel
+        if size > most:
+            yield open_batches.pop(key)
+            size = numel
+        open_batches.setdefault(key, []).append(index)
+        sizes[key] = size
+    yield from open_batches.values()
+
+
+def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
+    """Decode as :meth:`Codec.decode` does, on the CPU many small tensors in one go.
+
+    Args:
+        items: One, or several with the same codec and dtype that may be decoded joined, all on the CPU.
+
+    Returns:
+        ``[numel]`` values for each item, in memory of its own, where the item is.
+    """
+    codec, dtype = items[0].codec, items[0].dtype
+    if len(items) == 1:
+        return [codec.decode(items[0].parts, dtype)]
+    parts = tuple(torch.cat(part) for part in zip(*(item.parts for item in items), strict=True))
+    values = codec.decode(parts, dtype)
+    return [each.clone() for each in torch.split(values, [item.numel for item in items])]
+
+
+def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor]:
+    """Decode on a GPU as :meth:`Codec.decode` does, in one launch for each dtype and codec that kernels know.
+
+    Args:
+        device: A GPU.
+        items: What to decode, at least one.
+
+    Returns:
+        ``[numel]`` values for each item, on the device.
+
+    Raises:
+        torch.OutOfMemoryError: If they do not fit there; see :func:`bytes_to_decode_on`.
+    """
+    layout = lay_out(_sizes(items), device)
+    starts, buffer = layout.starts, allocate(layout)
+    data = split(buffer, layout.cuts)
+    for there, item in zip(data, items, strict=True):
+        there.copy_(item.data)
+    values = [torch.empty(item.numel, dtype=item.dtype, device=device) for item in items]
+    groups: dict[tuple[Codec, torch.dtype], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.codec, item.dtype), []).append(index)
+    for (codec, dtype), members in groups.items():
+        if codec.kernel is not None:
+            many().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.kernel)
+            continue
+        for i in members:
+            values[i] = codec.decode(codec.split(data[i], items[i].numel), dtype)
+    return values
+
+
+def bytes_to_decode_on(items: Sequence[EncodedItem]) -> int:
+    """Return how much memory of the device :func:`decode_on` needs."""
+    return lay_out(_sizes(items), torch.device("cpu")).nbytes + sum(item.numel * item.dtype.itemsize for item in items)
+
+
+def _sizes(items: Sequence[EncodedItem]) -> tuple[tuple[int, int], ...]:
+    return tuple((item.codec.scale_bytes(item.numel), item.data.nbytes) for item in items)
