@@ -25,7 +25,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import leaves
 from q8lightning.system.workers import Workers, count_workers
 
-CHUNK = 2**24
+CHUNK = 2**25
 """Bytes that are summed and written at a time. Fewer would be no faster, and each takes Python's lock from training."""
 
 ALONE = 2**22

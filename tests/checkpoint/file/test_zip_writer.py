@@ -324,7 +324,7 @@ class Failing:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("at", [0, 100, 2 * CHUNK, 4 * CHUNK], ids=str)
+@pytest.mark.parametrize("at", [0, 100, CHUNK + 1000, 5 * CHUNK // 2], ids=str)
 @pytest.mark.parametrize(
     "make",
     [lambda: OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt, MemoryError],
