@@ -56,7 +56,7 @@ def test_millions_of_values_of_the_other_codecs_are_those_of_the_reference(
 ) -> None:
     for distribution, x in distributions.items():
         given = x.abs() if name == "log" else x
-        parts = getattr(ops, f"quantize_{name}")(given, 128)
+        *parts, _ = getattr(ops, f"quantize_{name}")(given, 128)
         for ours, theirs in zip(parts, getattr(reference, f"quantize_{name}")(given, 128), strict=True):
             assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), distribution
         values = getattr(ops, f"dequantize_{name}")(*parts, 128, torch.float32)
