@@ -331,7 +331,8 @@ class Run:
         for name, number, codec in self.plan.codes:
             if name in self._codes and self._tensors[number].device == device:
                 codes, scales = self._codes.pop(name)
-                self.codes[name] = pack_bits(codes, codec.bits), scales
+                # A file has whole memories; scales that were encoded together share one with all codes.
+                self.codes[name] = pack_bits(codes, codec.bits), scales.clone()
 
     def _report(self, losses: Mapping[int, tuple[float, ...]], directions: Mapping[int, tuple[float, float]]) -> None:
         report = self.report

@@ -430,4 +430,5 @@ def test_codes_of_weights_that_are_trained_quantized_are_those_of_their_codec(de
             unpacked = unpack_bits(entry["codes"].cpu(), bits, codes.numel())
             assert torch.equal(unpacked, codes.cpu().reshape(-1)), key
             assert torch.equal(entry["scales"].cpu(), scales.cpu()), key
+            assert entry["scales"].untyped_storage().nbytes() == scales.nbytes, "the file has no more than the scales"
     io.finish()
