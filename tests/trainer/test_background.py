@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from support.steps import Steps, our_threads
 from torch import Tensor, nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode.run import Run
+from q8lightning.trainer import checkpoint_io
 
 FULL = OSError(28, "No space left on device")
 
@@ -143,6 +146,52 @@ def test_two_hundred_steps_with_a_save_at_each_train_the_same_weights(tmp_path: 
     assert saved.losses == plain.losses
     assert len(set(plain.losses)) == 200
     assert_same(saved.state_dict(), plain.state_dict())
+
+
+# One moment
+
+
+class SavesTwice(pl.Callback):
+    """Saves twice after each batch; in between, it may change a weight."""
+
+    def __init__(self, folder: Path, change: Callable[[Tensor], object]) -> None:
+        self.folder, self.change = folder, change
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"one-{trainer.global_step}.ckpt")
+        with torch.no_grad():
+            self.change(pl_module.decoder.weight)
+        trainer.save_checkpoint(self.folder / f"two-{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
+@pytest.mark.parametrize(("change", "encodings"), [(lambda x: x, 1), (lambda x: x.mul_(2), 2)], ids=["same", "changed"])
+def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
+    change: Callable[[Tensor], object],
+    encodings: int,
+    async_save: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Run] = []
+
+    def run(*arguments: Any) -> Run:
+        made.append(Run(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(checkpoint_io, "Run", run)  # how often it encodes has no other sign
+    trainer = quiet_trainer(
+        tmp_path,
+        max_steps=3,
+        limit_val_batches=0,
+        callbacks=[SavesTwice(tmp_path, change), QuantizationCallback("compact", async_save=async_save)],
+    )
+    trainer.fit(Autoencoder())
+    assert len(made) == 3 * encodings
+    for step in range(1, 4):
+        one, two = (load(tmp_path / f"{name}-{step}.ckpt")["state_dict"] for name in ("one", "two"))
+        assert torch.equal(two["decoder.weight"], one["decoder.weight"] * encodings)
+        assert_same({**two, "decoder.weight": 0}, {**one, "decoder.weight": 0})
 
 
 # One queue
