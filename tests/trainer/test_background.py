@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.files import checkpoint, names
@@ -26,7 +28,7 @@ from support.promises import assert_same, load, payloads_of, same_bits
 from support.steps import Steps, our_threads
 from torch import Tensor, nn
 
-from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
+from q8lightning import BackgroundSaveError, CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint.encode.run import Run
 from q8lightning.trainer import checkpoint_io
 
@@ -160,7 +162,7 @@ class SavesTwice(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         trainer.save_checkpoint(self.folder / f"one-{trainer.global_step}.ckpt")
         with torch.no_grad():
-            self.change(pl_module.decoder.weight)
+            self.change(pl_module.layer.weight)
         trainer.save_checkpoint(self.folder / f"two-{trainer.global_step}.ckpt")
 
 
@@ -180,18 +182,19 @@ def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
         return made[-1]
 
     monkeypatch.setattr(checkpoint_io, "Run", run)  # how often it encodes has no other sign
+    policy = replace(CheckpointPolicy.of("compact"), min_numel=1)
     trainer = quiet_trainer(
         tmp_path,
         max_steps=3,
         limit_val_batches=0,
-        callbacks=[SavesTwice(tmp_path, change), QuantizationCallback("compact", async_save=async_save)],
+        callbacks=[SavesTwice(tmp_path, change), QuantizationCallback(policy, async_save=async_save)],
     )
-    trainer.fit(Autoencoder())
+    trainer.fit(BoringModel())
     assert len(made) == 3 * encodings
     for step in range(1, 4):
         one, two = (load(tmp_path / f"{name}-{step}.ckpt")["state_dict"] for name in ("one", "two"))
-        assert torch.equal(two["decoder.weight"], one["decoder.weight"] * encodings)
-        assert_same({**two, "decoder.weight": 0}, {**one, "decoder.weight": 0})
+        assert torch.equal(two["layer.weight"], one["layer.weight"] * encodings)
+        assert_same({**two, "layer.weight": 0}, {**one, "layer.weight": 0})
 
 
 # One queue

@@ -115,7 +115,7 @@ class Run:
         self.codes: dict[str, tuple[Tensor, Tensor]] = {}
         self.report = SaveReport(refused=list(plan.refused), passed_over=list(plan.passed_over))
         self._live = live
-        self._tensors = list(tensors)
+        self._tensors = list(tensors)  # kept with the run: what is freed could be followed by another at its address
         self._originals = list(tensors)
         self._copied: set[int] = set()
         self._versions = _versions_of(tensors)
@@ -271,7 +271,6 @@ class Run:
         self._report(losses, directions)
         self.next_plan = self.plan.looking_at(frozenset(looked_at))
         self._parts.clear()
-        self._tensors.clear()
         self._originals.clear()
 
     def _keep(self, look: Look, part: _Part) -> None:
