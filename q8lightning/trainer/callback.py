@@ -15,7 +15,6 @@ from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
-from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import install, is_installed, warm_up_for
@@ -32,6 +31,7 @@ from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     begin_to_defer,
+    failures_of,
     publish_before_a_look,
     publish_known,
     publish_rest,
@@ -128,7 +128,7 @@ class QuantizationCallback(pl.Callback):
         """
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
-            wait_until_durable(trainer, path)
+            wait_until_durable(trainer, path, failures_of(trainer))
         elif path is not None:
             check_is_there(path)
 
@@ -138,7 +138,8 @@ class QuantizationCallback(pl.Callback):
         Any other callback of the Trainer may have a method of this name too. It is called on the thread that trains,
         in the process that wrote the file, once for each save in their order: after the save if it is synchronous,
         otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. What it raises is
-        raised by the Trainer; a checkpoint that could not be saved is not announced.
+        raised by the Trainer, with several processes in all of them, at the next save or at the end; a checkpoint that
+        could not be saved is not announced.
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -246,7 +247,8 @@ class QuantizationCallback(pl.Callback):
     def _let_go(self, trainer: pl.Trainer) -> None:
         installed = find_quantized_io(trainer.strategy.checkpoint_io)
         if installed is not None:
-            installed.let_go()
+            with failures_of(trainer).kept():
+                installed.let_go()
         self._moments.end_one()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -256,16 +258,21 @@ class QuantizationCallback(pl.Callback):
             self.qat_training.record(trainer)
         publish_known(trainer)
         let_callbacks_know(trainer)
-        tell_callbacks(trainer)
+        with failures_of(trainer).kept():
+            tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the saves before any callback is torn down; publish the rest, and say what they came to."""
+        failures = failures_of(trainer)
         try:
-            self._finish(trainer)
+            with failures.kept():
+                self._finish(trainer)
         finally:
             publish_rest(trainer, together=True)
             print_totals(trainer, self.recorder)
-        tell_callbacks(trainer)
+        with failures.kept():
+            tell_callbacks(trainer)
+        failures.meet()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -290,17 +297,23 @@ class QuantizationCallback(pl.Callback):
         self._moments.end()
         try:
             self._finish(trainer)
-        except BackgroundSaveError as error:
+        except Exception as error:  # a save, or a warning that is an error
             warn_safely(str(error))
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
+        for each in failures_of(trainer).forget():
+            warn_safely(f"{type(each).__name__}: {each}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back; finish the pending save where the strategy does not (FSDP, ModelParallel)."""
+        failures = failures_of(trainer)
         self._end_qat()
-        self._finish(trainer)
+        with failures.kept():
+            self._finish(trainer)
         publish_rest(trainer, together=False)
-        tell_callbacks(trainer)
+        with failures.kept():
+            tell_callbacks(trainer)
+        failures.meet_if_due()
 
     def _end_qat(self) -> None:
         if self.qat_training is not None:

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,9 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
         """What the last saves lost, in their order, for whoever takes it: completed when it is known, by any thread;
         cancelled with a save that fails."""
+        self.kept: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Around removals, links and the end, which one process has to do with: keeps what they raise until all
+        processes hear of it. Set by the callback."""
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for whoever empties it; None while nobody does."""
         self.telling = False
@@ -288,7 +291,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove the checkpoint at ``path``, after the saves before and not at all if the last of them failed."""
         if self._background is None:
-            self._remove(path)
+            with self.kept():
+                self._remove(path)
         else:
             self._background.remove(path, partial(self._remove, self._fixed(path) or path))
 
@@ -301,7 +305,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Let ``path`` be a link to ``target``, when :meth:`remove_checkpoint` would remove it."""
         link = partial(link_checkpoint, os.path.abspath(target), os.path.abspath(path))
         if self._background is None:
-            link()
+            with self.kept():
+                link()
         else:
             self._background.link(path, target, link)
 
@@ -359,7 +364,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
     def teardown(self) -> None:
         """Finish what is in the background and tear the wrapped CheckpointIO down."""
         try:
-            self.finish()
+            with self.kept():
+                self.finish()
         finally:
             self.base.teardown()
 

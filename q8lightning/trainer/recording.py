@@ -22,6 +22,7 @@ from q8lightning.metrics.recorder import PREFIX, STALL, Loss, Recorded, Recorder
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
+from q8lightning.trainer.ranks import Failures
 from q8lightning.trainer.twins import is_a
 from q8lightning.trainer.warm_up import WarmUp
 
@@ -77,6 +78,8 @@ class SaveWatch:
         """Whether hooks of the callback follow in which to publish; otherwise a save waits for what it lost."""
         self.warm_up: WarmUp | None = None
         """What loads kernels at the moment, for the first save to wait for."""
+        self.failures = Failures(trainer)
+        """What has failed in this process alone, and is raised in all when they meet."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
@@ -90,12 +93,25 @@ class SaveWatch:
         return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
-        let_callbacks_know(self._trainer)
-        self._save_and_record(*args, **kwargs)
-        tell_callbacks(self._trainer)
+        """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save.
 
-    def _save_and_record(self, *args: Any, **kwargs: Any) -> None:
+        What fails in one process is raised in all: the others would wait for it in the barrier that follows.
+        """
+        trainer, failures = self._trainer, self.failures
+        let_callbacks_know(trainer)
+        with failures.kept(BaseException):
+            self._save(*args, **kwargs)
+        self._others_wait = trainer.world_size > 1
+        # A Checkpoint callback may look right after this save, in the same hook.
+        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
+        self.publish(wait=looks_now or not self.fitting, together=True)
+        if not failures:
+            with failures.kept():
+                tell_callbacks(trainer)
+        failures.meet()
+        failures.due = True
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
         reports.clear()
         start = time.perf_counter()
@@ -110,10 +126,6 @@ class SaveWatch:
         state = trainer.global_step if self.fitting else None
         while reports:  # none if nothing was encoded, or not in this process
             self._pending.append(_Pending(step_of(trainer), state, seconds, self._described(reports.popleft())))
-        self._others_wait = trainer.world_size > 1
-        # A Checkpoint callback may look right after this save, in the same hook.
-        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
-        self.publish(wait=looks_now or not self.fitting, together=True)
 
     def _described(self, report: "Future[SaveReport]") -> "Future[tuple[Recorded, dict[str, Tensor]]]":
         """Return what there is to say of a save, computed by the thread that completes its report."""
@@ -185,6 +197,7 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
     if isinstance(save, SaveWatch):
         save = save.save
     watch = SaveWatch(trainer, checkpoint_io, recorder, save)
+    checkpoint_io.kept = watch.failures.kept
     trainer.strategy.save_checkpoint = watch  # type: ignore[method-assign]
 
 
@@ -192,6 +205,12 @@ def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
     """Return what records the saves of a Trainer; None if no setup has seen it."""
     save = vars(trainer.strategy).get("save_checkpoint")
     return save if isinstance(save, SaveWatch) else None
+
+
+def failures_of(trainer: pl.Trainer) -> Failures:
+    """Return what has failed in this process alone; nothing if no setup has seen the Trainer."""
+    watch = watch_of(trainer)
+    return Failures(trainer) if watch is None else watch.failures
 
 
 def begin_to_defer(trainer: pl.Trainer) -> None:

@@ -1,0 +1,145 @@
+"""What one process fails with is raised in all, where they meet: nobody waits for one that has gone.
+
+Files are the work of one process. What fails there would end it alone, and leave the others in the barrier that follows
+every save, or in the next step. So it is kept until all processes meet: at a save, and at the end of the fit. No step
+of the training costs any communication.
+"""
+
+import pickle
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from q8lightning.system.advice import advise
+
+
+class OtherRankError(RuntimeError):
+    """Another process of the training failed; the cause of the exception that it raised, which is raised here too.
+
+    Raised itself only in the place of an exception that cannot be pickled.
+    """
+
+
+class Failures:
+    """What this process failed with, until all hear of it.
+
+    Args:
+        trainer: Whose processes meet.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.due = False
+        """Whether there may be more to tell than at the last meeting: a save has begun, which every process knows."""
+        self._trainer = trainer
+        self._kept: list[BaseException] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept: who gets a copy has not failed."""
+        return {**self.__dict__, "_kept": []}
+
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self._kept)
+
+    @contextmanager
+    def kept(self, kind: type[BaseException] = Exception) -> Iterator[None]:
+        """Keep what is raised in this context for the next meeting; where there is one process, let it through.
+
+        Args:
+            kind: What is kept. ``BaseException``, an interrupt by the user for instance, only where a meeting follows
+                at once.
+        """
+        try:
+            yield
+        except kind as error:
+            if self._trainer.world_size == 1:
+                raise
+            self._kept.append(error)
+
+    def meet(self) -> None:
+        """Raise in every process what one of them failed with; all call this at the same moment.
+
+        Of several processes that failed, the first one's exception is raised, and of several exceptions the first.
+
+        Raises:
+            BaseException: What was kept, with its own traceback in the process that failed. In the others an equal one,
+                whose cause is an :class:`OtherRankError` with that traceback.
+        """
+        own, self.due = self.forget(), False
+        strategy = self._trainer.strategy
+        if not strategy.reduce_boolean_decision(bool(own), all=False):
+            return
+        mine = _Told.of(own[0], self._trainer.global_rank) if own else None
+        for rank in range(self._trainer.world_size):
+            told = strategy.broadcast(mine, src=rank)
+            if told is not None:
+                self._raise(told, own)
+
+    def meet_if_due(self) -> None:
+        """Meet a last time if all know that there is reason to; otherwise raise what is kept in this process."""
+        if self.due:
+            self.meet()
+        for error in self.forget():
+            raise error
+
+    def forget(self) -> list[BaseException]:
+        """Return what is kept, and keep it no more: whoever calls says what becomes of it."""
+        own, self._kept = self._kept, []
+        return own
+
+    def _raise(self, told: "_Told", own: list[BaseException]) -> None:
+        is_own = bool(own) and told.rank == self._trainer.global_rank
+        for error in own[is_own:]:  # one of them can be raised
+            with suppress(Warning):  # where warnings are errors
+                advise(f"rank {self._trainer.global_rank} also failed: {type(error).__name__}: {error}")
+        if is_own:
+            raise own[0]
+        raise told.error() from OtherRankError(f"rank {told.rank} raised this:\n{told.traceback}")
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a process tells of its failure.
+
+    Attributes:
+        rank: Whose failure.
+        pickled: The exception; None if it does not survive being pickled.
+        message: Its type and message.
+        traceback: Where it was raised, as Python prints it.
+    """
+
+    rank: int
+    pickled: bytes | None
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> "_Told":
+        text = "".join(traceback.format_exception(error))
+        return cls(rank, _pickled(error), "".join(traceback.format_exception_only(error)).strip(), text)
+
+    def error(self) -> BaseException:
+        """Return the exception, made anew."""
+        if self.pickled is not None:
+            try:
+                error: BaseException = pickle.loads(self.pickled)
+            except Exception:  # of a class that cannot be imported here
+                pass
+            else:
+                return error
+        return OtherRankError(f"rank {self.rank} failed: {self.message}")
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    """Return an exception as bytes; None if it would come back as another one, or not at all."""
+    try:
+        pickled = pickle.dumps(error)
+        again = pickle.loads(pickled)
+        same = type(again) is type(error) and str(again) == str(error)
+    except Exception:
+        return None
+    return pickled if same else None
