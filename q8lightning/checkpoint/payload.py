@@ -25,6 +25,7 @@ from q8lightning.checkpoint.format import (
     write_header,
 )
 from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
+from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import encode_many
 
@@ -233,7 +234,7 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
     parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item}
     if what not in parts:
         raise NewerFormatError(f"content of the kind {what!r}")
-    return parts[what](*arguments)
+    return parts[what](*map(read, arguments))
 
 
 def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -> Tensor | QuantizedTensor:

@@ -92,7 +92,7 @@ class Failures:
         return own
 
     def _raise(self, told: "_Told", own: list[BaseException]) -> None:
-        is_own = bool(own) and told.rank == self._trainer.global_rank
+        is_own = bool(own) and (told.rank == self._trainer.global_rank or told.is_like(own[0]))
         for error in own[is_own:]:  # one of them can be raised
             with suppress(Warning):  # where warnings are errors
                 advise(f"rank {self._trainer.global_rank} also failed: {type(error).__name__}: {error}")
@@ -119,8 +119,11 @@ class _Told:
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> "_Told":
-        text = "".join(traceback.format_exception(error))
-        return cls(rank, _pickled(error), "".join(traceback.format_exception_only(error)).strip(), text)
+        return cls(rank, _pickled(error), _message(error), "".join(traceback.format_exception(error)))
+
+    def is_like(self, error: BaseException) -> bool:
+        """Whether an exception of this process says the same: what they did together failed in both."""
+        return self.message == _message(error)
 
     def error(self) -> BaseException:
         """Return the exception, made anew."""
@@ -132,6 +135,10 @@ class _Told:
             else:
                 return error
         return OtherRankError(f"rank {self.rank} failed: {self.message}")
+
+
+def _message(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def _pickled(error: BaseException) -> bytes | None:

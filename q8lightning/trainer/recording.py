@@ -20,6 +20,7 @@ from torch import Tensor
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.metrics.recorder import PREFIX, STALL, Loss, Recorded, Recorder, Save
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+from q8lightning.trainer.lightning_internals import unmark
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
 from q8lightning.trainer.ranks import Failures
@@ -92,7 +93,7 @@ class SaveWatch:
         """Leave out what is pending: who gets a copy has nothing of it."""
         return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save.
 
         What fails in one process is raised in all: the others would wait for it in the barrier that follows.
@@ -100,7 +101,8 @@ class SaveWatch:
         trainer, failures = self._trainer, self.failures
         let_callbacks_know(trainer)
         with failures.kept(BaseException):
-            self._save(*args, **kwargs)
+            unmark(trainer.strategy, checkpoint)
+            self._save(checkpoint, *args, **kwargs)
         self._others_wait = trainer.world_size > 1
         # A Checkpoint callback may look right after this save, in the same hook.
         looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
