@@ -32,6 +32,7 @@ from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     begin_to_defer,
+    is_watched,
     publish_before_a_look,
     publish_known,
     publish_rest,
@@ -224,6 +225,7 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.release()
+            self.qat_training.publish(trainer, wait=True)
         publish_before_a_look(trainer)
 
     on_train_epoch_end = on_validation_epoch_end
@@ -254,12 +256,15 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.record(trainer)
+            self.qat_training.publish(trainer, wait=is_watched(trainer))
         publish_known(trainer)
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the saves before any callback is torn down; publish the rest, and say what they came to."""
+        if self.qat_training is not None:
+            self.qat_training.publish(trainer, wait=True)
         try:
             self._finish(trainer)
         finally:
@@ -286,7 +291,7 @@ class QuantizationCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
-        self._end_qat()
+        self._end_qat(trainer)
         self._moments.end()
         try:
             self._finish(trainer)
@@ -297,14 +302,15 @@ class QuantizationCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back; finish the pending save where the strategy does not (FSDP, ModelParallel)."""
-        self._end_qat()
+        self._end_qat(trainer)
         self._finish(trainer)
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
-    def _end_qat(self) -> None:
+    def _end_qat(self, trainer: pl.Trainer) -> None:
         if self.qat_training is not None:
             self.qat_training.end()
+            self.qat_training.publish(trainer, wait=True)
 
     def _others(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from q8lightning.checkpoint.encode.checkpoint import warn_of_passed_over, warn_of_refused
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
-from q8lightning.checkpoint.encode.outline import outline_of
+from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
@@ -179,10 +179,10 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
         names = self.describe_model() if self.describe_model is not None else names_in(checkpoint)
-        outline, tensors = outline_of(checkpoint)
+        part, outline, tensors = outline_to_plan(checkpoint)
         plan = self._plan
         if plan is None or not plan.fits(checkpoint, outline, self.policy, names):
-            plan = self._plan = plan_save(checkpoint, outline, tensors, self.policy, names)
+            plan = self._plan = plan_save(part, outline, tensors, self.policy, names)
         moment = None if self.moment is None else self.moment()
         run, live = self._run, self.async_save
         if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):

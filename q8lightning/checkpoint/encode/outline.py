@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
+from q8lightning.checkpoint.staging.copier import IMMUTABLE
+from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container, is_ordinary, leaves
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
 
@@ -33,6 +35,33 @@ class Outline(NamedTuple):
             return self.addresses is not None and self == other
         except RuntimeError:
             return False
+
+
+def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Outline, list[Tensor]]:
+    """Return the sections of a checkpoint that a plan is about, their outline and their tensors, numbered alike.
+
+    Callbacks, loops and schedulers keep counts and scores: values, and tensors of one element in memory of their own.
+    These are never encoded, and scores are other tensors at every save. A section of nothing else is left out, so that
+    a plan still fits when they change.
+    """
+    part, scores = {}, set[int]()
+    for key, section in checkpoint.items():
+        found = [] if key in _PLANNED else [leaf for _, leaf in leaves(section) if type(leaf) not in IMMUTABLE]
+        if key in _PLANNED or not all(map(_is_score, found)):
+            part[key] = section
+        else:
+            scores.update(map(Tensor.data_ptr, found))
+    outline, tensors = outline_of(part)
+    if not scores.isdisjoint(outline.addresses or ()):  # the model has one too, and they stay the same in the file
+        return checkpoint, *outline_of(checkpoint)
+    return part, outline, tensors
+
+
+_PLANNED = (STATE_DICT, OPTIMIZER_STATES)
+
+
+def _is_score(leaf: Any) -> bool:
+    return type(leaf) is Tensor and is_ordinary(leaf) and leaf.untyped_storage().nbytes() == leaf.element_size()
 
 
 def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
