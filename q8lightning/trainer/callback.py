@@ -186,9 +186,11 @@ class QuantizationCallback(pl.Callback):
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
         begin_to_defer(trainer)
+        quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
-        self._warm_up = warm_up_for(trainer)
+            quantized = self.qat_training.trained.codecs(pl_module)
+        self._warm_up = warm_up_for(trainer, quantized)
 
     def on_train_start(self, *_: Any) -> None:
         """From now on, hooks tell the CheckpointIO before training changes what it saved."""
