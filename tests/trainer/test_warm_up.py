@@ -168,7 +168,7 @@ def test_what_the_guard_may_need_is_encoded_too() -> None:
 def test_codes_of_weights_that_are_trained_quantized_are_encoded_as_the_models_are(axis: int | None) -> None:
     module, policy = Parts(), POLICIES["compact"]
     names = ("first.weight", "second.weight", "third.weight")
-    quantized = {name: WeightCodec("int4", 64 if axis is None else 16, axis) for name in names}
+    quantized = {name: WeightCodec("int4", 64 if axis is None else 32, axis) for name in names}
     miniatures = miniatures_of(policy, module, [module.configure_optimizers()], CPU, quantized)
     real = {(codec, shape_of(module.get_parameter(name), codec)) for name, codec in quantized.items()}
     small = {
