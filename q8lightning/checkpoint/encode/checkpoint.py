@@ -1,17 +1,16 @@
 """Encode a checkpoint in memory; the one that came in is never changed."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
-from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.outline import outline_of
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
+from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
@@ -128,33 +127,3 @@ def summarize(
         }
     if described:
         content[SUMMARY_KEY] = {**content[SUMMARY_KEY], CODES_KEY: described}
-
-
-def warn_of(report: SaveReport) -> None:
-    """Warn of what is stored otherwise than the policy's rules say, each sort in one warning."""
-    warn_of_refused(report.refused)
-    warn_of_guarded(report.guarded)
-    warn_of_passed_over(report.passed_over)
-
-
-def warn_of_refused(refused: list[str]) -> None:
-    """Name tensors that no codec can hold, in one warning; none if there are none."""
-    if refused:
-        warnings.warn(
-            f"stored as they are, not quantized: {'; '.join(refused)}. The checkpoint is complete but larger;"
-            " values that are not finite usually mean that training has diverged",
-            stacklevel=3,
-        )
-
-
-def warn_of_passed_over(paths: list[str]) -> None:
-    """Say that a policy was asked for and nothing is encoded, although there is something to encode."""
-    if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        warnings.warn(
-            f"nothing of the checkpoint is quantized: no rule of the policy names {', '.join(paths[:3])}{more}. The"
-            ' checkpoint is complete but as large as without a policy; put the weights under "state_dict" and what'
-            ' optimizers remember under "optimizer_states", as Lightning does, or pass a CheckpointPolicy with rules'
-            " for these paths",
-            stacklevel=3,
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.find import Found, Leaf, ModelNames, Pair, find, not_named
-from q8lightning.checkpoint.encode.guard import Watched
+from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
 from q8lightning.checkpoint.payload import QuantizedTensor
@@ -72,7 +72,7 @@ def plan_save(
         refused=tuple(found.refused),
         passed_over=tuple(not_named(checkpoint, found.leaves, policy)) if nothing else (),
     )
-    return plan.looking_at(frozenset())
+    return plan.reviewing(frozenset())
 
 
 def _member(leaf: Leaf, numbers: Mapping[int, int]) -> Member:
@@ -109,7 +109,7 @@ def _devices(
             pairs=tuple(local),
             launches=launches,
             loose=loose,
-            watched=Watched.of([members[i].kind for i in here], in_pairs, policy),
+            limits=Limits.of([members[i].kind for i in here], in_pairs, policy),
         )
 
 
