@@ -128,7 +128,7 @@ _Finer = tuple[QuantizedTensor, tuple[float, ...]]
 
 
 def _is_close(error: float, limit: float) -> bool:
-    """Whether an error exceeds a limit, or did when the tensor was saved before; see the module."""
+    """Whether an error exceeds a limit, or may have done so when the tensor was saved before; see the module."""
     return error > limit * (1 - MARGIN)
 
 
