@@ -12,10 +12,10 @@ so a step takes what the stream that trains takes for it, with whatever it waits
 
 "step" is the median of the steps in which nothing is saved and that follow no save closely. "a save" is what a step
 with a save takes more than that: the median and the worst of all but the first one. With QAT the steps are those after
-the first 100, in which every write to a weight is followed; only the first save is one of these. "the 5 steps after" is what those
-take more, together. "complete after" is the time from the end of the training step until the file is written, by us
-also flushed to the disk, which nobody else does. "memory" is what the process takes more than the one that saves
-nothing.
+the first 100, in which every write to a weight is followed; only the first save is one of these. "the 5 steps after" is
+what those take more, together. "complete after" is the time from the end of the training step until the file is
+written, by us also flushed to the disk, which nobody else does. "memory" is what the process takes more than the one
+that saves nothing.
 """
 
 import argparse

@@ -194,6 +194,14 @@ def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
     return save if isinstance(save, SaveWatch) else None
 
 
+def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
+    """Load the kernels of saves while training goes on; the first save waits until they are there."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.warm_up = warm_up
+        warm_up.start()
+
+
 def begin_to_defer(trainer: pl.Trainer) -> None:
     """Leave what later saves lose to the hooks that follow, if it is not known at once."""
     watch = watch_of(trainer)

@@ -21,7 +21,9 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.checkpoint.report import SaveReport
 from q8lightning.quantization.backends import choose
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
@@ -287,8 +289,14 @@ def _leave_captures_alone() -> None:
 class _Silent(QuantizedCheckpointIO):
     """Warns of nothing: what is saved here is nobody's."""
 
-    def _warn(self) -> None:
-        self._unsaid.clear()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._warnings = _NoWarnings()
+
+
+class _NoWarnings(WarningQueue):
+    def add(self, report: SaveReport) -> None:
+        pass
 
 
 class _Nowhere(CheckpointIO):

@@ -1,4 +1,4 @@
-"""What a checkpoint looks like: whether the tensors of two saves are the same, in the same places."""
+"""Outline a checkpoint, to tell whether two saves have the same tensors in the same places."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -10,18 +10,18 @@ from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container, is_ordinary, leaves
 
-_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
+_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # no device: addresses are unique across devices
 
 
 class Outline(NamedTuple):
-    """What a checkpoint looks like. Equal outlines have the same tensors under the same keys, in the same memory.
+    """The outline of a checkpoint. Equal outlines have the same tensors under the same keys, in the same memory.
 
     Attributes:
         structure: Types and keys of its containers, and the types of what is in them.
-        addresses: Where each tensor begins in memory; None if one has no memory to look at (sparse, nested), and then
-            no outline equals this one.
-        strides: Of each tensor, in elements; empty for one without memory to look at, if there is one.
-        properties: Shape, dtype and ``requires_grad`` of each tensor; likewise.
+        addresses: The address of each tensor in bytes; None if a tensor has none (sparse, nested). Then no outline
+            counts as equal.
+        strides: The strides of each tensor in elements; empty for a tensor without an address.
+        properties: Shape, dtype and ``requires_grad`` of each tensor; empty for a tensor without an address.
     """
 
     structure: list[Any]
@@ -30,7 +30,7 @@ class Outline(NamedTuple):
     properties: list[tuple[Any, ...]]
 
     def is_that_of(self, other: "Outline") -> bool:
-        """Whether both are equal; False if that cannot be said, as of keys that are tensors."""
+        """Whether both are equal; False if nobody can say, as with keys that are tensors."""
         try:
             return self.addresses is not None and self == other
         except RuntimeError:
@@ -72,7 +72,7 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
     pending: list[Any] = [checkpoint]
     for container in pending:
         for item in _outline(container, structure, tensors):
-            structure.append(numbers.setdefault(id(item), len(pending)))  # which of the containers it is
+            structure.append(numbers.setdefault(id(item), len(pending)))  # the container's number
             if numbers[id(item)] == len(pending):
                 pending.append(item)
     try:
@@ -85,7 +85,13 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
 
 
 def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> list[Any]:
-    """Add what a container looks like and the tensors in it; return the containers in it."""
+    """Outline one container; return the containers in it.
+
+    Args:
+        container: The container.
+        structure: Gets its type, its keys and the types of its items.
+        tensors: Gets the tensors in it.
+    """
     items = container
     if isinstance(container, dict):
         structure.append(list(container))
@@ -93,7 +99,7 @@ def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> lis
     kinds = list(map(type, items))
     structure.append(type(container))
     structure.append(kinds)
-    if kinds.count(Tensor) == len(kinds):  # a state dict, or what an optimizer remembers of a parameter
+    if kinds.count(Tensor) == len(kinds):  # a fast path: state dicts, and the states of a parameter
         tensors += items
         return []
     inner = []

@@ -15,12 +15,12 @@ from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode import start
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.packed_bits import unpack_bits
-from q8lightning.trainer import checkpoint_io
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -44,7 +44,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         return made[-1]
 
     # However many plans there are, the file is the same.
-    monkeypatch.setattr(checkpoint_io, "plan_save", plan)
+    monkeypatch.setattr(start, "plan_save", plan)
     return made
 
 
