@@ -22,7 +22,7 @@ class CellTable:
 
     @staticmethod
     def of(thresholds: Tensor) -> "CellTable":
-        """Make the table of some thresholds, of 6 mantissa bits, or of 7 if that saves a step as for ``dynamic_unsigned``."""
+        """Make the table of 6 mantissa bits, or of 7 if that saves a step, as it does for ``dynamic_unsigned``."""
         six, seven = (CellTable._with_mantissa_bits(thresholds, bits) for bits in (6, 7))
         return seven if seven.rounds < six.rounds else six
 
