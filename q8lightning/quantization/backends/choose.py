@@ -14,7 +14,7 @@ from q8lightning.quantization.spec.codebook import Codebook
 
 
 class Backend(Protocol):
-    """The functions of every backend: ``reference.py``, which says what they do, ``cpu.py`` and ``kernels/blockwise.py``."""
+    """The functions of ``reference.py``, which says what they do, ``cpu.py`` and ``kernels/blockwise.py``."""
 
     def quantize(
         self,

@@ -85,5 +85,5 @@ def copy_together(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 @lru_cache(maxsize=16)
 @lasting()
 def kept_index(members: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers as an index, ``[members]`` int64 on a device, kept because copying it there waits for the device."""
+    """Return numbers as an index, ``[members]`` int64 on a device; kept, because copying it there waits."""
     return torch.tensor(members, dtype=torch.int64, device=device)

@@ -23,8 +23,8 @@ from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
 CHUNK = {"cpu": 2**16, "cuda": 2**24}
-"""Elements that are decoded and compared at a time. On a CPU they fit into the caches, on a GPU scratch stays under half
-a gigabyte."""
+"""Elements that are decoded and compared at a time. They fit into the caches of a CPU; on a GPU, scratch stays under
+half a gigabyte."""
 
 _Part = slice | Tensor
 """Stretches of a tensor: a range, or their numbers."""

@@ -35,8 +35,8 @@ def load_code(pointer, offsets, mask):
 def load_code_for(values, pointer, start, offsets, mask):
     """Load codes from ``pointer + start`` for a kernel that arithmetic slows, not memory.
 
-    Each thread loads just the codes of the values that it stores 16 bytes at a time. Left alone, the compiler loads more
-    codes a thread and exchanges them, and takes them out of their words again wherever they are used.
+    Each thread loads just the codes of the values that it stores, which it does 16 bytes at a time. Left alone, the
+    compiler loads more codes a thread and exchanges them, and unpacks them again wherever they are used.
     """
     if INTERPRETED:
         return load_code(pointer + start, offsets, mask)
