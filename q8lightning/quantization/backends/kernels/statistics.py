@@ -17,8 +17,8 @@ SAFE_FROM, SAFE_TO = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 
 
 @triton.jit
-def measure(x, decoded, left, partials, column, columns):
-    """Write the partial statistics of a tile to a column of ``partials``.
+def measure(x, decoded, left, partials):
+    """Write the partial statistics of this program's tile to its column of ``partials``.
 
     ``decoded`` has the dtype of the tensor. ``x`` is float32; ``left`` of its elements belong to the tensor, and zeros
     fill it up.
@@ -36,6 +36,7 @@ def measure(x, decoded, left, partials, column, columns):
         # A maximum ignores NaN, a sum does not.
         largest = tl.where(error == error, largest, error)
     filling = x.shape[0] * x.shape[1] - left
+    column, columns = tl.program_id(0), tl.num_programs(0)
     _write(error, squares, largest, zeros - filling, zeroed, unit, partials, column, columns)
 
 

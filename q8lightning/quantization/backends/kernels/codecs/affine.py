@@ -53,7 +53,7 @@ def _quantize_affine_kernel(
     store(zero_point + first, rows, block_zero, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, block_scale, block_zero), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit

@@ -183,7 +183,7 @@ def _quantize_kernel(
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, levels, block_scale, SEARCH), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit

@@ -106,7 +106,7 @@ def _quantize_log_kernel(
     store(bounds + first * 2, rows * 2 + 1, high, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, low, high), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit
