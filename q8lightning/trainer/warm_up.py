@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.quantization.backends import choose
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
@@ -204,7 +204,7 @@ class WarmUp:
         self._stop = threading.Event()
         if self._miniatures:
             # Here and not on the thread: a process that is forked meanwhile could never import what is being imported.
-            choose.many()
+            import_module("q8lightning.quantization.backends.kernels.many")
 
     def start(self) -> None:
         """Begin, once."""
