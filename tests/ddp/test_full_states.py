@@ -27,11 +27,19 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from q8lightning import QuantizationCallback
+from q8lightning import CheckpointPolicy, QuantizationCallback, Rule
 from q8lightning.tools import decompress
 
 SAVED_AT, LATER = 2, 20
 RAW = frozenset({"table", "counts"})
+
+
+DECODER = CheckpointPolicy(
+    [
+        Rule("state_dict.decoder.weight", "softsign"),
+        Rule("optimizer_states.*.exp_avg", "softsign", parameter="decoder.weight"),
+    ]
+)
 
 
 class Sharded(Autoencoder):
@@ -107,6 +115,7 @@ def save_plain_and_quantized(rank: int, folder: Path, kind: str) -> dict[str, An
     with announced() as steps:
         callback = QuantizationCallback(async_save=True)
         losses = fit(kind, folder, SAVED_AT + LATER, callback, SaveAt(folder / "small.ckpt"))
+    fit(kind, folder, SAVED_AT, QuantizationCallback(DECODER), SaveAt(folder / "decoder.ckpt"))
     return {"plain": plain, "losses": losses, "seen": steps.seen, "threads": our_threads()}
 
 
@@ -138,6 +147,11 @@ def test_all_that_the_preset_promises_is_kept_and_encoded(trained: Trained) -> N
     before["state_dict"].update({name: x.detach() for name, x in before["state_dict"].items()})  # FSDP marks some
     assert set(payloads_of(trained.folder / "small.ckpt")) == promised_paths(before, "resume", RAW)
     assert_kept(load(trained.folder / "small.ckpt"), before, "resume", RAW)
+
+
+def test_rules_name_parameters_as_the_state_dict_does(trained: Trained) -> None:
+    encoded = set(payloads_of(trained.folder / "decoder.ckpt"))
+    assert encoded == {"state_dict.decoder.weight", "optimizer_states.0.state.4.exp_avg"}
 
 
 def test_training_does_not_notice(trained: Trained) -> None:
