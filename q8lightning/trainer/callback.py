@@ -310,8 +310,11 @@ class QuantizationCallback(pl.Callback):
             warn_safely(str(error))
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
-        for each in failures_of(trainer).forget():
+        failures = failures_of(trainer)
+        for each in failures.forget():
             warn_safely(f"{type(each).__name__}: {each}")
+        if failures.ends_all(exception):
+            trainer.strategy.barrier()  # launchers kill the process that writes when another has ended
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""

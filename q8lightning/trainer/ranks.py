@@ -36,10 +36,11 @@ class Failures:
         """Whether there may be more to tell than at the last meeting: a save has begun, which every process knows."""
         self._trainer = trainer
         self._kept: list[BaseException] = []
+        self._raised: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept: who gets a copy has not failed."""
-        return {**self.__dict__, "_kept": []}
+        return {**self.__dict__, "_kept": [], "_raised": None}
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
@@ -69,7 +70,7 @@ class Failures:
             BaseException: What was kept, with its own traceback in the process that failed. In the others an equal one,
                 whose cause is an :class:`OtherRankError` with that traceback.
         """
-        own, self.due = self.forget(), False
+        own, self.due, self._raised = self.forget(), False, None
         strategy = self._trainer.strategy
         if not strategy.reduce_boolean_decision(bool(own), all=False):
             return
@@ -86,6 +87,11 @@ class Failures:
         for error in self.forget():
             raise error
 
+    def ends_all(self, error: BaseException) -> bool:
+        """Whether ``error`` is what the last meeting raised, so that it ends every process."""
+        raised, self._raised = self._raised, None
+        return raised is error
+
     def forget(self) -> list[BaseException]:
         """Return what is kept, and keep it no more: whoever calls says what becomes of it."""
         own, self._kept = self._kept, []
@@ -97,8 +103,10 @@ class Failures:
             with suppress(Warning):  # where warnings are errors
                 advise(f"rank {self._trainer.global_rank} also failed: {type(error).__name__}: {error}")
         if is_own:
+            self._raised = own[0]
             raise own[0]
-        raise told.error() from OtherRankError(f"rank {told.rank} raised this:\n{told.traceback}")
+        self._raised = told.error()
+        raise self._raised from OtherRankError(f"rank {told.rank} raised this:\n{told.traceback}")
 
 
 @dataclass(frozen=True)

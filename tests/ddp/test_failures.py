@@ -216,6 +216,21 @@ def test_what_on_checkpoint_durable_raises_is_raised_in_both(number: int, async_
     assert f"step={number}.ckpt" in names(tmp_path)
 
 
+def end_while_a_save_is_written(rank: int, folder: Path) -> tuple[Any, bool]:
+    with quiet() as steps:
+        steps.delay("opened", 0.5)
+        callback = QuantizationCallback(async_save=True)
+        failure = caught(lambda: trainer_of_two(folder, callback, Uploads("step=1.ckpt")).fit(Autoencoder()))
+        return failure, (folder / "step=2.ckpt").exists()
+
+
+def test_no_process_ends_before_what_the_other_writes_is_there(tmp_path: Path) -> None:
+    """Lightning's launcher kills all processes of a node when one has failed."""
+    for failure, is_there in processes.run(end_while_a_save_is_written, 2, tmp_path):
+        assert failure["message"] == "cannot upload step=1.ckpt"
+        assert is_there
+
+
 class Waits(pl.Callback):
     """Waits after every step for what was saved; returns in ``caught`` what that raises."""
 
