@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +34,7 @@ from q8lightning.trainer.recording import (
     begin_to_defer,
     failures_of,
     is_watched,
+    join_others,
     publish_before_a_look,
     publish_known,
     publish_rest,
@@ -302,6 +304,7 @@ class QuantizationCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back and finish the pending save, whose error must not replace the Trainer's."""
+        join_others(trainer, exception)
         self._end_qat(trainer)
         self._moments.end()
         try:
@@ -313,8 +316,9 @@ class QuantizationCallback(pl.Callback):
         failures = failures_of(trainer)
         for each in failures.forget():
             warn_safely(f"{type(each).__name__}: {each}")
-        if failures.ends_all(exception):
-            trainer.strategy.barrier()  # launchers kill the process that writes when another has ended
+        if failures.ends_all(exception):  # launchers kill the process that writes when another has ended
+            with suppress(RuntimeError):  # it has
+                trainer.strategy.barrier()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""

@@ -71,14 +71,29 @@ class Failures:
                 whose cause is an :class:`OtherRankError` with that traceback.
         """
         own, self.due, self._raised = self.forget(), False, None
+        try:
+            told = self._exchange(own[0] if own else None)
+        except Exception as error:  # a process has gone meanwhile, by an interrupt of its own for instance
+            if own:
+                raise own[0] from error
+            raise
+        if told is not None:
+            self._raise(told, own)
+
+    def meet_after(self, error: BaseException) -> None:
+        """Meet the other processes, and tell them of an error that is on its way already in this one."""
+        self._kept.append(error)
+        with suppress(type(error)):
+            self.meet()
+
+    def _exchange(self, own: BaseException | None) -> "_Told | None":
+        """Return what the first process that failed tells."""
         strategy = self._trainer.strategy
-        if not strategy.reduce_boolean_decision(bool(own), all=False):
-            return
-        mine = _Told.of(own[0], self._trainer.global_rank) if own else None
-        for rank in range(self._trainer.world_size):
-            told = strategy.broadcast(mine, src=rank)
-            if told is not None:
-                self._raise(told, own)
+        if not strategy.reduce_boolean_decision(own is not None, all=False):
+            return None
+        mine = None if own is None else _Told.of(own, self._trainer.global_rank)
+        answers = (strategy.broadcast(mine, src=rank) for rank in range(self._trainer.world_size))
+        return next(told for told in answers if told is not None)
 
     def meet_if_due(self) -> None:
         """Meet a last time if all know that there is reason to; otherwise raise what is kept in this process."""

@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from q8lightning.checkpoint.report import SaveReport
@@ -24,7 +26,7 @@ from q8lightning.trainer.lightning_internals import unmark
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
 from q8lightning.trainer.ranks import Failures
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.twins import is_a, twin_of
 from q8lightning.trainer.warm_up import WarmUp
 
 SAME = 1e-6
@@ -113,6 +115,22 @@ class SaveWatch:
         failures.meet()
         failures.due = True
 
+    def join(self, error: BaseException) -> None:
+        """Tell the processes that are in a save that this one failed before it got here.
+
+        Nothing happens unless ``error`` comes from making the checkpoint. Nor does it if the strategy has messages of
+        its own in a save: this process would have to answer them.
+        """
+        trainer = self._trainer
+        save = type(trainer.strategy).save_checkpoint
+        is_silent = self.save is None and save in (
+            each.save_checkpoint for each in (Strategy, twin_of(Strategy)) if each
+        )
+        if trainer.world_size > 1 and is_silent and _comes_from_making_a_checkpoint(trainer, error):
+            self._others_wait = True
+            self.publish(together=True)
+            self.failures.meet_after(error)
+
     def _save(self, *args: Any, **kwargs: Any) -> None:
         trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
         reports.clear()
@@ -187,6 +205,12 @@ class SaveWatch:
                 put(trainer, self._recorder, as_tensors(row.values))
 
 
+def _comes_from_making_a_checkpoint(trainer: pl.Trainer, error: BaseException) -> bool:
+    """Whether an exception was raised in ``Trainer.save_checkpoint`` before the strategy was to save."""
+    codes = {frame.f_code for frame, _ in walk_tb(error.__traceback__)}
+    return type(trainer).save_checkpoint.__code__ in codes and SaveWatch.__call__.__code__ not in codes
+
+
 def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
     """Record every save from now on; also after the run, as the CheckpointIO goes on encoding then.
 
@@ -221,6 +245,13 @@ def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
     if watch is not None:
         watch.warm_up = warm_up
         warm_up.start()
+
+
+def join_others(trainer: pl.Trainer, error: BaseException) -> None:
+    """Tell the processes that are in a save that this one failed in it."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.join(error)
 
 
 def begin_to_defer(trainer: pl.Trainer) -> None:

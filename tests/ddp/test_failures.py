@@ -5,6 +5,7 @@
 | a save in the background | at the next save, or at the end of the fit |
 | a save that is waited for, also by an interrupt or a BaseException | at that save |
 | a save, by the work of rank 1 | at that save |
+| making a checkpoint, in a hook | at that save |
 | a removal | at the next save |
 | ``on_checkpoint_durable`` | at the next save, or at the end |
 | a wait until something is durable | at the wait |
@@ -17,6 +18,7 @@ Afterwards both save again, which ends in a deadlock if one of them missed a mee
 import errno
 import os
 import pickle
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from support import processes
+from support.audit import listening
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load
 from support.steps import Steps, announced
@@ -173,6 +176,56 @@ def test_what_fails_in_the_second_process_reaches_the_first(tmp_path: Path) -> N
     assert first["message"] == "the second has no room"
     assert first["cause"].startswith("OtherRankError: rank 1 raised this:\nTraceback")
     assert second["cause"] == "NoneType: None"
+
+
+class FailsToMakeIt(pl.Callback):
+    """Has something to add to checkpoints, in the first process, and once cannot."""
+
+    has_failed = False
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == 2 and not self.has_failed:
+            self.has_failed = True
+            raise LookupError("the first has nothing to add")
+
+
+def fail_to_make_a_checkpoint(rank: int, folder: Path) -> Any:
+    with quiet():
+        return fit_and_go_on(trainer_of_two(folder, FailsToMakeIt(), QuantizationCallback(async_save=True)), folder)
+
+
+def test_a_checkpoint_that_one_process_cannot_make_ends_both(tmp_path: Path) -> None:
+    failure = same_failure(processes.run(fail_to_make_a_checkpoint, 2, tmp_path))
+    assert (failure["type"], failure["message"]) == ("LookupError", "the first has nothing to add")
+    assert failure["step"] == 2
+
+
+def send_an_interrupt_to_both(rank: int, folder: Path, step: str, async_save: bool) -> tuple[Any, bool]:
+    """Do as Ctrl-C in a terminal, when the first process gets to a step of its second save."""
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "q8lightning.save" and arguments[0] == step and arguments[1].endswith("step=2.ckpt"):
+            for each in (0, 1):
+                os.kill(int((folder / f"pid{each}").read_text()), signal.SIGINT)
+
+    with quiet(), listening(hear):
+        trainer = trainer_of_two(folder, QuantizationCallback(async_save=async_save))
+        return caught(lambda: trainer.fit(Autoencoder())), trainer.interrupted
+
+
+@pytest.mark.parametrize("step", ["frozen", "written"])
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_an_interrupt_of_both_leaves_what_was_there(async_save: bool, step: str, tmp_path: Path) -> None:
+    ended = processes.run_to_the_end(send_an_interrupt_to_both, 2, tmp_path, step, async_save, limit=40)
+    for each in ended:
+        assert each.exitcode == 0, each.error
+        failure, interrupted = each.value
+        assert interrupted
+        assert failure["type"] == "SystemExit" or "onnection" in failure["message"]
+    assert ended[0].value[0]["type"] == "SystemExit"
+    assert "step=1.ckpt" in names(tmp_path)
+    assert all(load(tmp_path / name)["global_step"] in (1, 2, 3) for name in names(tmp_path))
 
 
 # What follows saves
