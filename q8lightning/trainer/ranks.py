@@ -7,14 +7,17 @@ of the training costs any communication.
 
 import pickle
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
 
 from q8lightning.system.advice import advise
+from q8lightning.trainer.twins import twin_of
 
 
 class OtherRankError(RuntimeError):
@@ -122,6 +125,23 @@ class Failures:
             raise own[0]
         self._raised = told.error()
         raise self._raised from OtherRankError(f"rank {told.rank} raised this:\n{told.traceback}")
+
+
+def is_from_making(trainer: pl.Trainer, error: BaseException, door: Callable[..., object]) -> bool:
+    """Whether ``trainer.save_checkpoint`` failed while it made the checkpoint, before it called ``door``."""
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return _code_of(type(trainer).save_checkpoint) in codes and _code_of(door) not in codes
+
+
+def _code_of(function: Callable[..., object]) -> CodeType | None:
+    """Return the code of a function, None for what is written otherwise."""
+    return getattr(function, "__code__", None)
+
+
+def saves_silently(strategy: Strategy) -> bool:
+    """Whether a save of a strategy has no messages to other processes: it has the method of all strategies."""
+    methods = (getattr(each, "save_checkpoint", None) for each in (Strategy, twin_of(Strategy)))
+    return type(strategy).save_checkpoint in methods
 
 
 @dataclass(frozen=True)

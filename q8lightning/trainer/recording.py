@@ -10,23 +10,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from functools import partial
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from q8lightning.checkpoint.report import SaveReport
-from q8lightning.metrics.recorder import PREFIX, STALL, Loss, Recorded, Recorder, Save
+from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.lightning_internals import unmark
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
-from q8lightning.trainer.ranks import Failures
-from q8lightning.trainer.twins import is_a, twin_of
+from q8lightning.trainer.ranks import Failures, is_from_making, saves_silently
+from q8lightning.trainer.save_losses import losses_of
+from q8lightning.trainer.twins import is_a
 from q8lightning.trainer.warm_up import WarmUp
 
 SAME = 1e-6
@@ -122,11 +119,8 @@ class SaveWatch:
         its own in a save: this process would have to answer them.
         """
         trainer = self._trainer
-        save = type(trainer.strategy).save_checkpoint
-        is_silent = self.save is None and save in (
-            each.save_checkpoint for each in (Strategy, twin_of(Strategy)) if each
-        )
-        if trainer.world_size > 1 and is_silent and _comes_from_making_a_checkpoint(trainer, error):
+        is_silent = self.save is None and saves_silently(trainer.strategy)
+        if trainer.world_size > 1 and is_silent and is_from_making(trainer, error, SaveWatch.__call__):
             self._others_wait = True
             self.publish(together=True)
             self.failures.meet_after(error)
@@ -145,13 +139,8 @@ class SaveWatch:
         seconds = time.perf_counter() - start
         state = trainer.global_step if self.fitting else None
         while reports:  # none if nothing was encoded, or not in this process
-            self._pending.append(_Pending(step_of(trainer), state, seconds, self._described(reports.popleft())))
-
-    def _described(self, report: "Future[SaveReport]") -> "Future[tuple[Recorded, dict[str, Tensor]]]":
-        """Return what there is to say of a save, computed by the thread that completes its report."""
-        known: Future[tuple[Recorded, dict[str, Tensor]]] = Future()
-        report.add_done_callback(partial(_compute, self._recorder, known))
-        return known
+            known = losses_of(reports.popleft(), self._recorder)
+            self._pending.append(_Pending(step_of(trainer), state, seconds, known))
 
     def publish(self, wait: bool = False, together: bool = False) -> None:
         """Publish what is known of the saves so far, in their order.
@@ -203,12 +192,6 @@ class SaveWatch:
                 if not trainer.is_global_zero:
                     self._log(row)
                 put(trainer, self._recorder, as_tensors(row.values))
-
-
-def _comes_from_making_a_checkpoint(trainer: pl.Trainer, error: BaseException) -> bool:
-    """Whether an exception was raised in ``Trainer.save_checkpoint`` before the strategy was to save."""
-    codes = {frame.f_code for frame, _ in walk_tb(error.__traceback__)}
-    return type(trainer).save_checkpoint.__code__ in codes and SaveWatch.__call__.__code__ not in codes
 
 
 def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
@@ -300,28 +283,3 @@ def _watches(callback: object) -> bool:
 
 def _same(value: float, said: dict[str, float], name: str) -> bool:
     return name in said and math.isclose(value, said[name], rel_tol=SAME)
-
-
-def _compute(
-    recorder: Recorder, known: "Future[tuple[Recorded, dict[str, Tensor]]]", report: "Future[SaveReport]"
-) -> None:
-    if report.cancelled() or report.exception() is not None:
-        known.cancel()
-        return
-    try:
-        recorded = recorder.record(_describe(report.result()))
-        known.set_result((recorded, as_tensors(recorded.values)))
-    except BaseException as error:  # it is told where the values would be published
-        known.set_exception(error)
-
-
-def _describe(report: SaveReport) -> Save:
-    losses: list[Loss] = []
-    seen: set[tuple[str, str]] = set()
-    for loss in report.tensors:
-        own = loss.kind, loss.parameter
-        # Averaged weights go by the same names as those being trained.
-        losses.append(Loss(loss.kind, loss.path if own in seen else loss.parameter, loss.statistics))
-        seen.add(own)
-    directions = [(each.squared_error, each.squares) for each in report.directions]
-    return Save(losses, directions, report.original_bytes, report.stored_bytes)
