@@ -20,10 +20,10 @@ from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 from q8lightning.quantization.spec.layout import KernelCodec
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
-CHUNK, SHARED_CHUNK = 2**18, 2**19
+CHUNK, SHARED_CHUNK = 2**18, 2**20
 """Elements per chunk where one thread computes, and where several share each pass: they wait for each other at its end.
 
-The passes over a megabyte of float32 and its scratch stay in the caches (``benchmarks/cpu.py --chunk`` compares
+The passes over a megabyte of float32 and its scratch stay in a core's cache (``benchmarks/cpu.py --chunk`` compares
 sizes)."""
 
 
