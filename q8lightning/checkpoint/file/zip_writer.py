@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from inspect import signature
+from functools import cache
 from typing import IO, Any
 
 import torch
@@ -23,6 +23,8 @@ from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import leaves
+from q8lightning.system.advice import advise
+from q8lightning.system.private_names import ZIP_NAMES, is_there
 from q8lightning.system.workers import Workers, count_workers
 
 CHUNK = 2**25
@@ -77,9 +79,12 @@ def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
                 if _knows_torch():
                     _save(obj, file, parts if payloads else None, small)
                     return
-            except (UnknownRequest, SharedMemory):
-                file.seek(start)
-                file.truncate()
+            except SharedMemory:
+                pass
+            except UnknownRequest as request:
+                _say_that_torch_writes(str(request))
+            file.seek(start)
+            file.truncate()
     torch.save(obj, file)
 
 
@@ -97,15 +102,23 @@ def _save(obj: Any, file: IO[bytes], parts: Parts | None, small: SmallTensors | 
 
 
 def _knows_torch() -> bool:
+    """Whether torch has what this needs, and no option is set that this does not know."""
     serialization: Any = torch.serialization
-    try:
-        parameters = list(signature(serialization._save).parameters)
-        plain = serialization.get_crc32_options() and not serialization._serialization_tls.skip_data
-        serialization._get_storage_alignment()
-    except (AttributeError, TypeError, ValueError):
+    if not all(map(is_there, ZIP_NAMES)):
         return False
-    known = ["obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record"]
-    return bool(plain and parameters == known)
+    try:
+        return bool(serialization.get_crc32_options() and not serialization._serialization_tls.skip_data)
+    except AttributeError:
+        return False
+
+
+@cache
+def _say_that_torch_writes(request: str) -> None:
+    """Say once what check_names cannot find out: it is not asked for before something is saved."""
+    advise(
+        f"torch {torch.__version__} asks for {request} when it saves, which this q8lightning does not have: torch.save"
+        " writes the files, more slowly and larger; a newer q8lightning may have it"
+    )
 
 
 class UnknownRequest(AttributeError):
