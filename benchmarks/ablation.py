@@ -68,7 +68,7 @@ from q8lightning.checkpoint.tree import leaves, rebuild
 from q8lightning.quantization.backends import cpu_memory
 
 console = Console(width=160)
-SAVE, WRITE, ASYNC, LOAD, FAIL = "save", "write", "async", "load", "failing load"
+MEASURES = SAVE, WRITE, ASYNC, LOAD, FAIL = "save", "write", "async", "load", "failing load"
 """What a part may change: only that is measured."""
 
 
@@ -345,7 +345,7 @@ class Arm:
         start, cpu = time.perf_counter(), time.process_time()
         if what == SAVE:
             self.ios[SAVE].save_checkpoint(self.checkpoint, self.path)
-            return {"save": _ms(start)}
+            return {"save": _ms(start), "save, CPU": _ms(cpu, time.process_time)}
         if what == WRITE:
             write.write_checkpoint(self.encoded, self.path)
             return {"write": _ms(start), "write, CPU": _ms(cpu, time.process_time)}
@@ -397,7 +397,9 @@ def _ms(start: float, clock: Callable[[], float] = time.perf_counter) -> float:
     return 1e3 * (clock() - start)
 
 
-def compare(part: Part, training: Training, folder: Path, preset: str, rounds: int) -> dict[str, list[list[float]]]:
+def compare(
+    part: Part, training: Training, folder: Path, preset: str, rounds: int, wanted: Collection[str]
+) -> dict[str, list[list[float]]]:
     """Return for each thing that is measured the numbers of all rounds, with the part and without it."""
     contexts = (nullcontext, part.replace)
     checkpoint = training.checkpoint()
@@ -405,11 +407,11 @@ def compare(part: Part, training: Training, folder: Path, preset: str, rounds: i
     for context in contexts:
         with context():
             arms.append(Arm(checkpoint, training.device, folder, preset))
-    saves = SAVE in part.changes
+    whats = [each for each in (WRITE, *part.changes) if each in wanted and (each != WRITE or SAVE in part.changes)]
     for number in range(rounds + 1):
         for side in (0, 1) if number % 2 else (1, 0):
             with contexts[side]():
-                numbers = arms[side].numbers((WRITE, *part.changes) if saves else part.changes, first=number == 0)
+                numbers = arms[side].numbers(whats, first=number == 0)
             for name, value in numbers.items() if number else ():  # the first round makes ready what is kept
                 found.setdefault(name, [[], []])[side].append(value)
     for arm in arms:
@@ -440,7 +442,7 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} threads of {model[0].split(': ')[1] if model else platform.machine()}"
 
 
-COLUMNS = ("write", "write, CPU", "save", "held", "async", "load", "load, CPU", "failing load")
+COLUMNS = ("write", "write, CPU", "save", "save, CPU", "held", "async", "load", "load, CPU", "failing load")
 
 
 def main() -> None:
@@ -451,6 +453,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--models", default="large,small")
+    parser.add_argument("--measures", default=",".join(MEASURES), help=f"some of {', '.join(MEASURES)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=None, help="where files are written; a temporary folder")
     parser.add_argument("--output", type=Path, default=None, help="append JSON lines with all numbers")
@@ -471,7 +474,9 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 try:
-                    found = compare(part, training, Path(folder), arguments.preset, arguments.rounds)
+                    found = compare(
+                        part, training, Path(folder), arguments.preset, arguments.rounds, arguments.measures.split(",")
+                    )
                 except Exception as error:  # one part that cannot be replaced here leaves the others
                     console.print(f"{name}, {model}: {type(error).__name__}: {error}", markup=False)
                     continue
