@@ -18,8 +18,9 @@ from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.loading import keep_encoded, watch_apart
 from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
-from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
+from q8lightning.checkpoint.payload import QuantizedTensor, register_functions
 from q8lightning.checkpoint.sections import name_of, summary_in
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container
+from q8lightning.checkpoint.containers import ATOMS, is_container
+from q8lightning.checkpoint.memory import has_memory
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # no device: addresses are unique across devices
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.storage import TypedStorage
 
+from q8lightning.checkpoint.containers import ATOMS
+from q8lightning.checkpoint.memory import is_ordinary
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.staging.stand_in import freeze
 from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
-from q8lightning.checkpoint.tree import ATOMS, is_ordinary, rebuild
+from q8lightning.checkpoint.tree import rebuild
 
 IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
 """Types of what nobody can change, and what needs no copy."""
