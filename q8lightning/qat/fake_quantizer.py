@@ -160,7 +160,7 @@ class FakeQuantizer:
         """Put the masters back, bit for bit, if the weights are engaged.
 
         Raises:
-            LostWriteError: If somebody wrote to the quantized values of a weight. The masters are back then, too.
+            LostWriteError: If the quantized values of a weight were written to. The masters are back then, too.
         """
         with self._at_work():
             lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
@@ -194,7 +194,7 @@ class FakeQuantizer:
         group.wrote(index)
 
     def note_access(self, parameter: int) -> None:
-        """Note that somebody got the memory of what may be a weight: a write there shows only in its fingerprint."""
+        """Note that the memory of what may be a weight was handed out: a write there shows only in its fingerprint."""
         if self._state is None or self.busy or self.followed or parameter not in self.places:
             return
         if parameter not in self.fingerprints:
@@ -255,7 +255,7 @@ class FakeQuantizer:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Mark operators as the quantizer's own: neither autograd nor whoever follows writes has to know of them."""
+        """Mark operators as the quantizer's own, so that neither autograd nor the following of writes sees them."""
         outer, self.busy = self.busy, True
         self.generation += 1
         try:
