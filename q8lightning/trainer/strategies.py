@@ -1,4 +1,4 @@
-"""What the Trainer's strategy must be for checkpoints to be quantized, and for weights to be trained so."""
+"""Check whether a Trainer's strategy can save quantized checkpoints and train quantized weights."""
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -8,7 +8,7 @@ from q8lightning.trainer.twins import is_a
 
 
 def check_saves(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
+    """Raise ValueError for strategies whose saves bypass the CheckpointIO, since nothing would be quantized."""
     whole = saves_in_shards(strategy)
     if whole is not None or bypasses_io(strategy):
         remedy = "use another strategy" if whole is None else f"pass {whole}"
@@ -19,7 +19,7 @@ def check_saves(strategy: Strategy) -> None:
 
 
 def check_qat(strategy: Strategy) -> None:
-    """Raise ValueError for strategies that hold no ordinary parameters."""
+    """Raise ValueError for strategies that do not keep whole parameters on each device."""
     if is_a(strategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
         raise ValueError(
             "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
@@ -28,10 +28,10 @@ def check_qat(strategy: Strategy) -> None:
 
 
 def bypasses_io(strategy: Strategy) -> bool:
-    """Whether a strategy never saves through a CheckpointIO."""
+    """Whether a strategy writes all its checkpoints without a CheckpointIO."""
     return is_a(strategy, DeepSpeedStrategy)
 
 
 def optimizer_device(strategy: Strategy) -> torch.device | None:
-    """Return where a strategy wants optimizer states as they are in the file; None if it distributes them itself."""
+    """Return the device that optimizer states are loaded to; None if the strategy shards them itself."""
     return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device

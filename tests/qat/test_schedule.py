@@ -424,3 +424,28 @@ def test_loggers_get_the_error_of_the_weights(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["q8/qat/weights/sqnr_db"]) == pytest.approx(
         float(rows[3]["q8/qat/weights/sqnr_db"])
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_does_not_wait_for_the_gpu_to_tell_it(tmp_path: Path) -> None:
+    """Each step's values are on the logger in the end, in the order of the steps."""
+
+    class Hurried(QuantizationCallback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().on_train_batch_end(trainer, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    callback = Hurried(None, qat=QATConfig([WeightRule(codebook="int4", block_size=64)]))
+    trainer = quiet_trainer(
+        tmp_path, accelerator="gpu", max_steps=6, limit_val_batches=0, logger=CSVLogger(tmp_path), log_every_n_steps=1,
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(Watch())
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open() as lines:
+        steps = [int(row["step"]) for row in csv.DictReader(lines) if row["q8/qat/weights/sqnr_db"]]
+    assert steps == list(range(6))
