@@ -44,8 +44,7 @@ class WeightRule:
 
     def __post_init__(self) -> None:
         try:
-            if self.codebook is not None:
-                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
+            _spell_out_codebook(self)
             check_types(self)
             self.resolve()
         except ValueError as error:
@@ -84,8 +83,7 @@ class ActivationRule:
                 f'per is "token" or "tensor", got {self.per!r} in the activation rule for {self.pattern!r}'
             )
         try:
-            if self.codebook is not None:
-                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
+            _spell_out_codebook(self)
         except ValueError as error:
             raise ValueError(f"activation rule for {self.pattern!r}: {error}") from None
 
@@ -109,6 +107,12 @@ class FreezeRule:
         check_types(self)
         if self.step < 0:
             raise ValueError(f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}")
+
+
+def _spell_out_codebook(rule: WeightRule | ActivationRule) -> None:
+    """Replace the codebook of a rule, which may be an alias or levels, by its :attr:`Codebook.spec`."""
+    if rule.codebook is not None:
+        object.__setattr__(rule, "codebook", get_codebook(rule.codebook).spec)
 
 
 R = TypeVar("R", WeightRule, ActivationRule, FreezeRule)
