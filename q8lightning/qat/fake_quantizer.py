@@ -160,7 +160,7 @@ class FakeQuantizer:
         """Put the masters back, bit for bit, if the weights are engaged.
 
         Raises:
-            LostWriteError: If the quantized values of a weight were written to. The masters are back then, too.
+            LostWriteError: If somebody wrote to the quantized values of a weight. The masters are back then, too.
         """
         with self._at_work():
             lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
