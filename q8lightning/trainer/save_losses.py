@@ -31,7 +31,7 @@ def _compute(
     try:
         recorded = recorder.record(_describe(report.result()))
         known.set_result((recorded, as_tensors(recorded.values)))
-    except BaseException as error:  # it is told where the values would be published
+    except BaseException as error:  # raised where the values would be published
         known.set_exception(error)
 
 
