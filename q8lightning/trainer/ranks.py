@@ -21,7 +21,7 @@ from q8lightning.trainer.twins import twin_of
 
 
 class OtherRankError(RuntimeError):
-    """Another process of the training failed; the cause of the exception that it raised, which is raised here too.
+    """Tells where another process of the training failed; the cause of an exception that is raised here too.
 
     Raised itself only in the place of an exception that cannot be pickled.
     """
@@ -85,9 +85,11 @@ class Failures:
 
     def meet_after(self, error: BaseException) -> None:
         """Meet the other processes, and tell them of an error that is on its way already in this one."""
-        self._kept.append(error)
-        with suppress(type(error)):
+        self._kept.insert(0, error)
+        with suppress(BaseException):  # which this one does not replace
             self.meet()
+        if self._raised is not None:
+            self._raised = error
 
     def _exchange(self, own: BaseException | None) -> "_Told | None":
         """Return what the first process that failed tells."""

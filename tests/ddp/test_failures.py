@@ -179,25 +179,33 @@ def test_what_fails_in_the_second_process_reaches_the_first(tmp_path: Path) -> N
 
 
 class FailsToMakeIt(pl.Callback):
-    """Has something to add to checkpoints, in the first process, and once cannot."""
+    """Has something to add to checkpoints, and once cannot, in some of the processes."""
 
-    has_failed = False
+    def __init__(self, ranks: set[int]) -> None:
+        self.ranks = ranks
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        if trainer.is_global_zero and trainer.global_step == 2 and not self.has_failed:
-            self.has_failed = True
-            raise LookupError("the first has nothing to add")
+        rank = trainer.global_rank
+        if trainer.global_step == 2 and rank in self.ranks:
+            self.ranks.remove(rank)
+            raise LookupError(f"rank {rank} has nothing to add")
 
 
-def fail_to_make_a_checkpoint(rank: int, folder: Path) -> Any:
+def fail_to_make_a_checkpoint(rank: int, folder: Path, ranks: set[int]) -> Any:
+    callbacks = [FailsToMakeIt(ranks), QuantizationCallback(async_save=True)]
     with quiet():
-        return fit_and_go_on(trainer_of_two(folder, FailsToMakeIt(), QuantizationCallback(async_save=True)), folder)
+        return fit_and_go_on(trainer_of_two(folder, *callbacks), folder)
 
 
-def test_a_checkpoint_that_one_process_cannot_make_ends_both(tmp_path: Path) -> None:
-    failure = same_failure(processes.run(fail_to_make_a_checkpoint, 2, tmp_path))
-    assert (failure["type"], failure["message"]) == ("LookupError", "the first has nothing to add")
-    assert failure["step"] == 2
+@pytest.mark.parametrize("ranks", [{0}, {1}, {0, 1}], ids=["first", "second", "both"])
+def test_a_checkpoint_that_a_process_cannot_make_ends_both(ranks: set[int], tmp_path: Path) -> None:
+    ended = processes.run(fail_to_make_a_checkpoint, 2, tmp_path, ranks)
+    for rank, (failure, step) in enumerate(ended):
+        told = rank if rank in ranks else 1 - rank
+        assert (failure["type"], failure["message"]) == ("LookupError", f"rank {told} has nothing to add")
+        assert failure["cause"].startswith("OtherRankError") == (rank not in ranks)
+        assert step == 2
+    assert "step=1.ckpt" in names(tmp_path)
 
 
 def send_an_interrupt_to_both(rank: int, folder: Path, step: str, async_save: bool) -> tuple[Any, bool]:
