@@ -2,7 +2,8 @@
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
-from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.loading import keep_encoded
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.export.quantized import export_quantized
 from q8lightning.qat.config import QATConfig

@@ -25,7 +25,12 @@ CHUNK = 4096  # small enough to cross often, large enough for a block
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Cuts the work into chunks of so many elements: at the real size, these tests would take minutes."""
-    return lambda numel: monkeypatch.setattr(cpu, "CHUNK", numel)
+
+    def cut(numel: int) -> None:
+        monkeypatch.setattr(cpu, "CHUNK", numel)
+        monkeypatch.setattr(cpu, "SHARED_CHUNK", numel)
+
+    return cut
 
 
 @pytest.fixture
