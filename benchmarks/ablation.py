@@ -68,7 +68,6 @@ from q8lightning.checkpoint.file.open_file import FileView
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.staging import transfer
 from q8lightning.checkpoint.tree import leaves, rebuild
-from q8lightning.quantization.backends import cpu_memory
 
 console = Console(width=160)
 MEASURES = SAVE, WRITE, ASYNC, LOAD, FIRST, FAIL = "save", "write", "async", "load", "first load", "failing load"
@@ -272,12 +271,6 @@ PARTS: dict[str, Part] = {
     "storage-question": Part(
         "torch asks of everything whether it is a storage", lambda: patch(compact_pickle, _NO_STORAGES=frozenset()), ()
     ),
-    "huge-pages": Part(
-        "memory page by page",
-        lambda: patch(cpu_memory, _madvise=lambda: None),
-        (cpu_memory._madvise, cpu_memory._advise, cpu_memory.use_huge_pages, cpu_memory.new_tensor),
-        ALL,
-    ),
     "kept-memory": Part(
         "new host memory for each save",
         lambda: memory(PlainMemory),
@@ -351,7 +344,7 @@ class Arm:
         if what in (SAVE, WRITE, ASYNC):
             self.path.unlink(missing_ok=True)
             os.sync()  # what other files left to be written would be waited for
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu, own = time.perf_counter(), time.process_time(), time.thread_time()
         if what == SAVE:
             self.ios[SAVE].save_checkpoint(self.checkpoint, self.path)
             return {"save": _ms(start), "save, CPU": _ms(cpu, time.process_time)}
@@ -362,9 +355,9 @@ class Arm:
             self.ios[ASYNC].save_checkpoint(self.checkpoint, self.path)
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-            held = _ms(start)
+            held, held_cpu = _ms(start), _ms(own, time.thread_time)
             self.ios[ASYNC].wait_until_durable()
-            return {"held": held, "async": _ms(start), "bytes": self.path.stat().st_size}
+            return {"held": held, "held, CPU": held_cpu, "async": _ms(start), "bytes": self.path.stat().st_size}
         if what == LOAD:
             loaded = self.ios[SAVE].load_checkpoint(self.path)
             self._synchronize()
@@ -473,17 +466,8 @@ def machine(device: torch.device) -> str:
 
 
 COLUMNS = (
-    "write",
-    "write, CPU",
-    "save",
-    "save, CPU",
-    "held",
-    "async",
-    "load",
-    "load, CPU",
-    "first load",
-    "first load, CPU",
-    "failing load",
+    *("write", "write, CPU", "save", "save, CPU", "held", "held, CPU", "async"),
+    *("load", "load, CPU", "first load", "first load, CPU", "failing load"),
 )
 
 
