@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
-from q8lightning.quantization.backends.cpu_memory import new_tensor, scratch
+from q8lightning.quantization.backends.cpu_memory import scratch
 from q8lightning.quantization.backends.cpu_statistics import Totals
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
@@ -75,7 +75,7 @@ def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> b
 
 def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the values of the parts of a flat tensor."""
-    values = new_tensor(parts[0].numel(), dtype)
+    values = torch.empty(parts[0].numel(), dtype=dtype, device="cpu")
     _decode_into(codec, parts, block_size, values)
     return values
 
@@ -141,7 +141,7 @@ def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> N
 def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1) -> Parts:
     """Return parts for a tensor, not yet written."""
     blocks = -(-x.numel() // block_size)
-    codes, *later = (new_tensor(x.numel(), torch.uint8) for _ in range(stages))
+    codes, *later = (torch.empty(x.numel(), dtype=torch.uint8, device="cpu") for _ in range(stages))
     return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
 
 
@@ -240,7 +240,7 @@ def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1)
-    values = new_tensor(flat.numel(), dtype)
+    values = torch.empty(flat.numel(), dtype=dtype, device="cpu")
     for elements, rows, width in _chunks(flat.numel(), block_size):
         values[elements] = reference.dequantize_affine(flat[elements], scale[rows], zero_point[rows], width, dtype)
     return values.view(codes.shape)
