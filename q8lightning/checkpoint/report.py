@@ -1,4 +1,4 @@
-"""What a save lost and what it takes, in plain numbers."""
+"""Report in plain numbers what a save lost and how many bytes it takes."""
 
 import math
 from array import array
@@ -20,7 +20,7 @@ def _decibels(error: float) -> float:
 
 
 def relative_error(squared_error: float, squares: float) -> float:
-    """Return the root of error power over signal power: 0 where nothing was lost, infinity where zeros changed."""
+    """Return the root of error power over signal power: 0 if nothing was lost, infinity if zeros changed."""
     if squared_error == 0:
         return 0.0
     return math.sqrt(squared_error / squares) if squares else math.inf
@@ -33,10 +33,10 @@ class TensorLoss(NamedTuple):
         path: Its path in the checkpoint.
         kind: ``weights``, the key of an optimizer's state such as ``exp_avg``, or else the section of the checkpoint.
         parameter: The name of the parameter that it is or belongs to; its path where that is not known.
-        original_bytes: What it took.
-        stored_bytes: What its codes and scales take.
-        squared_error: Sum of squared differences, in squared units of the tensor, as the rest in
-            :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`.
+        original_bytes: Bytes of its values.
+        stored_bytes: Bytes of its codes and scales.
+        squared_error: Sum of squared differences, in squared units of the tensor. The five numbers from here on are
+            those of :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`.
         squares: Sum of squares of the original.
         max_error: Largest absolute difference.
         zeros: How many original elements are zero.
@@ -56,7 +56,7 @@ class TensorLoss(NamedTuple):
 
     @property
     def statistics(self) -> tuple[float, ...]:
-        """The five numbers that were measured."""
+        """The five numbers that were measured, from ``squared_error`` on."""
         return self[5:]
 
     @property
@@ -66,7 +66,7 @@ class TensorLoss(NamedTuple):
 
 
 class DirectionLoss(NamedTuple):
-    """How far the update direction of a parameter is off.
+    """The error of a parameter's update direction.
 
     Attributes:
         path: The path of its first moment.
@@ -88,7 +88,8 @@ class Guarded(NamedTuple):
         path: Its path in the checkpoint.
         name: What messages call it.
         found: What the rule's codec would have lost.
-        remedy: ``"residual"`` if the tensor has a residual stage instead, ``"raw"`` if it is stored as it is.
+        remedy: ``"residual"`` if the tensor has a residual stage, ``"raw"`` if it is stored as it is, ``"none"`` if it
+            is stored by its rule because it was overwritten too early.
     """
 
     path: str
@@ -99,16 +100,16 @@ class Guarded(NamedTuple):
 
 @dataclass
 class SaveReport:
-    """What a save lost and what it takes.
+    """What a save lost and how many bytes it takes.
 
     Attributes:
-        tensors: Every encoded tensor, tied ones once.
-        directions: Every parameter of which a moment is encoded.
+        tensors: The losses of encoded tensors, of tied ones once.
+        directions: The losses of parameters of which a moment is encoded.
         guarded: Tensors that would have lost more than the policy allows.
-        refused: Tensors that no codec can hold, stored as they are, with the reason.
-        passed_over: If nothing is encoded, the tensors that no rule of the policy names and that are large enough.
-        original_bytes: Of the tensors of the checkpoint, encoded or not; without scores of callbacks, a few bytes each.
-        stored_bytes: Of what is stored of them.
+        refused: Tensors that are stored as they are because no codec can hold them, with the reason.
+        passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        original_bytes: Bytes of the tensors of the checkpoint, encoded or not, but for scores of callbacks.
+        stored_bytes: Bytes that are stored of them.
     """
 
     tensors: list[TensorLoss] = field(default_factory=list)
@@ -120,7 +121,7 @@ class SaveReport:
     stored_bytes: int = 0
 
     def __iadd__(self, other: "SaveReport") -> "SaveReport":
-        """Add what another part of the same checkpoint lost and takes."""
+        """Add the report of another part of the same checkpoint."""
         self.tensors += other.tensors
         self.directions += other.directions
         self.guarded += other.guarded
@@ -131,7 +132,7 @@ class SaveReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was lost and saved by kind of tensor, under the names that loggers get it by, without their prefix."""
+        """What was lost and saved by kind of tensor, under the names that loggers get, without their prefix."""
         kinds: dict[str, list[TensorLoss]] = {}
         for loss in self.tensors:
             kinds.setdefault(loss.kind, []).append(loss)
@@ -143,9 +144,9 @@ class SaveReport:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Return what a checkpoint says about itself: dicts, numbers and strings.
+        """Return the summary that a checkpoint gets: dicts, numbers and strings.
 
-        Figures have 7 digits: the rest depends on how many threads added up.
+        Figures have 7 digits, because further ones depend on how many threads added up.
         """
         errors = [relative_error(loss.squared_error, loss.squares) for loss in self.tensors]
         columns = {  # column by column, which takes half of the time: a save of a large model waits for it
@@ -180,7 +181,7 @@ def _sums(losses: Iterable[TensorLoss | DirectionLoss]) -> tuple[float, float]:
 
 
 def _rounded(value: float) -> float:
-    """Return a number with no more digits than float32 has: what is zero then takes nothing in a compressed file."""
+    """Return a number with no more digits than float32 has, so that its zero bytes compress well."""
     if not math.isfinite(value):
         return value
     mantissa, exponent = math.frexp(value)

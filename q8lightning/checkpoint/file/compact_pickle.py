@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from q8lightning.checkpoint.containers import ATOMS
 from q8lightning.checkpoint.file.parts import Parts
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.tree import ATOMS
 
 PICKLE = "data.pkl"
 """The name of the record that has everything but the values of tensors."""

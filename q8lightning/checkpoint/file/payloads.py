@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.containers import is_unpickled_plainly
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
+from q8lightning.checkpoint.tree import leaves, rebuild
 from q8lightning.quantization.many.decode import EncodedItem, batches, bytes_to_decode_on, decode_on, decode_together
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out

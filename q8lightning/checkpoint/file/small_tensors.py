@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from q8lightning.checkpoint.payload import ITEM, TENSORS, in_memory_order, is_dense, rebuild_v1
-from q8lightning.checkpoint.tree import has_memory, is_ordinary
+from q8lightning.checkpoint.memory import has_memory, in_memory_order, is_dense, is_ordinary
+from q8lightning.checkpoint.payload import ITEM, TENSORS, rebuild_v1
 
 SMALL = 2**14
 """Bytes that a small tensor has at most: the largest float32 tensor that no policy quantizes."""

@@ -29,6 +29,7 @@ from support.promises import assert_same, same_bits
 from support.steps import our_threads
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
+from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
 from q8lightning.checkpoint.file import write as writer
 from q8lightning.checkpoint.file import write_behind, zip_writer
 from q8lightning.checkpoint.file.crc32 import combine
@@ -36,7 +37,6 @@ from q8lightning.checkpoint.file.parts import Parts
 from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.file.zip_writer import ALONE, CHUNK, ZipWriter
-from q8lightning.checkpoint.payload import encode_tensors
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.system.workers import Workers
 
