@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +29,14 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
         "num_sanity_val_steps": 0,
     }
     return pl.Trainer(**(defaults | options))
+
+
+def in_two_processes() -> dict[str, Any]:
+    """Return the options of a Trainer that trains in two processes, forked from this one.
+
+    Call ``fit`` in a process of its own (``forked.run``): to fork one that has trained before can end in a deadlock.
+    """
+    return {"devices": 2, "strategy": DDPStrategy(start_method="fork", process_group_backend="gloo")}
 
 
 def trainer_with(strategy: Any, folder: Path) -> pl.Trainer:
