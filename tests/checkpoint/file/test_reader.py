@@ -17,7 +17,7 @@ import xxhash
 from support.calls import calls_of
 from support.containers import Pair
 from support.files import flip
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, train_and_save
 from support.promises import assert_same, load, payloads, same_bits
 from support.steps import our_threads
 from support.threads import using_threads
@@ -483,9 +483,7 @@ def test_a_file_that_becomes_shorter_is_an_error(summed: SummedFile) -> None:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Path:
-    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(), Diary()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Autoencoder(), QuantizationCallback(), Diary())
     return tmp_path / "a.ckpt"
 
 
