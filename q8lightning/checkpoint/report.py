@@ -104,7 +104,8 @@ class SaveReport:
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that are stored as they are because no codec can hold them, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
-        original_bytes: Bytes of all tensors of the checkpoint, encoded or not.
+        original_bytes: Bytes of the tensors of the checkpoint, encoded or not; without scores of callbacks, which take
+            a few bytes each.
         stored_bytes: Bytes that are stored of them.
     """
 

@@ -31,6 +31,7 @@ from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     begin_to_defer,
+    is_watched,
     publish_before_a_look,
     publish_known,
     publish_rest,
@@ -188,9 +189,11 @@ class QuantizationCallback(pl.Callback):
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
         begin_to_defer(trainer)
+        quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
-        self._warm_up = warm_up_for(trainer)
+            quantized = self.qat_training.trained.codecs(pl_module)
+        self._warm_up = warm_up_for(trainer, quantized)
 
     def on_train_start(self, *_: Any) -> None:
         """Begin to count moments: from now on hooks follow before training changes what was saved."""
@@ -225,6 +228,7 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.release()
+            self.qat_training.publish(trainer, wait=True)
         publish_before_a_look(trainer)
 
     on_train_epoch_end = on_validation_epoch_end
@@ -255,12 +259,15 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.record(trainer)
+            self.qat_training.publish(trainer, wait=is_watched(trainer))
         publish_known(trainer)
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the saves before any callback is torn down; publish the rest and print the totals."""
+        if self.qat_training is not None:
+            self.qat_training.publish(trainer, wait=True)
         try:
             self._finish(trainer)
         finally:
@@ -287,7 +294,7 @@ class QuantizationCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back and finish the pending save, whose error must not replace the Trainer's."""
-        self._end_qat()
+        self._end_qat(trainer)
         self._moments.end()
         try:
             self._finish(trainer)
@@ -298,14 +305,15 @@ class QuantizationCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""
-        self._end_qat()
+        self._end_qat(trainer)
         self._finish(trainer)
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
-    def _end_qat(self) -> None:
+    def _end_qat(self, trainer: pl.Trainer) -> None:
         if self.qat_training is not None:
             self.qat_training.end()
+            self.qat_training.publish(trainer, wait=True)
 
     def _others(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]

@@ -1,8 +1,11 @@
 """Install the quantizing CheckpointIO in a Trainer, around the one that the Trainer has."""
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_model import DescribeModel, Quantizes
 from q8lightning.trainer.pending_names import leave_callbacks_alone
@@ -73,12 +76,18 @@ def finish_saves(trainer: pl.Trainer, end_background: bool) -> None:
             leave_callbacks_alone(trainer)
 
 
-def warm_up_for(trainer: pl.Trainer) -> WarmUp | None:
-    """Return what loads the kernels of a Trainer's saves; None if this process needs none."""
+def warm_up_for(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> WarmUp | None:
+    """Return what loads the kernels of a Trainer's saves; None if this process needs none.
+
+    Args:
+        trainer: The Trainer.
+        quantized: How weights that are trained quantized are, by name.
+    """
     installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
     device = optimizer_device(strategy)  # None for sharded strategies, which save from the host
     if installed is None or device is None or device.type != "cuda":
         return None
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return None
-    return WarmUp(installed.policy, trainer.lightning_module, strategy.optimizers, device, installed.async_save)
+    module, optimizers = trainer.lightning_module, strategy.optimizers
+    return WarmUp(installed.policy, module, optimizers, device, installed.async_save, quantized)

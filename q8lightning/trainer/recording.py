@@ -221,7 +221,7 @@ def publish_before_a_look(trainer: pl.Trainer) -> None:
     """Publish in all processes before callbacks look; wait for everything if one of them watches a value."""
     watch = watch_of(trainer)
     if watch is not None:
-        watch.publish(wait=any(map(_watches, trainer.callbacks)), together=True)  # type: ignore[attr-defined]
+        watch.publish(wait=is_watched(trainer), together=True)
 
 
 def publish_rest(trainer: pl.Trainer, together: bool) -> None:
@@ -235,6 +235,11 @@ def publish_rest(trainer: pl.Trainer, together: bool) -> None:
     if watch is not None:
         watch.fitting = False
         watch.publish(wait=True, together=together)
+
+
+def is_watched(trainer: pl.Trainer) -> bool:
+    """Whether a callback of a Trainer decides by a value that is recorded here."""
+    return any(map(_watches, trainer.callbacks))  # type: ignore[attr-defined]
 
 
 def _watches(callback: object) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
-from q8lightning.checkpoint.encode.outline import outline_of
+from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
@@ -51,8 +51,8 @@ def encode_and_report(
     if type(checkpoint) is not dict:
         checkpoint = dict(checkpoint)
     known = names or names_in(checkpoint)
-    outline, tensors = outline_of(checkpoint)
-    run = Run(plan_save(checkpoint, outline, tensors, policy, known), tensors, live=False)
+    part, outline, tensors = outline_to_plan(checkpoint)
+    run = Run(plan_save(part, outline, tensors, policy, known), tensors, live=False)
     run.settle()
     replacements = replacements_for(run.plan, tensors, run.payloads, run.own)
     encoded: dict[str, Any] = rebuild(checkpoint, lambda leaf: replacements.get(id(leaf), leaf), anew=True)

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.containers import ATOMS, is_container
-from q8lightning.checkpoint.memory import has_memory
+from q8lightning.checkpoint.memory import has_memory, is_ordinary
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
+from q8lightning.checkpoint.staging.copier import IMMUTABLE
+from q8lightning.checkpoint.tree import leaves
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # no device: addresses are unique across devices
 
@@ -34,6 +37,34 @@ class Outline(NamedTuple):
             return self.addresses is not None and self == other
         except RuntimeError:
             return False
+
+
+def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Outline, list[Tensor]]:
+    """Return the part of a checkpoint that a plan covers, with the part's outline and its tensors, numbered alike.
+
+    Callbacks, loops and schedulers keep counts and scores: plain values, and tensors of one element with memory of
+    their own. They are never encoded, and scores are new tensors at every save. A section with nothing else is left
+    out, so that the plan still fits when they change.
+    """
+    part, scores = {}, set[int]()
+    for key, section in checkpoint.items():
+        found = [] if key in _PLANNED else [leaf for _, leaf in leaves(section) if type(leaf) not in IMMUTABLE]
+        if key in _PLANNED or not all(map(_is_score, found)):
+            part[key] = section
+        else:
+            scores.update(map(Tensor.data_ptr, found))
+    outline, tensors = outline_of(part)
+    if not scores.isdisjoint(outline.addresses or ()):  # the model shares a score, which must stay shared in the file
+        return checkpoint, *outline_of(checkpoint)
+    return part, outline, tensors
+
+
+_PLANNED = (STATE_DICT, OPTIMIZER_STATES)
+
+
+def _is_score(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of one element that fills its memory."""
+    return type(leaf) is Tensor and is_ordinary(leaf) and leaf.untyped_storage().nbytes() == leaf.element_size()
 
 
 def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.outline import outline_of
+from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
@@ -52,10 +52,10 @@ class SaveStarter:
         """
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
-        outline, tensors = outline_of(checkpoint)
+        part, outline, tensors = outline_to_plan(checkpoint)
         plan = self._plan
         if plan is None or not plan.fits(checkpoint, outline, policy, names):
-            plan = self._plan = plan_save(checkpoint, outline, tensors, policy, names)
+            plan = self._plan = plan_save(part, outline, tensors, policy, names)
         run = self._run
         if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):
             self._run = None
