@@ -23,7 +23,7 @@ from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
-from q8lightning.quantization.many.update_directions import Alike
+from q8lightning.quantization.many.update_directions import MomentLaunch
 
 
 def plan_save(
@@ -114,7 +114,7 @@ def _devices(
         )
 
 
-_Launches = tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
+_Launches = tuple[tuple[MomentLaunch, tuple[int, ...], tuple[int, ...]], ...]
 
 
 def _launches(
@@ -144,7 +144,7 @@ def _launches(
             tuple(0 if side.member is None else packing.starts[place[side.member]] for side in sides)
             for sides in (first, second)
         ]
-        alike = Alike(tuple(group), (one, two), (starts[0], starts[1]), pairs[group[0]].eps)
+        alike = MomentLaunch(tuple(group), (one, two), (starts[0], starts[1]), pairs[group[0]].eps)
         launches.append((alike, tuple(side.number for side in first), tuple(side.number for side in second)))
     return tuple(launches), tuple(loose)
 
