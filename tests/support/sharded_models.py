@@ -1,5 +1,6 @@
 """Small models under FSDP2, HSDP and tensor parallelism, and Trainers for them on CPUs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-
-from support.ranks import world_size
 
 WIDTH, HEAD = 128, 67
 
@@ -94,7 +93,8 @@ def samples(count: int = 64) -> DataLoader[Tensor]:
 
 def trainer_of(folder: Path, strategy: Any = None, **options: Any) -> pl.Trainer:
     """Return a quiet Trainer on as many processes as the launch has."""
-    size = world_size()
+    size = int(os.environ.setdefault("PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    os.environ["WORLD_SIZE"] = str(size)  # Lightning takes it away at the end of each run
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": size,

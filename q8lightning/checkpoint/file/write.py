@@ -150,6 +150,17 @@ def locked_folder(parent: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Remove a folder that counts as left over from the first moment on.
+
+    Raises:
+        OSError: If it cannot be renamed.
+    """
+    leftover = Path(folder).parent / temporary_name()
+    os.rename(folder, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _remove_unless_locked(path: Path, own_host: bool) -> None:
     if path.is_dir() and not path.is_symlink():
         _remove_folder_unless_locked(path, own_host)
