@@ -13,7 +13,16 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked, processes
-from support.sharded_models import CompiledModel, MetaModel, OldModel, OldStrategy, ShardedModel, samples, trainer_of
+from support.sharded_models import (
+    ClippedModel,
+    CompiledModel,
+    MetaModel,
+    OldModel,
+    OldStrategy,
+    ShardedModel,
+    samples,
+    trainer_of,
+)
 from support.sharded_scenarios import assert_same, decoded, loaded, play, results, save_plain, shards_of, whole
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -258,7 +267,7 @@ WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "fsdp1": (OldModel, OldStrategy, {}),
     "compiled": (CompiledModel, None, {}),
     "meta": (MetaModel, None, {}),
-    "accumulated": (ShardedModel, None, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+    "accumulated": (ClippedModel, None, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
 }
 """Models, strategies, and options of the Trainer."""
 

@@ -46,7 +46,7 @@ class Net(nn.Module):
     def reset_parameters(self) -> None:
         """Fill what no module of its own has, when it was made without memory."""
         with torch.no_grad():
-            self.scale.copy_(torch.linspace(0.5, 1.5, HEAD * 64))
+            self.scale.uniform_(0.5, 1.5)
             self.one.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +129,20 @@ class MetaModel(ShardedModel):
         with torch.device("meta"):
             self.net = Net(2)
         super().configure_model()
+
+    def reset_parameters(self) -> None:
+        """Fill what Lightning empties although it had memory."""
+        with torch.no_grad():
+            self.outside.copy_(torch.linspace(-1, 1, HEAD * 64).view(HEAD, 64))
+            self.seen.zero_()
+
+
+class ClippedModel(ShardedModel):
+    """The same with nothing to train outside: torch has no norm of DTensors and plain tensors together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside.requires_grad_(False)
 
 
 class OldModel(ShardedModel):

@@ -1,7 +1,7 @@
-"""How the quantized values of a group come into its buffer: by the many kernels where they fit, else by operators.
+"""Write the quantized values of many weights into a buffer, with one launch where kernels fit, else with operators.
 
-Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory:
-those without an axis, and those along one whose rows are whole blocks and lie one after another.
+Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory. So
+do blocks without an axis, and blocks along an axis whose rows are whole blocks and lie one after another.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from q8lightning.quantization.backends.choose import has_kernels, many
+from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.block_choice import chosen_blocks
 from q8lightning.quantization.spec.reference import measure
 
 BATCH = 2**22
-"""Elements that operators quantize in one call: many small tensors together, while scratch stays small."""
+"""Elements that operators quantize in one call: enough for many small tensors, few enough for small scratch."""
 
 
 @dataclass(frozen=True)
 class InLaunch:
-    """Tensors of one dtype and block size that are quantized in one launch (two if only some are aligned).
+    """Tensors of one dtype and codec that are quantized in one launch, or in two if only some are aligned.
 
     Attributes:
-        indices: Where they are in the group.
-        codec: How they are quantized.
+        indices: Their indices in the group.
+        codec: Their codec.
         buffer: uint8, the memory of their slots.
         starts: Where each slot begins, in bytes.
     """
@@ -38,7 +38,7 @@ class InLaunch:
     starts: tuple[int, ...]
 
     def only(self, indices: Container[int]) -> "InLaunch | None":
-        """Return what is left with some of the tensors, None if that is nothing."""
+        """Return the batch of those tensors that are among ``indices``, None if there are none."""
         kept = [(index, start) for index, start in zip(self.indices, self.starts, strict=True) if index in indices]
         if not kept:
             return None
@@ -47,10 +47,12 @@ class InLaunch:
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
-        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        """Write the quantized values of the sources into their slots, and what is lost into the rows of statistics."""
+        from q8lightning.quantization.backends.kernels import many  # imports Triton
+
         own = [sources[index] for index in self.indices]
         book, size = self.codec.book, self.codec.block_size
-        many().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
+        many.fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,22 @@ class Batch:
     """Tensors of one dtype and codec that operators quantize in one call, on any device.
 
     Attributes:
-        indices: Where they are in the group.
-        codec: How they are quantized.
+        indices: Their indices in the group.
+        codec: Their codec.
     """
 
     indices: tuple[int, ...]
     codec: WeightCodec
 
     def only(self, indices: Container[int]) -> "Batch | None":
-        """Return what is left with some of the tensors, None if that is nothing."""
+        """Return the batch of those tensors that are among ``indices``, None if there are none."""
         kept = tuple(index for index in self.indices if index in indices)
         return replace(self, indices=kept) if kept else None
 
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
-        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        """Write the quantized values of the sources into their slots, and what is lost into the rows of statistics."""
         size = self.codec.block_size
         rows = [self.codec.to_rows(sources[index]) for index in self.indices]
         padded = [pad(each, (0, -each.shape[1] % size)) if each.shape[1] % size else each for each in rows]
@@ -94,15 +96,15 @@ class Batch:
 
 
 def batches(tensors: Sequence[Tensor], slots: Sequence[Tensor], codec: WeightCodec) -> list[Batch | InLaunch]:
-    """Sort tensors by how they are quantized; empty ones need nothing.
+    """Divide tensors, without empty ones, into batches that are quantized together.
 
     Args:
         tensors: Dense in memory, all on one device.
-        slots: One for each, of the same shape, strides and dtype; those of one dtype in one storage.
-        codec: How they are quantized.
+        slots: A slot for each tensor, of its shape, strides and dtype. Slots of one dtype share a storage.
+        codec: Their codec.
 
     Raises:
-        ValueError: If a tensor has no such axis.
+        ValueError: If a tensor does not have the codec's axis.
     """
     launched: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
     others: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
