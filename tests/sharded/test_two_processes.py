@@ -242,7 +242,9 @@ def damaged(folder: Path) -> Any:
 
     return {
         "with": {name: load(path, QuantizationCallback()) for name, path in copies.items()},
-        "without": {name: load(path) for name, path in copies.items() if name in ("encoded", "missing", "mixed")},
+        "without": {name: load(copies[name]) for name in NOTICED if name in copies},
+            name: load(path) for name, path in copies.items() if name in ("encoded", "raw", "missing", "mixed")
+        },
     }
 
 
@@ -348,7 +350,7 @@ def test_it_is_smaller_and_says_so(folder: Path) -> None:
     sizes = [sum(file.stat().st_size for file in each.glob("*.distcp")) for each in (ours, plain)]
     bytes_ = read_meta(ours)["q8lightning"]["bytes"]
     assert bytes_["original"] / bytes_["stored"] > 2.5
-    assert sizes[1] - sizes[0] > 0.95 * (bytes_["original"] - bytes_["stored"])
+    assert sizes[1] - sizes[0] > 0.9 * (bytes_["original"] - bytes_["stored"])
     held = [each["held"].values() for each in results(folder, "saved", 2)]
     once = {name: shard for each in results(folder, "saved", 2) for name, shard in each["held"].items()}
     tensors = sum(torch.Size(shard.size).numel() * shard.tensor.itemsize for shard in once.values())
@@ -468,6 +470,14 @@ def test_a_save_replaces_whatever_has_its_name(folder: Path) -> None:
     assert check_shards(folder / "overwritten" / "a.ckpt")
 
 
+NOTICED = {
+    "encoded": "the tensor state_dict.net.blocks.0.up.weight",
+    "raw": "the tensor state_dict.net.blocks.0.norm.bias",
+    "missing": "__1_0.",
+    "mixed": "of another save",
+}
+"""What is noticed by whoever loads a checkpoint, and how."""
+
 DAMAGE = {
     "encoded": "the tensor state_dict.net.blocks.0.up.weight (the shard from [48, 0] on)",
     "raw": "the tensor state_dict.net.blocks.0.norm.bias",
@@ -488,12 +498,11 @@ def test_damage_is_named_and_never_loaded(what: str, folder: Path) -> None:
         assert DAMAGE[what] in found["with"][what]
 
 
-@pytest.mark.parametrize("what", ["encoded", "missing", "mixed"])
+@pytest.mark.parametrize("what", NOTICED)
 def test_damage_is_noticed_without_the_callback(what: str, folder: Path) -> None:
-    says = {"encoded": "the tensor state_dict.net.blocks.0.up.weight", "missing": "__1_0.", "mixed": "of another save"}
     for found in results(folder, "damaged", 2):
         assert found["without"][what].startswith(CheckpointException.__name__)
-        assert says[what] in found["without"][what]
+        assert NOTICED[what] in found["without"][what]
 
 
 def test_the_guard_decides_for_each_shard_and_says_so(folder: Path) -> None:
