@@ -1,8 +1,11 @@
 """FSDP2 in two processes: what is written, and what comes back through every door; one launch for all of it."""
 
 import errno
+import io
+import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
+import xxhash
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked, processes
@@ -379,6 +383,33 @@ def test_values_are_of_the_whole_and_the_same_everywhere(folder: Path) -> None:
     error = sum(float((exact[name].double() - ours[name].double()).square().sum()) for name in names)
     assert said["weights/relative_error"] == pytest.approx((error / squares) ** 0.5, rel=1e-3)
     assert [each["totals"].saves for each in found] == [2, 0]
+
+
+def test_a_file_is_what_the_page_says(folder: Path, tmp_path: Path) -> None:
+    """Read by docs/distributed.md alone: chunks of ``torch.save``, then a table in JSON."""
+    loaded = loaded_by_dcp(tmp_path, folder / "saved" / "ours.ckpt")
+    names = set()
+    for file in (folder / "saved" / "ours.ckpt").glob("*.distcp"):
+        content = file.read_bytes()
+        checksum, length, magic = struct.unpack("<QQ8s", content[-24:])
+        text = content[-24 - length : -24]
+        assert magic == b"q8shards"
+        assert xxhash.xxh3_64_intdigest(text) == checksum
+        table = json.loads(text)
+        assert file.name == f"__{table['rank']}_0.{table['save']}.distcp"
+        end = 0
+        for name, offsets, start, nbytes, sum_of_bytes in table["chunks"]:
+            assert start == end
+            end += nbytes
+            chunk = content[start:end]
+            assert xxhash.xxh3_64_intdigest(chunk) == sum_of_bytes
+            value = torch.load(io.BytesIO(chunk), weights_only=False)
+            if name.startswith("state_dict."):
+                box = tuple(slice(first, first + size) for first, size in zip(offsets, value.shape, strict=True))
+                assert torch.equal(loaded[name][box], value)
+                names.add(name)
+        assert end == len(content) - 24 - length
+    assert names == {name for name in loaded if name.startswith("state_dict.")}
 
 
 def test_a_tensor_is_encoded_by_the_size_of_the_whole(folder: Path) -> None:
