@@ -68,13 +68,18 @@ def write_header(
     name: str,
     requires_grad: bool = False,
     is_parameter: bool = False,
+    save: str | None = None,
 ) -> str:
     """Return the header of a payload: JSON without spaces, with sorted keys.
+
+    With ``save`` it also says which save of a checkpoint in shards the payload is of.
 
     It is a string because a pickle writes that as fast as a single number. It is put together by hand because a save
     makes one for each tensor while training waits for Python's lock.
     """
     flags = (',"parameter":true' if is_parameter else "") + (',"requires_grad":true' if requires_grad else "")
+    if save is not None:
+        flags += f',"save":{json.dumps(save)}'
     return (
         f'{{"codec":{_codec_text(codec)},"dtype":"{_NAMES[dtype]}","name":{json.dumps(name)}{flags}'
         f',"shape":[{",".join(map(str, shape))}],"stride":[{",".join(map(str, stride))}]}}'

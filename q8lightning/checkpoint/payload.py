@@ -21,7 +21,7 @@ from q8lightning.checkpoint.format import (
     read_header,
     write_header,
 )
-from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
+from q8lightning.checkpoint.integrity import bytes_of, check_save, checksum, verify
 from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.checkpoint.loading import kept_encoded, watcher
 from q8lightning.checkpoint.memory import check_dense, in_memory_order
@@ -137,6 +137,11 @@ class QuantizedTensor:
             header=self._header,
         )
 
+    def of_save(self, save: str) -> "QuantizedTensor":
+        """Return the same payload as one of a checkpoint in shards, whose parts all name their save."""
+        header = write_header(self.codec, self.shape, self.stride, self.dtype, self.name, save=save)
+        return QuantizedTensor(self.codec, self.data, self.shape, self.stride, self.dtype, self.name, header=header)
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
@@ -167,7 +172,7 @@ class QuantizedTensor:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
 
 
-TENSOR, TENSORS, ITEM = "tensor", "tensors", "item"
+TENSOR, TENSORS, ITEM, RAW = "tensor", "tensors", "item", "raw"
 """What :func:`rebuild_v1` can return; the first argument of its calls."""
 
 
@@ -177,15 +182,15 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
     Each version of the format has a function of its own, so that a reader knows a later file by the function's name.
 
     Args:
-        what: One of ``tensor``, ``tensors`` and ``item``.
-        arguments: The arguments of :func:`_tensor`, :func:`_tensors` or :func:`_item`.
+        what: One of ``tensor``, ``tensors``, ``item`` and ``raw``.
+        arguments: The arguments of :func:`_tensor`, :func:`_tensors`, :func:`_item` or :func:`_raw`.
 
     Raises:
         NewerFormatError: If this version does not know what is asked for.
         CorruptCheckpointError: If a payload differs from what was saved. Payloads that stay encoded are verified when
             they are decoded, so that opening a memory-mapped file does not read all of it.
     """
-    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item}
+    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item, RAW: _raw}
     if what not in parts:
         raise NewerFormatError(f"content of the kind {what!r}")
     return parts[what](*map(read, arguments))
@@ -210,6 +215,7 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
         verify(f"with the header {text!r}", text, data, checksum)
         raise
     name = header["name"]
+    check_save(name, header.get("save"))
     if type(checksum) is not int:
         raise NewerFormatError(f"checksum {checksum!r} for the tensor {name}")
     try:
@@ -249,6 +255,31 @@ def _tensors(
             watch(part, tensor)
         result.append(tensor.view(shape) if stride is None else tensor.as_strided(shape, stride))
     return tuple(result)
+
+
+def _raw(name: str, save: str, checksum: int, tensor: Tensor) -> Tensor:
+    """Return a tensor that is stored as it is in a checkpoint in shards.
+
+    Args:
+        name: Its path in the checkpoint.
+        save: Which save the checkpoint is of.
+        checksum: Of name, save and elements.
+        tensor: The tensor.
+    """
+    check_save(name, save)
+    if type(tensor) is Tensor and tensor.device.type == "cpu":
+        verify(name, header_of_raw(name, save), elements_of(tensor), checksum)
+    return tensor
+
+
+def header_of_raw(name: str, save: str) -> str:
+    """Return what is summed beside the elements of a tensor that is stored as it is."""
+    return f"{save} {name}"
+
+
+def elements_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's elements in the order of its indices, ``[nbytes]`` uint8."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _item(tensors: tuple[Tensor, ...], number: int) -> Tensor:

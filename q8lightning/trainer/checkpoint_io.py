@@ -3,7 +3,7 @@
 import gc
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard, names_in
 from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.encode.start import SaveStarter
 from q8lightning.checkpoint.encode.warn import WarningQueue
@@ -21,6 +21,7 @@ from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.write import announce
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
@@ -138,35 +139,92 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         Raises:
             BackgroundSaveError: If an earlier save in the background failed; nothing is saved then.
         """
-        name = os.path.basename(path)
-        if name.startswith(_EXACT):
+        if is_exact(path):
             self._wait()
             self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
             return
+        names = self.describe_model() if self.describe_model is not None else names_in(checkpoint)
+        save = self._start(checkpoint, path, names)
+        known: Future[SaveReport] = Future()
+        self.reports.append(known)
+        place = self._fixed(path) if self.async_save else None
+        if place is not None:
+            os.makedirs(os.path.dirname(place), exist_ok=True)  # as a save that writes at once does
+        self._hand_over(path, partial(self._write, save, known, path, storage_options, place))
+
+    def save_shards(
+        self,
+        checkpoint: dict[str, Any],
+        shards: Mapping[int, Shard],
+        path: str | os.PathLike[str],
+        names: ModelNames,
+        ranks: Ranks,
+        write: Callable[[Save, HostMemory], SaveReport],
+    ) -> None:
+        """Save a checkpoint in shards as :meth:`save_checkpoint` saves a whole one; called in all processes.
+
+        Args:
+            checkpoint: The part that this process writes.
+            shards: What its tensors are a part of, by their ids.
+            path: The folder.
+            names: What is known of the model.
+            ranks: The processes.
+            write: Writes the folder, in the background if saves do. Returns what the whole checkpoint lost.
+
+        Raises:
+            BackgroundSaveError: In all processes, if an earlier save in the background failed in one of them.
+        """
+        save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
+        known: Future[SaveReport] = Future()
+        if ranks.is_first:
+            self.reports.append(known)
+
+        def write_own() -> None:
+            try:
+                report = write(save, self._memory)
+                self._starter.learn(save)
+                if ranks.is_first:
+                    self._warnings.add(report)
+                    known.set_result(report)
+            finally:
+                known.cancel()  # does nothing if it is completed
+            if ranks.is_first and self.durable is not None:
+                self.durable.append(os.fspath(path))
+
+        self._hand_over(path, write_own)
+
+    def _start(
+        self,
+        checkpoint: Mapping[str, Any],
+        path: str | os.PathLike[str],
+        names: ModelNames,
+        shards: Mapping[int, Shard] = WHOLE,
+    ) -> Save:
+        """Encode or copy what training may change."""
         with _without_collection():
             save = self._starter.start(
                 checkpoint,
                 self.policy,
-                self.describe_model() if self.describe_model is not None else names_in(checkpoint),
+                names,
                 None if self.moment is None else self.moment(),
                 live=self.async_save,
                 stand_ins=self._only_pickles,
                 wait_for_room=partial(self._wait_for_room, path),
+                shards=shards,
             )
         announce("frozen", path)
-        known: Future[SaveReport] = Future()
-        self.reports.append(known)
+        return save
+
+    def _hand_over(self, path: str | os.PathLike[str], write: Callable[[], object]) -> None:
+        """Write a save that was started, now or in the background."""
         if self.async_save:
             if self._background is None:
                 self._background = BackgroundSaves()
-            place = self._fixed(path)
-            if place is not None:
-                os.makedirs(os.path.dirname(place), exist_ok=True)  # as a save that writes at once does
-            self._background.save(path, partial(self._write, save, known, path, storage_options, place))
-            if name.startswith(_URGENT):
+            self._background.save(path, write)
+            if os.path.basename(path).startswith(_URGENT):
                 self._wait()
         else:
-            self._write(save, known, path, storage_options)
+            write()
         if not self._starter.is_waited_for:
             self._starter.let_go()
         self._warnings.warn()
@@ -310,6 +368,14 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             self.base.teardown()
 
+    def wait(self) -> None:
+        """Wait for everything in the background.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that no save has reported yet.
+        """
+        self._wait()
+
     def _wait(self) -> None:
         if self._background is not None:
             self._background.wait()
@@ -328,6 +394,11 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
                 f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
                 " written; save less often, or to a faster disk, if that is too long"
             )
+
+
+def is_exact(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name must come back exactly, because the Trainer loads it again a moment later."""
+    return os.path.basename(path).startswith(_EXACT)
 
 
 @contextmanager

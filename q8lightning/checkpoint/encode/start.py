@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard
 from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
@@ -38,6 +38,7 @@ class SaveStarter:
         live: bool,
         stand_ins: bool,
         wait_for_room: Callable[[], object],
+        shards: Mapping[int, Shard] = WHOLE,
     ) -> Save:
         """Encode or copy what training may change; return the save, whose content can be fetched at any time.
 
@@ -49,13 +50,14 @@ class SaveStarter:
             live: Training goes on before the save is fetched.
             stand_ins: See :class:`~q8lightning.checkpoint.staging.copier.Copier`.
             wait_for_room: Called before anything is encoded, to wait until there is memory for it.
+            shards: What tensors are a part of, by their ids.
         """
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
         part, outline, tensors = outline_to_plan(checkpoint)
         plan = self._plan
         if plan is None or not plan.fits(checkpoint, outline, policy, names):
-            plan = self._plan = plan_save(part, outline, tensors, policy, names)
+            plan = self._plan = plan_save(part, outline, tensors, policy, names, shards)
         run = self._run
         if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):
             self._run = None
