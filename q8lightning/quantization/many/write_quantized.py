@@ -1,7 +1,8 @@
 """How the quantized values of a group come into its buffer: by the many kernels where they fit, else by operators.
 
 Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory:
-those without an axis, and those along one whose rows are whole blocks and lie one after another.
+those without an axis, and those along one whose rows are whole blocks and lie one after another. They count the blocks
+of a tensor from 0; where a share of the blocks is chosen of a tensor that is a part of another one, operators do it.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -14,7 +15,8 @@ from torch.nn.functional import pad
 
 from q8lightning.quantization.backends.choose import has_kernels, many
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.spec.block_choice import chosen_blocks
+from q8lightning.quantization.spec.block_choice import are_chosen, chosen_blocks
+from q8lightning.quantization.spec.portion import Portion
 from q8lightning.quantization.spec.reference import measure
 
 BATCH = 2**22
@@ -30,24 +32,32 @@ class InLaunch:
         codec: How they are quantized.
         buffer: uint8, the memory of their slots.
         starts: Where each slot begins, in bytes.
+        choosing: What does the same where a share of the blocks is chosen; empty if the launch does.
     """
 
     indices: tuple[int, ...]
     codec: WeightCodec
     buffer: Tensor
     starts: tuple[int, ...]
+    choosing: "tuple[Batch, ...]" = ()
 
     def only(self, indices: Container[int]) -> "InLaunch | None":
         """Return what is left with some of the tensors, None if that is nothing."""
         kept = [(index, start) for index, start in zip(self.indices, self.starts, strict=True) if index in indices]
         if not kept:
             return None
-        return replace(self, indices=tuple(index for index, _ in kept), starts=tuple(start for _, start in kept))
+        choosing = tuple(part for batch in self.choosing if (part := batch.only(indices)) is not None)
+        numbers, starts = zip(*kept, strict=True)
+        return replace(self, indices=numbers, starts=starts, choosing=choosing)
 
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
         """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        if share < 1.0 and self.choosing:
+            for batch in self.choosing:
+                batch.write(sources, slots, share, seed, statistics)
+            return
         own = [sources[index] for index in self.indices]
         book, size = self.codec.book, self.codec.block_size
         many().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
@@ -60,15 +70,20 @@ class Batch:
     Attributes:
         indices: Where they are in the group.
         codec: How they are quantized.
+        portions: For each tensor, of which whole it is which part; None for a whole.
     """
 
     indices: tuple[int, ...]
     codec: WeightCodec
+    portions: tuple[Portion | None, ...]
 
     def only(self, indices: Container[int]) -> "Batch | None":
         """Return what is left with some of the tensors, None if that is nothing."""
-        kept = tuple(index for index in self.indices if index in indices)
-        return replace(self, indices=kept) if kept else None
+        kept = [pair for pair in zip(self.indices, self.portions, strict=True) if pair[0] in indices]
+        if not kept:
+            return None
+        numbers, portions = zip(*kept, strict=True)
+        return replace(self, indices=numbers, portions=portions)
 
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
@@ -82,8 +97,8 @@ class Batch:
         counts = [each.numel() // size for each in padded]
         if share < 1.0:
             chosen = [
-                chosen_blocks(index, count, share, seed, values.device)
-                for index, count in zip(self.indices, counts, strict=True)
+                self._chosen(index, portion, count, share, seed).to(values.device)
+                for index, portion, count in zip(self.indices, self.portions, counts, strict=True)
             ]
             values = torch.where(torch.cat(chosen)[:, None], values, together.view(-1, size))
         for index, each, part in zip(self.indices, rows, torch.split(values, counts), strict=True):
@@ -92,45 +107,64 @@ class Batch:
             if statistics is not None:
                 statistics[index] = measure(sources[index], slot)
 
+    def _chosen(self, index: int, portion: Portion | None, count: int, share: float, seed: int) -> Tensor:
+        if portion is None:
+            return chosen_blocks(index, count, share, seed)
+        return are_chosen(index, portion.block_numbers(self.codec.block_size, self.codec.axis), share, seed)
 
-def batches(tensors: Sequence[Tensor], slots: Sequence[Tensor], codec: WeightCodec) -> list[Batch | InLaunch]:
+
+def batches(
+    tensors: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    codec: WeightCodec,
+    portions: Sequence[Portion | None] = (),
+) -> list[Batch | InLaunch]:
     """Sort tensors by how they are quantized; empty ones need nothing.
 
     Args:
         tensors: Dense in memory, all on one device.
         slots: One for each, of the same shape, strides and dtype; those of one dtype in one storage.
         codec: How they are quantized.
+        portions: For each tensor, of which whole it is which part; None for a whole. Empty if all are wholes.
 
     Raises:
         ValueError: If a tensor has no such axis.
     """
+    portions = portions or [None] * len(tensors)
     launched: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
     others: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        fitted = codec.fitted(tensor.shape)
+    for index, (tensor, portion) in enumerate(zip(tensors, portions, strict=True)):
+        fitted = codec.fitted(tensor.shape if portion is None else portion.shape)
         if not tensor.numel():
             continue
-        if has_kernels(tensor) and fitted.runs_along_memory(tensor):
-            fitted = WeightCodec(fitted.codebook, fitted.block_size)
-            launched.setdefault((tensor.dtype, fitted), []).append(index)
-        else:
-            others.setdefault((tensor.dtype, fitted), []).append(index)
+        run = launched if has_kernels(tensor) and fitted.runs_along_memory(tensor) else others
+        run.setdefault((tensor.dtype, fitted), []).append(index)
     return [
-        *(_in_launch(indices, slots, fitted) for (_, fitted), indices in launched.items()),
-        *(batch for (_, fitted), indices in others.items() for batch in _cut(indices, tensors, fitted)),
+        *(_in_launch(each, tensors, slots, fitted, portions) for (_, fitted), each in launched.items()),
+        *(batch for (_, fitted), each in others.items() for batch in _cut(each, tensors, fitted, portions)),
     ]
 
 
-def _in_launch(indices: list[int], slots: Sequence[Tensor], codec: WeightCodec) -> InLaunch:
+def _in_launch(
+    indices: list[int],
+    tensors: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    codec: WeightCodec,
+    portions: Sequence[Portion | None],
+) -> InLaunch:
     storage = slots[indices[0]].untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     starts = tuple(int(slots[index].storage_offset()) * slots[index].element_size() for index in indices)
-    return InLaunch(tuple(indices), codec, buffer, starts)
+    are_parts = any(portions[index] is not None for index in indices)
+    choosing = tuple(_cut(indices, tensors, codec, portions)) if are_parts else ()
+    return InLaunch(tuple(indices), WeightCodec(codec.codebook, codec.block_size), buffer, starts, choosing)
 
 
-def _cut(indices: list[int], tensors: Sequence[Tensor], codec: WeightCodec) -> Iterator[Batch]:
+def _cut(
+    indices: list[int], tensors: Sequence[Tensor], codec: WeightCodec, portions: Sequence[Portion | None]
+) -> Iterator[Batch]:
     while indices:
         totals = accumulate(tensors[index].numel() for index in indices)
         count = max(1, sum(total <= BATCH for total in totals))
-        yield Batch(tuple(indices[:count]), codec)
+        yield Batch(tuple(indices[:count]), codec, tuple(portions[index] for index in indices[:count]))
         indices = indices[count:]
