@@ -1,4 +1,4 @@
-"""What is quantized while training, and when: rules over names, and a schedule that is a function of the step."""
+"""Configure QAT: rules that select by name, and a schedule over the global step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from q8lightning.system.arguments import check_keys
 
 
 def _check_types(rule: Any) -> None:
-    """Refuse what is no integer, bool or pattern where one belongs: a string of YAML, most of the time."""
+    """Refuse values of another type than an integer's, bool's or pattern's field has, such as a string from YAML."""
     for each in fields(rule):
         value: Any = getattr(rule, each.name)
         kind: Any = each.type
@@ -22,16 +22,16 @@ def _check_types(rule: Any) -> None:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """Parameters whose name matches ``pattern`` are trained with this codec.
+    """Train the parameters whose name matches ``pattern`` with a codec.
 
     Args:
-        pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``; ``*`` also matches
-            dots. Parameters of a compiled module match by the name that they have without ``_orig_mod``, too.
+        pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``. ``*`` also matches
+            dots. In a compiled module, names match with and without ``_orig_mod``.
         codebook: A codebook's name, the levels of one, or None to leave these parameters as they are.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
-        axis: None: blocks run along the flattened tensor, in the order of memory. Otherwise the axis of the channels
-            (0 for Linear, Conv and Embedding): no block crosses a channel; with a block size of at least a channel's
-            elements there is one scale a channel.
+        axis: The axis of the channels (0 for Linear, Conv and Embedding), which no block crosses. A block size of at
+            least a channel's elements gives one scale a channel. None: blocks run along the flattened tensor, in the
+            order of memory.
 
     Raises:
         ValueError: If the codebook or the block size does not fit.
@@ -52,7 +52,7 @@ class WeightRule:
             raise ValueError(f"weight rule for {self.pattern!r}: {error}") from None
 
     def resolve(self) -> WeightCodec | None:
-        """Return the codec that this rule asks for, None for weights that stay as they are."""
+        """Return the codec, None if the parameters stay as they are."""
         if self.codebook is None:
             return None
         assert isinstance(self.codebook, str)
@@ -61,13 +61,13 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """What modules whose name matches ``pattern`` receive is quantized as it arrives, with the range of the moment.
+    """Quantize the inputs of modules whose name matches ``pattern``, each with scales of its own.
 
     Args:
-        pattern: Shell-style pattern over the full module name, for compiled modules as for parameters; the first rule
-            that matches a module decides.
-        codebook: A codebook's name, the levels of one, or None to leave what these modules receive as it is.
-        per: ``"token"``: one scale for each vector along the last axis. ``"tensor"``: one scale for all of it.
+        pattern: Shell-style pattern over the full module name, with and without ``_orig_mod``. The first rule that
+            matches a module decides.
+        codebook: A codebook's name, the levels of one, or None to leave these inputs as they are.
+        per: ``"token"`` for one scale for each vector along the last axis, ``"tensor"`` for one scale an input.
 
     Raises:
         ValueError: If the codebook or ``per`` is unknown.
@@ -92,7 +92,7 @@ class ActivationRule:
 
 @dataclass(frozen=True)
 class FreezeRule:
-    """Parameters whose name matches ``pattern`` keep their values from a global step on: no optimizer updates them.
+    """Let no optimizer update the parameters whose name matches ``pattern`` from a global step on.
 
     Args:
         pattern: Shell-style pattern over the full parameter name.
@@ -116,22 +116,22 @@ class QATConfig:
     """Which weights and activations are quantized in the forward and backward pass, and at which steps.
 
     Args:
-        weights: Rules, or mappings of their arguments; the first that matches a parameter decides, so several rules
-            give mixed precision. The default takes every weight of rank 2 or more as 8-bit ``linear``.
+        weights: Rules, or mappings of their arguments. The first that matches a parameter decides, so several rules
+            give mixed precision. The default quantizes every parameter of rank 2 or more to 8-bit ``linear``.
         exclude: Patterns of parameters that are never quantized.
         exclude_first_and_last: Never quantize the first and the last layer, in the order in which the model registers
             its modules.
         min_rank: Parameters of a lower rank (biases, norms) are never quantized, whatever the rules say.
-        activations: Rules, or mappings of their arguments, for what modules receive.
+        activations: Rules, or mappings of their arguments, for the inputs of modules.
         start_step: The first global step (count of optimizer steps) that is quantized.
         end_step: The first global step that is not quantized any more; None for never.
-        ramp: Over so many steps from ``start_step`` on the share of the blocks that is quantized grows to 1, a new
-            random choice of blocks at each step (Quant-Noise, arXiv:2004.07320). Evaluation quantizes all of them.
-        freeze: Rules, or mappings of their arguments, for parameters that stop to change at a step.
+        ramp: The number of steps, from ``start_step`` on, over which the share of quantized blocks grows to 1. Each
+            step chooses its blocks at random (Quant-Noise, arXiv:2004.07320). Evaluation quantizes all blocks.
+        freeze: Rules, or mappings of their arguments, for parameters that stop changing at a step.
         seed: Seeds the random choices of the ramp.
-        follow_steps: In so many quantized training steps, and as many evaluation steps, writes to weights are followed
-            to the masters before there is a first one; from then on in every step. A write that begins later stops the
-            training. 0: none is followed before.
+        follow_steps: The number of quantized training steps, and of evaluation steps, in which writes to weights are
+            followed to the masters. After a first write they are followed in every step. A write that begins later
+            stops the training. 0 follows no step.
 
     Raises:
         ValueError: If a rule is wrong (the message says which), the steps are out of order or negative, or nothing
@@ -190,15 +190,15 @@ class QATConfig:
 
     @property
     def freeze_rules(self) -> tuple[FreezeRule, ...]:
-        """The rules for parameters that stop to change."""
+        """The rules for parameters that stop changing."""
         return _rules("freeze", FreezeRule, self.freeze)
 
     @staticmethod
     def of(config: "QATConfig | Mapping[str, Any]") -> "QATConfig":
-        """Return the configuration, made from a mapping of its arguments if it is one.
+        """Return a configuration, or make one of a mapping of its arguments.
 
         Raises:
-            ValueError: If it is something else, or the mapping has other keys.
+            ValueError: If it is neither, or a key of the mapping is unknown.
         """
         if isinstance(config, QATConfig):
             return config
@@ -220,7 +220,7 @@ class QATConfig:
         return min(1.0, (step - self.start_step + 1) / self.ramp) if self.ramp else 1.0
 
     def seed_at(self, step: int) -> int:
-        """Return the seed of the ramp's choice at a step: one that was and one that will be never give the same."""
+        """Return the seed of the ramp's choice at a step. Different steps of a run have different seeds."""
         return (self.seed * 0x9E3779B1 + step) & 0xFFFFFFFF
 
 
@@ -247,7 +247,7 @@ def _rule(where: str, kind: type[R], rule: Any) -> R:
 
 
 def _meant(config: Any) -> str:
-    """Return what whoever passed ``config`` as ``qat`` probably meant."""
+    """Return what was probably meant by something that is no configuration."""
     if isinstance(config, str):
         return f"{{'weights': [{{'codebook': {config!r}}}]}}"
     if isinstance(config, Sequence):

@@ -1,4 +1,4 @@
-"""Sums over the bits of weights, which tell whether somebody wrote to their memory behind torch's back."""
+"""Sums over the bits of engaged weights, to find writes that torch does not count."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,37 +8,41 @@ from torch import Tensor
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers that are as wide as floats of so many bytes."""
 
 
 class Fingerprints:
-    """What engaged weights looked like when they were last written.
+    """The sums of engaged weights, to compare them when the weights are released.
 
     Args:
         places: The group of each weight and its index there, by the identity of the weight.
     """
 
     def __init__(self, places: Mapping[int, tuple[FakeQuantizeGroup, int]]) -> None:
-        self.of_all = False
-        """Whether all weights are compared when they are released, or only those that somebody asks for."""
+        self.compare_all = False
+        """Whether all weights are compared; otherwise only those whose memory somebody asked for."""
         self._places = places
-        self._taken: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
 
     def __contains__(self, weight: object) -> bool:
-        return weight in self._taken
+        return weight in self._sums
 
-    def take(self, weights: Iterable[int]) -> None:
-        """Take down what weights look like now."""
+    def record(self, weights: Iterable[int]) -> None:
+        """Compute the sums of weights, given by their identity, and keep them."""
         for weight in weights:
-            self._taken[weight] = self._sum(weight)
+            self._sums[weight] = self._sum(weight)
 
-    def altered(self) -> list[int]:
-        """Return the weights that look different now, aside from those whose masters were written to."""
-        known = [weight for weight in self._taken if not self._is_written(weight)]
-        return [weight for weight in known if bool(self._taken[weight] != self._sum(weight))]
+    def changed(self) -> list[int]:
+        """Return the weights whose sum has changed.
 
-    def forget(self) -> None:
-        """Forget everything that was taken down."""
-        self._taken = {}
+        A weight whose master was written to is left out: its quantized values are out of date.
+        """
+        compared = [weight for weight in self._sums if not self._is_written(weight)]
+        return [weight for weight in compared if bool(self._sums[weight] != self._sum(weight))]
+
+    def clear(self) -> None:
+        """Forget all sums."""
+        self._sums = {}
 
     def _is_written(self, weight: int) -> bool:
         group, index = self._places[weight]

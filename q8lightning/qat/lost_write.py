@@ -1,4 +1,4 @@
-"""What stops a training before a write to a quantized weight is lost."""
+"""The error that stops a training before a write to a quantized weight is lost."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,28 @@ REMEDIES = (
     " `with q8lightning.masters(module):`, or leave the parameter as it is with QATConfig(exclude=[...])"
 )
 
-AFTERWARDS = (
-    "it was found only afterwards, as no step is followed beside compiled code, nor after the first ones if they"
-    " write nothing"
+NOT_FOLLOWED = (
+    "it was found only after the step; steps are not followed beside compiled code, nor after the first ones if those"
+    " wrote nothing"
 )
-"""Why a write is lost that nobody followed."""
+"""Why a write is lost in a step that was not followed."""
 
-BESIDE_COMPILED = "compiled code runs in the same steps, and nobody can follow what it reads and computes"
+BESIDE_COMPILED = "compiled code runs in the same steps, and what it reads and computes cannot be followed"
+"""Why a write is lost in a step that runs compiled code."""
 
 
 class LostWriteError(RuntimeError):
-    """Somebody wrote to a weight inside a step, and the write cannot reach the master, the weight in full precision.
+    """A step wrote to a weight in a way that cannot reach the master, the weight in full precision.
 
     What helps: write in a hook such as ``on_train_batch_end``, write inside ``with q8lightning.masters(module):``, or
-    leave the weight as it is (``QATConfig(exclude=[...])``). ``docs/qat.md`` says which writes arrive.
+    leave the weight as it is (``QATConfig(exclude=[...])``). ``docs/qat.md`` says which writes reach the master.
 
     Args:
         names: The weights' names.
-        why: What is special about the write.
+        why: Why the write cannot reach the master.
     """
 
-    def __init__(self, names: Sequence[str], why: str = AFTERWARDS) -> None:
+    def __init__(self, names: Sequence[str], why: str = NOT_FOLLOWED) -> None:
         several = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         super().__init__(
             f"a step wrote to {several} while it held quantized values, and the write would not reach the master as it"

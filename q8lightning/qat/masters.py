@@ -1,4 +1,4 @@
-"""The masters, for code that runs while the weights are quantized."""
+"""Put the masters in place for code of the user that runs inside a step."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,15 +12,15 @@ from q8lightning.qat.fake_quantizer import open_quantizers
 def masters(module: nn.Module) -> Iterator[None]:
     """Put the masters into the parameters of a module, in the middle of a step that trains with quantized weights.
 
-    What is written to them there is what the next forward pass quantizes. A forward pass in there runs in full
-    precision. Where nothing is quantized, as without QAT, nothing happens, so a model may always use it. All quantized
-    weights of the run are released, also those outside of ``module``.
+    The next forward pass quantizes what was written to them. A forward pass inside the context runs in full precision.
+    Without QAT nothing happens, so a model may always use it. All quantized weights of the run are released, also
+    those outside of ``module``.
 
     Args:
         module: The model, or a part of it.
 
     Raises:
-        LostWriteError: If somebody wrote to a weight before, while it held its quantized values.
+        LostWriteError: If a weight was written to before, while it held its quantized values.
 
     Example:
         >>> import torch

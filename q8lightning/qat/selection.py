@@ -1,4 +1,4 @@
-"""Which parameters and modules of a model the rules select; what cannot work is refused here, before the first step."""
+"""Select the parameters and modules of a model that are quantized, and refuse those that cannot be."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ class SelectedWeight:
     """A parameter that is trained quantized.
 
     Attributes:
-        names: Its full names, several where it is tied; the first is what ``named_parameters`` calls it.
+        names: Its full names, several if it is tied. The first is what ``named_parameters`` calls it.
         parameter: The parameter itself.
         codec: How it is quantized.
     """
@@ -47,7 +47,7 @@ class Selection:
     Attributes:
         weights: The parameters that are trained quantized, in the order of the model.
         modules: The modules whose inputs are quantized.
-        frozen: The parameters that stop to change, each with the step at which.
+        frozen: The parameters that stop changing, each with the first step whose update it misses.
     """
 
     weights: list[SelectedWeight]
@@ -55,9 +55,9 @@ class Selection:
     frozen: list[tuple[nn.Parameter, int]]
 
     def change_to(self, other: "Selection") -> str | None:
-        """Return what is quantized in another selection and not in this one, and the other way round; None if equal.
+        """Describe what another selection adds, replaces and drops; None if it is the same.
 
-        A name that stands for another parameter or module counts.
+        A name that stands for another parameter or module was replaced.
         """
         before, after = self._named(), other._named()
         changes = {
@@ -78,11 +78,11 @@ def select(module: nn.Module, config: QATConfig, again: bool = False) -> Selecti
     Args:
         module: The model.
         config: The rules.
-        again: Whether the model is in training and has changed. Patterns may match nothing then.
+        again: Whether the model has changed during a run. Patterns may match nothing then.
 
     Raises:
         ValueError: If a pattern matches nothing that could be quantized, an axis does not exist, or a selected
-            parameter cannot be changed in place: not initialized, not dense in memory, sharded.
+            parameter cannot be changed in place, because it is lazy, not dense in memory, or sharded.
     """
     tied = _names_by_parameter(module)
     modules = _called_modules(module)
@@ -125,7 +125,7 @@ def _select_weights(module: nn.Module, tied: Sequence["_Tied"], config: QATConfi
 
 
 def _called_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by name, except the model and what ``torch.compile`` puts around a module: it has a name."""
+    """Return the modules by name, without the model and without the wrappers of ``torch.compile``."""
     return {name: each for name, each in module.named_modules() if _uncompiled(name) and not is_compiled_wrapper(each)}
 
 
@@ -147,14 +147,14 @@ def _select_modules(module: nn.Module, modules: Mapping[str, nn.Module], config:
 
 
 def _past_hooks(module: nn.Module) -> set[int]:
-    """Return the ids of modules that allow no hooks, or whose weights the module around them uses without a call."""
+    """Return the ids of modules whose hooks never run: ScriptModules, and parts that attention uses without a call."""
     attention = (each for each in module.modules() if isinstance(each, nn.MultiheadAttention))
     parts = {id(part) for each in attention for part in each.children()}
     return parts | {id(each) for each in module.modules() if isinstance(each, torch.jit.ScriptModule)}
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], weights: Sequence[SelectedWeight]) -> None:
-    """Refuse optimizers that cannot be surrounded: the closure evaluated repeatedly, or a step inside backward.
+    """Refuse optimizers that evaluate their closure several times a step, or that step inside backward.
 
     Raises:
         ValueError: Naming the optimizer or the parameter.
@@ -202,7 +202,7 @@ def _names_by_parameter(module: nn.Module) -> list[_Tied]:
 
 def _eligible(parameter: Tensor, min_rank: int) -> bool:
     if isinstance(parameter, UninitializedParameter):
-        return True  # refused by _check_in_place, if a rule selects it
+        return True  # if a rule selects it, _check_in_place refuses it
     return parameter.dtype in FLOATS and parameter.ndim >= min_rank and parameter.numel() > 0
 
 

@@ -1,4 +1,4 @@
-"""Which parameters were trained quantized, for whoever saves them, also when training is over."""
+"""The parameters that were trained quantized, for saves during and after training."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from q8lightning.quantization.codecs.weight import WeightCodec
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """The parameters that were selected last, to be known under whatever names they have now.
+    """The weights of the last selection. They are known by identity, since their names may change.
 
     Attributes:
         weights: The selected weights.
@@ -19,13 +19,13 @@ class TrainedWeights:
     weights: tuple[SelectedWeight, ...] = ()
 
     def codecs(self, module: nn.Module) -> dict[str, WeightCodec]:
-        """Return how each parameter of a model that was trained quantized is quantized, by all of its names."""
+        """Return the codec of each parameter of a model that was trained quantized, by all of its present names."""
         codecs = {weight.parameter: weight.codec for weight in self.weights}
         named = module.named_parameters(remove_duplicate=False)
         return {name: codecs[each] for name, each in named if each in codecs}
 
     def replaced(self, module: nn.Module) -> list[str]:
-        """Return the names that stand for other parameters now than for those that were trained quantized."""
+        """Return the names of selected weights that stand for other parameters now."""
         trained = {weight.parameter for weight in self.weights}
         named = dict(module.named_parameters(remove_duplicate=False))
         names = (name for weight in self.weights for name in weight.names)

@@ -434,9 +434,10 @@ def test_a_compiled_model_that_ran_before_trains_as_an_eager_one(way: str, tmp_p
 def test_patterns_match_by_the_names_with_and_without_the_compiled_module() -> None:
     compiled = nn.ModuleDict({"net": torch.compile(sequence(), backend="eager")})
     for pattern in ("net.0.weight", "net._orig_mod.0.weight"):
-        assert set(FakeQuantizer(compiled, QATConfig([WeightRule(pattern)])).codecs) == {"net._orig_mod.0.weight"}
+        (weight,) = FakeQuantizer(compiled, QATConfig([WeightRule(pattern)])).weights
+        assert weight.names == ("net._orig_mod.0.weight",)
         excluded = FakeQuantizer(compiled, QATConfig(exclude=[pattern]))
-        assert set(excluded.codecs) == {"net._orig_mod.2.weight"}
+        assert [each.names for each in excluded.weights] == [("net._orig_mod.2.weight",)]
     inner = compiled["net"]._orig_mod  # type: ignore[union-attr]
     for pattern, modules in (
         ("net", [inner]),

@@ -26,8 +26,8 @@ def layers() -> nn.Module:
 
 
 def selected(module: nn.Module, **options: Any) -> dict[str, tuple[str, int, int | None]]:
-    codecs = FakeQuantizer(module, QATConfig(**options)).codecs
-    return {name: (codec.codebook, codec.block_size, codec.axis) for name, codec in codecs.items()}
+    named = {name: each.codec for each in FakeQuantizer(module, QATConfig(**options)).weights for name in each.names}
+    return {name: (codec.codebook, codec.block_size, codec.axis) for name, codec in named.items()}
 
 
 # Selection

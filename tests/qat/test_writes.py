@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import q8lightning
 from q8lightning import LostWriteError, QATConfig, QuantizationCallback, WeightRule
-from q8lightning.qat.writes.follow import COMPARED
+from q8lightning.qat.writes.follow import COMPARED_FIRST
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=32)])
 NOT_FOLLOWED = replace(QAT, follow_steps=0)
@@ -481,25 +481,25 @@ def through_numpy(pair: Pair) -> None:
     pair.k[0].weight.copy_(torch.from_numpy(pair.q[0].weight.detach().numpy() * 0.5))
 
 
-@lost("computed with quantized values")
+@lost("what was written was computed from quantized values")
 @torch.no_grad()
 def kept_in_a_buffer(pair: Pair) -> None:
     pair.u[0] = pair.q[0].weight[0, 0]
     pair.k[0].weight[0].copy_(pair.u)
 
 
-@lost("made of what was computed with quantized values")
+@lost("replaced by a parameter that was computed from quantized values")
 def made_anew(pair: Pair) -> None:
     pair.k[0].weight = nn.Parameter(pair.k[0].weight * 0.5, requires_grad=False)
 
 
-@lost("found only afterwards")
+@lost("found only after the step")
 def behind_torchs_back(pair: Pair) -> None:
     memory = pair.k[0].weight.detach().numpy()
     memory += 1
 
 
-@lost("found only afterwards")
+@lost("found only after the step")
 def through_the_storage(pair: Pair) -> None:
     ctypes.memset(pair.k[0].weight.data_ptr(), 0, 4)
 
@@ -523,13 +523,13 @@ def test_a_write_that_begins_late_stops_the_run(kind: str, where: str, tmp_path:
 
     def late(pair: Pair) -> None:
         calls.append(1)
-        if len(calls) == COMPARED + 1:
+        if len(calls) == COMPARED_FIRST + 1:
             EXACT[kind](pair)
 
     qat = replace(QAT, follow_steps=1)
     with pytest.raises(LostWriteError, match=r"net\.[qk]\.\d\.weight"):
-        train(tmp_path, Writer(late, where), QuantizationCallback(None, qat=qat), max_steps=COMPARED + 2)
-    assert len(calls) == COMPARED + 1
+        train(tmp_path, Writer(late, where), QuantizationCallback(None, qat=qat), max_steps=COMPARED_FIRST + 2)
+    assert len(calls) == COMPARED_FIRST + 1
 
 
 @pytest.mark.parametrize("where", ["training", "forward", "validation"])

@@ -1,1 +1,1 @@
-"""Writes to engaged weights inside a step: followed to the masters, or refused with a name."""
+"""Follow writes to engaged weights inside a step to the masters, or refuse them with the weight's name."""

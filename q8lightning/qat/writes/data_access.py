@@ -1,6 +1,6 @@
-"""Notice who asks an engaged weight for its ``data``: what is written there in place leaves no other trace.
+"""Notice when code asks an engaged weight for its ``data``: torch does not count what is written there in place.
 
-``nn.Parameter`` gets a property of that name while somebody trains with quantized weights, and loses it after that.
+``nn.Parameter`` has a property of that name while a model trains with quantized weights.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ _plain: Any = torch.Tensor.data  # the descriptor, not a tensor
 
 
 class DataAccess:
-    """Whether accesses are noticed; several may be open at once."""
+    """Notices accesses to ``data`` until it is closed. Several may be open at once."""
 
     _open = 0
 
@@ -25,7 +25,7 @@ class DataAccess:
         self._closed = False
 
     def close(self) -> None:
-        """Leave ``nn.Parameter`` as it was, once the last one is closed."""
+        """Stop noticing accesses. The last one that is closed restores ``nn.Parameter``."""
         if self._closed:
             return
         self._closed = True
@@ -36,5 +36,5 @@ class DataAccess:
 
 def _read(parameter: nn.Parameter) -> Tensor:
     for quantizer in open_quantizers():
-        quantizer.touched(id(parameter))
+        quantizer.note_access(id(parameter))
     return _plain.__get__(parameter)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Torch's attention evaluates on a fast path of its own, which it leaves while a mode follows its calls."""
+"""Keep torch's attention on its fast path in evaluation, which torch leaves while a mode follows its calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,19 @@ from q8lightning.qat.writes.shadow_mode import ShadowMode
 from q8lightning.system.private_names import resolve
 
 FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""The modules that have a fast path."""
 
 
 @contextmanager
 def fast_paths(mode: ShadowMode, model: nn.Module) -> Iterator[None]:
-    """Interrupt following, which is active, for attention that evaluates and in which no code of the user's runs.
+    """Stop following inside attention that evaluates, if it runs no code of the user's.
 
-    The fast path rounds otherwise, and writes zeros where the input is padded: losses would differ.
+    The fast path rounds differently, and writes zeros where the input is padded. Without it, losses would differ from
+    those of a step that is not followed.
+
+    Args:
+        mode: The mode that follows, which is active.
+        model: The model, which evaluates or trains inside the context.
     """
     if not any(type(each) in FAST for each in model.modules()):
         yield
@@ -29,8 +35,8 @@ def fast_paths(mode: ShadowMode, model: nn.Module) -> Iterator[None]:
         if type(module) not in FAST or module.training or left or torch.compiler.is_compiling():
             return
         modes = resolve("torch.overrides", "_get_current_function_mode_stack")()
-        # With another mode, the fast path would not be taken without us either.
-        if modes == [mode] and _is_of_torch(module) and mode.settled(args):
+        # Beside another mode torch leaves the fast path anyway.
+        if modes == [mode] and _is_of_torch(module) and mode.may_leave(args):
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             left.append(module)
 
@@ -39,7 +45,7 @@ def fast_paths(mode: ShadowMode, model: nn.Module) -> Iterator[None]:
             left.pop()
             mode.__enter__()  # type: ignore[no-untyped-call]
 
-    # Hooks of the modules themselves would keep them from the fast path, too.
+    # A module with hooks of its own does not take the fast path, so the hooks are global.
     handles = [register_module_forward_pre_hook(leave), register_module_forward_hook(enter, always_call=True)]
     try:
         yield
@@ -49,6 +55,7 @@ def fast_paths(mode: ShadowMode, model: nn.Module) -> Iterator[None]:
 
 
 def _is_of_torch(module: nn.Module) -> bool:
+    """Tell whether a module and its parts are torch's own, without hooks."""
     parts = list(module.modules())
     hooked = any(each._forward_hooks or each._forward_pre_hooks for each in parts)
     return not hooked and all(type(each).__module__.startswith("torch.nn.") for each in parts)

@@ -1,7 +1,8 @@
-"""When writes to quantized weights are followed: in the first steps, and from the first write on in every step.
+"""Decide in which steps writes to quantized weights are followed.
 
-Following costs a few microseconds for every call of torch. In steps that are not followed a write is found when the
-weights are released, and stops the training (:class:`~q8lightning.qat.lost_write.LostWriteError`).
+They are followed in the first steps, and from the first write on in every step, since following costs a few
+microseconds for each call of torch. In a step that is not followed, a write is found when the weights are released, and
+stops the training (:class:`~q8lightning.qat.lost_write.LostWriteError`).
 """
 
 from collections import Counter
@@ -15,19 +16,19 @@ from q8lightning.qat.writes.fast_paths import fast_paths
 from q8lightning.qat.writes.max_norm import renormalize_masters
 from q8lightning.qat.writes.shadow_mode import ShadowMode
 
-COMPARED = 3
-"""Quantized steps of a stage after which the first values are compared with what they were before."""
+COMPARED_FIRST = 3
+"""In so many first steps of a stage the bits of all weights are compared when they are released."""
 
-EVERY = 50
-"""And every so many steps after them."""
+COMPARED_EVERY = 50
+"""After the first steps, the bits are compared once in so many steps."""
 
 
 class WriteFollower:
-    """Watches the steps of a run.
+    """Follows the writes of a run's steps, or finds them when a step is over.
 
     Args:
-        quantizer: Whose weights. Its configuration says how many steps are followed before the first write. If a part
-            of the model is compiled, no step is followed: writes are only found.
+        quantizer: Has the weights, and in its configuration how many steps are followed before the first write. If a
+            part of the model is compiled, no step is followed.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
@@ -38,7 +39,7 @@ class WriteFollower:
         self._attach()
 
     def _attach(self) -> None:
-        """Take over what the quantizer has selected."""
+        """Get ready for the quantizer's present selection."""
         self._places = self._quantizer.places
         self._handles = renormalize_masters(self._quantizer)
         if compiled_modules(self._quantizer.module):
@@ -51,15 +52,18 @@ class WriteFollower:
             handle.remove()
 
     def close(self) -> None:
-        """Take all hooks off the model."""
+        """Remove all hooks from the model."""
         self._detach()
         self._access.close()
 
     def begin(self, stage: str) -> None:
-        """Follow the quantizer, and decide whether the weights are compared when they are released.
+        """Prepare for a step: notice a new selection, and decide whether the bits of weights are compared after it.
+
+        Args:
+            stage: ``"training"`` or ``"evaluation"``, whose steps are counted apart.
 
         Raises:
-            LostWriteError: If a parameter that is selected now was made, inside a step, of quantized values.
+            LostWriteError: If a newly selected parameter was computed from quantized values, inside a step.
         """
         if self._places is not self._quantizer.places:
             before = self._places
@@ -67,21 +71,24 @@ class WriteFollower:
             self._attach()
             if self._mode is not None:
                 new = (each for each in self._quantizer.weights if id(each.parameter) not in before)
-                self._mode.refuse_made((each.names[0], each.parameter) for each in new)
+                self._mode.refuse_computed((each.names[0], each.parameter) for each in new)
         count = self._steps[stage]
-        self._quantizer.fingerprints.of_all = count < COMPARED or count % EVERY == 0
+        self._quantizer.fingerprints.compare_all = count < COMPARED_FIRST or count % COMPARED_EVERY == 0
 
     @contextmanager
     def step(self, stage: str) -> Iterator[None]:
-        """Surround a step of the user's, in which weights are engaged.
+        """Surround the user's code of a step, and follow its writes where that is due.
+
+        Args:
+            stage: As for :meth:`begin`.
 
         Raises:
-            LostWriteError: If somebody writes to a weight, and the write cannot reach the master.
+            LostWriteError: If the code writes to a weight, and the write cannot reach the master.
         """
         mode, count = self._mode, self._steps[stage]
         self._steps[stage] += self._quantizer.engaged
-        unwatched = count >= self._quantizer.config.follow_steps
-        if mode is None or not self._quantizer.engaged or (unwatched and not mode.writes):
+        past_first = count >= self._quantizer.config.follow_steps
+        if mode is None or not self._quantizer.engaged or (past_first and not mode.writes):
             yield
             return
         mode.begin()
@@ -90,7 +97,7 @@ class WriteFollower:
             with mode, fast_paths(mode, self._quantizer.module):
                 yield
             mode.end()
-            mode.refuse_made(self._quantizer.replaced())
+            mode.refuse_computed(self._quantizer.replaced())
         finally:
             self._quantizer.followed = False
             if mode.compiled:
@@ -98,7 +105,7 @@ class WriteFollower:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Surround what belongs to no step, such as backward: nothing is followed."""
+        """Surround what is not the user's code, such as backward: nothing is followed."""
         mode = self._mode
         if mode is None:
             yield

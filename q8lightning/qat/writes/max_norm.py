@@ -14,7 +14,10 @@ from q8lightning.qat.fake_quantizer import FakeQuantizer
 def renormalize_masters(quantizer: FakeQuantizer) -> list[RemovableHandle]:
     """Let every embedding with ``max_norm`` and a selected weight renormalize its master, then look up quantized rows.
 
-    Those in compiled modules are left alone, so that nothing breaks their graphs; a write there is an error.
+    Embeddings in compiled modules are left out, since a hook would break their graph. A write there is an error.
+
+    Returns:
+        The handles of the hooks.
     """
     compiled = compiled_modules(quantizer.module)
     handles: list[RemovableHandle] = []
@@ -29,7 +32,11 @@ def renormalize_masters(quantizer: FakeQuantizer) -> list[RemovableHandle]:
 
 
 class _Renormalize:
-    """Hooks of an embedding; copies of the module carry copies of these, which do nothing."""
+    """The hooks of one embedding. Those of a copied module do nothing.
+
+    Args:
+        quantizer: What has the masters, which the hooks do not keep alive. None for a copy.
+    """
 
     def __init__(self, quantizer: FakeQuantizer | None = None) -> None:
         self._quantizer = (lambda: None) if quantizer is None else weakref.ref(quantizer)
@@ -43,12 +50,12 @@ class _Renormalize:
             return
         with torch.no_grad():
             torch.embedding_renorm_(master, indices.reshape(-1).contiguous(), module.max_norm, module.norm_type)
-        quantizer.wrote(id(module.weight))
-        quantizer.settle()
-        self._max_norm, module.max_norm = module.max_norm, None  # or it would renormalize the quantized rows
+        quantizer.note_write(id(module.weight))
+        quantizer.requantize()
+        self._max_norm, module.max_norm = module.max_norm, None  # otherwise the module renormalizes the quantized rows
 
     def after(self, module: nn.Embedding | nn.EmbeddingBag, *_: Any) -> None:
-        """Give the module its ``max_norm`` back, also when its forward raised."""
+        """Restore the module's ``max_norm``, also if its forward raised."""
         if self._max_norm is not None:
             module.max_norm, self._max_norm = self._max_norm, None
 

@@ -1,10 +1,13 @@
 """Let writes to quantized weights reach the masters, with the values that they would have without QAT.
 
-While weights are engaged, everybody sees their quantized values, but what the user writes belongs to the masters. So
-what is computed from weights is computed twice: as the user sees it, and from the masters. The second value is kept as
-the shadow of the first. A write to a weight happens to its master, with shadows for its inputs; the weight is quantized
-again when somebody reads it. What a layer returns (a linear map, a convolution, an embedding, attention) has no shadow,
-because layers compute with quantized weights.
+While weights are engaged, the user reads their quantized values, but what the user writes belongs to the masters. So
+whatever is computed from weights is computed twice: with quantized values, which the user sees, and with masters. The
+second result is the *shadow* of the first. A write to a weight changes its master, and takes the shadows of its
+arguments; the weight is quantized again when it is read next.
+
+What a layer returns (a linear map, a convolution, an embedding, attention) has no shadow, because layers are meant to
+compute with quantized weights. A tensor is *tainted* if it was computed from quantized values and has no shadow. A
+tainted tensor must not be written to a weight.
 """
 
 from __future__ import annotations
@@ -41,58 +44,62 @@ from q8lightning.system.private_names import resolve
 
 
 class ShadowMode(TorchFunctionMode):
-    """While it is active, every write to an engaged weight reaches its master, or raises.
+    """A mode in which every write to an engaged weight reaches its master, or raises.
 
     Args:
-        quantizer: Whose weights.
+        quantizer: Has the weights and their masters.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
         super().__init__()
         self.writes = False
-        """Whether there was a write, so that every step from now on has to be followed."""
+        """Whether there was a write. Then every later step has to be followed."""
         self.compiled = False
         """Whether compiled code has run, in which nothing can be followed."""
         self.paused = False
+        """Whether operators run as they are for now."""
         self._quantizer = quantizer
-        self._number = ""
+        self._reader = ""  # what read a number that differs for quantized values and masters
         self._written: set[int] = set()
         self._owners = StorageOwners(quantizer)
         self._shadows = Shadows(quantizer, self._owners)
 
     def begin(self) -> None:
-        """Begin a step: what Python took from weights in an earlier one is forgotten."""
-        self._number = ""
+        """Begin a step: numbers that were read in an earlier one no longer count."""
+        self._reader = ""
 
     def end(self) -> None:
-        """End a step, or following altogether: where compiled code runs, writes are only found.
+        """End a step. If compiled code ran in it, this also ends following.
 
         Raises:
-            LostWriteError: If compiled code ran, which may have read what was written to, or computed what is written.
+            LostWriteError: If compiled code ran and a weight was written to: the code may have read that weight, or
+                computed what was written.
         """
         if self.compiled:
             self._quantizer.followed = False
             self._refuse([each for each in self._written if each in self._quantizer.places], BESIDE_COMPILED)
 
-    def settled(self, arguments: Any) -> bool:
-        """Quantize again what was written to, and tell whether nothing in arguments has a shadow."""
-        self._quantizer.settle()
+    def may_leave(self, arguments: Any) -> bool:
+        """Tell whether code that takes these arguments may run without being followed.
+
+        It may if no argument has a shadow. Weights that were written to are quantized first, since the code may read
+        them.
+        """
+        self._quantizer.requantize()
         return not any(
-            self._shadows.value(each) is not None or self._shadows.is_spoiled(each) for each in tensors_in(arguments)
+            self._shadows.value(each) is not None or self._shadows.is_tainted(each) for each in tensors_in(arguments)
         )
 
-    def refuse_made(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Refuse parameters, by name, that were made in a step and took something of quantized values with them."""
-        names = [name for name, parameter in parameters if self._shadows.is_spoiled(parameter)]
+    def refuse_computed(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse parameters, given with their names, that a step computed from quantized values."""
+        names = [name for name, parameter in parameters if self._shadows.is_tainted(parameter)]
         if names:
-            raise LostWriteError(
-                names, "it was replaced by a parameter made of what was computed with quantized values"
-            )
+            raise LostWriteError(names, "it was replaced by a parameter that was computed from quantized values")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            self.compiled = True  # which is done again, afterwards, whenever the compiled code runs
+            self.compiled = True  # compiled code repeats this assignment whenever it runs
             return func(*args, **kwargs)
         if self.paused or self._quantizer.busy:
             return func(*args, **kwargs)
@@ -103,47 +110,48 @@ class ShadowMode(TorchFunctionMode):
         if name in ACCESSORS and getattr(func.__self__, "__name__", "") not in ALIASES:
             return func(*args, **kwargs)
         if name in PLAIN:
-            self._settle(tensors_in(args))  # kernels of somebody's own may read at an address
+            self._requantize_stale(tensors_in(args))  # a kernel of the user's may read at the address
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if not any(self._shadows.value(each) is not None for each in tensors):
-            return self._without(func, name, args, kwargs, tensors)
+            return self._run_without_shadows(func, name, args, kwargs, tensors)
         targets = targets_of(name, args, kwargs)
         if not self._quantizer.engaged:
-            return self._released(func, args, kwargs, targets)
+            return self._run_released(func, args, kwargs, targets)
         weights = [weight for each in targets if (weight := self._shadows.weight(each)) is not None]
-        # A parameter that is not quantized takes what it would take without QAT: values of the masters.
+        # A parameter that is not quantized takes what it would take without QAT: values computed from masters.
         ours = bool(weights) or (bool(targets) and all(map(self._is_other_parameter, targets)))
-        # Autograd refuses to write to what it differentiates: it shall do so here too.
+        # Autograd refuses in-place writes to what it differentiates. It has to see those calls as they are.
         refused = name != "__set__" and torch.is_grad_enabled() and any(each.requires_grad for each in targets)
         if ours and not refused and name not in RESHAPING:
             if name in ACCESSORS:
                 self._owners.moved = True
-            return self._write(func, args, kwargs, tensors, weights)
+            return self._run_on_masters(func, args, kwargs, tensors, weights)
         if name not in LAZY:
-            self._settle(tensors)
+            self._requantize_stale(tensors)
         if name in LAYERS and any(self._shadows.value(each) is None for each in tensors):
-            return self._layer(func, args, kwargs, tensors)
-        return self._both(func, name, args, kwargs, tensors, targets)
+            return self._run_layer(func, args, kwargs, tensors)
+        return self._run_twice(func, name, args, kwargs, tensors, targets)
 
-    def _write(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], weights: list[int]) -> Any:
-        """Run it with shadows only, so that what a graph has saved of the tensors stays as it is."""
+    def _run_on_masters(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], weights: list[int]) -> Any:
+        """Run a write with shadows only: a graph may have saved the quantized values for backward."""
         self._check(weights, tensors)
         with torch.no_grad():
             result = func(*self._shadows.swap(args), **self._shadows.swap(kwargs))
         self.writes = True
         for weight in weights:
-            self._take_down(weight)
+            self._note_write(weight)
         back = {id(self._shadows.swap(each)): each for each in tensors}
         return mapped(result, lambda each: back.get(id(each), each))
 
-    def _released(self, func: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> Any:
-        """Write to a master that is in place, with what was read when it was not."""
+    def _run_released(self, func: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> Any:
+        """Run an operator while the masters are in place: a write takes the shadows of what was read before."""
         if any(id(each) in self._quantizer.places for each in targets):
             return func(*self._shadows.swap(args), **self._shadows.swap(kwargs))
         return func(*args, **kwargs)
 
-    def _layer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+    def _run_layer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """Run a layer's function as it is, and refuse what it writes to its weights."""
         before = [version_of(each) for each in tensors]
         result = func(*args, **kwargs)
         moved = [each for each, version in zip(tensors, before, strict=True) if version_of(each) != version]
@@ -153,8 +161,10 @@ class ShadowMode(TorchFunctionMode):
         )
         return result
 
-    def _both(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]) -> Any:
-        """Run it with the tensors that are seen, then, with the same random numbers, with their shadows."""
+    def _run_twice(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], targets: list[Tensor]
+    ) -> Any:
+        """Run an operator with what the user sees, then with shadows and the same random numbers."""
         generators = (*args, *kwargs.values())
         before, random = [version_of(each) for each in tensors], random_states(tensors, generators)
         result = func(*args, **kwargs)
@@ -163,55 +173,55 @@ class ShadowMode(TorchFunctionMode):
         others = [each for each in written if self._shadows.value(each) is None]
         mixed = any(self._shadows.value(each) is None and not _is_parameter(each) for each in tensors)
         mixed = mixed and any(each.requires_grad for each in tensors_in(result))
-        # What was mixed with data and is differentiated is part of a forward pass.
-        if others or mixed or any(self._shadows.is_spoiled(each) for each in tensors):
+        # A differentiable result of weights and data is part of a forward pass, as what a layer returns.
+        if others or mixed or any(self._shadows.is_tainted(each) for each in tensors):
             self._refuse(weights, "the operator wrote to other tensors too")
-            self._shadows.spoil(others)
-            self._shadows.spoil(tensors_in(result))
+            self._shadows.taint(others)
+            self._shadows.taint(tensors_in(result))
             return result
         after = random_states(tensors, generators)
         set_random_states(random)
         try:
-            # What watches the user's operators, as selective checkpoints and counters of flops do, sees each once.
+            # Modes that watch operators, such as selective checkpointing and flop counters, must see each call once.
             with torch.no_grad(), resolve("torch.utils._python_dispatch", "_disable_current_modes")():
                 there = func(*self._shadows.swap(args), **self._shadows.swap(kwargs))
-        except Exception:  # the user's own call went well
+        except Exception:  # must not reach the user, whose call has succeeded
             self._refuse(weights, "the operator does not take the master")
-            self._shadows.spoil(tensors_in(result))
+            self._shadows.taint(tensors_in(result))
             return result
         finally:
             set_random_states(after)
         if name in NUMBERS and not same_numbers(result, there):
-            self._number = self._number or name.strip("_")
+            self._reader = self._reader or name.strip("_")
         self._shadows.pair(result, there, tensors)
         for weight in (*weights, *self._owners.masters_in(map(self._shadows.swap, targets))):
-            self._take_down(weight)
+            self._note_write(weight)
         return result
 
-    def _without(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Run what no weight takes part in, unless it is a view of one, or what a state dict shows of a master."""
+    def _run_without_shadows(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """Run an operator whose arguments have no shadow: it may still write to a master's memory, or hand taint on."""
         targets = targets_of(name, args, kwargs) if self._quantizer.engaged else []
         masters = self._owners.masters_in(targets)
         if masters:
             self._check(masters, tensors)
         self._refuse(
             self._owners.shown_in(targets),
-            "it went through a view that was taken outside of the steps that are followed",
+            "it went through a view that was made outside of the steps that are followed",
         )
         result = func(*args, **kwargs)
         for weight in masters:
-            self._take_down(weight)
-        if self._shadows.spoiled and name not in LAYERS and any(self._shadows.is_spoiled(each) for each in tensors):
-            self._shadows.spoil((*targets, *tensors_in(result)))
+            self._note_write(weight)
+        if self._shadows.tainted and name not in LAYERS and any(self._shadows.is_tainted(each) for each in tensors):
+            self._shadows.taint((*targets, *tensors_in(result)))
         return result
 
     def _is_other_parameter(self, tensor: Tensor) -> bool:
         return self._shadows.value(tensor) is None and self._owners.is_other_parameter(tensor)
 
-    def _settle(self, tensors: Iterable[Tensor]) -> None:
-        """Quantize again what was written to, if somebody reads it."""
+    def _requantize_stale(self, tensors: Iterable[Tensor]) -> None:
+        """Quantize weights again that were written to, if one of them is among the tensors that are read."""
         if any(self._is_stale(each) for each in tensors):
-            self._quantizer.settle()
+            self._quantizer.requantize()
 
     def _is_stale(self, tensor: Tensor) -> bool:
         weight = self._shadows.weight(tensor)
@@ -220,18 +230,19 @@ class ShadowMode(TorchFunctionMode):
         group, index = self._quantizer.places[weight]
         return index in group.written
 
-    def _take_down(self, weight: int) -> None:
+    def _note_write(self, weight: int) -> None:
+        """Note that a weight's master was written to."""
         self.writes = True
         self._written.add(weight)
-        self._quantizer.wrote(weight)
+        self._quantizer.note_write(weight)
 
     def _check(self, weights: list[int], tensors: list[Tensor]) -> None:
-        """Refuse a write that may depend on quantized values."""
-        if self._number:
-            why = f"it may depend on a number that {self._number}() read from quantized values, not from masters"
+        """Refuse a write of ``tensors`` to weights if it may depend on quantized values."""
+        if self._reader:
+            why = f"it may depend on a number that {self._reader}() read from quantized values, not from masters"
             self._refuse(weights, why)
-        if any(self._shadows.is_spoiled(each) for each in tensors):
-            self._refuse(weights, "what was written was computed with quantized values")
+        if any(self._shadows.is_tainted(each) for each in tensors):
+            self._refuse(weights, "what was written was computed from quantized values")
 
     def _refuse(self, weights: list[int], why: str) -> None:
         if weights:

@@ -1,4 +1,4 @@
-"""Find out whose memory a tensor looks at: a master's, a quantized weight's, or another parameter's."""
+"""Tell whose memory a tensor lies in: a master's, a quantized weight's, or another parameter's."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,15 @@ from q8lightning.qat.writes.operators import storage_of
 
 
 class StorageOwners:
-    """Where the parameters of a model lie while some of them are engaged; looked up again when they may have moved.
+    """The storages of a model's parameters, looked up again whenever one may have got another.
 
     Args:
-        quantizer: Whose model.
+        quantizer: Has the model.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
         self.moved = True
-        """Whether somebody let a master point elsewhere."""
+        """Whether a master may have got another storage."""
         self._quantizer = quantizer
         self._generation = -1
         self._masters: dict[int, list[int]] = {}
@@ -25,13 +25,13 @@ class StorageOwners:
         self._others: set[int] = set()
 
     def masters_in(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Return the weights whose masters lie in the memory of tensors that are not weights themselves."""
+        """Return the weights whose masters share memory with tensors that are not weights themselves."""
         self._look_up()
         others = (each for each in tensors if id(each) not in self._quantizer.places)
         return [weight for each in others for weight in self._masters.get(storage_of(each), ())]
 
     def shown_in(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Return the weights whose quantized values tensors look at."""
+        """Return the weights whose quantized values share memory with tensors."""
         if self._generation != self._quantizer.generation:
             self._look_up()
         return [
@@ -47,6 +47,7 @@ class StorageOwners:
         return isinstance(tensor, nn.Parameter) or storage_of(tensor) in self._others
 
     def _look_up(self) -> None:
+        """Look up all storages, unless nothing can have changed."""
         quantizer = self._quantizer
         if self._generation == quantizer.generation and not self.moved:
             return
