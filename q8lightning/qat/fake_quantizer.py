@@ -12,13 +12,15 @@ from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.hooks import Blocks, QuantizeInputs, StateDictHooks
-from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.lost_write import NOT_FOLLOWED, SHARDED, LostWriteError
 from q8lightning.qat.selection import SelectedWeight, Selection, select
+from q8lightning.qat.shards import add_up
 from q8lightning.qat.structure import Structure
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.ambient import untraced
+from q8lightning.system.shards import gathering_modules, reads_from_the_host
 
 Place = tuple[FakeQuantizeGroup, int]
 """A group, and the index of one of its tensors."""
@@ -33,6 +35,9 @@ class FakeQuantizer:
     al., arXiv:1308.3432). The graph needs no autograd function for it, and nothing in the model is replaced:
     parameters, their names and their order stay. A state dict that is taken while the weights are engaged holds the
     masters. Only ``keep_vars=True``, which asks for the live parameters, shows the quantized values.
+
+    Of a distributed weight, the part that this process holds is quantized. Modules that gather weights (FSDP2) gather
+    quantized ones; what they had gathered before is dropped whenever the weights change.
 
     Args:
         module: The model, on its device.
@@ -65,11 +70,16 @@ class FakeQuantizer:
         self._suspended = 0  # how many contexts of masters() are open
         self._statistics: dict[str, ErrorStatistics] = {}
         self._handles: list[RemovableHandle] = []
+        self._gathering = gathering_modules(module)
+        self._drop_gathered()
         self._attach(select(module, config))
 
     def _attach(self, selection: Selection) -> None:
         """Group the selected weights, and hook into their modules."""
         self._selection = selection
+        self.distributed = any(weight.portion is not None for weight in selection.weights)
+        """Whether this process holds only a part of a weight."""
+        self._from_host = any(reads_from_the_host(weight.parameter) for weight in selection.weights)
         self._structure = Structure(self.module)
         self._groups = _groups(self.weights)
         self.places: dict[int, Place] = {
@@ -83,9 +93,9 @@ class FakeQuantizer:
         if selection.modules:
             forget_compiled_code()
         selected = {weight.parameter for weight in self.weights}
-        for owner in self.module.modules():
-            if not selected.isdisjoint(owner.parameters(recurse=False)):
-                self._handles += StateDictHooks(self).attach(owner)
+        self._owners = [each for each in self.module.modules() if not selected.isdisjoint(each.parameters(False))]
+        for owner in self._owners:
+            self._handles += StateDictHooks(self).attach(owner)
         _opened.add(self)
 
     def follow(self) -> bool:
@@ -99,9 +109,10 @@ class FakeQuantizer:
         Raises:
             ValueError: If a parameter that the rules select now cannot be changed in place.
         """
-        if self._structure.unchanged():
+        if self._is_unchanged():
             return False
         self.release()
+        self._gathering = gathering_modules(self.module)
         selection = select(self.module, self.config, again=True)
         self.change = self._selection.change_to(selection)
         self.close()
@@ -110,7 +121,7 @@ class FakeQuantizer:
 
     def replaced(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that have taken the place of selected weights since the last selection, by name."""
-        if self._structure.unchanged():
+        if self._is_unchanged():
             return []
         selected = {name: weight.parameter for weight in self.weights for name in weight.names}
         now = self.module.named_parameters(remove_duplicate=False)
@@ -167,11 +178,14 @@ class FakeQuantizer:
             lost = lost or self.fingerprints.changed()
         self.restore()
         if lost:
-            raise LostWriteError(self.names(lost))
+            parts = {id(weight.parameter) for weight in self.weights if weight.portion is not None}
+            raise LostWriteError(self.names(lost), NOT_FOLLOWED if parts.isdisjoint(lost) else SHARDED)
 
     def restore(self) -> None:
         """Put the masters back as :meth:`release` does, without looking for lost writes: an error is on its way."""
         with self._at_work():
+            if self.engaged:
+                self._before_change()
             for group in self._groups:
                 group.release()
         self._state = None
@@ -243,7 +257,30 @@ class FakeQuantizer:
         if not self.engaged or id(parameter) not in self.places:
             return None
         group, index = self.places[id(parameter)]
-        return group.masters[index].detach()  # a tensor of its own: the caller may set its data
+        return group.master(index)
+
+    def has_weights_of(self, module: nn.Module) -> bool:
+        """Whether a module has selected weights, also while others stand in for them because they are gathered."""
+        owners = set(map(id, self._owners))
+        return any(id(each) in owners for each in module.modules()) or any(
+            id(parameter) in self.places for parameter in module.parameters()
+        )
+
+    def wait_for_writes(self) -> None:
+        """Let the host wait until the weights are written, if what gathers them next would not."""
+        for device in {group.device for group in self._groups if self.distributed and self._gathering}:
+            if device.type != "cpu":
+                torch.accelerator.current_stream(device).synchronize()
+
+    def add_up_statistics(self) -> None:
+        """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
+        if not self.distributed or not self._statistics:
+            return
+        parameters = {weight.names[0]: weight.parameter for weight in self.weights}
+        names = [*self._statistics]
+        rows = torch.stack([torch.stack(tuple(each)) for each in self._statistics.values()])
+        whole = add_up(rows, [parameters[name] for name in names])
+        self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, whole, strict=True)}
 
     def close(self) -> None:
         """Put the masters back, and remove all hooks from the model."""
@@ -264,10 +301,35 @@ class FakeQuantizer:
         finally:
             self.busy = outer
 
+    def _is_unchanged(self) -> bool:
+        """Whether the model has the parts that were selected from, be some of them gathered at the moment."""
+        if self._structure.unchanged():
+            return True
+        if not self._gathering:
+            return False
+        gathered = self._structure.now()
+        self._drop_gathered()
+        if not self._structure.unchanged():
+            return False
+        self._structure.allow(gathered)  # which are the same ones the next time
+        return True
+
+    def _drop_gathered(self) -> None:
+        """Drop what modules have gathered of weights that change now: they would go on with it."""
+        with torch.no_grad():
+            for each in self._gathering:
+                each.reshard()
+
+    def _before_change(self) -> None:
+        self._drop_gathered()
+        if self._from_host:
+            torch.accelerator.synchronize()  # a device may still be reading them
+
     def _write(self, share: float, seed: int, measure: bool) -> None:
         self.release()
         try:
             with self._at_work():
+                self._before_change()
                 measured = [group.engage(share, seed, measure) for group in self._groups]
                 self.fingerprints.record(self.places if self.fingerprints.compare_all else ())
         except BaseException:
@@ -289,9 +351,16 @@ def open_quantizers() -> list[FakeQuantizer]:
 
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     """Group weights by codec and device, because a group is quantized in one launch for each dtype."""
-    together: dict[tuple[WeightCodec, torch.device], list[Tensor]] = {}
+    together: dict[tuple[WeightCodec, torch.device], list[SelectedWeight]] = {}
     for weight in weights:
-        together.setdefault((weight.codec, weight.parameter.device), []).append(weight.parameter)
+        together.setdefault((weight.codec, weight.parameter.device), []).append(weight)
     return [
-        FakeQuantizeGroup(tensors, codec.book, codec.block_size, codec.axis) for (codec, _), tensors in together.items()
+        FakeQuantizeGroup(
+            [each.parameter for each in members],
+            codec.book,
+            codec.block_size,
+            codec.axis,
+            [each.portion for each in members],
+        )
+        for (codec, _), members in together.items()
     ]

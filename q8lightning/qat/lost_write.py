@@ -16,6 +16,9 @@ NOT_FOLLOWED = (
 BESIDE_COMPILED = "compiled code runs in the same steps, and what it reads and computes cannot be followed"
 """Why a write is lost in a step that runs compiled code."""
 
+SHARDED = "the weight is sharded, where steps are not followed"
+"""Why a write to a distributed weight is lost."""
+
 
 class LostWriteError(RuntimeError):
     """A step wrote to a weight in a way that cannot reach the master, the weight in full precision.

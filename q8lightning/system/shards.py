@@ -20,9 +20,9 @@ def local_of(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, in the memory where it lies; the tensor if it is an ordinary one."""
     if not is_distributed(tensor):
         return tensor
+    distributed: Any = tensor
     with torch.no_grad():  # otherwise it would be a view that autograd knows
-        local: Tensor = tensor.to_local()  # type: ignore[operator]
-    return local
+        return distributed.to_local()  # type: ignore[no-any-return]
 
 
 def like_whole(local: Tensor, whole: Tensor) -> Tensor:
@@ -36,6 +36,13 @@ def like_whole(local: Tensor, whole: Tensor) -> Tensor:
         shape=distributed.shape,
         stride=distributed.stride(),
     )
+
+
+def reads_from_the_host(tensor: Tensor) -> bool:
+    """Whether a distributed tensor lies in the host's memory, and a device reads it there (CPU offload)."""
+    distributed: Any = tensor
+    on_host = local_of(tensor).device.type == "cpu"
+    return is_distributed(tensor) and on_host and distributed.device_mesh.device_type != "cpu"
 
 
 def gathering_modules(module: nn.Module) -> list[Any]:

@@ -167,7 +167,10 @@ class Engagement:
         return pre_backward(*args, **kwargs)
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        were_engaged = self.quantizer.engaged
         with self._engaged(), self._writes.outside():
+            if not were_engaged:
+                self.quantizer.wait_for_writes()
             self._in_backward = True
             try:
                 result = backward(*args, **kwargs)

@@ -126,8 +126,9 @@ class QATTraining:
 
     def record(self, trainer: pl.Trainer) -> None:
         """Record what the weights lost, if it was measured in the step that ended."""
-        if self.statistics is self._logged or not self.statistics:
+        if self._engagement is None or self.statistics is self._logged or not self.statistics:
             return
+        self._engagement.quantizer.add_up_statistics()
         self._logged = self.statistics
         with harmless(self._recorder, "computing what quantized weights lose"):
             rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()

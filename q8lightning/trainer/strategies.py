@@ -19,11 +19,11 @@ def check_saves(strategy: Strategy) -> None:
 
 
 def check_qat(strategy: Strategy) -> None:
-    """Raise ValueError for strategies that hold no ordinary parameters."""
-    if is_a(strategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
+    """Raise ValueError for strategies that flatten parameters, or hold none between steps."""
+    if is_a(strategy, DeepSpeedStrategy, FSDPStrategy):
         raise ValueError(
-            "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
-            f" {type(strategy).__name__}; use DDP or a single device, or remove qat"
+            "QAT needs a strategy that keeps parameters whole or shards each by itself, got"
+            f" {type(strategy).__name__}; use ModelParallelStrategy (FSDP2), DDP or a single device, or remove qat"
         )
 
 

@@ -81,6 +81,11 @@ class FakeQuantizeGroup:
         self._batches: list[Batch | InLaunch] = []
         self._find()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._own[0].device if self._own else torch.device("cpu")
+
     @neutral()
     @torch.no_grad()
     def engage(self, share: float = 1.0, seed: int = 0, measure: bool = True) -> Tensor | None:
@@ -101,8 +106,7 @@ class FakeQuantizeGroup:
         self._find()
         statistics = None
         if measure:
-            device = self._own[0].device if self._own else torch.device("cpu")
-            statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=device)
+            statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=self.device)
         for batch in self._batches:
             batch.write(self._own, self._slots, share, seed, statistics)
         self.masters = list(self._own)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ class Cut(NamedTuple):
 
     Attributes:
         dim: The dimension that is cut.
-        index: Where the part of the second process begins.
+        place: Where the part of the second process begins.
     """
 
     dim: int
-    index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Portion:
         borders = list(self.borders[inner])
         if math.prod(self.shape[dim] for dim in along[:place]) > 1:
             borders.append(self.shape[inner])  # the next stretch of the same part begins elsewhere
-        broken = next((index for index in borders if index * width % block_size), None)
+        broken = next((border for border in borders if border * width % block_size), None)
         return None if broken is None else Cut(inner, broken)
 
     def block_numbers(self, block_size: int, axis: int | None) -> Tensor:
@@ -110,4 +111,4 @@ def pieces(length: int, counts: Sequence[int]) -> list[tuple[int, int]]:
 def _chunks(start: int, size: int, count: int) -> list[tuple[int, int]]:
     step = -(-size // count)
     ends = [min(i * step, size) for i in range(count + 1)]
-    return [(start + begin, end - begin) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [(start + begin, end - begin) for begin, end in pairwise(ends)]
