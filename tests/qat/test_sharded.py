@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import processes
 from support.sharded_training import ROWS, Case, Trace, fully, run_cases, train, whole
-from support.straight_through import Adversaries, Trained, quantized
+from support.straight_through import Adversaries, Trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
