@@ -138,6 +138,10 @@ class InStep(Trained):
         return super().training_step(batch, index)
 
 
+KEPT = partial(fully, reshard_after_forward=False)
+RAMP = QATConfig(ROWS.weights, start_step=1, ramp=4, end_step=6)
+VALIDATED = {"val_check_interval": 1, "num_sanity_val_steps": 1, "max_steps": 8}
+
 CASES: dict[str, Case] = {
     "validated": Case(even, options={"val_check_interval": 2, "num_sanity_val_steps": 1}),
     "accumulated": Case(
@@ -154,11 +158,8 @@ CASES: dict[str, Case] = {
     "rank 3": Case(Experts),
     "flat, rank 1": Case(even, QATConfig([WeightRule(codebook="int4", block_size=32)], min_rank=1)),
     "frozen": Case(partly_frozen, QATConfig(ROWS.weights, freeze=[FreezeRule("*3.weight", 2)])),
-    "ramp": Case(
-        even,
-        QATConfig(ROWS.weights, start_step=1, ramp=4, end_step=6),
-        options={"val_check_interval": 1, "num_sanity_val_steps": 1, "max_steps": 8},
-    ),
+    "ramp": Case(even, RAMP, options=VALIDATED),
+    "ramp, kept": Case(even, RAMP, KEPT, options=VALIDATED),
     "ramp of flat blocks": Case(even, QATConfig(FLAT.weights, ramp=5)),
     "outside": Case(even, shard=only_the_first),
     "meta": Case(same, shard=on_meta),
@@ -166,12 +167,10 @@ CASES: dict[str, Case] = {
     "offloaded": Case(even, shard=offloaded),
     "two optimizers": Case(even, FLAT, model=Adversaries),
     "hooks": Case(even, model=Hooked),
-    "hooks, kept": Case(even, shard=partial(fully, reshard_after_forward=False), model=Hooked),
-    "kept": Case(even, shard=partial(fully, reshard_after_forward=False), options={"val_check_interval": 2}),
+    "hooks, kept": Case(even, shard=KEPT, model=Hooked),
+    "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}),
     "masters in a step": Case(even, model=InStep, options={"max_steps": 3}),
-    "masters in a step, kept": Case(
-        even, shard=partial(fully, reshard_after_forward=False), model=InStep, options={"max_steps": 3}
-    ),
+    "masters in a step, kept": Case(even, shard=KEPT, model=InStep, options={"max_steps": 3}),
     "DDP": Case(even, ddp=True, options={"val_check_interval": 2}),
 }
 OF_FOUR: dict[str, Case] = {
