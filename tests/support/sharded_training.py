@@ -99,6 +99,7 @@ def train(case: Case, folder: Path, processes: int = 0, call: Call = as_it_is, c
 
         def on_fit_end(self) -> None:
             self.masters = {name: whole(each).numpy() for name, each in self.net.named_parameters()}
+            super().on_fit_end()
 
     model = Model(call=call) if base is Adversaries else Model(copy.deepcopy(case.net()), case.batch, call)
     model.notes = {}
