@@ -68,13 +68,18 @@ def write_header(
     name: str,
     requires_grad: bool = False,
     is_parameter: bool = False,
+    save: str | None = None,
 ) -> str:
     """Return what a file says of the tensor that a payload stands for: JSON without spaces, keys sorted.
+
+    With ``save``, also which save of a checkpoint in shards it is of.
 
     A string, because a pickle takes as long for it as for a single number. Put together by hand, because a save makes
     one for each tensor while training waits for Python's lock.
     """
     flags = (',"parameter":true' if is_parameter else "") + (',"requires_grad":true' if requires_grad else "")
+    if save is not None:
+        flags += f',"save":{json.dumps(save)}'
     return (
         f'{{"codec":{_codec_text(codec)},"dtype":"{_NAMES[dtype]}","name":{json.dumps(name)}{flags}'
         f',"shape":[{",".join(map(str, shape))}],"stride":[{",".join(map(str, stride))}]}}'

@@ -5,6 +5,7 @@ door can afford it. It guards against accidents, not against forgery.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,37 @@ def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
         raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
 
 
+def shard_name(rank: int, save: str) -> str:
+    """Return the name of the file that a process writes of a checkpoint in shards.
+
+    It names the save, so that a file of another save cannot take its place.
+    """
+    return f"__{rank}_0.{save}.distcp"
+
+
+_SHARD = re.compile(r"__\d+_0\.([0-9a-f]{16})\.distcp")
+
+
+def save_of(path: str | os.PathLike[str]) -> str | None:
+    """Return which save a file is of by its name; None for one that is no shard, or plain Lightning's."""
+    found = _SHARD.fullmatch(os.path.basename(path))
+    return None if found is None else found[1]
+
+
+def check_save(name: str, save: str | None) -> None:
+    """Compare the save that a payload names with the one that the file does which is being loaded.
+
+    Raises:
+        CorruptCheckpointError: If they are not the same.
+    """
+    if save is None or not _VERIFY.get():
+        return
+    file = _file_being_loaded()
+    expected = None if file is None else save_of(file)
+    if expected not in (None, save):
+        raise CorruptCheckpointError(f"the tensor {name}, of another save than the rest of the checkpoint,", file)
+
+
 def _file_being_loaded() -> str | None:
     """Return the file that a ``torch.load`` of this thread is reading, as far as it knows its name.
 
@@ -83,6 +115,7 @@ def _file_being_loaded() -> str | None:
     while frame is not None and frame.f_code is not getattr(torch.load, "__code__", None):
         frame = frame.f_back
     file = None if frame is None else frame.f_locals.get("f")
+    file = getattr(file, "base_stream", file)  # DCP's view of a part of it
     name = file if isinstance(file, str | os.PathLike) else getattr(file, "name", None)
     return os.fspath(name) if isinstance(name, str | os.PathLike) else None
 

@@ -24,7 +24,7 @@ from q8lightning.checkpoint.format import (
     read_header,
     write_header,
 )
-from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
+from q8lightning.checkpoint.integrity import bytes_of, check_save, checksum, verify
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import encode_many
 
@@ -136,6 +136,11 @@ class QuantizedTensor:
             is_parameter=self.is_parameter,
             header=self._header,
         )
+
+    def of_save(self, save: str) -> "QuantizedTensor":
+        """Return the same payload as one of a checkpoint in shards, whose parts all name their save."""
+        header = write_header(self.codec, self.shape, self.stride, self.dtype, self.name, save=save)
+        return QuantizedTensor(self.codec, self.data, self.shape, self.stride, self.dtype, self.name, header=header)
 
     @property
     def nbytes(self) -> int:
@@ -255,6 +260,7 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
         verify(f"with the header {text!r}", text, data, checksum)
         raise
     name = header["name"]
+    check_save(name, header.get("save"))
     if type(checksum) is not int:
         raise NewerFormatError(f"checksum {checksum!r} for the tensor {name}")
     try:

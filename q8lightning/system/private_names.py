@@ -18,7 +18,7 @@ from q8lightning.system.find_names import find, has
 STANDALONE = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 """The packages of ``lightning``, and what each is called by itself."""
 
-Part = Literal["saving", "background", "logging", "qat", "tools"]
+Part = Literal["saving", "sharded", "background", "logging", "qat", "tools"]
 """What a user asks for: who does not, needs none of its names."""
 
 
@@ -50,13 +50,14 @@ class MissingNameError(RuntimeError):
 
 _CANNOT_WORK: Mapping[Part, str] = {
     "saving": "no checkpoint can be saved quantized",
+    "sharded": "no checkpoint can be saved in shards and quantized",
     "background": "nothing can be saved in the background",
     "logging": "nothing can be logged",
     "qat": "no weights can be trained quantized",
     "tools": "q8lightning.tools and the command line fail where they meet it",
 }
 _SLOW = "torch.save writes the files, more slowly and larger"
-_SHARDED = "sharded checkpoints are not refused when the Trainer starts, and not quantized"
+_SHARDED = "sharded checkpoints are not quantized"
 _FUSED = "an optimizer that steps inside backward is refused in its first step, not when the fit starts"
 _COMPILED = "writes to weights in compiled code may be lost"
 _MESSAGE = "where a file's name begins by which Lightning hands weights to itself"
@@ -109,6 +110,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch.serialization._save", "_disable_byteorder_record", "saving", "its last parameter", _SLOW),
     PrivateName("torch.serialization", "_get_storage_alignment", "saving", "where records begin", _SLOW),
     PrivateName("torch.serialization", "_serialization_tls", "saving", "whether storages are left out", _SLOW),
+    # What checkpoints in shards pass
+    PrivateName("lightning.pytorch.strategies.Strategy", "load_checkpoint", "sharded",
+                "replaced on the Trainer's strategy: every load passes it"),
+    PrivateName("lightning.pytorch.strategies.ModelParallelStrategy", "lightning_module_state_dict", "sharded",
+                "replaced on the Trainer's strategy, so that shards are encoded where they are"),
+    PrivateName("lightning.pytorch.strategies.ModelParallelStrategy", "optimizer_state", "sharded",
+                "replaced on the Trainer's strategy, so that shards are encoded where they are"),
+    PrivateName("torch.distributed.checkpoint.filesystem", "_StorageInfo", "sharded",
+                "where in which file DCP finds a chunk"),
     # When weights are quantized in a training step, and who sees them
     PrivateName("lightning.pytorch.plugins.precision.Precision", "train_step_context", "qat", _AROUND),
     PrivateName("lightning.pytorch.plugins.precision.Precision", "val_step_context", "qat", _AROUND),

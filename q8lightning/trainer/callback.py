@@ -20,6 +20,7 @@ from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quanti
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
+from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
@@ -146,7 +147,7 @@ class QuantizationCallback(pl.Callback):
 
         With QAT, which puts the masters back before the hooks of any other callback see them.
         """
-        check_names(self._parts(), warn_safely)
+        check_names(self._parts(trainer), warn_safely)
         if self.qat_training is not None:
             check_qat(trainer.strategy)
             trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
@@ -162,9 +163,10 @@ class QuantizationCallback(pl.Callback):
         begin_to_tell(installed)
         let_callbacks_know(trainer)
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, trainer: pl.Trainer) -> list[Part]:
         """Return which parts of the package were asked for, of those that no CheckpointIO asks for itself."""
         asked: dict[Part, bool] = {
+            "sharded": self.policy is not None and saves_in_shards(trainer.strategy),
             "background": self.policy is not None and self.async_save,
             "logging": self.recorder.detail is not None,
             "qat": self.qat is not None,

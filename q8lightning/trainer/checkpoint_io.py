@@ -3,7 +3,7 @@
 import gc
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from q8lightning.checkpoint.encode.checkpoint import warn_of_passed_over, warn_of_refused
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard, names_in
 from q8lightning.checkpoint.encode.guard import warn_of_guarded
 from q8lightning.checkpoint.encode.outline import outline_of
 from q8lightning.checkpoint.encode.plan import Plan
@@ -30,6 +30,7 @@ from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
@@ -149,40 +150,98 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         Raises:
             BackgroundSaveError: If an earlier save in the background failed; nothing is saved then.
         """
-        name = os.path.basename(path)
-        if name.startswith(_MESSAGES):
+        if is_message(path):
             self._wait()
             self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
             return
         with _without_collection():
-            save = self._start(checkpoint, path)
-        announce("frozen", path)
+            save = self._start(checkpoint, path, self._names_for(checkpoint))
         known: Future[SaveReport] = Future()
         self.reports.append(known)
+        place = self._fixed(path) if self.async_save else None
+        if place is not None:
+            os.makedirs(os.path.dirname(place), exist_ok=True)  # as if it were written now
+        self._hand_over(path, partial(self._write, save, known, path, storage_options, place))
+
+    def save_shards(
+        self,
+        checkpoint: dict[str, Any],
+        shards: Mapping[int, Shard],
+        path: str | os.PathLike[str],
+        names: ModelNames,
+        ranks: Ranks,
+        write: Callable[[Save, HostMemory], SaveReport],
+    ) -> None:
+        """Save a checkpoint in shards, in all processes at once, as :meth:`save_checkpoint` does a whole one.
+
+        Args:
+            checkpoint: What this process writes.
+            shards: What the tensors are a part of, by their ids.
+            path: The folder.
+            names: What is known of the model.
+            ranks: The processes.
+            write: Writes the folder, in the background if saves do; returns what the whole checkpoint lost.
+
+        Raises:
+            BackgroundSaveError: In all processes, if an earlier save in the background failed in one of them.
+        """
+
+        def start() -> Save:
+            with _without_collection():
+                return self._start(checkpoint, path, names, shards)
+
+        save = ranks.together(start)
+        known: Future[SaveReport] = Future()
+        if ranks.is_first:
+            self.reports.append(known)
+
+        def write_own() -> None:
+            try:
+                report = write(save, self._memory)
+                if self._plan is save.plan:
+                    self._plan = save.next_plan
+                if ranks.is_first:
+                    self._unsaid.append(report)
+                    known.set_result(report)
+            finally:
+                known.cancel()
+            if ranks.is_first and self.durable is not None:
+                self.durable.append(os.fspath(path))
+
+        self._hand_over(path, write_own)
+
+    def _hand_over(self, path: str | os.PathLike[str], write: Callable[[], None]) -> None:
+        """Write a save that is on its way, now or in the background."""
+        announce("frozen", path)
         if self.async_save:
             if self._background is None:
                 self._background = BackgroundSaves()
-            place = self._fixed(path)
-            if place is not None:
-                os.makedirs(os.path.dirname(place), exist_ok=True)  # as if it were written now
-            self._background.save(path, partial(self._write, save, known, path, storage_options, place))
-            if name.startswith(_URGENT):
+            self._background.save(path, write)
+            if os.path.basename(path).startswith(_URGENT):
                 self._wait()
         else:
-            self._write(save, known, path, storage_options)
+            write()
         if self._moment is None:
             self.let_go()
         self._warn()
 
-    def _start(self, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> Save:
+    def _names_for(self, checkpoint: Mapping[str, Any]) -> ModelNames:
+        return self.describe_model() if self.describe_model is not None else names_in(checkpoint)
+
+    def _start(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        names: ModelNames,
+        shards: Mapping[int, Shard] = WHOLE,
+    ) -> Save:
         """Encode or copy what training may change; return the save, to be written at any time."""
         if type(checkpoint) is not dict:
             checkpoint = dict(checkpoint)
-        names = self.describe_model() if self.describe_model is not None else names_in(checkpoint)
         outline, tensors = outline_of(checkpoint)
         plan = self._plan
         if plan is None or not plan.fits(checkpoint, outline, self.policy, names):
-            plan = self._plan = plan_save(checkpoint, outline, tensors, self.policy, names)
+            plan = self._plan = plan_save(checkpoint, outline, tensors, self.policy, names, shards)
         moment = None if self.moment is None else self.moment()
         run, live = self._run, self.async_save
         if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):
@@ -363,6 +422,14 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             self.base.teardown()
 
+    def wait(self) -> None:
+        """Wait for everything in the background.
+
+        Raises:
+            BackgroundSaveError: If something failed that no save has reported yet.
+        """
+        self._wait()
+
     def _wait(self) -> None:
         if self._background is not None:
             self._background.wait()
@@ -381,6 +448,11 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
                 f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
                 " written; save less often, or to a faster disk, if that is too long"
             )
+
+
+def is_message(path: str | os.PathLike[str]) -> bool:
+    """Whether the Trainer hands live weights to itself in a file of this name: they must come back exactly."""
+    return os.path.basename(path).startswith(_MESSAGES)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-from q8lightning.checkpoint.file.write import write_checkpoint
+from q8lightning.checkpoint.file.write import remove_folder, write_checkpoint
 from q8lightning.system.paths import local_path
 from q8lightning.trainer.lightning_internals import WrappingCheckpointIO, replace_wrapped
 from q8lightning.trainer.twins import is_a, is_exactly_a
@@ -35,6 +35,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if isinstance(path, str | os.PathLike):
             return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[arg-type]
         return self._load_file(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint; one in shards is gone from under its name before any part of it is."""
+        local = local_path(path)
+        if local is not None and os.path.isdir(local) and not os.path.islink(local):
+            remove_folder(local)
+        else:
+            super().remove_checkpoint(path)  # type: ignore[arg-type]
 
     @staticmethod
     def _load_file(

@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_model import DescribeModel, Quantizes
+from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.strategies import bypasses_io, check_saves, optimizer_device
 from q8lightning.trainer.warm_up import WarmUp
 
@@ -42,6 +43,10 @@ def install(
         )
     if installed is not None:
         installed.describe_model = DescribeModel(trainer, callback)
+        if saves_in_shards(strategy):
+            from q8lightning.trainer.sharded import open_sharded_door  # which imports what nobody else needs
+
+            open_sharded_door(strategy, installed)
     return installed
 
 

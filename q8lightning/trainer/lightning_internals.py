@@ -26,13 +26,11 @@ def replace_wrapped(wrapper: WrappingCheckpointIO, checkpoint_io: CheckpointIO) 
         wrapper._checkpoint_io = checkpoint_io
 
 
-def saves_in_shards(strategy: Strategy) -> str | None:
-    """Return how to make a strategy save whole checkpoints through a CheckpointIO; None if it does."""
-    if is_a(strategy, FSDPStrategy) and getattr(strategy, "_state_dict_type", None) == "sharded":
-        return 'FSDPStrategy(state_dict_type="full")'
-    if is_a(strategy, ModelParallelStrategy) and getattr(strategy, "_save_distributed_checkpoint", False):
-        return "ModelParallelStrategy(save_distributed_checkpoint=False)"
-    return None
+def saves_in_shards(strategy: Strategy) -> bool:
+    """Whether a strategy lets each process write a part of a checkpoint, through no CheckpointIO."""
+    if is_a(strategy, FSDPStrategy):
+        return getattr(strategy, "_state_dict_type", None) == "sharded"
+    return is_a(strategy, ModelParallelStrategy) and bool(getattr(strategy, "_save_distributed_checkpoint", False))
 
 
 def logged_steps(trainer: pl.Trainer) -> int:

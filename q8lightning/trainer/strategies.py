@@ -4,18 +4,23 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from q8lightning.trainer.lightning_internals import saves_in_shards
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.twins import is_a, is_from_lightning
 
 
 def check_saves(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves bypass the CheckpointIO: nothing would be quantized."""
-    whole = saves_in_shards(strategy)
-    if whole is not None or bypasses_io(strategy):
-        remedy = "use another strategy" if whole is None else f"pass {whole}"
+    """Raise ValueError for strategies whose saves pass no door of ours: nothing would be quantized."""
+    if bypasses_io(strategy) or (saves_in_shards(strategy) and not _saves_as_lightning(strategy)):
         raise ValueError(
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
-            f" quantized; {remedy}, or remove the QuantizationCallback (or pass it checkpoint=None)"
+            " quantized; use ModelParallelStrategy (FSDP2, tensor parallelism), FSDPStrategy, DDP or a single device,"
+            " or remove the QuantizationCallback (or pass it checkpoint=None)"
         )
+
+
+def _saves_as_lightning(strategy: Strategy) -> bool:
+    """Whether a strategy that saves in shards does it as its class in Lightning does."""
+    own = type(strategy).save_checkpoint
+    return is_from_lightning(own.__module__)
 
 
 def check_qat(strategy: Strategy) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from q8lightning.checkpoint.sections import (
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, has_memory, tensors
 from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.layout import MIN_BLOCK_SIZE
 
 _MOMENTS = (FIRST_OF_ADAM, *SECONDS_OF_ADAM)
 
@@ -59,6 +62,34 @@ class ModelNames:
 def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
     """Return what names a checkpoint has itself: those of optimizers that were made from named parameters."""
     return ModelNames(optimizer_parameters=parameter_names_in(checkpoint))
+
+
+class Shard(NamedTuple):
+    """What a tensor of a checkpoint is a part of, where several processes have a part each.
+
+    Attributes:
+        numel: Elements of the whole.
+        row: Elements that every way of cutting the whole along its first dimension leaves together; 0 if there is no
+            such number but 1.
+    """
+
+    numel: int
+    row: int
+
+    def aligned(self, codec: Codec) -> Codec:
+        """Return a codec whose blocks cross no row, so that they are the same however the whole is cut.
+
+        The one that was asked for, where rows have no room for such blocks.
+        """
+        block_size = codec.block_size
+        while block_size > MIN_BLOCK_SIZE and self.row % block_size:
+            block_size //= 2
+        fits = self.row > 0 and self.row % block_size == 0
+        return get_codec(codec.name, block_size, codec.residual) if fits and block_size != codec.block_size else codec
+
+
+WHOLE: Mapping[int, Shard] = MappingProxyType({})
+"""Of a checkpoint whose tensors are whole."""
 
 
 class Leaf(NamedTuple):
@@ -128,13 +159,21 @@ class Found(NamedTuple):
     refused: list[str]
 
 
-def find(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Found:
+def find(
+    checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard] = WHOLE
+) -> Found:
     """Find what the policy wants encoded and what can be.
 
     Tensors that overlap others in memory without being the same, and tied ones whose paths ask for different codecs,
     are not encoded, so that they stay tied.
+
+    Args:
+        checkpoint: The checkpoint.
+        policy: Says what is encoded, and how.
+        names: What is known of the model.
+        shards: What tensors are a part of, by their ids; whether one is large enough depends on the whole.
     """
-    leaves = list(_leaves_of(checkpoint, policy, names))
+    leaves = list(_leaves_of(checkpoint, policy, names, shards))
     found = Found(leaves, [], [], [], [f"{leaf.name} ({leaf.refused})" for leaf in leaves if leaf.refused])
     for sharing in _by_storage(leaves):
         views = _views(sharing)
@@ -172,7 +211,9 @@ def is_encodable(tensor: Tensor) -> bool:
     )
 
 
-def _leaves_of(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames) -> Iterator[Leaf]:
+def _leaves_of(
+    checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard]
+) -> Iterator[Leaf]:
     """Yield all tensors of a checkpoint, in its order."""
     known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
     for keys, tensor in tensors(checkpoint, PATHS):
@@ -181,12 +222,15 @@ def _leaves_of(checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: M
         wanted = storage = refused = None
         if has_memory(tensor):
             storage = tensor.device, tensor.untyped_storage().data_ptr()
+            shard = shards.get(id(tensor))
             if (
-                tensor.numel() >= policy.min_numel
+                (tensor.numel() if shard is None else shard.numel) >= policy.min_numel
                 and not (keys[0] in known and parameter not in names.parameters)
                 and is_encodable(tensor)
             ):
                 wanted = policy.codec_for(path, parameter)
+                if wanted is not None and shard is not None:
+                    wanted = shard.aligned(wanted)
                 if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
                     wanted = None
                 if wanted is not None and tensor.__dict__:

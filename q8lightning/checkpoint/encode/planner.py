@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.find import Found, Leaf, ModelNames, Pair, find, not_named
+from q8lightning.checkpoint.encode.find import WHOLE, Found, Leaf, ModelNames, Pair, Shard, find, not_named
 from q8lightning.checkpoint.encode.guard import Watched
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
@@ -31,6 +31,7 @@ def plan_save(
     tensors: Sequence[Tensor],
     policy: CheckpointPolicy,
     names: ModelNames,
+    shards: Mapping[int, Shard] = WHOLE,
 ) -> Plan:
     """Plan how to save a checkpoint and those that look like it.
 
@@ -40,8 +41,9 @@ def plan_save(
         tensors: Its tensors, as the outline numbers them.
         policy: Says what is encoded, and how.
         names: What is known of the model.
+        shards: What tensors are a part of, by their ids.
     """
-    found = find(checkpoint, policy, names)
+    found = find(checkpoint, policy, names, shards)
     numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
     members = [_member(group[0], numbers) for group in found.members]
     places = {numbers[id(leaf.tensor)]: i for i, group in enumerate(found.members) for leaf in group}

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import sys
 import time
 import zlib
@@ -84,10 +85,10 @@ def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Non
             announce("flushed", target)
             os.replace(file.name, target)
             announce("renamed", target)
-        flushed = _flush_directory(target.parent)
+        flushed = flush_directory(target.parent)
     announce("durable", target)
     if not flushed:
-        _warn_of(target.parent)
+        warn_not_flushed(target.parent)
 
 
 @contextmanager
@@ -113,9 +114,9 @@ def announce(step: str, path: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed writers from ``folder``, never one of a writer that lives.
+    """Remove the temporary files and folders of killed writers from ``folder``, never one of a writer that lives.
 
-    A writer holds a lock on its file, which ends with the process that holds it.
+    A writer holds a lock on its file or folder, which ends with the process that holds it.
     """
     with suppress(OSError):
         for entry in os.scandir(folder):
@@ -123,7 +124,47 @@ def remove_leftovers(folder: Path) -> None:
                 _remove_unless_locked(Path(entry.path), own_host=match[1] == _HOST)
 
 
+def temporary_name() -> str:
+    """Return a name for what is being written, short enough for wherever a name fits."""
+    return f".{_HOST}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+
+
+@contextmanager
+def locked_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder that counts as being written while the block runs."""
+    while True:
+        folder = parent / temporary_name()
+        folder.mkdir()
+        if sys.platform == "win32":
+            yield folder
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not folder.exists():  # taken for a leftover in the moment before it was locked
+                continue
+            yield folder
+            return
+        finally:
+            os.close(descriptor)
+
+
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Remove a folder that counts as left over from the first moment on.
+
+    Raises:
+        OSError: If it cannot be renamed.
+    """
+    leftover = Path(folder).parent / temporary_name()
+    os.rename(folder, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _remove_unless_locked(path: Path, own_host: bool) -> None:
+    if path.is_dir() and not path.is_symlink():
+        _remove_folder_unless_locked(path, own_host)
+        return
     if sys.platform == "win32":  # an open file cannot be deleted there
         with suppress(OSError):
             path.unlink()
@@ -133,6 +174,25 @@ def _remove_unless_locked(path: Path, own_host: bool) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if own_host or time.time() - os.fstat(file.fileno()).st_mtime > _FOREIGN_AGE:
             path.unlink()
+
+
+def _remove_folder_unless_locked(path: Path, own_host: bool) -> None:
+    if sys.platform == "win32":
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if own_host or time.time() - _newest(path) > _FOREIGN_AGE:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _newest(folder: Path) -> float:
+    """Return when something was last written in a folder."""
+    return max(each.stat().st_mtime for each in (folder, *folder.iterdir()))
 
 
 @contextmanager
@@ -150,8 +210,7 @@ def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
 
 def _open_locked(folder: Path) -> IO[bytes]:
     while True:
-        # Short enough for wherever a name fits.
-        file = open(folder / f".{_HOST}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}", "xb")  # noqa: SIM115 (the caller does)
+        file = open(folder / temporary_name(), "xb")  # noqa: SIM115 (the caller does)
         if sys.platform != "win32":
             with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -165,7 +224,7 @@ _FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """Errors of the disk itself. Any other means that the file system does not flush folders."""
 
 
-def _flush_directory(directory: Path) -> bool:
+def flush_directory(directory: Path) -> bool:
     """Flush a folder, so that a new name in it survives a crash of the system; tell whether that is possible.
 
     Network file systems and those in user space (cifs, FUSE) refuse it in many ways. A folder may also be such as may
@@ -190,7 +249,7 @@ def _flush_directory(directory: Path) -> bool:
 
 
 @cache
-def _warn_of(directory: Path) -> None:
+def warn_not_flushed(directory: Path) -> None:
     """Say of a folder, once in this process, that it cannot be flushed."""
     advise(  # the file is whole: an exception would report a save that went well as one that failed
         f"{directory} cannot be flushed to the disk, as on some network file systems: checkpoints there are whole, but"

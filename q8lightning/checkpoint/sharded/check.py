@@ -1,0 +1,104 @@
+"""Compare a checkpoint in shards with what was written, before anybody loads it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+
+from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.file.read import read_checkpoint
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.save import META, METADATA, SHARDS_KEY
+from q8lightning.checkpoint.sharded.shard_file import Chunk, damaged_chunks, read_table
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a checkpoint in shards, as Lightning knows one."""
+    return os.path.isfile(os.path.join(path, META))
+
+
+def read_meta(path: str | os.PathLike[str], weights_only: bool | None = True) -> dict[str, Any]:
+    """Return what of a checkpoint in shards is neither of the model nor of the optimizers, compared with its sums.
+
+    Args:
+        path: The folder.
+        weights_only: As ``torch.load`` has it.
+
+    Raises:
+        CorruptCheckpointError: If it is not what was saved.
+    """
+    file = os.path.join(path, META)
+    with explained(file):
+        found = read_checkpoint(file, lambda opened: torch.load(opened, map_location="cpu", weights_only=weights_only))
+    return cast("dict[str, Any]", found)
+
+
+def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weights_only: bool | None = True) -> bool:
+    """Compare every file of a checkpoint in shards with its sums; each process reads a part of them.
+
+    Args:
+        path: The folder.
+        ranks: The processes, all of which call this; None for this one alone.
+        weights_only: How ``meta.pt`` is loaded, as ``torch.load`` has it.
+
+    Returns:
+        Whether there is anything to compare: not in what plain Lightning wrote.
+
+    Raises:
+        CorruptCheckpointError: In all processes, if a file is missing, of another save, or not what was written; it
+            names the tensor.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    ranks, folder = ranks or Ranks(), Path(path)
+    shards = ranks.at_first(lambda: _contents(folder, weights_only))
+    if shards is None:
+        return False
+
+    def check_some() -> None:
+        for number, (name, nbytes) in enumerate(shards["files"].items()):
+            if number % ranks.size == ranks.rank:
+                _check_file(folder / name, nbytes, shards["save"])
+
+    ranks.share(check_some)
+    return True
+
+
+def _contents(folder: Path, weights_only: bool | None) -> Mapping[str, Any] | None:
+    """Return which files belong to a checkpoint; None if nobody has noted that."""
+    shards = summary_in(read_meta(folder, weights_only)).get(SHARDS_KEY)
+    if not isinstance(shards, Mapping):
+        return None
+    metadata = folder / METADATA
+    if not metadata.is_file():
+        raise _damage(folder, f"it lacks {METADATA}")
+    if xxhash.xxh3_64_intdigest(metadata.read_bytes()) != shards["metadata"]:
+        raise _damage(folder, f"{METADATA} is not the one that was saved with {META}")
+    for name in shards["files"]:
+        if not (folder / name).is_file():
+            raise _damage(folder, f"it lacks the shard {name}")
+    return shards
+
+
+def _check_file(file: Path, nbytes: int, save: str) -> None:
+    table = read_table(file)
+    if table.save != save:
+        raise _damage(file.parent, f"the shard {file.name} is of another save than {META}")
+    for chunk in damaged_chunks(file, table):
+        raise CorruptCheckpointError(describe_chunk(chunk), file)
+    if file.stat().st_size != nbytes:
+        raise _damage(file.parent, f"the shard {file.name} has {file.stat().st_size} bytes instead of {nbytes}")
+
+
+def describe_chunk(chunk: Chunk) -> str:
+    """Return how messages name a chunk: by its tensor, and where in it the shard begins."""
+    where = f" (the shard from {list(chunk.offsets)} on)" if any(chunk.offsets) else ""
+    return f"the tensor {chunk.name}{where}"
+
+
+def _damage(folder: Path, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"the checkpoint ({what})", folder)

@@ -1,0 +1,179 @@
+"""The file of one process: chunks that DCP reads, and after them a table of what they are.
+
+Each chunk is what ``torch.save`` writes for one shard, a payload or a plain tensor, or for one value that is no tensor.
+DCP finds chunks by their offsets, which are in ``.metadata``. Nobody reads the table but whoever compares the file with
+it: JSON, its checksum and its length (8 bytes each, little-endian), and :data:`MAGIC`.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+import xxhash
+from torch import Tensor
+
+from q8lightning.checkpoint.file.write_behind import WriteBehind
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.payload import QuantizedTensor
+
+MAGIC = b"q8shards"
+"""The last eight bytes of the file of a process."""
+
+_END = struct.Struct(f"<QQ{len(MAGIC)}s")
+
+_STEP = 2**22
+"""Bytes that are read and summed at a time."""
+
+
+class Chunk(NamedTuple):
+    """One chunk of a file.
+
+    Attributes:
+        name: The tensor or value, as messages name it.
+        offsets: Where in the whole tensor the shard begins; empty for what is no tensor.
+        start: Where in the file the chunk begins.
+        nbytes: Its bytes.
+        checksum: XXH3 of them (64 bits).
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    start: int
+    nbytes: int
+    checksum: int
+
+
+class Item(NamedTuple):
+    """What is to be written as one chunk.
+
+    Attributes:
+        name: As messages name it.
+        offsets: See :class:`Chunk`.
+        value: A payload, a tensor on the host, or any value that can be pickled.
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    value: Any
+
+
+class _Summed:
+    """Sums what is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sum = xxhash.xxh3_64()
+        self.nbytes = 0
+
+    def write(self, data: Any) -> int:
+        self.sum.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is complete."""
+
+
+def write_shards(path: str, save: str, rank: int, items: Sequence[Item]) -> list[Chunk]:
+    """Write the file of a process, and flush it to the disk.
+
+    Args:
+        path: Where to; nothing is there.
+        save: The id of the save.
+        rank: Of the process.
+        items: What to write, in this order.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    chunks: list[Chunk] = []
+    start = 0
+    with open(path, "xb") as file:
+        with WriteBehind(file) as behind:
+            for item in items:
+                through = _Summed(cast("IO[bytes]", behind))
+                torch.save(_stored(item.value, save), cast("IO[bytes]", through))
+                chunks.append(Chunk(item.name, item.offsets, start, through.nbytes, through.sum.intdigest()))
+                start += through.nbytes
+            behind.write(_table(save, rank, chunks))
+        file.flush()
+        os.fsync(file.fileno())
+    return chunks
+
+
+def _stored(value: Any, save: str) -> Any:
+    """Return what is pickled of a value: a file has the whole memory of each tensor, so that each has its own."""
+    if isinstance(value, QuantizedTensor):
+        return value.replace_data(_alone(value.data)).of_save(save)
+    return _alone(value.detach()) if isinstance(value, Tensor) else value
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
+        return tensor
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
+
+
+def _table(save: str, rank: int, chunks: Sequence[Chunk]) -> bytes:
+    text = json.dumps({"save": save, "rank": rank, "chunks": chunks}, separators=(",", ":")).encode()
+    return text + _END.pack(xxhash.xxh3_64_intdigest(text), len(text), MAGIC)
+
+
+class Table(NamedTuple):
+    """What the end of a file says of it.
+
+    Attributes:
+        save: The id of the save that it is of.
+        rank: Of the process that wrote it.
+        chunks: Its chunks, in their order.
+    """
+
+    save: str
+    rank: int
+    chunks: list[Chunk]
+
+
+def read_table(path: str | os.PathLike[str]) -> Table:
+    """Return the table of a file.
+
+    Raises:
+        CorruptCheckpointError: If there is none, or it is not what was written.
+        OSError: If there is no such file.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            file.seek(max(0, size - _END.size))
+            checksum, nbytes, magic = _END.unpack(file.read())
+            if magic != MAGIC or nbytes > size - _END.size:
+                raise ValueError
+            file.seek(size - _END.size - nbytes)
+            text = file.read(nbytes)
+            if xxhash.xxh3_64_intdigest(text) != checksum:
+                raise ValueError
+        except (ValueError, struct.error):
+            raise CorruptCheckpointError("the table at the end of the shard", path) from None
+    found = json.loads(text)
+    return Table(found["save"], found["rank"], [Chunk(n, tuple(o), s, b, c) for n, o, s, b, c in found["chunks"]])
+
+
+def damaged_chunks(path: str | os.PathLike[str], table: Table) -> Iterator[Chunk]:
+    """Yield the chunks of a file that are not what was written."""
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_STEP))
+        for chunk in table.chunks:
+            file.seek(chunk.start)
+            found, left = xxhash.xxh3_64(), chunk.nbytes
+            while left:
+                count = file.readinto(buffer[: min(left, _STEP)])
+                if not count:
+                    break
+                found.update(buffer[:count])
+                left -= count
+            if left or found.intdigest() != chunk.checksum:
+                yield chunk

@@ -1,0 +1,163 @@
+"""The door that checkpoints in shards pass: what FSDP and ModelParallel save and load without a CheckpointIO.
+
+These strategies hand their states to torch.distributed.checkpoint in ``save_checkpoint`` and take them from it in
+``load_checkpoint``. Both are replaced on the Trainer's strategy, so that a folder is written encoded, and compared with
+its sums before it is loaded. Whoever loads it without this door gets the same tensors.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from q8lightning.checkpoint.encode.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.format import check_version
+from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
+from q8lightning.checkpoint.sharded.local_shards import local_shards
+from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.save import ShardedSave
+from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
+from q8lightning.checkpoint.staging.transfer import HostMemory
+from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_message
+from q8lightning.trainer.twins import is_a
+
+PathLike = str | Path
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing put into the names of parameters, and states leave out."""
+
+
+class ShardedDoor:
+    """Saves and loads the checkpoints of one strategy.
+
+    Args:
+        strategy: Whose; a FSDPStrategy or a ModelParallelStrategy.
+        checkpoint_io: What encodes, and writes in the background.
+    """
+
+    def __init__(self, strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> None:
+        self.io = checkpoint_io
+        self._strategy = strategy
+        self._weights = "model" if is_a(strategy, FSDPStrategy) else "state_dict"
+        self._front, self._back = Ranks.of_all(), Ranks.of_all()  # one for the training, one for the thread that writes
+        self._last: ShardPlan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the processes: Trainers are pickled."""
+        return {**self.__dict__, "_front": Ranks(), "_back": Ranks(), "_last": None}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
+        """Save a checkpoint to the folder ``filepath``; to be called in all processes.
+
+        Raises:
+            BackgroundSaveError: In all processes, if an earlier save in the background failed.
+        """
+        own = type(self._strategy).save_checkpoint
+        if storage_options is not None or is_message(filepath):
+            self._front.together(self.io.wait)
+            own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
+            return
+        path = self._front.at_first(lambda: os.path.abspath(filepath))
+        planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
+        plan = self._last = agree(planner, state, self._front, self._last)
+        part = local_shards(checkpoint, plan, planner, with_rest=self._front.is_first)
+
+        def write(save: Save, memory: HostMemory) -> SaveReport:
+            return ShardedSave(save, plan, part.places, self._back).write(path, memory)
+
+        self.io.save_shards(part.checkpoint, part.shards, filepath, self._names(checkpoint), self._front, write)
+
+    def _names(self, checkpoint: Mapping[str, Any]) -> ModelNames:
+        """Return what is known of the model, by the names that the states of sharded models have."""
+        names = self.io.describe_model() if self.io.describe_model is not None else names_in(checkpoint)
+        return replace(
+            names,
+            parameters=frozenset(map(_in_states, names.parameters)),
+            optimizer_parameters=tuple(tuple(map(_in_states, each)) for each in names.optimizer_parameters),
+            quantized={_in_states(name): codec for name, codec in names.quantized.items()},
+        )
+
+    def load_checkpoint(self, checkpoint_path: PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint, after every file of it was compared with what was written; in all processes.
+
+        Raises:
+            CorruptCheckpointError: In all processes, if the checkpoint is not what was saved.
+            NewerFormatError: If it was written in a later format than this version reads.
+            BackgroundSaveError: If a save in the background failed.
+        """
+        self._front.together(self.io.wait)
+        path, in_shards = self._front.at_first(lambda: (os.path.abspath(checkpoint_path), is_sharded(checkpoint_path)))
+        own = type(self._strategy).load_checkpoint
+        if in_shards and self.io.verify:
+            check_shards(path, self._front, *args, **kwargs)
+        try:
+            with nullcontext() if self.io.verify else without_verification():
+                checkpoint: dict[str, Any] = own(self._strategy, checkpoint_path, *args, **kwargs)
+        except CheckpointException as error:  # no Exception, and it hides the one that says what is wrong
+            raise _cause(error) from error
+        check_version(summary_in(checkpoint))
+        return checkpoint
+
+
+class _StatesOnDevice:
+    """Gives the states of a model under FSDP2 where they are; Lightning copies them to the host first."""
+
+    def __init__(self, strategy: ModelParallelStrategy) -> None:
+        self._strategy = strategy
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self._strategy.model is not None
+        return get_model_state_dict(self._strategy.model, options=StateDictOptions())
+
+    def optimizer_state(self, optimizer: Any) -> Any:
+        assert self._strategy.model is not None
+        if not isinstance(optimizer, Optimizer):
+            optimizer = optimizer.optimizer  # Lightning's wrapper
+        return get_optimizer_state_dict(self._strategy.model, optimizer, options=StateDictOptions())
+
+
+def open_sharded_door(strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> None:
+    """Let what a strategy saves and loads in shards pass a door, from now on; to be called in all processes."""
+    if door_of(strategy, checkpoint_io) is not None:
+        return
+    door = ShardedDoor(strategy, checkpoint_io)
+    strategy.save_checkpoint = door.save_checkpoint  # type: ignore[method-assign]
+    strategy.load_checkpoint = door.load_checkpoint  # type: ignore[method-assign]
+    if is_a(strategy, ModelParallelStrategy) and strategy.root_device.type != "cpu":
+        states = _StatesOnDevice(strategy)
+        strategy.lightning_module_state_dict = states.lightning_module_state_dict  # type: ignore[method-assign]
+        strategy.optimizer_state = states.optimizer_state  # type: ignore[method-assign]
+
+
+def door_of(strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> ShardedDoor | None:
+    """Return the door of a strategy to this CheckpointIO, None if there is none."""
+    door = getattr(vars(strategy).get("load_checkpoint"), "__self__", None)
+    return door if isinstance(door, ShardedDoor) and door.io is checkpoint_io else None
+
+
+def _in_states(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """Return the first process's error that DCP tells all of."""
+    failures: Mapping[int, tuple[BaseException, Any]] = error.failures
+    first = min(failures, default=None)
+    return error if first is None else failures[first][0]

@@ -1,0 +1,110 @@
+"""Small models under FSDP2, HSDP and tensor parallelism, and Trainers for them on CPUs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+WIDTH, HEAD = 128, 67
+
+
+class Block(nn.Module):
+    """A residual block whose second matrix has rows of 96, in which blocks of 32 fit."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 96)
+        self.down = nn.Linear(96, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Blocks, an uneven head with a long vector, and a frozen matrix."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(WIDTH, HEAD)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, HEAD * 64))
+        self.one = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.frozen(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) * self.scale.view(HEAD, 64).mean(dim=1) * self.one
+
+
+class ShardedModel(pl.LightningModule):
+    """A network sharded block by block, with a parameter outside; losses are in ``losses``.
+
+    All processes see the same samples, so that losses do not depend on how many there are but for rounding.
+    """
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__()
+        self.net = Net(blocks)
+        self.outside = nn.Parameter(torch.linspace(-1, 1, HEAD * 64).view(HEAD, 64))
+        self.register_buffer("seen", torch.zeros(5000))
+        self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        if not any(isinstance(each, DTensor) for each in self.parameters()):
+            self.shard(self.device_mesh["data_parallel"])
+
+    def shard(self, mesh: Any) -> None:
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.seen += 1
+        predicted = self.net(batch) + self.outside.mean(dim=1)
+        loss = (predicted - batch[:, :HEAD]).square().mean()
+        self.losses.append(float(loss))
+        return loss
+
+    validation_step = test_step = lambda self, batch, index: self.training_step(batch, index)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
+        }
+
+
+def samples(count: int = 64) -> DataLoader[Tensor]:
+    """Return a loader with the same samples every time, eight a batch."""
+    data = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(0))
+    return DataLoader(data, batch_size=8)  # type: ignore[arg-type]
+
+
+def trainer_of(folder: Path, strategy: Any = None, **options: Any) -> pl.Trainer:
+    """Return a quiet Trainer on as many processes as the launch has."""
+    size = int(os.environ.setdefault("PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    os.environ["WORLD_SIZE"] = str(size)  # Lightning takes it away at the end of each run
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": size,
+        "strategy": strategy or ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1),
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**(defaults | options))
