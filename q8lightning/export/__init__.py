@@ -1,1 +1,1 @@
-"""What a trained model is shipped as: one module a target format."""
+"""Write trained models in the formats in which they are deployed, one module for each."""

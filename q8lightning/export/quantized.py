@@ -1,6 +1,6 @@
-"""Write what a QAT checkpoint is for: the quantized weights, as plain floats or as codes.
+"""Write the quantized weights of a QAT checkpoint, as plain floats or as codes.
 
-A file of codes needs nothing but torch to be read. This is all that a reader has to know::
+Reading a file of codes needs nothing but torch::
 
     def load_codes(path):
         state, tensors = torch.load(path, weights_only=True)["state_dict"], {}
@@ -47,16 +47,16 @@ def export_quantized(
     Args:
         checkpoint: The checkpoint.
         path: The file to write.
-        format: ``"float"``: a Lightning checkpoint whose weights are the ones that the forward pass used, bit for bit;
-            ``load_from_checkpoint`` and ``torch.load`` read it without this package. ``"codes"``: packed codes, scales
-            and levels for the quantized weights, and all other tensors as they are; the end of
-            ``docs/qat.md`` and the head of :mod:`q8lightning.export.quantized` show the reader.
-        weights_only: As for ``torch.load``: pass False for a checkpoint of your own that holds other objects.
+        format: ``"float"`` writes a Lightning checkpoint with the very weights that the forward pass used, which
+            ``load_from_checkpoint`` and ``torch.load`` read without this package. ``"codes"`` writes packed codes,
+            scales and levels of the quantized weights, and all other tensors as they are. The end of ``docs/qat.md``
+            and the head of :mod:`q8lightning.export.quantized` show a reader.
+        weights_only: As for ``torch.load``. Pass False for a checkpoint of your own that holds other objects.
 
     Raises:
-        ValueError: If the format is unknown, the checkpoint was not saved during QAT (its last step was before
-            ``start_step`` or after ``end_step``), or a weight is not finite.
-        CorruptCheckpointError: If the checkpoint is not what was saved.
+        ValueError: If the format is unknown, a weight is not finite, or the checkpoint does not hold quantized weights,
+            since it was not saved during QAT, or its last step was before ``start_step`` or after ``end_step``.
+        CorruptCheckpointError: If the checkpoint is damaged.
         NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
     if format not in ("float", "codes"):
@@ -91,7 +91,7 @@ def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], forma
 
 
 def _identity(value: Any) -> Any:
-    """Identify what a value shows of its memory: equal for tied tensors only. Each of them is an object of its own."""
+    """Return a key that is equal for tied tensors only, which are objects of their own over the same memory."""
     if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
         return value.data_ptr(), value.dtype, value.shape, value.stride()
     return id(value)
@@ -99,7 +99,7 @@ def _identity(value: Any) -> Any:
 
 def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:
     if isinstance(value, QuantizedTensor):
-        value.verify()  # its codes are taken as they are
+        value.verify()  # decoding would do so, but codes are read without it
     if entry is None:
         return value.decode() if isinstance(value, QuantizedTensor) else value
     codes = read_codes(value, entry)
@@ -114,7 +114,7 @@ def _values(weight: Codes) -> Tensor:
 
 
 def _plain_codes(weight: Codes) -> dict[str, Any]:
-    """Return the codes in primitives and tensors, for readers that know nothing of this package."""
+    """Return codes, scales and levels as primitives and tensors, for readers without this package."""
     codec, codes, scales, like = weight
     if codec.axis is None:
         strides = like.stride()

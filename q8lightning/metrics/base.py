@@ -1,7 +1,7 @@
-"""What the metrics share: their plot, and states that are float64 sums.
+"""The base of the metrics: states that are float64 sums, and their plot.
 
-States have names that no metric has whose updates are others: a MetricCollection takes metrics with the same names and,
-after the first update, the same values for one metric, and updates only the first of them from then on.
+Metrics share a state's name only if they are updated alike. A MetricCollection takes metrics whose states have the same
+names, and the same values after the first update, for one metric, and updates only the first from then on.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,27 +12,27 @@ from torch import Tensor
 from torchmetrics import Metric
 
 Values = Tensor | dict[str, Tensor] | Sequence[Tensor] | Sequence[dict[str, Tensor]]
-"""What a metric computed, once or several times."""
+"""One or several results of a metric."""
 
 
 class QuantizationMetric(Metric):
     """A metric of what quantization costs or saves.
 
-    States are float64 and are replaced, not added to in place: a state that ``.to(torch.bfloat16)`` of a surrounding
-    module made a half one becomes float64 again with the first update.
+    An update replaces the states, which are float64, instead of adding in place. So a state becomes float64 again if
+    ``.to(torch.bfloat16)`` of a surrounding module has converted it.
     """
 
     full_state_update = False
 
     def plot(self, val: Values | None = None, ax: Any = None) -> tuple[Any, Any]:
-        """Plot one value, or several as they followed each other.
+        """Plot one value, or several values in their order.
 
         Args:
-            val: What ``compute`` or ``forward`` returned, or a list of that; the metric's present value if missing.
-            ax: The matplotlib axes to draw into, if there are some already.
+            val: A result of ``compute`` or ``forward``, or a list of results; the metric's present value if missing.
+            ax: The matplotlib axes to draw into; new ones if missing.
 
         Returns:
-            The matplotlib figure (None if ``ax`` was given) and its axes.
+            The matplotlib figure, None if ``ax`` was given, and its axes.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -40,12 +40,12 @@ class QuantizationMetric(Metric):
         return self._plot(val, ax)
 
     def _add_zeros(self, state: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
-        """Add a state of float64 zeros, where torchmetrics says that the metric is."""
+        """Add a state of float64 zeros on the metric's device."""
         zeros = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.add_state(state, default=zeros, dist_reduce_fx=reduce)
 
     def _count_as_update(self, update: Callable[[Tensor], None], argument: Tensor) -> None:
-        """Call ``update`` as torchmetrics calls the method of this name: no gradient, no result kept from before."""
+        """Call ``update`` as torchmetrics calls the method of this name: no gradients, no cached result."""
         self._wrap_update(update)(argument)
 
 
@@ -53,8 +53,8 @@ class SquaredErrorMetric(QuantizationMetric):
     """A metric of the power of an error and of a signal.
 
     Args:
-        state: The name of its only state, which only metrics with the same ``update`` may share.
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        state: The name of its only state. Only metrics with the same ``update`` may share it.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
     def __init__(self, state: str, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class SquaredErrorMetric(QuantizationMetric):
 
     @property
     def sums(self) -> Tensor:
-        """The two sums, ``[2]`` float64: of the squares of the error, and of the signal."""
+        """The sums of squares of the error and of the signal, ``[2]`` float64."""
         sums: Tensor = getattr(self, self._sums_name)
         return sums
 

@@ -13,18 +13,19 @@ from q8lightning.metrics.functional.codebook_usage import (
 
 
 class CodebookUsage(QuantizationMetric):
-    r"""Share of a codebook's levels that occur, and the entropy of the codes.
+    r"""The share of a codebook's levels that occur, and the entropy of the codes.
 
     .. math:: -\sum_k p_k \log_2 p_k
 
-    with the share of the codes that are k. An entropy far below log2 of the levels says that fewer bits might do.
-    ``forward`` and ``update`` take ``codes``, ``[*shape]`` uint8 (those on a GPU are waited for). ``compute`` returns a
+    where p_k is the share of codes that are k. An entropy far below log2 of the levels says that fewer bits might do.
+
+    ``forward`` and ``update`` take ``codes``, ``[*shape]`` uint8, and wait for those on a GPU. ``compute`` returns a
     dict: ``share_in_use``, ``[]`` float64 from 0 to 1, and ``entropy_bits``, ``[]`` float64 in bits a code, from 0 to
-    log2(num_levels). Both are 0 where there are no codes.
+    log2(num_levels). Both are 0 if there are no codes.
 
     Args:
         num_levels: How many levels the codebook has, 2 to 256.
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``num_levels`` is not a whole number from 2 to 256.
@@ -49,7 +50,7 @@ class CodebookUsage(QuantizationMetric):
         self._add_zeros("level_counts", num_levels)
 
     def update(self, codes: Tensor) -> None:
-        """Count ``[*shape]`` uint8; ValueError if they are not, or one is not below ``num_levels``."""
+        """Count codes, ``[*shape]`` uint8. ValueError for another dtype, and for codes of ``num_levels`` or more."""
         self.level_counts = self.level_counts + codebook_usage_update(codes, self.num_levels)
 
     def compute(self) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ class CompressionRatio(QuantizationMetric):
 
     .. math:: \frac{\sum \text{original bytes}}{\sum \text{stored bytes}}
 
-    ``forward`` and ``update`` take two counts, ints or integers of any shape, which are added up (those on a GPU are
-    waited for). ``compute`` returns ``[]`` float64: 1 for nothing stored of nothing (also before any update), infinity
-    for nothing stored of something.
+    ``forward`` and ``update`` take two counts, ints or tensors of integers, whose elements are added up. They wait for
+    tensors on a GPU. ``compute`` returns ``[]`` float64: 1 if both sums are zero, as before any update, and infinity if
+    only the stored bytes are.
 
     Args:
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = CompressionRatio()
@@ -39,7 +39,7 @@ class CompressionRatio(QuantizationMetric):
         self._add_zeros("byte_counts", 2)
 
     def update(self, original_bytes: int | Tensor, stored_bytes: int | Tensor) -> None:
-        """Add what was there and what is stored, in bytes; ValueError if one is negative or not whole."""
+        """Add counts of bytes. ValueError if one is negative or not whole."""
         self.byte_counts = self.byte_counts + compression_ratio_update(original_bytes, stored_bytes).to(
             self.byte_counts.device
         )

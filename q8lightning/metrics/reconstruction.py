@@ -23,29 +23,29 @@ class _SquaredReconstructionError(SquaredErrorMetric):
         super().__init__("reconstruction_sums", **kwargs)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""
+        """Add decoded values and their originals, ``[*shape]`` floats each. ValueError for other dtypes or shapes."""
         self._add(squared_error_update(preds, target))
 
     def update_from_statistics(self, statistics: Tensor) -> None:
-        """Add what a codec measured, ``[..., 5]`` float64; ValueError for another shape or dtype.
+        """Add statistics of a codec, ``[..., 5]`` float64. ValueError for another dtype or shape.
 
-        The order is that of :mod:`q8lightning.metrics.functional.reconstruction`.
+        :mod:`q8lightning.metrics.functional.reconstruction` says what they are.
         """
         self._count_as_update(self._add, squared_error_from_statistics(statistics))
 
 
 class ReconstructionSQNR(_SquaredReconstructionError):
-    r"""Signal-to-quantization-noise ratio of decoded values, in dB.
+    r"""The signal-to-quantization-noise ratio of decoded values, in dB.
 
     .. math:: 10 \log_{10} \frac{\sum x^2}{\sum (x' - x)^2}
 
-    The sums run over all elements of all updates, in float64 whatever the dtype. ``forward`` and ``update`` take
-    ``preds``, what was decoded, and ``target``, the original, ``[*shape]`` floats each;
-    :meth:`update_from_statistics` takes what a codec measured. ``compute`` returns ``[]`` float64: infinity where
-    nothing was lost (also of zeros, or before any update), -infinity where only the original is zero.
+    The sums are over all elements of all updates, in float64. ``forward`` and ``update`` take ``preds``, the decoded
+    values, and ``target``, the originals, ``[*shape]`` floats each; :meth:`update_from_statistics` takes statistics of
+    a codec. ``compute`` returns ``[]`` float64: infinity if nothing was lost, as before any update, and -infinity if
+    only the original is zero.
 
     Args:
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = ReconstructionSQNR()
@@ -64,17 +64,17 @@ class ReconstructionSQNR(_SquaredReconstructionError):
 
 
 class RelativeReconstructionError(_SquaredReconstructionError):
-    r"""Error of decoded values relative to their size.
+    r"""The error of decoded values relative to their size.
 
     .. math:: \sqrt{\frac{\sum (x' - x)^2}{\sum x^2}}
 
-    The sums run over all elements of all updates, in float64 whatever the dtype. ``forward`` and ``update`` take
-    ``preds``, what was decoded, and ``target``, the original, ``[*shape]`` floats each;
-    :meth:`update_from_statistics` takes what a codec measured. ``compute`` returns ``[]`` float64: 0 where nothing was
-    lost (also of zeros, or before any update), infinity where only the original is zero.
+    The sums are over all elements of all updates, in float64. ``forward`` and ``update`` take ``preds``, the decoded
+    values, and ``target``, the originals, ``[*shape]`` floats each; :meth:`update_from_statistics` takes statistics of
+    a codec. ``compute`` returns ``[]`` float64: 0 if nothing was lost, as before any update, and infinity if only the
+    original is zero.
 
     Args:
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = RelativeReconstructionError()
@@ -91,16 +91,16 @@ class RelativeReconstructionError(_SquaredReconstructionError):
 
 
 class MaxReconstructionError(QuantizationMetric):
-    r"""Largest absolute error of any decoded value, in its own units.
+    r"""The largest absolute error of any decoded value, in its own units.
 
     .. math:: \max |x' - x|
 
-    ``forward`` and ``update`` take ``preds``, what was decoded, and ``target``, the original, ``[*shape]`` floats each;
-    :meth:`update_from_statistics` takes what a codec measured. ``compute`` returns ``[]`` float64: 0 where nothing was
-    lost, or before any update.
+    ``forward`` and ``update`` take ``preds``, the decoded values, and ``target``, the originals, ``[*shape]`` floats
+    each; :meth:`update_from_statistics` takes statistics of a codec. ``compute`` returns ``[]`` float64: 0 if nothing
+    was lost, as before any update.
 
     Args:
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = MaxReconstructionError()
@@ -119,13 +119,13 @@ class MaxReconstructionError(QuantizationMetric):
         self._add_zeros("max_reconstruction_error", reduce="max")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Look at decoded values and their originals, ``[*shape]`` floats each; ValueError if they are not."""
+        """Compare decoded values and originals, ``[*shape]`` floats each. ValueError for other dtypes or shapes."""
         self._raise_to(max_error_update(preds, target))
 
     def update_from_statistics(self, statistics: Tensor) -> None:
-        """Look at what a codec measured, ``[..., 5]`` float64; ValueError for another shape or dtype.
+        """Take statistics of a codec, ``[..., 5]`` float64. ValueError for another dtype or shape.
 
-        The order is that of :mod:`q8lightning.metrics.functional.reconstruction`.
+        :mod:`q8lightning.metrics.functional.reconstruction` says what they are.
         """
         self._count_as_update(self._raise_to, max_error_from_statistics(statistics))
 

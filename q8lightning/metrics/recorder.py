@@ -1,4 +1,4 @@
-"""What is recorded of saves and of quantized weights: metrics by name, and what is worth saying at the end."""
+"""Compute what is logged of saves and quantized weights, and the totals of a run."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,22 +12,22 @@ from q8lightning.metrics.functional.compression import compression_ratio
 from q8lightning.metrics.functional.reconstruction import relative_error_compute, sqnr_compute
 
 PREFIX = "q8"
-"""What all names begin with."""
+"""The first part of all names."""
 
 STALL = f"{PREFIX}/save_stall_ms"
-"""How long a save held training, in milliseconds: the one value that is known without the device."""
+"""The name of the time for which a save held training, in milliseconds. Only this value needs no device."""
 
 Detail = Literal["kind", "tensor"]
-"""What values are logged of: of each kind of tensor, or of each tensor too."""
+"""Log values of each kind of tensor, or of each tensor as well."""
 
 
 class Loss(NamedTuple):
     """What one tensor lost.
 
     Attributes:
-        kind: Such as ``weights`` or ``exp_avg``.
-        name: Of the tensor.
-        statistics: Five numbers; see :mod:`q8lightning.metrics.functional.reconstruction`.
+        kind: The kind of tensor, such as ``weights`` or ``exp_avg``.
+        name: The tensor's name.
+        statistics: The five numbers of :mod:`q8lightning.metrics.functional.reconstruction`.
     """
 
     kind: str
@@ -39,10 +39,10 @@ class Save(NamedTuple):
     """What one save lost and took.
 
     Attributes:
-        losses: Of each encoded tensor.
-        directions: For each parameter the sums of squared differences and of squares of Adam's update direction.
+        losses: The loss of each encoded tensor.
+        directions: The sums of squared differences and of squares of Adam's update direction, for each parameter.
         original_bytes: Bytes of all tensors.
-        stored_bytes: Bytes of what is stored of them.
+        stored_bytes: Bytes of their stored form.
     """
 
     losses: Sequence[Loss]
@@ -52,14 +52,14 @@ class Save(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What there is to say of one save, as numbers.
+    """The values that are logged of one save, and its part in the totals.
 
     Attributes:
-        values: All that is logged of it but the stall, by name.
+        values: All logged values but the stall, by name.
         original_bytes: Bytes of all tensors.
-        stored_bytes: Bytes of what is stored of them.
-        worst: The smallest signal-to-quantization-noise ratio in dB, and the kind and name of the tensor that has it;
-            None if nothing was lost.
+        stored_bytes: Bytes of their stored form.
+        worst: The smallest signal-to-quantization-noise ratio in dB, with the kind and name of its tensor; None if
+            nothing was lost.
     """
 
     values: dict[str, float]
@@ -70,14 +70,15 @@ class Recorded(NamedTuple):
 
 @dataclass
 class Totals:
-    """What all saves of a run come to.
+    """The totals of all saves of a run.
 
     Attributes:
-        saves: How many there were.
-        original_bytes: What they would have taken.
-        stored_bytes: What they took.
-        longest_stall: Seconds.
-        worst: The smallest signal-to-quantization-noise ratio in dB, and the kind and name of the tensor that had it.
+        saves: The number of saves.
+        original_bytes: Bytes of all tensors.
+        stored_bytes: Bytes of their stored form.
+        longest_stall: The longest time for which a save held training, in seconds.
+        worst: The smallest signal-to-quantization-noise ratio in dB, with the kind and name of its tensor; None if
+            nothing was lost.
     """
 
     saves: int = 0
@@ -87,7 +88,7 @@ class Totals:
     worst: tuple[float, str, str] | None = None
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return labels and values to print; nothing if there was no save."""
+        """Return labels and values to print, none if there was no save."""
         if not self.saves:
             return []
         ratio = self.original_bytes / self.stored_bytes if self.stored_bytes else math.inf
@@ -106,13 +107,14 @@ class Totals:
 
 
 class Recorder:
-    """Computes what is logged, and keeps the totals of a run.
+    """Computes the logged values, and keeps the totals of a run.
 
     Args:
-        detail: ``"kind"`` for values by kind of tensor, ``"tensor"`` for those of each tensor as well.
+        detail: ``"kind"`` for values of each kind of tensor, ``"tensor"`` for values of each tensor as well, None if
+            nothing is logged.
 
     Raises:
-        ValueError: If it is neither, nor None.
+        ValueError: If ``detail`` is something else.
 
     Example:
         >>> recorder = Recorder("tensor")
@@ -136,15 +138,15 @@ class Recorder:
         self.detail = detail
         self.totals = Totals()
         self.warned: set[str] = set()
-        """What failed while it reported, and has been warned of in this run."""
+        """The parts of reporting that have failed in this run, each with a warning."""
 
     def start_run(self) -> None:
-        """Count from zero, and warn again."""
+        """Forget the totals and the warnings of the run before."""
         self.totals = Totals()
         self.warned.clear()
 
     def losses(self, losses: Sequence[Loss], prefix: str = PREFIX) -> dict[str, float]:
-        """Return ratio and relative error of each kind and, if wanted, of each tensor, by name."""
+        """Return SQNR and relative error of each kind, and of each tensor if that is wanted, by name."""
         sums = _sums(loss.statistics for loss in losses)
         members: dict[str, list[int]] = {}
         for index, loss in enumerate(losses):
@@ -162,7 +164,7 @@ class Recorder:
         return values
 
     def record(self, save: Save) -> Recorded:
-        """Compute what there is to say of a save, in any thread; nothing is counted yet."""
+        """Compute the logged values of a save, in any thread. The totals stay as they are."""
         values = self.losses(save.losses)
         if save.directions:
             error = relative_error_compute(_sums(save.directions).sum(dim=0))
@@ -182,7 +184,7 @@ class Recorder:
 
 
 def _worst(losses: Sequence[Loss]) -> tuple[float, str, str] | None:
-    """Return the smallest ratio and whose it is; None where nothing was lost or there are no numbers."""
+    """Return the smallest ratio with the kind and name of its tensor; None if no ratio is finite."""
     if not losses:
         return None
     ratios = sqnr_compute(_sums(loss.statistics for loss in losses).T)
@@ -193,7 +195,7 @@ def _worst(losses: Sequence[Loss]) -> tuple[float, str, str] | None:
 
 def _sums(rows: Iterable[Sequence[float]]) -> Tensor:
     """Return the first two numbers of each row, ``[rows, 2]`` float64: squared error and squares."""
-    flat = [number for row in rows for number in row[:2]]  # a list of lists takes longer to convert
+    flat = [number for row in rows for number in row[:2]]  # a list of lists would take longer to convert
     return torch.tensor(flat, dtype=torch.float64, device="cpu").view(-1, 2)
 
 

@@ -1,4 +1,4 @@
-"""How far encoded moments turn the step that Adam takes with them."""
+"""How far encoded moments turn Adam's steps."""
 
 from typing import Any
 
@@ -14,21 +14,21 @@ from q8lightning.metrics.functional.update_direction import (
 
 
 class UpdateDirectionError(SquaredErrorMetric):
-    r"""Error of Adam's update direction, relative to its size: whether a resumed run steps the same way.
+    r"""The error of Adam's update direction relative to its size: whether a resumed run steps the same way.
 
     .. math:: \sqrt{\frac{\sum (d' - d)^2}{\sum d^2}}, \qquad d = \frac{m}{\sqrt{v} + \epsilon}
 
-    with the moments m (``exp_avg``) and v (``exp_avg_sq``), and d' the direction of the decoded ones. The error of a
-    small second moment counts here as much as it changes the step, while other metrics cannot see it. Bias correction
-    is left out: it scales both directions alike, but for epsilon.
+    where m (``exp_avg``) and v (``exp_avg_sq``) are the moments, and d' is the direction of the decoded ones. The error
+    of a small second moment counts here as much as it changes the step, while other metrics do not show it. Bias
+    correction is left out, because it scales both directions alike, but for epsilon.
 
-    ``forward`` and ``update`` take the two moments and what they were decoded to, ``[*shape]`` floats each;
-    :meth:`update_from_sums` takes sums made elsewhere. ``compute`` returns ``[]`` float64: 0 where nothing was lost
-    (also of directions that are zero, or before any update), infinity where only the original direction is zero.
+    ``forward`` and ``update`` take the moments and their decoded values, ``[*shape]`` floats each;
+    :meth:`update_from_sums` takes sums. ``compute`` returns ``[]`` float64: 0 if nothing was lost, as before any
+    update, and infinity if only the original direction is zero.
 
     Args:
-        eps: The optimizer's; finite and not negative.
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        eps: The eps of the optimizer, finite and not negative.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``eps`` is negative or not finite.
@@ -47,18 +47,18 @@ class UpdateDirectionError(SquaredErrorMetric):
 
     def __init__(self, eps: float = 1e-8, **kwargs: Any) -> None:
         check_eps(eps)
-        super().__init__(f"update_direction_sums_{eps}", **kwargs)  # with another eps the update is another
+        super().__init__(f"update_direction_sums_{eps}", **kwargs)  # another eps makes another update
         self.eps = eps
 
     def update(self, exp_avg: Tensor, exp_avg_sq: Tensor, decoded_exp_avg: Tensor, decoded_exp_avg_sq: Tensor) -> None:
-        """Add both moments and their decodings, ``[*shape]`` floats each; ValueError if they are not."""
+        """Add moments and their decoded values, ``[*shape]`` floats each. ValueError for other dtypes or shapes."""
         self._add(update_direction_update(exp_avg, exp_avg_sq, decoded_exp_avg, decoded_exp_avg_sq, self.eps))
 
     def update_from_sums(self, sums: Tensor) -> None:
-        """Add the sums of squared differences and of squared directions, ``[..., 2]`` float64 in this order.
+        """Add sums of squared differences and of squared directions, ``[..., 2]`` float64 in this order.
 
         Raises:
-            ValueError: If the shape or the dtype is another.
+            ValueError: For another dtype or shape.
         """
         self._count_as_update(self._add, update_direction_from_sums(sums))
 

@@ -1,4 +1,4 @@
-"""The public functions over the operators: they say what is wrong with their arguments before anything is written."""
+"""The public functions, which check their arguments and call the operators."""
 
 from collections.abc import Sequence
 from typing import Literal, overload
@@ -11,7 +11,7 @@ from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, CodebookNa
 from q8lightning.quantization.spec.layout import check_block_size
 
 Code = CodebookName | Codebook | Tensor | Sequence[float]
-"""What names or lists a codebook; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
+"""A codebook, its name or its levels; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
 
 
 def _spec(code: Code) -> str:
@@ -45,17 +45,17 @@ def quantize_blockwise(
         A: ``[*shape]`` float32, float16, bfloat16 or float64; read as one flat row-major sequence.
         code: A built-in codebook's name, a codebook, or 2 to 256 increasing levels in [-1, 1] with 0.
         blocksize: Elements that share a scale; a power of two between 32 and 4096.
-        absmax: Written to and returned if given: ``[ceil(numel / blocksize)]`` float32.
-        out: Written to and returned if given: ``[*shape]`` uint8.
-        statistics: Written to if given: ``[5]`` float64, what the quantization loses; the fields of
-            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+        absmax: ``[ceil(numel / blocksize)]`` float32, written to and returned if given.
+        out: ``[*shape]`` uint8, written to and returned if given.
+        statistics: ``[5]`` float64, written to if given: what is lost, as the fields of
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics` in their order.
 
     Returns:
-        ``(out, absmax)``: the codes, and the largest magnitudes in the units of ``A``, 0 for an all-zero block. A block
-        with NaN or infinity has a scale that is not finite.
+        ``(out, absmax)``: the codes, and the largest magnitude of each block in the units of ``A``, 0 for an all-zero
+        block. It is not finite for a block with NaN or infinity.
 
     Raises:
-        ValueError: If the dtype, the block size, the codebook or a buffer does not fit; nothing is written then.
+        ValueError: If the dtype, the block size, the codebook or a buffer does not fit. Nothing is written then.
 
     Example:
         >>> codes, absmax = quantize_blockwise(torch.tensor([-2.0, 0.0, 1.0]), "int2", 32)
@@ -92,15 +92,15 @@ def dequantize_blockwise(
         absmax: ``[ceil(numel / blocksize)]`` float32.
         code: The codebook that the codes were made with.
         blocksize: The block size that the codes were made with.
-        dtype: The dtype of the result; that of ``out`` if missing.
-        out: Written to and returned if given: ``[*shape]`` of ``dtype``.
+        dtype: The dtype of the result; the dtype of ``out`` if missing.
+        out: ``[*shape]`` of ``dtype``, written to and returned if given.
 
     Returns:
         ``[*shape]`` values, exact zeros where ``absmax`` is 0, NaN where it is not finite. A code that the codebook
         lacks decodes to 0.
 
     Raises:
-        ValueError: If both ``dtype`` and ``out`` are missing, or an argument does not fit; nothing is written then.
+        ValueError: If both ``dtype`` and ``out`` are missing, or an argument does not fit. Nothing is written then.
 
     Example:
         >>> codes, absmax = torch.tensor([0, 2, 3], dtype=torch.uint8), torch.tensor([2.0])
@@ -133,15 +133,15 @@ def fake_quantize(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return ``x`` as the codebook would store it, in the dtype of ``x``, with a straight-through gradient.
 
-    The gradient is the identity (Bengio et al., arXiv:1308.3432): with a scale that is the block's largest magnitude,
-    every element is inside the range of the codebook.
+    The gradient is the identity (Bengio et al., arXiv:1308.3432). No element is clipped, because the scale is the
+    block's largest magnitude.
 
     Args:
         x: ``[*shape]`` float32, float16, bfloat16 or float64.
         code: A built-in codebook's name, a codebook, or its levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
-        return_statistics: Also return ``[5]`` float64 on the device of ``x``, what the quantization loses: the fields
-            of :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+        return_statistics: Whether to return what is lost, too: ``[5]`` float64 on the device of ``x``, the fields of
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics` in their order.
 
     Raises:
         ValueError: If the dtype, the block size or the codebook does not fit.
@@ -159,12 +159,12 @@ def fake_quantize(
 
 
 def fake_quantize_rows(x: Tensor, code: Code, per_tensor: bool = False) -> Tensor:
-    """As :func:`fake_quantize`, with one scale for each vector along the last axis, of any length, or one for all.
+    """Fake-quantize with one scale for each vector along the last axis, of any length, or with one scale for all.
 
     Args:
         x: ``[*shape]`` float32, float16, bfloat16 or float64.
         code: A built-in codebook's name, a codebook, or its levels.
-        per_tensor: Let all of ``x`` share one scale.
+        per_tensor: Whether all of ``x`` shares one scale.
 
     Raises:
         ValueError: If the dtype or the codebook does not fit.

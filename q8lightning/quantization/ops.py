@@ -1,10 +1,10 @@
-"""The operators: what codecs compute, as ``torch.library`` ops with fake implementations.
+"""Torch operators that encode, decode and fake-quantize a tensor.
 
-An op picks the backend by the device of its input (``backends/choose.py``) and does nothing else. Codebooks travel as
-their :attr:`Codebook.spec`, so that ops take only tensors and primitives.
+An operator calls the backend of its input's device (``backends/choose.py``) and does nothing else. It gets a codebook
+as its :attr:`Codebook.spec`, because operators take only tensors and primitives.
 
-The last result of those that encode is what is lost: with ``measure``, :func:`reference.measure` of the tensor and its
-decoded form, ``[5]`` float64 on the device of the tensor, from the same pass over memory; else ``[0]``.
+The last result of an operator that encodes is ``lost``. With ``measure``, it is :func:`reference.measure` of the tensor
+and its decoded form, ``[5]`` float64 on the tensor's device, computed in the same pass. Otherwise it is ``[0]``.
 """
 
 import torch
@@ -14,21 +14,12 @@ from torch.library import custom_op
 from q8lightning.quantization.backends.choose import backend_of
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import get_codebook
+from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 from q8lightning.system.ambient import neutral
 
 
-def _codes(x: Tensor) -> Tensor:
-    """Codes of ``x``, not yet written."""
-    return x.new_empty(x.shape, dtype=torch.uint8)
-
-
-def _scales(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value, or ``trailing`` ones, for each block of ``x``, not yet written."""
-    return x.new_empty(((x.numel() + block_size - 1) // block_size, *trailing), dtype=dtype)
-
-
-def _lost(x: Tensor, measure: bool) -> Tensor:
-    """What is lost of ``x``, not yet written."""
+def _empty_lost(x: Tensor, measure: bool) -> Tensor:
+    """Return memory for what is lost of ``x``."""
     return x.new_empty(5 if measure else 0, dtype=torch.float64)
 
 
@@ -40,7 +31,7 @@ def _lost(x: Tensor, measure: bool) -> Tensor:
 def quantize(
     x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lost = _lost(x, measure)
+    lost = _empty_lost(x, measure)
     return *backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale, lost if measure else None), lost
 
 
@@ -48,7 +39,7 @@ def quantize(
 def _(
     x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _codes(x), _scales(x, block_size), _lost(x, measure)
+    return empty_codes(x), empty_scales(x, block_size), _empty_lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize", mutates_args=())
@@ -65,13 +56,13 @@ def _(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch
 @custom_op("q8lightning::fake_quantize", mutates_args=())
 @neutral()
 def fake_quantize(x: Tensor, codebook: str, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor]:
-    lost = _lost(x, measure)
+    lost = _empty_lost(x, measure)
     return backend_of(x).fake_quantize(x, get_codebook(codebook), block_size, lost if measure else None), lost
 
 
 @fake_quantize.register_fake
 def _(x: Tensor, codebook: str, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _lost(x, measure)
+    return x.new_empty(x.shape), _empty_lost(x, measure)
 
 
 def _straight_through(ctx: object, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
@@ -85,7 +76,7 @@ fake_quantize.register_autograd(_straight_through)
 @neutral()
 def fake_quantize_rows(x: Tensor, codebook: str, row: int) -> Tensor:
     rows, width = x.reshape(-1, row), max(32, 1 << (row - 1).bit_length())
-    if width > 4096 or x.numel() == 0:  # more than the kernels hold at once
+    if width > 4096 or x.numel() == 0:  # a kernel cannot hold such a row
         return reference.fake_quantize_rows(x, get_codebook(codebook), row)
     padded = torch.nn.functional.pad(rows, (0, width - row)) if row < width else rows  # zeros change no scale
     values = backend_of(x).fake_quantize(padded, get_codebook(codebook), width)
@@ -106,13 +97,13 @@ fake_quantize_rows.register_autograd(lambda ctx, grad: (grad, None, None))
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 @neutral()
 def quantize_residual(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lost = _lost(x, measure)
+    lost = _empty_lost(x, measure)
     return *backend_of(x).quantize_residual(x, block_size, lost if measure else None), lost
 
 
 @quantize_residual.register_fake
 def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _codes(x), _codes(x), _scales(x, block_size), _lost(x, measure)
+    return empty_codes(x), empty_codes(x), empty_scales(x, block_size), _empty_lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
@@ -132,13 +123,13 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 @custom_op("q8lightning::quantize_log", mutates_args=())
 @neutral()
 def quantize_log(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    lost = _lost(x, measure)
+    lost = _empty_lost(x, measure)
     return *backend_of(x).quantize_log(x, block_size, lost if measure else None), lost
 
 
 @quantize_log.register_fake
 def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    return _codes(x), _scales(x, block_size, 2), _lost(x, measure)
+    return empty_codes(x), empty_scales(x, block_size, 2), _empty_lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
@@ -158,13 +149,18 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Ten
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 @neutral()
 def quantize_affine(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lost = _lost(x, measure)
+    lost = _empty_lost(x, measure)
     return *backend_of(x).quantize_affine(x, block_size, lost if measure else None), lost
 
 
 @quantize_affine.register_fake
 def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _codes(x), _scales(x, block_size), _scales(x, block_size, dtype=torch.uint8), _lost(x, measure)
+    return (
+        empty_codes(x),
+        empty_scales(x, block_size),
+        empty_scales(x, block_size, dtype=torch.uint8),
+        _empty_lost(x, measure),
+    )
 
 
 @custom_op("q8lightning::dequantize_affine", mutates_args=())

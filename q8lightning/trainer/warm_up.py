@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
-from q8lightning.quantization.backends import choose
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 
@@ -178,7 +178,7 @@ class WarmUp:
         self._stop = threading.Event()
         if self._miniatures:
             # Here and not on the thread: a process that is forked meanwhile could never import what is being imported.
-            choose.many()
+            import_module("q8lightning.quantization.backends.kernels.many")
 
     def start(self) -> None:
         """Begin, once."""

@@ -16,7 +16,8 @@ from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, CellTable, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.spec.cell_table import CellTable
+from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook, CodebookName, get_codebook
 
 ULP = 2.0**-23  # of float32, relative: at most this far apart are neighbouring floats
 

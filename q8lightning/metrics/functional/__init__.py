@@ -1,4 +1,4 @@
-"""What each metric computes, in plain torch: update reduces tensors to sums, compute makes the value."""
+"""The metrics as functions in plain torch: update reduces tensors to sums, compute makes the value."""
 
 from q8lightning.metrics.functional.codebook_usage import codebook_usage
 from q8lightning.metrics.functional.compression import compression_ratio

@@ -1,4 +1,4 @@
-"""What the metrics accept. Only shapes and dtypes are looked at, so that nothing waits for a GPU."""
+"""Check arguments of metrics by shape and dtype only, so that nothing waits for a GPU."""
 
 import torch
 from torch import Tensor

@@ -11,7 +11,7 @@ def check_num_levels(num_levels: int) -> None:
 
 
 def codebook_usage_update(codes: Tensor, num_levels: int) -> Tensor:
-    """Count each code in ``[*shape]`` uint8: ``[num_levels]`` float64. Codes on a GPU are waited for."""
+    """Return the count of each code in ``[*shape]`` uint8, ``[num_levels]`` float64. Waits for codes on a GPU."""
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, got {codes.dtype}; pass what a codec returned as codes")
     counts = codes.reshape(-1).bincount(minlength=256)
@@ -23,7 +23,7 @@ def codebook_usage_update(codes: Tensor, num_levels: int) -> Tensor:
 
 
 def codebook_usage_compute(counts: Tensor) -> dict[str, Tensor]:
-    """Return share and entropy of the codes that :func:`codebook_usage_update` counted; zeros if there are none."""
+    """Return the share of levels in use and the entropy of counted codes; zeros if there are no codes."""
     total = counts.sum()
     probability = counts / torch.where(total == 0, 1.0, total)
     entropy = torch.special.entr(probability).sum() / torch.log(counts.new_tensor(2.0))
@@ -34,15 +34,15 @@ def codebook_usage(codes: Tensor, num_levels: int = 256) -> dict[str, Tensor]:
     """Return the share of a codebook's levels that occur among the codes, and the entropy of the codes.
 
     Args:
-        codes: ``[*shape]`` uint8; those on a GPU are waited for.
-        num_levels: How many levels the codebook has.
+        codes: ``[*shape]`` uint8. The function waits for those on a GPU.
+        num_levels: The number of levels of the codebook.
 
     Returns:
         ``share_in_use``, ``[]`` float64 from 0 to 1, and ``entropy_bits``, ``[]`` float64 in bits a code, from 0 for a
-        single code to log2(num_levels) where all occur equally often. Both are 0 where there are no codes.
+        single code to log2(num_levels) if all occur equally often. Both are 0 if there are no codes.
 
     Raises:
-        ValueError: If the codes are not uint8 or not below ``num_levels``, or that is not from 2 to 256.
+        ValueError: If the codes are not uint8 below ``num_levels``, or ``num_levels`` is not from 2 to 256.
 
     Example:
         >>> codebook_usage(torch.tensor([0, 0, 1, 2], dtype=torch.uint8), num_levels=4)

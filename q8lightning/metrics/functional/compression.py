@@ -24,13 +24,13 @@ def _total_bytes(count: int | Tensor, name: str) -> int:
 
 
 def compression_ratio_update(original_bytes: int | Tensor, stored_bytes: int | Tensor) -> Tensor:
-    """Return the totals of both, ``[2]`` float64 in bytes, on the CPU; exact up to 2**53 bytes."""
+    """Return both totals in bytes, ``[2]`` float64 on the CPU, exact up to 2**53 bytes."""
     totals = (_total_bytes(original_bytes, "original_bytes"), _total_bytes(stored_bytes, "stored_bytes"))
     return torch.tensor(totals, dtype=torch.float64, device="cpu")
 
 
 def compression_ratio_compute(sums: Tensor) -> Tensor:
-    """Return original over stored bytes, ``[]`` float64; 1 for nothing stored of nothing, infinity of something."""
+    """Return original over stored bytes, ``[]`` float64; 1 if both are 0, infinity if only the stored ones are."""
     original, stored = sums
     return torch.where((original == 0) & (stored == 0), 1.0, original / stored)
 
@@ -39,11 +39,11 @@ def compression_ratio(original_bytes: int | Tensor, stored_bytes: int | Tensor) 
     """Return ``original_bytes / stored_bytes``.
 
     Args:
-        original_bytes: An int, or integers of any shape, which are added up (those on a GPU are waited for).
-        stored_bytes: The same, of what is stored instead.
+        original_bytes: An int, or a tensor of integers, whose elements are added up. The function waits for a GPU's.
+        stored_bytes: The same for the stored form.
 
     Returns:
-        ``[]`` float64, a ratio; 1 for nothing stored of nothing, infinity for nothing stored of something.
+        ``[]`` float64, a ratio; 1 if both are 0, infinity if only the stored bytes are.
 
     Raises:
         ValueError: If a count is negative or not whole.

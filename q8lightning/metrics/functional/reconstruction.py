@@ -1,15 +1,15 @@
-"""How far a decoded tensor is from the original: from the two tensors, or from statistics that a codec returned.
+"""How far decoded tensors are from the originals, computed from both, or from statistics of a codec.
 
-``statistics`` is ``[..., 5]`` float64, one row a tensor, in this order (that of the quantization's ``ErrorStatistics``,
-which this package must not import):
+``statistics`` is ``[..., 5]`` float64, a row for each tensor. The order is that of ``ErrorStatistics`` in the
+quantization, which the metrics must not import:
 
 0. the sum of squared differences,
 1. the sum of squares of the original,
 2. the largest absolute difference,
-3. how many original elements are zero,
-4. how many nonzero elements became zero.
+3. the number of original elements that are zero,
+4. the number of nonzero elements that became zero.
 
-All sums are float64, whatever the dtype of the tensors. NaN in either tensor makes every metric NaN.
+All sums are float64. NaN in either tensor makes every metric NaN.
 """
 
 import torch
@@ -19,7 +19,7 @@ from q8lightning.metrics.functional.checks import check_floats, check_sums
 from q8lightning.system.ambient import neutral
 
 STATISTICS = 5
-"""How many numbers describe one tensor's loss."""
+"""The numbers that describe one tensor's loss."""
 
 
 @neutral()
@@ -35,7 +35,7 @@ def squared_error_update(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def squared_error_from_statistics(statistics: Tensor) -> Tensor:
-    """Return what :func:`squared_error_update` returns, added up over all rows of ``statistics``."""
+    """Return the sums of :func:`squared_error_update` from statistics, added up over all rows."""
     check_sums(statistics, STATISTICS, "statistics")
     return statistics[..., :2].reshape(-1, 2).sum(dim=0)
 
@@ -49,7 +49,7 @@ def max_error_update(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def max_error_from_statistics(statistics: Tensor) -> Tensor:
-    """Return the largest difference of all rows of ``statistics``, ``[]`` float64; 0 for no rows."""
+    """Return the largest difference of all rows of statistics, ``[]`` float64; 0 if there are no rows."""
     check_sums(statistics, STATISTICS, "statistics")
     errors = statistics[..., 2]
     return errors.max() if errors.numel() else errors.new_zeros(())
@@ -58,7 +58,7 @@ def max_error_from_statistics(statistics: Tensor) -> Tensor:
 def sqnr_compute(sums: Tensor) -> Tensor:
     """Return the signal-to-quantization-noise ratio in dB, ``[]`` float64, from :func:`squared_error_update`.
 
-    Infinity where nothing was lost, also of a signal that is zero; -infinity where a zero signal became something else.
+    Infinity if nothing was lost, also if the signal is zero; -infinity if only the signal is zero.
     """
     squared_error, squares = sums
     return torch.where(squared_error == 0, torch.inf, 10 * torch.log10(squares / squared_error))
@@ -67,7 +67,7 @@ def sqnr_compute(sums: Tensor) -> Tensor:
 def relative_error_compute(sums: Tensor) -> Tensor:
     """Return the root of error power over signal power, ``[]`` float64, from :func:`squared_error_update`.
 
-    0 where nothing was lost, also of a signal that is zero; infinity where a zero signal became something else.
+    0 if nothing was lost, also if the signal is zero; infinity if only the signal is zero.
     """
     squared_error, squares = sums
     return torch.where(squared_error == 0, 0.0, torch.sqrt(squared_error / squares))
@@ -77,11 +77,11 @@ def reconstruction_sqnr(preds: Tensor, target: Tensor) -> Tensor:
     """Return the signal-to-quantization-noise ratio, ``10 log10(sum target² / sum (preds - target)²)``.
 
     Args:
-        preds: ``[*shape]`` floats, what was decoded.
-        target: ``[*shape]`` floats, the original.
+        preds: ``[*shape]`` floats, the decoded values.
+        target: ``[*shape]`` floats, the originals.
 
     Returns:
-        ``[]`` float64 in dB; infinity where nothing was lost, -infinity where only the original is zero.
+        ``[]`` float64 in dB; infinity if nothing was lost, -infinity if only the original is zero.
 
     Raises:
         ValueError: If the tensors are not real floats of one shape.
@@ -97,11 +97,11 @@ def relative_reconstruction_error(preds: Tensor, target: Tensor) -> Tensor:
     """Return ``sqrt(sum (preds - target)² / sum target²)``.
 
     Args:
-        preds: ``[*shape]`` floats, what was decoded.
-        target: ``[*shape]`` floats, the original.
+        preds: ``[*shape]`` floats, the decoded values.
+        target: ``[*shape]`` floats, the originals.
 
     Returns:
-        ``[]`` float64, a ratio; 0 where nothing was lost, infinity where only the original is zero.
+        ``[]`` float64, a ratio; 0 if nothing was lost, infinity if only the original is zero.
 
     Raises:
         ValueError: If the tensors are not real floats of one shape.
@@ -117,8 +117,8 @@ def max_reconstruction_error(preds: Tensor, target: Tensor) -> Tensor:
     """Return the largest absolute difference between ``preds`` and ``target``.
 
     Args:
-        preds: ``[*shape]`` floats, what was decoded.
-        target: ``[*shape]`` floats, the original.
+        preds: ``[*shape]`` floats, the decoded values.
+        target: ``[*shape]`` floats, the originals.
 
     Returns:
         ``[]`` float64 in the units of the tensors; 0 for empty ones.

@@ -1,4 +1,4 @@
-"""How far encoded moments turn the step that Adam takes with them."""
+"""How far encoded moments turn Adam's steps."""
 
 import math
 
@@ -18,7 +18,7 @@ def check_eps(eps: float) -> None:
 def update_direction(exp_avg: Tensor, exp_avg_sq: Tensor, eps: float) -> Tensor:
     """Return ``exp_avg / (sqrt(exp_avg_sq) + eps)`` in float64, ``[*shape]``, in units of the learning rate.
 
-    NaN where ``exp_avg_sq`` is negative, or where both moments and ``eps`` are 0: so would be Adam's own step.
+    NaN where ``exp_avg_sq`` is negative, or both moments and ``eps`` are 0, as in Adam's own step.
     """
     return exp_avg.double() / (exp_avg_sq.double().sqrt() + eps)
 
@@ -27,11 +27,11 @@ def update_direction(exp_avg: Tensor, exp_avg_sq: Tensor, eps: float) -> Tensor:
 def update_direction_update(
     exp_avg: Tensor, exp_avg_sq: Tensor, decoded_exp_avg: Tensor, decoded_exp_avg_sq: Tensor, eps: float
 ) -> Tensor:
-    """Reduce both moments and their decodings, ``[*shape]`` floats each, to ``[2]`` float64.
+    """Reduce both moments and their decoded values, ``[*shape]`` floats each, to ``[2]`` float64.
 
     Returns:
-        The sum of squared differences between the two directions, and the sum of squares of the original one; zeros for
-        empty tensors.
+        The sum of squared differences between both directions, and the sum of squares of the original; zeros for empty
+        tensors.
     """
     check_floats(
         exp_avg=exp_avg,
@@ -44,7 +44,7 @@ def update_direction_update(
 
 
 def update_direction_from_sums(sums: Tensor) -> Tensor:
-    """Return ``[2]`` float64, what :func:`update_direction_update` returned, added up over all rows of ``[..., 2]``."""
+    """Add up sums of :func:`update_direction_update`, ``[..., 2]`` float64, over all rows to ``[2]``."""
     check_sums(sums, 2, "sums")
     return sums.reshape(-1, 2).sum(dim=0)
 
@@ -57,12 +57,12 @@ def update_direction_error(
     Args:
         exp_avg: ``[*shape]`` floats, Adam's first moment.
         exp_avg_sq: ``[*shape]`` floats, its second moment, never negative.
-        decoded_exp_avg: ``[*shape]`` floats, what the first moment was decoded to.
-        decoded_exp_avg_sq: ``[*shape]`` floats, what the second moment was decoded to.
-        eps: The optimizer's.
+        decoded_exp_avg: ``[*shape]`` floats, the decoded first moment.
+        decoded_exp_avg_sq: ``[*shape]`` floats, the decoded second moment.
+        eps: The eps of the optimizer.
 
     Returns:
-        ``[]`` float64, a ratio; 0 where nothing was lost, infinity where only the original direction is zero.
+        ``[]`` float64, a ratio; 0 if nothing was lost, infinity if only the original direction is zero.
 
     Raises:
         ValueError: If the tensors are not real floats of one shape, or ``eps`` is negative or not finite.

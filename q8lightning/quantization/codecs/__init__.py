@@ -1,1 +1,1 @@
-"""Codecs for checkpoints, one file for each kind, and the codec of weights that are trained quantized."""
+"""The codecs for checkpoints, one file for each kind, and the codec for QAT."""

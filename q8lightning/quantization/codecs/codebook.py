@@ -1,4 +1,4 @@
-"""The codecs that are a codebook and no more: the nearest level, times the largest magnitude of the block."""
+"""The codecs that are a codebook: the nearest level, times the largest magnitude of the block."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,12 @@ from q8lightning.quantization.spec.error_bound import of_codebook, relative_erro
 from q8lightning.quantization.spec.layout import KernelCodec
 
 STABLE_IN_BFLOAT16 = ("linear", "softsign")
-"""Codebooks whose finest levels are wide enough for its rounding (tests/checkpoint/test_saving_again.py)."""
+"""Codebooks whose levels are further apart than a rounding to bfloat16 (tests/checkpoint/test_saving_again.py)."""
 
 
 @dataclass(frozen=True)
 class CodebookCodec(Codec):
-    """As ``reference.quantize``, with a signed scale where the codebook reaches only one of -1 and 1.
+    """The codec of ``reference.quantize``, with a signed scale if the codebook reaches only one of -1 and 1.
 
     Args:
         name: A codebook's name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec`; an alias becomes the
@@ -64,7 +64,7 @@ class CodebookCodec(Codec):
 
     @property
     def label(self) -> str:
-        return self.book.name  # the levels of a codebook of the user's own are not spelled out
+        return self.book.name  # short also for a codebook of the user's own, whose ``name`` lists its levels
 
     @property
     def unsigned(self) -> bool:

@@ -1,7 +1,7 @@
-"""What every codec for checkpoints is: data, and the few things that the rest of the package asks of it.
+"""The interface of codecs for checkpoints.
 
-A kind of codec is one file beside this one and one row in ``table.py``. Whoever stores, lays out, measures or judges
-encoded tensors asks the codec, and never which one it is.
+A kind of codec is one file beside this one and one row in ``table.py``. No other code distinguishes codecs: it asks
+them.
 """
 
 from abc import ABC, abstractmethod
@@ -18,66 +18,69 @@ from q8lightning.quantization.spec.reference import measure
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """A codec for checkpoints: encoding what it decoded gives the same parts again.
+    """A codec for checkpoints. Encoding what it decoded gives the same parts again.
 
-    A new kind says how to encode and decode, and what of the rest is not so for it. What it does not override holds for
-    codes and float32 scales of blocks, as :class:`~q8lightning.quantization.spec.layout.Layout` has them.
+    A new kind implements ``encode`` and ``decode``, and overrides what differs from a codec with codes and a float32
+    scale for each block.
 
     Args:
-        name: What rules and files call it.
+        name: Its name in rules and files.
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
 
     Raises:
-        ValueError: If the block size is none.
+        ValueError: If the block size is not such a power.
     """
 
     name: str
     block_size: int = 256
 
     residual: ClassVar[bool] = False
-    """Whether rules add ``residual`` to the name."""
+    """Whether rules select it by ``residual=True`` beside its name."""
 
     marks_negative: ClassVar[bool] = False
-    """Whether the scales of a block with a negative value are not finite."""
+    """Whether a negative value makes the scales of its block non-finite."""
 
     keeps_nonzero: ClassVar[bool] = False
-    """Whether no nonzero value decodes to zero, however small it is beside its block."""
+    """Whether a nonzero value never decodes to zero, however small it is beside its block."""
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
 
-    # What it does
+    # Encode and decode
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Encode a float tensor of any shape.
 
         Returns:
-            The parts, codes and scales first: codes ``[*x.shape]`` uint8; scales float32 in the units of ``x``,
-            ``[blocks]``, or ``[blocks, n]`` if a block has several; then the codes of later stages. The scales of a
-            block that cannot be encoded (NaN, infinity) are not finite.
+            The parts. First codes, ``[*x.shape]`` uint8; then scales, float32 in the units of ``x``, ``[blocks]``, or
+            ``[blocks, n]`` if a block has several; then the codes of later stages. The scales of a block that cannot be
+            encoded (NaN, infinity) are not finite.
         """
 
     @abstractmethod
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Return the values of what :meth:`encode` returned, ``[*codes.shape]`` of ``dtype``."""
+        """Return the values of the parts that :meth:`encode` returned, ``[*codes.shape]`` of ``dtype``."""
 
     def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """As :meth:`encode`, and return what is lost: ``[5]`` float64 on the device of ``x``.
+        """Encode, and measure what is lost.
 
-        Its items are the fields of :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order.
+        Returns:
+            What :meth:`encode` returns, and the fields of
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics` in their order, ``[5]`` float64 on the
+            device of ``x``.
         """
         parts = self.encode(x)
         return parts, measure(x, self.decode(parts, x.dtype))
 
     def failed(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Return whether a block could not be encoded, 0-dimensional bool, from what :meth:`encode` returned."""
+        """Tell from the parts whether a block could not be encoded, 0-dimensional bool."""
         return ~parts[1].isfinite().all()
 
     def relative_error_bound(self, values: Tensor, parts: tuple[Tensor, ...]) -> float:
-        """Return what the relative error of a flat tensor cannot exceed, from its parts alone; infinity if not known.
+        """Return an upper bound of the relative error of a flat tensor, infinity if none is known.
 
-        What is measured in a sample is judged by it.
+        The bound protects from an error that a sample missed.
         """
         return torch.inf
 
@@ -87,29 +90,29 @@ class Codec(ABC):
         """Decode some stretches of a flat tensor.
 
         Args:
-            parts: What :meth:`encode` returned for the whole of it.
+            parts: The parts of the whole tensor.
             which: A range of stretches, or their numbers.
             length: Elements of a stretch, a multiple of the block size.
-            dtype: Of the result.
+            dtype: The dtype of the result.
 
         Returns:
             The values of these stretches, one after the other.
         """
         return self.decode(self.layout.take(parts, which, length), dtype)
 
-    # How its parts lie in the bytes of a payload
+    # The bytes of a payload
 
     @cached_property
     def layout(self) -> Layout:
-        """How the bytes lie."""
+        """The order of the bytes."""
         return Layout(self.block_size)
 
     def scale_bytes(self, numel: int) -> int:
-        """Return how many bytes stand before the codes of ``numel`` elements; the codes are what gets aligned."""
+        """Return the bytes before the codes of ``numel`` elements, whose start gets aligned."""
         return self.layout.scale_bytes(numel)
 
     def encoded_bytes(self, numel: int) -> int:
-        """Return how many bytes all parts of ``numel`` elements take."""
+        """Return the bytes of all parts of ``numel`` elements."""
         return self.layout.encoded_bytes(numel)
 
     def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
@@ -121,14 +124,14 @@ class Codec(ABC):
         self.layout.join(parts, out)
 
     def decodes_joined(self, numel: int) -> bool:
-        """Whether a tensor of ``numel`` elements may be decoded with others behind it, part by part."""
+        """Tell whether the parts of a tensor of ``numel`` elements may be joined with those of others for decoding."""
         return numel % self.block_size == 0
 
-    # What others decide by
+    # Properties by which other modules decide
 
     @property
     def entry(self) -> dict[str, str | int]:
-        """What files say of the codec, in their order."""
+        """The entries of a file that describe the codec, in their order."""
         return {"name": self.name, "bits": 8, "block_size": self.block_size}
 
     @property
@@ -143,19 +146,19 @@ class Codec(ABC):
 
     @property
     def codebook(self) -> str | None:
-        """The codebook whose codes and scales are the first two parts; None if they are those of none."""
+        """The codebook of the first two parts, codes and scales; None if they belong to no codebook."""
         return None
 
     @property
     def kernel(self) -> KernelCodec | None:
-        """What the kernels for many tensors are told; None if they do not know the codec."""
+        """The codec as the kernels for many tensors know it; None if they do not."""
         return None
 
     @property
     def finer(self) -> "Codec | None":
-        """The codec with the same blocks for a tensor of which this one would lose too much; None if there is none."""
+        """A codec of the same blocks that loses less, for tensors that need it; None if there is none."""
         return None
 
     def is_stable_in(self, dtype: torch.dtype) -> bool:
-        """Whether values that were decoded to ``dtype``, rounded, always give the same parts again."""
+        """Tell whether values decoded to ``dtype`` always give the same parts again, although they are rounded."""
         return dtype in (torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""The codec ``log``, for values that are never negative: equal steps of the logarithm, and zero."""
+"""The codec ``log`` for values that are never negative: zero, and equal steps of the logarithm."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,13 +14,13 @@ from q8lightning.quantization.spec.layout import KernelCodec, Layout
 
 @dataclass(frozen=True)
 class LogCodec(Codec):
-    """As ``reference.quantize_log``: a block has two scales, its smallest positive and its largest value.
+    """The codec of ``reference.quantize_log``. A block has two scales, its smallest positive and its largest value.
 
     Args:
         block_size: Elements of the flattened tensor that share them; a power of two between 32 and 4096.
 
     Raises:
-        ValueError: If the block size is none.
+        ValueError: If the block size is not such a power.
     """
 
     name: str = field(default="log", init=False)

@@ -1,4 +1,4 @@
-"""The codec ``linear`` with a residual: a second byte for what the first one lost."""
+"""The codec ``linear`` with a residual, a second byte for what the first one lost."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +15,13 @@ from q8lightning.quantization.spec.layout import KernelCodec, Layout
 
 @dataclass(frozen=True)
 class ResidualCodec(Codec):
-    """As ``reference.quantize_residual``: codes and scales are those of the codebook ``linear``.
+    """The codec of ``reference.quantize_residual``. Codes and scales are those of the codebook ``linear``.
 
     Args:
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
 
     Raises:
-        ValueError: If the block size is none.
+        ValueError: If the block size is not such a power.
     """
 
     name: str = field(default="linear", init=False)

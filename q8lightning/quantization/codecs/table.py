@@ -1,4 +1,4 @@
-"""Which codec a name means, in rules and in files: the one table of all kinds."""
+"""Find a codec by its name in rules and files."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,17 +17,17 @@ CODECS: Mapping[tuple[str, bool], Callable[[int], Codec]] = MappingProxyType(
         ("log", False): LogCodec,
     }
 )
-"""What makes a codec of a block size, by the codec's name and whether it has a residual.
+"""The constructor of each codec, by its name and whether it has a residual.
 
-Every name that is not here is that of a codebook, or its levels.
+Any other name is that of a codebook, or lists its levels.
 """
 
 CodecName = Literal["log"] | CodebookName
-"""The names that rules have, for type checkers."""
+"""The names of codecs in rules, for type checkers."""
 
 
 def get_codec(codec: str, block_size: int = 256, residual: bool = False) -> Codec:
-    """Return the codec that rules and files mean.
+    """Return the codec of a name.
 
     Args:
         codec: A name of :data:`CODECS`, or a codebook's name or
@@ -36,8 +36,8 @@ def get_codec(codec: str, block_size: int = 256, residual: bool = False) -> Code
         residual: Also encode what the first stage lost; ``linear`` only.
 
     Raises:
-        ValueError: If the name or the block size is unknown, a residual is asked for elsewhere, or the codebook is not
-            one for checkpoints.
+        ValueError: If the name or the block size is wrong, another codec than ``linear`` shall have a residual, or the
+            codebook does not suit checkpoints.
     """
     check_block_size(block_size)
     make = CODECS.get((codec, residual))

@@ -1,4 +1,4 @@
-"""How a weight is quantized while training: along the flattened tensor, or row by row along an axis."""
+"""The codec of weights in QAT, with blocks along the flattened tensor, or row by row along an axis."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,16 @@ from q8lightning.quantization.spec.layout import check_block_size
 
 @dataclass(frozen=True)
 class WeightCodec:
-    """The codec of a weight. What it decodes, it encodes to the same codes and scales again.
+    """The codec of a weight. It encodes what it decoded to the same codes and scales again.
 
-    With ``axis=None`` blocks run along the elements in the order of memory, as those of checkpoints do, and the last
-    one may be short. With an axis, the elements that share an index of that axis (a channel) form a row, in row-major
-    order of the other dimensions; blocks run along each row, the last one of a row may be short, and none crosses a
-    row. A block that holds a whole row gives one scale a channel.
+    With ``axis=None``, blocks run along the elements in the order of memory, as in checkpoints, and the last one may be
+    short. With an axis, the elements that share an index of that axis (a channel) form a row, in row-major order of the
+    other dimensions. Blocks run along a row and do not cross it, and its last one may be short. A block as long as a
+    row gives one scale a channel.
 
     Args:
-        codebook: Its name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec`; an alias becomes the name.
+        codebook: The name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec` of the codebook; an alias
+            becomes the name.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, negative from the end, or None.
 
@@ -54,11 +55,11 @@ class WeightCodec:
 
     @property
     def bits(self) -> int:
-        """How many bits hold a code."""
+        """The bits of a code."""
         return (len(self.book.levels) - 1).bit_length()
 
     def fitted(self, shape: Sequence[int]) -> "WeightCodec":
-        """Return the codec that does the same to a tensor of this shape with the smallest block.
+        """Return the codec with the smallest block that does the same to a tensor of this shape.
 
         Raises:
             ValueError: If there is no such axis.
@@ -72,14 +73,14 @@ class WeightCodec:
         return WeightCodec(self.codebook, min(self.block_size, max(32, 1 << max(row - 1, 0).bit_length())), axis)
 
     def runs_along_memory(self, x: Tensor) -> bool:
-        """Tell whether the blocks of a dense tensor are the same, and in the same order, without an axis."""
+        """Tell whether a dense tensor has the same blocks, in the same order, without an axis."""
         if self.axis is None:
             return True
         channels = x.movedim(self.axis, 0)
         return channels.is_contiguous() and channels[0].numel() % self.block_size == 0
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """Return the elements of a dense tensor as ``[rows, row]``, in the order in which blocks run; one row if flat.
+        """Return the elements of a dense tensor in the order of blocks, ``[rows, row]``; one row without an axis.
 
         The result may share memory with ``x``.
         """
@@ -89,7 +90,7 @@ class WeightCodec:
         return channels.reshape(channels.shape[0], math.prod(channels.shape[1:]))
 
     def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Undo :meth:`to_rows`: return ``rows`` as a tensor of the shape of ``like``, and its strides if flat."""
+        """Undo :meth:`to_rows`: return a tensor of the shape of ``like``, and without an axis of its strides, too."""
         if self.axis is None:
             return rows.as_strided(like.shape, like.stride())
         return rows.reshape(like.movedim(self.axis, 0).shape).movedim(0, self.axis)
@@ -98,8 +99,8 @@ class WeightCodec:
         """Encode a dense float tensor.
 
         Returns:
-            codes ``[rows, row]`` uint8 and scales ``[rows, blocks a row]`` float32 in the units of ``x``, negative
-            where the codebook reaches only one of -1 and 1 and the block's largest element lies on the other side.
+            codes ``[rows, row]`` uint8, and scales ``[rows, blocks a row]`` float32 in the units of ``x``. A scale is
+            negative if the codebook reaches only one of -1 and 1, and the block's largest element has the other sign.
         """
         rows = self.to_rows(x.detach())
         padded = pad_rows(rows, self.block_size)
@@ -107,7 +108,7 @@ class WeightCodec:
         return codes[:, : rows.shape[1]], scales.view(rows.shape[0], -1)
 
     def decode(self, codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:
-        """Return the values of what :meth:`encode` returned, with shape and dtype of ``like``."""
+        """Return the values of codes and scales, with the shape and dtype of ``like``."""
         padded = pad_rows(codes, self.block_size)
         values = ops.dequantize(padded, scales.reshape(-1), self.codebook, self.block_size, like.dtype)
         return self.from_rows(values[:, : codes.shape[1]], like)
@@ -118,7 +119,7 @@ class WeightCodec:
 
 
 def pad_rows(rows: Tensor, block_size: int) -> Tensor:
-    """Fill rows ``[rows, row]`` up with zeros, which change no scale, to whole blocks; a single row needs none."""
+    """Fill up rows ``[rows, row]`` to whole blocks with zeros, which change no scale; a single row stays as it is."""
     if rows.shape[0] == 1 or rows.shape[1] % block_size == 0:
         return rows
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))

@@ -1,4 +1,4 @@
-"""One buffer for the bytes of many encoded tensors: where each lies, and what is done with all of them."""
+"""Lay out the bytes of many encoded tensors in one buffer."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,17 +11,17 @@ from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.system.ambient import lasting
 
 ALIGNMENT = 16
-"""Bytes. Codes begin at multiples of it, because kernels write so many at once."""
+"""Codes begin at multiples of so many bytes, because kernels write as many at once."""
 
 
 class BufferLayout(NamedTuple):
-    """Where the data of several tensors lies in one buffer.
+    """The places of several tensors' data in one buffer.
 
     Attributes:
-        starts: Where that of each begins, in bytes.
-        nbytes: Where the last ends.
-        gaps: int64 on the device: the bytes between them.
-        cuts: The sizes of all gaps and data, in turns.
+        starts: Where the data of each tensor begins, in bytes.
+        nbytes: The size of the buffer.
+        gaps: int64 on the device, the indices of the bytes between the data.
+        cuts: The sizes of gap and data, gap and data, and so on.
     """
 
     starts: tuple[int, ...]
@@ -36,8 +36,8 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
     """Lay out the data of tensors so that their codes are aligned.
 
     Args:
-        sizes: For each tensor the bytes of its scales and of all its data.
-        device: Where the gaps are wanted.
+        sizes: For each tensor the bytes of its scales, and of all its data.
+        device: The device of the buffer.
     """
     starts: list[int] = []
     gaps: list[int] = []
@@ -53,28 +53,28 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
 
 
 def allocate(layout: BufferLayout) -> Tensor:
-    """Return a new buffer."""
+    """Return a new buffer, with zeros in the gaps."""
     device = layout.gaps.device
     if device.type == "cpu":
         buffer = new_tensor(layout.nbytes, torch.uint8)
     else:
         buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-    return buffer.index_fill_(0, layout.gaps, 0)  # or they would carry into the file whatever was in memory before
+    return buffer.index_fill_(0, layout.gaps, 0)  # otherwise old memory would end up in the file
 
 
 def split(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
-    """Return the stretches of data in a buffer, without the gaps."""
-    return list(buffer.split_with_sizes(cuts)[1::2])  # in one call: each slice would take a microsecond
+    """Return the data of each tensor in a buffer."""
+    return list(buffer.split_with_sizes(cuts)[1::2])  # one call, since each slice would take a microsecond
 
 
 def copy_together(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Copy ``data`` of one device into a buffer of its own, so that it keeps nothing else alive.
+    """Copy the data of tensors into a buffer of its own, so that it keeps nothing else alive.
 
     Args:
-        data: ``[nbytes]`` uint8 each, as an ``EncodedBuffer`` has it; at least one.
+        data: ``[nbytes]`` uint8 each, as ``EncodedBuffer.data`` has it, all on one device; at least one.
 
     Returns:
-        The buffer and the sizes of its stretches, of gaps and data in turns.
+        The buffer, and its :attr:`BufferLayout.cuts`.
     """
     layout = lay_out(tuple((0, each.nbytes) for each in data), data[0].device)
     buffer = allocate(layout)
@@ -85,6 +85,5 @@ def copy_together(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 @lru_cache(maxsize=16)
 @lasting()
 def kept_index(members: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the numbers as an index, ``[members]`` int64 on a device."""
-    # Kept, because to copy it there waits for the device.
+    """Return numbers as an index, ``[members]`` int64 on a device; kept, because copying it there waits."""
     return torch.tensor(members, dtype=torch.int64, device=device)

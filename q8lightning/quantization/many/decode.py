@@ -1,4 +1,4 @@
-"""Decode what was encoded into a buffer: many small tensors in one go, or many of any size on a GPU."""
+"""Decode many tensors: small ones together on a CPU, any in one launch on a GPU."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,23 +6,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.choose import many
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, lay_out, split
 
 _TOGETHER = 2**19
-"""Elements up to which tensors are decoded in one go on the CPU. Threads that call operators on many fewer wait for
-Python's lock more than they compute; the scratch of more would be in new memory each time."""
+"""The most elements that are decoded together on a CPU. Threads that call operators on far fewer wait for Python's lock
+more than they compute. With more, scratch would be new memory each time."""
 
 
 class EncodedItem(NamedTuple):
-    """What :func:`decode_on` and :func:`decode_together` decode.
+    """An encoded tensor, to be decoded by :func:`decode_on` or :func:`decode_together`.
 
     Attributes:
-        data: ``[nbytes]`` uint8, on any device, as an ``EncodedBuffer`` has it.
-        codec: What it was encoded with.
-        numel: How many elements it has.
-        dtype: What to decode it to: float32, float16, bfloat16 or, not on a GPU, float64.
+        data: ``[nbytes]`` uint8, on any device, as ``EncodedBuffer.data`` has it.
+        codec: Its codec.
+        numel: Its number of elements.
+        dtype: The dtype of the values: float32, float16, bfloat16 or, on a CPU only, float64.
     """
 
     data: Tensor
@@ -32,14 +31,14 @@ class EncodedItem(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """What :meth:`Codec.encode` returned."""
+        """Its parts, as :meth:`Codec.encode` returned them."""
         return self.codec.split(self.data, self.numel)
 
 
 def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
-    """Yield the indices of items that :func:`decode_together` may decode, such that several threads have enough to do.
+    """Yield the indices of items for :func:`decode_together`, in batches that occupy so many threads.
 
-    Items that are large or empty, not on the CPU, or whose codec decodes them only alone come alone.
+    An item is a batch of its own if it is large, empty or not on the CPU, or if its codec cannot decode it joined.
     """
     most = min(_TOGETHER, sum(item.numel for item in items) // (4 * threads))
     open_batches: dict[tuple[Codec, torch.dtype], list[int]] = {}
@@ -59,13 +58,13 @@ def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
 
 
 def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
-    """Decode as :meth:`Codec.decode` does, on the CPU many small tensors in one go.
+    """Decode one item, or join several and decode them in one call.
 
     Args:
-        items: One, or several with the same codec and dtype that may be decoded joined, all on the CPU.
+        items: A batch of :func:`batches`.
 
     Returns:
-        ``[numel]`` values for each item, in memory of its own, where the item is.
+        ``[numel]`` values for each item, in memory of its own, on the item's device.
     """
     codec, dtype = items[0].codec, items[0].dtype
     if len(items) == 1:
@@ -76,17 +75,17 @@ def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
 
 
 def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor]:
-    """Decode on a GPU as :meth:`Codec.decode` does, in one launch for each dtype and codec that kernels know.
+    """Decode on a GPU, in one launch for each dtype and codec that kernels know.
 
     Args:
         device: A GPU.
-        items: What to decode, at least one.
+        items: At least one item.
 
     Returns:
         ``[numel]`` values for each item, on the device.
 
     Raises:
-        torch.OutOfMemoryError: If they do not fit there; see :func:`bytes_to_decode_on`.
+        torch.OutOfMemoryError: If the device has less memory left than :func:`bytes_to_decode_on`.
     """
     layout = lay_out(_sizes(items), device)
     starts, buffer = layout.starts, allocate(layout)
@@ -99,7 +98,9 @@ def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor
         groups.setdefault((item.codec, item.dtype), []).append(index)
     for (codec, dtype), members in groups.items():
         if codec.kernel is not None:
-            many().decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.kernel)
+            from q8lightning.quantization.backends.kernels import many  # imports Triton
+
+            many.decode(buffer, tuple(starts[i] for i in members), [values[i] for i in members], codec.kernel)
             continue
         for i in members:
             values[i] = codec.decode(codec.split(data[i], items[i].numel), dtype)
@@ -107,7 +108,7 @@ def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor
 
 
 def bytes_to_decode_on(items: Sequence[EncodedItem]) -> int:
-    """Return how much memory of the device :func:`decode_on` needs."""
+    """Return the bytes that :func:`decode_on` needs on the device."""
     return lay_out(_sizes(items), torch.device("cpu")).nbytes + sum(item.numel * item.dtype.itemsize for item in items)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
-from q8lightning.quantization.backends.choose import has_kernels, many
+from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, kept_index, lay_out, split
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
@@ -20,13 +20,12 @@ class EncodedBuffer(NamedTuple):
     """Tensors encoded into one buffer.
 
     Attributes:
-        buffer: uint8.
-        cuts: The sizes of its stretches in bytes, of gaps and data in turns.
-        failed: ``[tensors]`` int32 on their device, 1 where the codec cannot hold a block of the tensor and its scales
-            are not finite.
-        statistics: ``[tensors, 5]`` float64 on their device if they were wanted: the fields of
-            :class:`q8lightning.quantization.spec.reference.ErrorStatistics`, in their order. Where :func:`is_sampled`,
-            sums and counts are estimates, and the largest error is that of the elements that were looked at.
+        buffer: uint8, all data.
+        cuts: The sizes of its stretches in bytes, as in :class:`~q8lightning.quantization.many.buffer.BufferLayout`.
+        failed: ``[tensors]`` int32 on the device, 1 for a tensor with a block whose scales are not finite.
+        statistics: ``[tensors, 5]`` float64 on the device, the fields of
+            :class:`q8lightning.quantization.spec.reference.ErrorStatistics` in their order; None if not measured. For
+            tensors of which :func:`is_sampled`, sums and counts are estimates, and the largest error is the sample's.
     """
 
     buffer: Tensor
@@ -36,17 +35,17 @@ class EncodedBuffer(NamedTuple):
 
     @property
     def data(self) -> list[Tensor]:
-        """For each tensor ``[nbytes]`` uint8, a view of the buffer: what :meth:`Codec.split` takes apart."""
+        """The data of each tensor, ``[nbytes]`` uint8, as views of the buffer. :meth:`Codec.split` takes it apart."""
         return split(self.buffer, self.cuts)
 
 
 class EncodePlan:
-    """How tensors of certain sizes, dtypes and codecs are encoded into one buffer, found out once.
+    """A plan of how tensors of certain sizes, dtypes and codecs are encoded into one buffer.
 
     Args:
-        tensors: Of float32, float16, bfloat16 or float64 each, dense in memory, all on one device; at least one. They
-            are not kept.
-        codecs: One for each.
+        tensors: float32, float16, bfloat16 or float64 each, dense in memory, all on one device; at least one. The plan
+            does not keep them.
+        codecs: The codec of each.
     """
 
     def __init__(self, tensors: Sequence[Tensor], codecs: Sequence[Codec]) -> None:
@@ -67,18 +66,16 @@ class EncodePlan:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where in the buffer the data of each tensor begins, in bytes."""
+        """Where the data of each tensor begins in the buffer, in bytes."""
         return self._layout.starts
 
     @neutral()
     def encode(self, tensors: Sequence[Tensor], measure: bool = False) -> EncodedBuffer:
-        """Encode such tensors, each as :meth:`Codec.encode` does its elements in the order of memory.
-
-        A GPU is not waited for.
+        """Encode tensors, their elements in the order of memory. On a GPU this returns at once.
 
         Args:
-            tensors: Of the sizes and dtypes, and on the device, that were given.
-            measure: Whether to measure what is lost; on a CPU, of large tensors in an eighth (``sampling.py``).
+            tensors: Tensors of the plan's sizes and dtypes, on its device.
+            measure: Whether to measure what is lost. A CPU measures an eighth of a large tensor (``sampling.py``).
         """
         count, device = len(tensors), tensors[0].device
         failed = torch.zeros(count, dtype=torch.int32, device=device)
@@ -103,18 +100,18 @@ def encode_many(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: boo
 
 
 def is_sampled(values: Tensor, codec: Codec) -> bool:
-    """Whether :func:`encode_many` measures what is lost of such a tensor in a part of it."""
+    """Tell whether a CPU measures what is lost of a tensor in a sample only."""
     taken, _ = stretches_on_cpu(values.numel(), codec.block_size)
     return values.device.type == "cpu" and cpu.knows(codec.kernel) and taken is not None
 
 
 def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
-    """Return what is lost of all of a CPU tensor that :func:`is_sampled`, ``[5]`` float64.
+    """Measure what is lost in all of a CPU tensor of which :func:`is_sampled`; return ``[5]`` float64.
 
     Args:
         values: ``[numel]``, the original.
-        codec: How it is encoded.
-        data: What :func:`encode_many` returned for it.
+        codec: Its codec.
+        data: Its data, as :attr:`EncodedBuffer.data` has it.
     """
     statistics = torch.zeros(5, dtype=torch.float64, device="cpu")
     assert codec.kernel is not None
@@ -123,7 +120,7 @@ def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
 
 
 def _encode_on_cpu(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, index: int) -> None:
-    """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
+    """Encode without the operator, which takes new memory, and time that counts for small tensors."""
     statistics = None if encoded.statistics is None else encoded.statistics[index]
     assert codec.kernel is not None
     if not cpu.encode_into(flat, codec.kernel, codec.split(data, flat.numel()), statistics):
@@ -142,10 +139,12 @@ def _encode(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, in
 def _encode_in_launches(
     tensors: list[Tensor], codec: Codec, starts: tuple[int, ...], encoded: EncodedBuffer, members: tuple[int, ...]
 ) -> None:
+    from q8lightning.quantization.backends.kernels import many  # imports Triton
+
     failed = encoded.failed.new_zeros(len(members))
     statistics = None if encoded.statistics is None else encoded.statistics.new_zeros(len(members), 5)
     assert codec.kernel is not None
-    many().encode(tensors, encoded.buffer, starts, codec.kernel, failed, statistics)
+    many.encode(tensors, encoded.buffer, starts, codec.kernel, failed, statistics)
     where = kept_index(members, encoded.buffer.device)
     encoded.failed[where] = failed
     if encoded.statistics is not None and statistics is not None:

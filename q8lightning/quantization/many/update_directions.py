@@ -1,8 +1,8 @@
-"""How far stored moments turn the direction in which Adam steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
+"""Measure how far stored moments turn Adam's steps, ``exp_avg / (sqrt(exp_avg_sq) + eps)``.
 
-The error of a small second moment counts here as much as it changes the step; the error of the tensors themselves
-cannot see it. Of large tensors an eighth is looked at (``sampling.py``): training stands still meanwhile, and a part of
-the elements tells the ratio of error to signal as well as all of them.
+The error of a small second moment counts here as much as it changes the step, while the error of the tensor does not
+show it. Of a large tensor an eighth is measured (``sampling.py``), because training waits meanwhile, and a sample tells
+the ratio of error to signal as well as the whole.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends import cpu
-from q8lightning.quantization.backends.choose import has_kernels, many
+from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.backends.cpu_memory import scratch
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import kept_index
@@ -23,21 +23,20 @@ from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
 CHUNK = {"cpu": 2**16, "cuda": 2**24}
-"""Elements that are decoded and compared at a time: on a CPU they stay in the caches, on a GPU the scratch stays under
+"""Elements that are decoded and compared at a time. They fit into the caches of a CPU; on a GPU, scratch stays under
 half a gigabyte."""
 
-
 _Part = slice | Tensor
-"""Stretches of a tensor: a range of them, or their numbers."""
+"""Stretches of a tensor: a range, or their numbers."""
 
 
 class StoredMoment(NamedTuple):
-    """A moment and what is stored in its place.
+    """A moment of one parameter, and its encoded form.
 
     Attributes:
         values: ``[numel]`` float, the original.
-        codec: How it is encoded; None if it is stored as it is.
-        data: ``[nbytes]`` uint8, its bytes as :meth:`Codec.join` writes them; None if it is stored as it is.
+        codec: Its codec; None if it is stored as it is.
+        data: ``[nbytes]`` uint8, its parts as :meth:`Codec.join` writes them; None if it is stored as it is.
     """
 
     values: Tensor
@@ -46,12 +45,12 @@ class StoredMoment(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The moments of one parameter, of one size, on one device.
+    """Both moments of one parameter, on one device.
 
     Attributes:
         exp_avg: The first moment.
         exp_avg_sq: The second moment, its elements in the same order.
-        eps: The optimizer's.
+        eps: The eps of the optimizer.
     """
 
     exp_avg: StoredMoment
@@ -60,7 +59,7 @@ class Moments(NamedTuple):
 
     @property
     def moments(self) -> tuple[StoredMoment, StoredMoment]:
-        """Both."""
+        """The first and the second moment."""
         return self[:2]
 
 
@@ -68,10 +67,10 @@ class Alike(NamedTuple):
     """Pairs of moments that one launch measures.
 
     Attributes:
-        members: Which of the pairs.
-        codecs: How all first and all second moments are encoded; None for those that are stored as they are.
-        starts: Where in the buffer the data of each first and of each second moment begins, in bytes; 0 for none.
-        eps: The optimizer's.
+        members: The indices of the pairs.
+        codecs: The codecs of all first and of all second moments; None for moments that are stored as they are.
+        starts: Where the data of each first and of each second moment begins in the buffer, in bytes; 0 for none.
+        eps: The eps of the optimizer.
     """
 
     members: tuple[int, ...]
@@ -80,13 +79,13 @@ class Alike(NamedTuple):
     eps: float
 
     def measure(self, firsts: Sequence[Tensor], seconds: Sequence[Tensor], buffer: Tensor, sums: Tensor) -> None:
-        """Write the rows of the pairs in what :func:`update_direction_sums` returns.
+        """Write the rows of these pairs into the sums that :func:`update_direction_sums` returns.
 
         Args:
             firsts: The first moment of each pair, dense in memory, in the same order of memory as the second.
-            seconds: The second moment of each.
-            buffer: uint8, where the data of all is.
-            sums: ``[pairs, 2]`` float64.
+            seconds: The second moment of each pair.
+            buffer: uint8, the data of all moments.
+            sums: ``[pairs, 2]`` float64 to be written.
         """
         where = kept_index(self.members, sums.device)
         first, second = (None if codec is None else codec.kernel for codec in self.codecs)
@@ -94,8 +93,10 @@ class Alike(NamedTuple):
             sides = zip(*(self._stored(i, tensors, buffer) for i, tensors in enumerate((firsts, seconds))), strict=True)
             sums[where] = torch.stack([_sums(Moments(one, two, self.eps)) for one, two in sides])
             return
+        from q8lightning.quantization.backends.kernels import many  # imports Triton
+
         part = torch.empty(len(self.members), 2, dtype=torch.float64, device=sums.device)
-        many().update_direction_sums((firsts, seconds), self.starts, (first, second), buffer, self.eps, part)
+        many.update_direction_sums((firsts, seconds), self.starts, (first, second), buffer, self.eps, part)
         sums[where] = part
 
     def _stored(self, side: int, tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[StoredMoment]:
@@ -106,22 +107,22 @@ class Alike(NamedTuple):
 
 
 def _in_kernels(codec: Codec | None) -> bool:
-    """Tell whether the kernels can decode what is stored with a codec, or as it is."""
+    """Tell whether kernels can read moments with this codec, or without one."""
     return codec is None or codec.kernel is not None
 
 
 @neutral()
 def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
-    """Return how far each parameter's update direction is off after decoding; a GPU is not waited for.
+    """Measure how far each parameter's update direction is off after decoding. On a GPU this returns at once.
 
     Args:
-        pairs: At least one; all on one device.
+        pairs: At least one, all on one device.
 
     Returns:
-        ``[len(pairs), 2]`` float64 on their device: the sum of squared differences between the direction of what is
-        stored and that of the original, and the sum of squares of the original one, in squared units of the learning
-        rate. Zeros for empty tensors; NaN where a moment has no numbers, or where both moments and ``eps`` are zero.
-        Directions are float32 (float64 for moments that are), the sums float64.
+        ``[len(pairs), 2]`` float64 on their device, in squared units of the learning rate: the sum of squared
+        differences between stored and original direction, and the sum of squares of the original. Zeros for empty
+        tensors. NaN if a moment holds NaN, or if both moments and ``eps`` are zero somewhere. Directions are computed
+        in float32, or in float64 if the moments are.
     """
     sums = torch.empty(len(pairs), 2, dtype=torch.float64, device=pairs[0].exp_avg.values.device)
     alike: dict[Hashable, list[int]] = {}
@@ -139,7 +140,7 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
 
 
 def _likeness(pair: Moments) -> Hashable:
-    """Return what pairs of one launch have in common, None for those that no launch takes."""
+    """Return a key that pairs of one launch share; None for a pair that no launch takes."""
     memory = {each.data.untyped_storage()._cdata for each in pair.moments if each.data is not None}
     if len(memory) > 1 or not all(
         has_kernels(each.values) and each.values.is_contiguous() and _in_kernels(each.codec) for each in pair.moments
@@ -176,7 +177,7 @@ def _sums(pair: Moments) -> Tensor:
 
 
 def _is_simple(pair: Moments) -> bool:
-    """Whether a CPU can decode and compare without an operator for each chunk."""
+    """Tell whether a CPU can decode and compare a pair without calling operators of this package for each chunk."""
     return all(
         each.values.device.type == "cpu"
         and each.values.dtype == torch.float32
@@ -186,7 +187,7 @@ def _is_simple(pair: Moments) -> bool:
 
 
 def _sums_on_cpu(pair: Moments) -> Tensor:
-    """As :func:`_sums`, in memory that is used again and from a sample of smaller tensors, too."""
+    """As :func:`_sums`, in memory that is used again, and from a sample of smaller tensors, too."""
     numel = pair.exp_avg.values.numel()
     block_size = max(1 if each.codec is None else each.codec.block_size for each in pair.moments)
     taken, length = stretches_on_cpu(numel, block_size)
@@ -201,7 +202,7 @@ def _sums_on_cpu(pair: Moments) -> Tensor:
 
 
 def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, float]:
-    """Return the sums over these parts, of stretches of so many elements."""
+    """Return both sums over parts of a pair, whose stretches have so many elements."""
     error = squares = 0.0
     for part in parts:
         first, second = (take_stretches(each.values, part, length) for each in pair.moments)
@@ -211,7 +212,7 @@ def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, 
             kernel = None if moment.codec is None else moment.codec.kernel
             if kernel is None or moment.data is None:
                 out.copy_(values)
-            else:  # the first three are overwritten
+            else:  # this overwrites the first three of the memory
                 encoded = kernel.layout.split(moment.data, moment.values.numel())
                 cpu.decode_into(kernel, kernel.layout.take(encoded, part, length), out)
         root = torch.sqrt(second, out=spare).add_(pair.eps)
@@ -226,7 +227,7 @@ def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, 
 
 
 def _parts(values: Tensor) -> list[_Part]:
-    """Cut what is looked at into parts of a chunk each."""
+    """Cut the stretches of a tensor that are measured into parts of a chunk each."""
     count = max(CHUNK.get(values.device.type, CHUNK["cuda"]) // STRETCH, 1)
     taken = stretches_of(values.numel())
     if taken is not None:
@@ -236,7 +237,7 @@ def _parts(values: Tensor) -> list[_Part]:
 
 
 def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
-    """Return original and decoded elements, copies in float32 or float64."""
+    """Return the original and the decoded elements of a part, as copies in float32 or float64."""
     values, codec, data = moment
     dtype = torch.promote_types(values.dtype, torch.float32)
     original = take_stretches(values, part, STRETCH)

@@ -1,8 +1,8 @@
-"""How the quantized values of a group come into its buffer: by the many kernels where they fit, else by operators.
+"""Write the quantized values of many weights into a buffer, with one launch where kernels fit, else with operators.
 
-Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory:
-those without an axis, and those along one whose rows are whole blocks and lie one after another. They count the blocks
-of a tensor from 0; where a share of the blocks is chosen of a tensor that is a part of another one, operators do it.
+Both write the same bits. The kernels take float32, float16 and bfloat16 on a GPU, with blocks that run along memory. So
+do blocks without an axis, and blocks along an axis whose rows are whole blocks and lie one after another. Kernels count
+the blocks of a tensor from 0: where a share of the blocks is chosen of a part of a tensor, operators do it.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from q8lightning.quantization.backends.choose import has_kernels, many
+from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.block_choice import are_chosen, chosen_blocks
 from q8lightning.quantization.spec.portion import Portion
 from q8lightning.quantization.spec.reference import measure
 
 BATCH = 2**22
-"""Elements that operators quantize in one call: many small tensors together, while scratch stays small."""
+"""Elements that operators quantize in one call: enough for many small tensors, few enough for small scratch."""
 
 
 @dataclass(frozen=True)
 class InLaunch:
-    """Tensors of one dtype and block size that are quantized in one launch (two if only some are aligned).
+    """Tensors of one dtype and codec that are quantized in one launch, or in two if only some are aligned.
 
     Attributes:
-        indices: Where they are in the group.
-        codec: How they are quantized.
+        indices: Their indices in the group.
+        codec: Their codec.
         buffer: uint8, the memory of their slots.
         starts: Where each slot begins, in bytes.
         choosing: What does the same where a share of the blocks is chosen; empty if the launch does.
@@ -42,7 +42,7 @@ class InLaunch:
     choosing: "tuple[Batch, ...]" = ()
 
     def only(self, indices: Container[int]) -> "InLaunch | None":
-        """Return what is left with some of the tensors, None if that is nothing."""
+        """Return the batch of those tensors that are among ``indices``, None if there are none."""
         kept = [(index, start) for index, start in zip(self.indices, self.starts, strict=True) if index in indices]
         if not kept:
             return None
@@ -53,14 +53,16 @@ class InLaunch:
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
-        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        """Write the quantized values of the sources into their slots, and what is lost into the rows of statistics."""
         if share < 1.0 and self.choosing:
             for batch in self.choosing:
                 batch.write(sources, slots, share, seed, statistics)
             return
+        from q8lightning.quantization.backends.kernels import many  # imports Triton
+
         own = [sources[index] for index in self.indices]
         book, size = self.codec.book, self.codec.block_size
-        many().fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
+        many.fake_quantize(own, self.buffer, self.starts, book, size, self.indices, share, seed, statistics)
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Batch:
     """Tensors of one dtype and codec that operators quantize in one call, on any device.
 
     Attributes:
-        indices: Where they are in the group.
-        codec: How they are quantized.
-        portions: For each tensor, of which whole it is which part; None for a whole.
+        indices: Their indices in the group.
+        codec: Their codec.
+        portions: For each tensor, which part of a whole it is; None for a whole.
     """
 
     indices: tuple[int, ...]
@@ -78,7 +80,7 @@ class Batch:
     portions: tuple[Portion | None, ...]
 
     def only(self, indices: Container[int]) -> "Batch | None":
-        """Return what is left with some of the tensors, None if that is nothing."""
+        """Return the batch of those tensors that are among ``indices``, None if there are none."""
         kept = [pair for pair in zip(self.indices, self.portions, strict=True) if pair[0] in indices]
         if not kept:
             return None
@@ -88,7 +90,7 @@ class Batch:
     def write(
         self, sources: Sequence[Tensor], slots: Sequence[Tensor], share: float, seed: int, statistics: Tensor | None
     ) -> None:
-        """Write the quantized values of the sources into their slots, and what was lost into their statistics."""
+        """Write the quantized values of the sources into their slots, and what is lost into the rows of statistics."""
         size = self.codec.block_size
         rows = [self.codec.to_rows(sources[index]) for index in self.indices]
         padded = [pad(each, (0, -each.shape[1] % size)) if each.shape[1] % size else each for each in rows]
@@ -119,16 +121,16 @@ def batches(
     codec: WeightCodec,
     portions: Sequence[Portion | None] = (),
 ) -> list[Batch | InLaunch]:
-    """Sort tensors by how they are quantized; empty ones need nothing.
+    """Divide tensors, without empty ones, into batches that are quantized together.
 
     Args:
         tensors: Dense in memory, all on one device.
-        slots: One for each, of the same shape, strides and dtype; those of one dtype in one storage.
-        codec: How they are quantized.
-        portions: For each tensor, of which whole it is which part; None for a whole. Empty if all are wholes.
+        slots: A slot for each tensor, of its shape, strides and dtype. Slots of one dtype share a storage.
+        codec: Their codec.
+        portions: For each tensor, which part of a whole it is; None for a whole. Empty if all are wholes.
 
     Raises:
-        ValueError: If a tensor has no such axis.
+        ValueError: If a tensor does not have the codec's axis.
     """
     portions = portions or [None] * len(tensors)
     launched: dict[tuple[torch.dtype, WeightCodec], list[int]] = {}

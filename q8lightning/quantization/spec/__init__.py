@@ -1,1 +1,1 @@
-"""What every codec means: codebooks and the reference, in words of arithmetic."""
+"""The specification of all codecs: codebooks, and the reference in plain torch."""

@@ -1,6 +1,6 @@
-"""Which blocks are quantized when only a share of them is, as in Quant-Noise (arXiv:2004.07320): a hash decides.
+"""Choose the blocks that are quantized when only a share of them is, as in Quant-Noise (arXiv:2004.07320).
 
-The same on every device, and nothing to remember for a resume.
+A hash chooses them, so that every device chooses the same, and a resume needs no state.
 """
 
 import torch
@@ -10,8 +10,15 @@ from torch import Tensor
 def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Tell which blocks of a tensor are quantized.
 
-    Block ``b`` of tensor ``t`` of a group is chosen if ``mix(mix(mix(seed) ^ t) ^ b) < floor(share * 2**32)``, with
-    the 32-bit integer hash :func:`mix`.
+    Block ``b`` of tensor ``t`` is chosen if ``mix(mix(mix(seed) ^ t) ^ b) < floor(share * 2**32)``, with the 32-bit
+    integer hash :func:`mix`.
+
+    Args:
+        tensor: The number of the tensor in its group.
+        blocks: How many blocks it has.
+        share: The share of the blocks that is chosen, 0 to 1.
+        seed: Chooses the blocks.
+        device: The device of the result.
 
     Returns:
         ``[blocks]`` bool.
@@ -37,12 +44,12 @@ def are_chosen(tensor: int, blocks: Tensor, share: float, seed: int) -> Tensor:
 
 
 def limit_of(share: float) -> int:
-    """Return below which number a block's hash must be, so that this share of the blocks is chosen."""
+    """Return the number below which the hash of a chosen block is."""
     return int(share * 2**32)
 
 
 def mix(x: Tensor) -> Tensor:
-    """Hash integers below 2**32 to integers below 2**32, int64: Wellons' ``lowbias32``."""
+    """Hash integers below 2**32, int64, with Wellons' ``lowbias32``."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)

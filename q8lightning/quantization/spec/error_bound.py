@@ -1,4 +1,4 @@
-"""How much a codec can lose at most, from the scales alone: what a sample cannot hide."""
+"""Bound what a codec can lose, from the scales alone, since a sample may miss the worst."""
 
 from functools import lru_cache
 
@@ -10,26 +10,25 @@ from q8lightning.quantization.spec.reference import RESIDUAL_DIVISOR
 from q8lightning.system.ambient import lasting
 
 _ROUNDING = 1e-6
-"""More than all float32 roundings of an element together, relative to it or to the scale of its block."""
-
+"""More than all float32 roundings of an element add up to, relative to it or to the scale of its block."""
 
 OF_RESIDUAL = (1 / (RESIDUAL_DIVISOR * 127)) ** 2, _ROUNDING**2
-"""As :func:`of_codebook`: a whole step of the residual is twice what it can be off, and more than the roundings of both
-stages."""
+"""The a and b of :func:`of_codebook` for the residual codec. A whole step of the residual is more than it can be off:
+half a step and the roundings of both stages."""
 
 
 def relative_error_bound(values: Tensor, scales: Tensor, block_size: int, of_scale: float, of_value: float) -> float:
-    """Return what the relative error of encoded values, the root of error power over signal power, cannot exceed.
+    """Return an upper bound of the relative error of encoded values, the root of error power over signal power.
 
     Args:
         values: ``[numel]`` of any float dtype.
         scales: ``[blocks]`` float32, finite.
         block_size: Elements that share a scale.
         of_scale: The a of :func:`of_codebook`.
-        of_value: The b.
+        of_value: The b of :func:`of_codebook`.
 
     Returns:
-        Infinity where nothing is known: but for float32, and beyond the range in which float32 squares add up.
+        The bound. Infinity for other dtypes than float32, and if the squares leave the range of float32.
     """
     if values.dtype != torch.float32:
         return torch.inf
@@ -45,8 +44,8 @@ def relative_error_bound(values: Tensor, scales: Tensor, block_size: int, of_sca
 def of_codebook(codebook: Codebook) -> tuple[float, float]:
     """Return a and b such that an element x of a block of scale s is off by at most the root of ``a s^2 + b x^2``.
 
-    Levels are often far apart only where they are large. Of all such pairs, one that is small for a value of a quarter
-    of the scale.
+    Many pairs fit, because levels are often far apart only where they are large. This is the pair with the smallest
+    bound for a value of a quarter of the scale.
     """
     levels, thresholds = codebook.tensor("cpu").double(), codebook.thresholds.double()
     error = torch.maximum((levels[1:] - thresholds), (thresholds - levels[:-1])) + _ROUNDING

@@ -1,4 +1,4 @@
-"""How the bytes of an encoded tensor lie, and what kernels are told of its codec."""
+"""Lay out the codes and scales of an encoded tensor in memory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from q8lightning.quantization.spec.codebook import Codebook
 
 
 class Layout(NamedTuple):
-    """An encoded tensor in bytes: the scales of all blocks, then a byte of code for each element and stage.
+    """The order of an encoded tensor's bytes: the scales of all blocks, then a byte of code for each element and stage.
 
     Attributes:
         block_size: Elements that share their scales.
-        scales: How many float32 scales a block has.
-        stages: How many bytes of code an element has; those of a stage lie together.
+        scales: The number of float32 scales of a block.
+        stages: The number of bytes of code of an element. Those of a stage lie together.
     """
 
     block_size: int
@@ -23,11 +23,11 @@ class Layout(NamedTuple):
     stages: int = 1
 
     def scale_bytes(self, numel: int) -> int:
-        """Return how many bytes the scales of ``numel`` elements take."""
+        """Return the bytes of the scales of ``numel`` elements."""
         return -(-numel // self.block_size) * 4 * self.scales
 
     def encoded_bytes(self, numel: int) -> int:
-        """Return how many bytes the scales and codes of ``numel`` elements take."""
+        """Return the bytes of the scales and codes of ``numel`` elements."""
         return numel * self.stages + self.scale_bytes(numel)
 
     def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         torch.cat([scales.view(-1).view(torch.uint8), codes, *later], out=out)
 
     def take(self, parts: Sequence[Tensor], which: slice | Tensor, length: int) -> tuple[Tensor, ...]:
-        """Return the parts of some stretches of a flat tensor, whole blocks each; see :func:`take_stretches`."""
+        """Return the parts of stretches of a flat tensor, of ``length`` elements each, a multiple of the block size."""
         codes, scales, *later = parts
         return (
             take_stretches(codes, which, length),
@@ -52,13 +52,13 @@ class Layout(NamedTuple):
 
 
 class KernelCodec(NamedTuple):
-    """What the kernels for many tensors are told of a codec.
+    """A codec as the kernels for many tensors know it.
 
     Attributes:
-        kernel: What they call its arithmetic; see ``kernels/codecs/of_tile.py``.
-        layout: How the bytes lie.
+        kernel: The name of its arithmetic: ``"codebook"``, ``"residual"`` or ``"log"``.
+        layout: The order of the bytes.
         codebook: The levels, if it has any.
-        end: The end of [-1, 1] that a signed scale turns the largest element of a block to; 0 for a plain absmax.
+        end: The end of [-1, 1] to which a signed scale turns the largest element of a block; 0 for a plain absmax.
     """
 
     kernel: str
@@ -67,12 +67,22 @@ class KernelCodec(NamedTuple):
     end: int = 0
 
 
+def empty_codes(x: Tensor) -> Tensor:
+    """Return memory for the codes of ``x``, ``[*x.shape]`` uint8."""
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def empty_scales(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for a value, or ``trailing`` values, of each block of ``x``, ``[blocks, *trailing]``."""
+    return x.new_empty(((x.numel() + block_size - 1) // block_size, *trailing), dtype=dtype)
+
+
 def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:
-    """Return stretches of so many rows of ``x``, one after the other; by number, only whole ones.
+    """Return stretches of the rows of ``x``, one after the other.
 
     Args:
         x: ``[rows, ...]``.
-        which: A range of stretches, or their numbers.
+        which: A range of stretches, or the numbers of whole ones.
         length: Rows of a stretch.
     """
     if isinstance(which, slice):

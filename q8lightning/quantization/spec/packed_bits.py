@@ -1,14 +1,14 @@
-"""Codes of fewer than eight bits, one after the other without gaps."""
+"""Pack codes of fewer than eight bits without gaps, and unpack them."""
 
 import torch
 from torch import Tensor
 
 CHUNK = 2**20
-"""Codes that are taken apart at a time: their bits take eight times their memory."""
+"""Codes that are packed at a time, since their bits take eight times their memory."""
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Return codes below ``2**bits`` as one stream of bits, each code's lowest first, each byte filled from its lowest.
+    """Return codes below ``2**bits`` as one stream of bits. Codes and bytes are read from their lowest bit on.
 
     Args:
         codes: uint8, of any shape.
@@ -46,5 +46,5 @@ def _as_bytes(stream: Tensor) -> Tensor:
 
 
 def _weighted(rows: Tensor) -> Tensor:
-    """Return ``[rows]`` uint8, the number whose bits each row holds."""
+    """Return the number whose bits each row holds, ``[rows]`` uint8."""
     return (rows << torch.arange(rows.shape[1], dtype=torch.uint8, device=rows.device)).sum(dim=1, dtype=torch.uint8)

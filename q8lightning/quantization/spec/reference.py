@@ -1,12 +1,12 @@
-"""The specification: what every codec means, in plain torch, slow and obvious.
+"""The specification of every codec, in plain torch, slow and obvious.
 
-All other implementations (``cpu.py``, ``kernels/``) are tested to return these codes and values bit for bit.
+The other implementations (``cpu.py``, ``kernels/``) are tested to return the same codes and values, bit for bit.
 
-A tensor is read as one flat row-major sequence, cut into blocks of ``block_size`` elements; the last block may be
-short. All arithmetic is IEEE float32, one rounding an operation (no fused multiply-add); float64, float16 and bfloat16
-inputs are converted to float32 first and outputs from float32 last.
+A tensor is read as one flat row-major sequence, in blocks of ``block_size`` elements; the last one may be short. All
+arithmetic is IEEE float32 and rounds once an operation, so nothing is fused. Inputs of other dtypes are converted to
+float32 first, and outputs from float32 last.
 
-A block that holds NaN or infinity has a non-finite scale and decodes to non-finite values only.
+A block that holds NaN or infinity has a scale that is not finite, and decodes to values that are not finite.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 from q8lightning.quantization.spec.logarithm import exp2_pattern, log2_correction, log_grid
 
 SMALLEST_NORMAL = 2.0**-126
-"""A block whose largest magnitude is below this is stored as zeros: the reciprocal of its scale would overflow."""
+"""A block of smaller magnitudes is stored as zeros, since the reciprocal of its scale would overflow."""
 
 RESIDUAL_DIVISOR = 253.0
-"""The residual's scale is the first scale over this odd number, a little above half a step of the linear codebook, so
-that no decoded value lies on a threshold of the first stage."""
+"""The scale of the residual is the first scale over this odd number. The residual then reaches a little beyond half a
+step of the linear codebook, and no decoded value lies on a threshold of the first stage."""
 
 ROUNDING = 2.0**23
 """Adding this to a float32 in [0, 2**23] leaves the nearest integer, ties to even, in the low bits of the pattern."""
@@ -35,8 +35,8 @@ class ErrorStatistics(NamedTuple):
         squared_error: Sum of squared differences, in squared units of the input.
         squares: Sum of squares of the original.
         max_error: Largest absolute difference, in units of the input.
-        zeros: How many original elements are zero.
-        zeroed: How many nonzero elements became zero.
+        zeros: Number of original elements that are zero.
+        zeroed: Number of nonzero elements that became zero.
     """
 
     squared_error: Tensor
@@ -58,16 +58,16 @@ def from_blocks(blocks: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_scale(blocks: Tensor, end: int = 0) -> Tensor:
-    """Return the largest magnitude of each block, ``[blocks]`` float32; with ``end`` its sign is chosen.
+    """Return the largest magnitude of each block, ``[blocks]`` float32, with a sign if ``end`` is given.
 
     Args:
         blocks: ``[blocks, block_size]`` float32.
-        end: 0 for a plain absmax. 1 or -1: the scale is signed so that the block's largest element over the scale is
-            this end of the codebook. If a block holds both ``+a`` and ``-a``, then ``+a`` is its largest element.
+        end: 0 for a plain absmax. With 1 or -1, the scale has the sign that makes the block's largest element over the
+            scale this end of the codebook. If a block holds both ``+a`` and ``-a``, then ``+a`` is its largest element.
 
     Returns:
-        0 for an all-zero block and for one whose magnitudes are all below the smallest normal float32; NaN or infinity
-        for a block that holds one.
+        The scales. 0 if all magnitudes of a block are below the smallest normal float32. NaN or infinity for a block
+        that holds NaN or infinity.
     """
     absmax = blocks.abs().amax(dim=1)
     scale = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
@@ -82,7 +82,7 @@ def reciprocal(scale: Tensor) -> Tensor:
 
 
 def divide(x: Tensor, divisor: float) -> Tensor:
-    """Return ``x / divisor`` correctly rounded; torch multiplies by the reciprocal of a number on CUDA."""
+    """Return ``x / divisor`` correctly rounded. For a plain number, torch multiplies by its reciprocal on CUDA."""
     return x / torch.full_like(x, divisor)
 
 
@@ -102,8 +102,8 @@ def quantize(
         codebook: The levels.
         block_size: Elements that share a scale.
         signed_scale: Give the scale a sign, so that the block's largest element becomes :attr:`Codebook.end`.
-        statistics: ``[5]`` float64 that gets :func:`measure` of ``x`` and its decoded form, if that is wanted; the same
-            in the functions below.
+        statistics: ``[5]`` float64, to be written with :func:`measure` of ``x`` and its decoded form, or None. The
+            functions below take the same.
 
     Returns:
         codes ``[*shape]`` uint8, and scale ``[ceil(numel / block_size)]`` float32 in the units of ``x``, 0 for an
@@ -134,15 +134,15 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
 
 
 def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
-    """As :func:`fake_quantize`, with blocks of ``row`` elements, however many that is."""
+    """As :func:`fake_quantize`, with blocks of ``row`` elements, any number of them."""
     return fake_quantize(x, codebook, row)
 
 
 def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode with the linear codebook, then encode what is left with it again, at a 253rd of the scale.
+    """Encode with the linear codebook, then encode the rest with it again, at a 253rd of the scale.
 
-    A step of the residual is ``scale / (253 * 127)``. Its codes stay within 126 steps of its zero, so that the sum
-    never reaches a threshold of the first stage and encoding it again gives the same codes.
+    A step of the residual is ``scale / (253 * 127)``, and its codes stay within 126 steps of its zero. So the sum of
+    both stages never reaches a threshold of the first one, and encoding it again gives the same codes.
 
     Returns:
         codes and residual codes, ``[*shape]`` uint8 each, and scale ``[ceil(numel / block_size)]`` float32.
@@ -166,18 +166,19 @@ def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_si
 
 
 def round_to_code(x: Tensor, zero: int) -> Tensor:
-    """Return ``x + zero`` rounded once to an integer, ties to even, as float32; ``x + zero`` in [0, 2**22]."""
+    """Return ``x + zero``, in [0, 2**22], rounded once to an integer, ties to even, as float32."""
     return (x + (ROUNDING + zero)) - ROUNDING
 
 
 def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Encode values that are never negative at equal steps of their logarithm; for second moments.
+    """Encode values that are never negative, such as second moments, at equal steps of their logarithm.
 
-    Code 0 is exactly zero; codes from 1 on are equal steps of log2 from the smallest positive to the largest value of
-    the block, 254 of them or fewer if they would be finer than 1/64 octave. Both ends come back exactly and a nonzero
-    value never decodes to zero (float64 values that are zero in float32 aside). The logarithm is a polynomial of the
-    mantissa added to the bit pattern, so that all processors agree on every bit; below the smallest normal number,
-    where patterns are linear, so are the steps.
+    Code 0 is exactly zero. The codes from 1 on are equal steps of log2, from the smallest positive to the largest value
+    of the block: 254 steps, or fewer if they would be finer than 1/64 octave. Both ends decode exactly, and no nonzero
+    value decodes to zero, unless it is a float64 that is zero in float32.
+
+    The logarithm adds a polynomial of the mantissa to the bit pattern, so that all processors agree on every bit. Below
+    the smallest normal number, where patterns are linear, the steps are linear, too.
 
     Returns:
         codes ``[*shape]`` uint8, and bounds ``[ceil(numel / block_size), 2]`` float32, the smallest positive and the
@@ -206,16 +207,16 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.
     code = to_blocks(codes, block_size).to(torch.int32)
     grid = log_grid(bounds)
     pattern = exp2_pattern(code * grid.step[:, None] + grid.origin[:, None])
-    low, high = bounds.contiguous().view(torch.int32)[:, :, None].unbind(dim=1)  # patterns order as their floats do
+    low, high = bounds.contiguous().view(torch.int32)[:, :, None].unbind(dim=1)  # patterns order as the floats do
     values = torch.minimum(torch.maximum(pattern, low), high) * code.clamp(max=1)
     return from_blocks(values.view(torch.float32), codes, dtype)
 
 
 def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode with 256 equal steps from the smallest to the largest value of each block, zero always among them.
+    """Encode with equally spaced levels from the smallest to the largest value of each block, zero always among them.
 
-    The standard asymmetric integer quantization: ``x = (code - zero_point) * scale``. It suits values on one side of
-    zero, such as activations; it is not offered for checkpoints, because encoding again moves the scale.
+    This is the standard asymmetric integer quantization, ``x = (code - zero_point) * scale``. It suits values on one
+    side of zero, such as activations. Checkpoints do not use it, because encoding again moves the scale.
 
     Returns:
         codes ``[*shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32 in the units of ``x`` (0 for an all-zero
@@ -244,7 +245,7 @@ def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_si
 
 
 def error_statistics(x: Tensor, reconstruction: Tensor) -> ErrorStatistics:
-    """Measure what ``reconstruction`` lost of ``x``, tensors of one shape, in float64; all zeros if they are empty."""
+    """Measure in float64 what ``reconstruction`` lost of ``x``, of the same shape; zeros for empty tensors."""
     original, decoded = x.detach().double(), reconstruction.detach().double()
     error = (decoded - original).abs()
     return ErrorStatistics(

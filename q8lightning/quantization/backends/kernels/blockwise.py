@@ -1,10 +1,10 @@
-"""The kernels, one pass over memory each, and the functions that launch them: the GPU's backend of ``ops.py``.
+"""The GPU's backend of ``ops.py``: functions that launch kernels, each with one pass over memory.
 
-The launchers have the signatures and the meaning of their namesakes in ``reference.py`` and return the same bits;
-statistics of float16, bfloat16 and float32 tensors come out of the same pass. They take CUDA tensors; under Triton's
-interpreter (``TRITON_INTERPRET=1`` set before Triton is imported) CPU tensors too.
+Each function has the signature and the meaning of its namesake in ``reference.py``, and returns the same bits.
+Statistics of float16, bfloat16 and float32 tensors are computed in the same pass. The functions take CUDA tensors, and
+CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported).
 
-A program handles a tile of ROWS blocks of BLOCK elements. Its offsets are 64-bit and all its loads and stores masked.
+A program handles a tile of ROWS blocks of BLOCK elements. All its loads and stores are masked.
 """
 
 from q8lightning.quantization.backends.kernels.codecs.affine import dequantize_affine, quantize_affine

@@ -1,7 +1,7 @@
-"""Kernels that write quantized values and no codes; one of them measures on the way.
+"""Write the quantized values of a tensor, without codes, and measure what is lost.
 
-Those for groups (``many.py``) may quantize only some of the blocks, which a hash chooses: ``block_choice.py`` says
-how, in plain torch.
+Kernels for many tensors (``many.py``) share the tiles here. They may quantize a share of the blocks only, which a hash
+chooses as ``block_choice.py`` says in plain torch.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -17,6 +17,7 @@ from q8lightning.quantization.backends.kernels.statistics import add, measure_ma
 from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float, store, tile
+from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
 
 
@@ -50,11 +51,11 @@ def fake_quantize_tiles(
     BLOCK: tl.constexpr, TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
     END: tl.constexpr, CHOOSE: tl.constexpr, IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Fake-quantize and measure tile after tile, each loaded while the one before is worked on.
+    """Fake-quantize and measure tile after tile, and load each while the one before is computed.
 
-    Sums stay with their lanes until the last tile. With CHOOSE only some blocks are quantized, see :func:`is_chosen`;
-    the first one here has the number ``block``. With IN_PAIRS, for an even number of bfloat16 values that are aligned
-    to 4 bytes, two of them are loaded, stored and compared with zero at a time.
+    Lanes keep their sums until the last tile. With CHOOSE, only blocks that :func:`is_chosen` are quantized; the first
+    one here has the number ``block``. With IN_PAIRS, two bfloat16 are loaded, stored and compared with zero at a time;
+    their number must be even, and they must be aligned to 4 bytes.
     """
     WIDTH: tl.constexpr = 2 if IN_PAIRS else 1
     words, written, count = x, values, left
@@ -85,32 +86,35 @@ def fake_quantize_tiles(
 
 @triton.jit
 def is_chosen(seed, limit, number, blocks):
-    """As ``block_choice.chosen_blocks``, for blocks of tensor ``number``; ``seed`` and ``limit`` are patterns of
-    unsigned integers, int32."""
+    """Choose blocks of tensor ``number`` as ``block_choice.chosen_blocks``.
+
+    ``seed`` and ``limit`` are unsigned integers, given as int32 with the same bits.
+    """
     key = _mix(_mix(seed.to(tl.uint32, bitcast=True)) ^ number.to(tl.uint32))
     return _mix(key ^ blocks.to(tl.uint32)) < limit.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _mix(x):
-    """As ``block_choice.mix``, uint32."""
+    """Hash uint32 as ``block_choice.mix``."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
-    """Quantized values in the shape and dtype of ``x``; codes are never written."""
+    """As ``reference.fake_quantize``."""
     flat, tables = launch.flattened(x), tables_of(codebook, x.device)
-    values = launch.empty(x, *x.shape, dtype=flat.dtype)
-    settings = "fake_quantize" if tables.search in ("linear", "softsign") else "fake_quantize in cells"
+    values = x.new_empty(x.shape, dtype=flat.dtype)
+    settings = "fake_quantize" if tables.closed_form else "fake_quantize in cells"
     constants = launch.search_constants(tables)
     parts = flat, values, tables.table, tables.levels
     if statistics is None or flat.dtype != x.dtype:
         rows, warps = launch.rows_of(settings, block_size, flat.element_size())
         launch.run(fake_quantize_kernel, rows, warps, block_size, parts, tiles=1, **constants)
         values = values.to(x.dtype)
-        launch.finish(x, statistics, None, lambda: values)
+        if statistics is not None:  # the kernel does not see the dtype of ``x``
+            statistics.copy_(reference.measure(x, values))
         return values
     settings = f"{settings} measured"
     rows, warps = launch.rows_of(settings, block_size, flat.element_size())

@@ -1,4 +1,4 @@
-"""How kernels are launched: their settings, and the dtypes they read and write."""
+"""Launch kernels for one tensor, with the settings that were measured for each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,18 +14,17 @@ from q8lightning.quantization.spec import reference
 
 
 class Settings(NamedTuple):
-    """How a kernel is launched.
+    """The settings of a kernel.
 
     Attributes:
-        tile: Elements of a tile, or one row if that is larger.
+        tile: Elements of a tile. A longer row is a tile of its own.
         warps: Warps of a program.
-        tiles: Tiles of a program whose kernel loads one while it works on the one before, fewer where rows are longer:
-            it is not idle while it waits, and sums are exchanged between lanes only at the end. For groups, their
-            segments decide.
-        fewest: Tiles of a program however long the rows are.
-        row: Longer blocks are decoded in rows of so many elements: nothing there needs a whole block at once.
-        registers: The most that a thread may have; 0 for as many as the compiler likes. Fewer let more programs share
+        tiles: Tiles of a program that measures one tensor, fewer if rows are longer. It loads a tile while it computes
+            with the one before, and exchanges sums between lanes once, at the end.
+        registers: The most registers of a thread; 0 leaves it to the compiler. Fewer registers let more programs share
             a processor.
+        fewest: The smallest number of tiles, however long the rows are.
+        row: The longest row in which a kernel decodes. A longer block is cut, since decoding needs no whole block.
     """
 
     tile: int
@@ -38,9 +37,8 @@ class Settings(NamedTuple):
 
 SETTINGS: dict[str, tuple[Settings, Settings]] = {
     # Each for 4-byte and for 2-byte values: the winners of benchmarks/tune.py on an H200, over blocks of 64, 256 and
-    # 2048 (an earlier one stays where it is within 1% of the winner). Few warps with 16 to 64 values a thread keep
-    # enough loads in flight without waiting for one another; kernels that measure hold sums as well and do better with
-    # 8 to 16.
+    # 2048. An earlier winner stays if it is within 1% of a new one. Few warps with 16 to 64 values a thread keep enough
+    # loads in flight without waiting for one another. Kernels that measure also hold sums, and do better with 8 to 16.
     "quantize": (Settings(2048, 2), Settings(2048, 1)),
     "quantize in cells": (Settings(1024, 1), Settings(1024, 1)),
     "fake_quantize": (Settings(512, 1), Settings(2048, 4)),
@@ -52,7 +50,7 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "quantize_residual": (Settings(4096, 4), Settings(2048, 1)),
     "dequantize_residual": (Settings(1024, 2, row=256), Settings(2048, 2, row=256)),
     "quantize_log": (Settings(1024, 1), Settings(1024, 1)),
-    # With 32 rows a tile, each lane of a warp lays out the grid of one.
+    # With 32 rows a tile, each lane of a warp computes the grid of one.
     "dequantize_log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64, registers=96)),
     "quantize_affine": (Settings(1024, 2), Settings(1024, 1)),
     "dequantize_affine": (Settings(512, 1, row=256), Settings(2048, 4, row=256)),
@@ -74,34 +72,34 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
 }
 
 VALUES_OF_A_WARP = 2048
-"""At most: 64 a thread."""
+"""The most values of a warp, 64 for each thread."""
 
 INTERPRETED = bool(bits.INTERPRETED)
 """Whether the kernels run in Triton's interpreter instead of on a GPU."""
 
 
 def rows_of(settings: str, row: int, itemsize: int) -> tuple[int, int]:
-    """Return how many rows of a tile a program handles and its warps, for float values of ``itemsize`` bytes."""
+    """Return the rows of a tile and the warps of a program, for float values of ``itemsize`` bytes."""
     tile, warps, *_ = SETTINGS[settings][itemsize < 4]
     rows = max(tile // row, 1)
-    # Longer rows get more warps, not more registers than there are; sums take up some too.
+    # A longer row gets more warps, because registers are limited. Sums take up some of them.
     a_warp = tile // warps if "measured" in settings else VALUES_OF_A_WARP
     return rows, min(max(rows * row // a_warp, warps), 8)
 
 
 def decoded_row(settings: str, block_size: int) -> int:
-    """Return how many elements of a block are a row when it is decoded."""
+    """Return the elements of a row when blocks are decoded."""
     return min(block_size, SETTINGS[settings][0].row)
 
 
 def tiles_of(settings: str, elements: int, itemsize: int) -> int:
-    """Return how many tiles of so many elements a program handles."""
+    """Return the tiles of a program that measures one tensor, for tiles of so many elements."""
     chosen = SETTINGS[settings][itemsize < 4]
     return max(chosen.tile * chosen.tiles // elements, chosen.fewest)
 
 
 def options_of(settings: str, itemsize: int) -> dict[str, int]:
-    """Return the options of the compiler that the settings ask for."""
+    """Return the compiler's options in the settings."""
     registers = SETTINGS[settings][itemsize < 4].registers
     return {"maxnreg": registers} if registers and not INTERPRETED else {}
 
@@ -116,7 +114,7 @@ def run(
     tiles: int = 1,
     **constants: Any,
 ) -> None:
-    """Run ``kernel`` on ``tensors`` with one program for so many tiles of the first, on its device."""
+    """Run ``kernel`` on ``tensors``, with a program for every ``tiles`` tiles of the first one, on its device."""
     x = tensors[0]
     if x.numel() == 0:
         return
@@ -132,79 +130,90 @@ def run_encoder(
     kernel: Any,
     settings: str,
     block_size: int,
-    tensors: tuple[Tensor, ...],
     x: Tensor,
+    parts: tuple[Tensor, ...],
     statistics: Tensor | None,
+    decode: Callable[[], Tensor],
+    tables: tuple[Tensor, ...] = (),
     **constants: Any,
-) -> Tensor | None:
-    """As :func:`run`, for kernels that can measure on the way.
+) -> None:
+    """Encode a tensor, and measure what is lost if that is wanted.
 
     Args:
-        tensors: What the kernel takes; the first is ``x``, flat and in the kernels' dtype.
-        x: The tensor to encode, as it came in.
+        kernel: Takes ``x``, the parts, the tables and partial statistics.
+        settings: Its name in ``SETTINGS``.
+        block_size: Elements of a block.
+        x: The tensor.
+        parts: Its codes and scales, to be written.
         statistics: ``[5]`` float64 to be written, or None.
-
-    Returns:
-        ``statistics`` if they were wanted and the kernel saw ``x`` in its own dtype, else None.
+        decode: Decodes the parts. It is called if the kernel cannot measure, because it reads ``x`` in another dtype.
+        tables: Tensors of the codebook.
+        constants: Constants of the kernel.
     """
-    flat = tensors[0]
-    own = statistics if flat.dtype == x.dtype else None
+    flat = flattened(x)
+    measured_by_kernel = statistics is not None and flat.dtype == x.dtype
     rows, warps = rows_of(settings, block_size, flat.element_size())
-    programs = triton.cdiv(flat.numel(), rows * block_size) if own is not None else 0
+    programs = triton.cdiv(flat.numel(), rows * block_size) if measured_by_kernel else 0
     partials = empty_partials(flat, programs)
-    run(kernel, rows, warps, block_size, (*tensors, partials), MEASURE=own is not None, **constants)
-    if own is not None:
-        sum_of_one(partials, own)
-    return own
-
-
-def finish(x: Tensor, statistics: Tensor | None, own: Tensor | None, decode: Callable[[], Tensor]) -> None:
-    """Measure in PyTorch what a kernel could not, because it saw ``x`` in another dtype."""
-    if statistics is not None and own is None:
+    tensors = (flat, *parts, *tables, partials)
+    run(kernel, rows, warps, block_size, tensors, MEASURE=measured_by_kernel, **constants)
+    if statistics is not None and measured_by_kernel:
+        sum_of_one(partials, statistics)
+    elif statistics is not None:
         statistics.copy_(reference.measure(x, decode()))
 
 
 def run_decoder(
-    kernel: Any, settings: str, block_size: int, tensors: tuple[Tensor, ...], itemsize: int, **constants: Any
-) -> None:
-    """As :func:`run`, for kernels that may cut a block into rows; ``itemsize`` is that of the decoded values."""
+    kernel: Any,
+    settings: str,
+    block_size: int,
+    parts: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    tables: tuple[Tensor, ...] = (),
+    **constants: Any,
+) -> Tensor:
+    """Decode a tensor.
+
+    Args:
+        kernel: Takes the parts, the values and the tables. It may cut a block into several rows.
+        settings: Its name in ``SETTINGS``.
+        block_size: Elements of a block.
+        parts: The codes ``[*shape]``, then whatever else was encoded.
+        dtype: The dtype of the values.
+        tables: Tensors of the codebook.
+        constants: Constants of the kernel.
+
+    Returns:
+        The values, ``[*shape]`` of ``dtype``.
+    """
+    values = parts[0].new_empty(parts[0].shape, dtype=kernel_dtype(dtype))
     row = decoded_row(settings, block_size)
-    rows, warps = rows_of(settings, row, itemsize)
-    constants |= options_of(settings, itemsize)
+    rows, warps = rows_of(settings, row, values.element_size())
+    constants |= options_of(settings, values.element_size())
+    tensors = (*(part.contiguous() for part in parts), values, *tables)
     run(kernel, rows, warps, row, tensors, PARTS=block_size // row, **constants)
+    return values.to(dtype)
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which kernels read or write tensors of ``dtype``; PyTorch converts where they differ."""
-    # The interpreter truncates where bfloat16 is to be rounded (seen in Triton 3.9).
+    """Return the dtype in which kernels read or write tensors of ``dtype``. PyTorch converts if it is another."""
+    # The interpreter truncates to bfloat16 instead of rounding (seen in Triton 3.9).
     foreign = dtype == torch.float64 or (INTERPRETED and dtype == torch.bfloat16)
     return torch.float32 if foreign else dtype
 
 
 def flattened(x: Tensor) -> Tensor:
-    """``[numel]`` in row-major order, of the kernels' dtype."""
+    """Return the elements in row-major order, ``[numel]`` of the kernels' dtype."""
     return x.detach().reshape(-1).to(kernel_dtype(x.dtype))
 
 
-def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=x.device)
-
-
-def block_count(x: Tensor, block_size: int) -> int:
-    return -(-x.numel() // block_size)
-
-
 def in_pairs(x: Tensor) -> bool:
-    """Whether ``x`` can be worked on as words with two bfloat16 each, which its device can compare with zero."""
+    """Whether kernels can take ``x`` as words of two bfloat16 each; the device must compare such words with zero."""
     if INTERPRETED or x.dtype != torch.bfloat16 or x.numel() % 2 or x.data_ptr() % 4:
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def search_constants(tables: Tables) -> dict[str, int | str]:
-    """The constants that tell ``codec.nearest_code`` how to search."""
-    return {
-        "SEARCH": tables.search,
-        "SHIFT": tables.shift,
-        "BITS": tables.bits,
-    }
+    """Return the constants with which ``codecs/codebook.py`` searches for a code."""
+    return {"SEARCH": tables.search, "SHIFT": tables.shift, "BITS": tables.bits}

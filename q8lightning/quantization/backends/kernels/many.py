@@ -1,14 +1,10 @@
-"""One launch for many tensors: encode, decode, and for QAT write the quantized values.
+"""Encode, decode or fake-quantize many tensors in one launch.
 
-A work list on the device tells each program where its part of which tensor lies, as offsets from the first tensor of
-the group. Its rows stand for segments of several tiles, so that it stays small enough for the caches and a program
-waits for one short load before its own. A list depends on nothing but addresses and sizes and is kept for the next
-call, so groups whose tensors stay where they are cost one launch each.
+Each tensor has a counterpart, its encoded form or its quantized values, in a buffer that all share. A work list on the
+device tells each program where its part of a tensor and of the counterpart begins (``work_list.py``).
 
-There is one launch for each dtype, and another for those tensors of it that are not aligned to 16 bytes, because the
-compiler must know the alignment of all of them. Empty tensors are welcome.
-
-A tensor's counterpart, its encoded form or its quantized values, lies in a buffer that all tensors of the group share.
+There is one launch for each dtype, and another for its tensors that are not aligned to 16 bytes, because the compiler
+must know the alignment. Tensors may be empty.
 """
 
 from collections.abc import Sequence
@@ -43,7 +39,7 @@ def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, *
 
 
 def _collect(partials: Tensor, launch: Launch, tiles: int, statistics: Tensor) -> None:
-    """Add up what belongs to each member, with so many tiles a program; rows of other tensors stay as they are."""
+    """Add up the partial statistics of each tensor of a launch whose programs handle so many tiles each."""
     sum_of_each(partials, launch.first // tiles, (launch.used + tiles - 1) // tiles, launch.numbers, statistics)
 
 
@@ -60,16 +56,14 @@ def encode(
     Args:
         tensors: ``[numel]`` float32, float16 or bfloat16 each, on one device.
         buffer: uint8, aligned to 16 bytes, on the same device.
-        starts: Where in the buffer each tensor's scales begin, a multiple of 4. It is fastest if the codes behind them
-            begin at a multiple of 16.
-        codec: How to encode.
-        failed: ``[tensors]`` int32 zeros, to be set to 1 where a block could not be encoded and has a scale that is not
-            finite.
-        statistics: ``[tensors, 5]`` float64 to be written, if wanted; rows of empty tensors are not.
+        starts: Where in the buffer the scales of each tensor begin, a multiple of 4 bytes. It is fastest if the codes
+            behind them begin at a multiple of 16.
+        codec: The codec.
+        failed: ``[tensors]`` int32 zeros. Set to 1 for tensors with a block whose scale is not finite.
+        statistics: ``[tensors, 5]`` float64 to be written, or None. Rows of empty tensors are not written.
     """
     tables, layout = tables_of(codec.codebook, buffer.device), codec.layout
-    in_cells = tables.search not in ("linear", "softsign")
-    settings = "many in cells" if in_cells else f"many {codec.kernel}"
+    settings = f"many {codec.kernel}" if tables.closed_form else "many in cells"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {"CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables)}
@@ -90,12 +84,11 @@ def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], co
     tables, block_size = tables_of(codec.codebook, buffer.device), codec.layout.block_size
     settings = f"many decode {codec.kernel}"
     row = decoded_row(settings, block_size)
-    search = "linear" if tables.search == "linear" else "table"
     for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
         _run(
             decode_kernel, launch, launch.programs,
             values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
-            ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=search,
+            ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=tables.level_search,
         )  # fmt: skip
 
 
@@ -112,24 +105,24 @@ def fake_quantize(
 ) -> None:
     """Write the quantized values of each tensor into its stretch of a buffer.
 
-    They are those of ``reference.quantize``, with a signed scale if the codebook is one-sided, and
-    ``reference.dequantize``.
+    They are those of ``reference.quantize`` and ``reference.dequantize``, with a signed scale if the codebook is
+    one-sided.
 
     Args:
-        tensors: Float32, float16 or bfloat16 each, dense in memory, on one device; read in the order of memory.
+        tensors: float32, float16 or bfloat16 each, dense in memory, on one device. Blocks run in the order of memory.
         buffer: uint8, aligned to 16 bytes, on the same device, to be written.
-        starts: Where in ``buffer`` the values of each tensor go, in bytes; multiples of 16 are fastest.
+        starts: Where in the buffer the values of each tensor begin, in bytes. Multiples of 16 are fastest.
         codebook: The levels.
         block_size: Elements that share a scale.
-        numbers: The number of each tensor, for ``share`` and ``statistics``; without them, they count from 0.
-        share: The share of the blocks that is quantized, as ``block_choice.chosen_blocks`` chooses them; the others
-            are copied.
+        numbers: The number of each tensor, which chooses its blocks and its row of the statistics. None counts from 0.
+        share: The share of the blocks that is quantized, chosen as in ``block_choice.chosen_blocks``. The others are
+            copied.
         seed: Chooses the blocks, if ``share`` is below 1.
-        statistics: ``[any, 5]`` float64: the rows of the tensors' numbers are written, if wanted; not those of empty
-            tensors.
+        statistics: ``[any, 5]`` float64, of which the tensors' rows are written, or None. Rows of empty tensors are not
+            written.
     """
     tables = tables_of(codebook, buffer.device)
-    settings = "many fake_quantize" if tables.search in ("linear", "softsign") else "many fake_quantize in cells"
+    settings = "many fake_quantize" if tables.closed_form else "many fake_quantize in cells"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {
@@ -157,5 +150,5 @@ def _as(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _int32(pattern: int) -> int:
-    """The int32 with the last 32 bits of an integer: kernels take one type whatever the number."""
+    """Return the int32 with the last 32 bits of an integer, so that a kernel is compiled for one type of argument."""
     return ((pattern + 2**31) & 0xFFFFFFFF) - 2**31

@@ -1,4 +1,4 @@
-"""The kernels of ``many.py``, which launches them: each program handles its part of one of many tensors."""
+"""The kernels that ``many.py`` launches. Each program handles a part of one of many tensors."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -26,7 +26,7 @@ _SEGMENT = tl.constexpr(SEGMENT)
 
 @triton.jit
 def _own(work, COLUMNS: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's row of the work list, the elements to skip there, and how many are left."""
+    """Return this program's row of the work list, the elements of it to skip, and the elements left."""
     program = tl.program_id(0)
     row = work + (program // _SEGMENT).to(tl.int64) * COLUMNS
     skip = (program % _SEGMENT) * TILE
@@ -38,7 +38,7 @@ def _own(work, COLUMNS: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr)
 
 @triton.jit
 def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
-    """Where the elements of a column of the work list begin; a multiple of MULTIPLE."""
+    """Return where a column of the work list says that this program's elements begin, a multiple of MULTIPLE."""
     return tl.multiple_of(tl.load(row + COLUMN) + skip, MULTIPLE)
 
 
@@ -69,7 +69,7 @@ def measured_encode_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
     SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    """A segment a program, tile after tile as in ``fake_quantize_tiles``: sums stay with their lanes."""
+    """Encode and measure a segment, tile after tile as in ``fake_quantize_tiles``; lanes keep their sums."""
     TILE: tl.constexpr = ROWS * BLOCK
     segment = tl.program_id(0)
     row = work + segment.to(tl.int64) * 6

@@ -1,9 +1,8 @@
-"""What a reconstruction lost, added up while the tile is in registers: ``reference.error_statistics`` in two steps.
+"""Measure what a reconstruction lost while its tile is in registers: ``reference.error_statistics`` in two steps.
 
-Each program writes partial results to its column of ``partials``, float32: the statistics in the order of
-``reference.ErrorStatistics`` and the unit in whose square the first two are. What belongs to a tensor is added up
-afterwards (``sum_statistics.py``) in float64, in the order of the programs. Nothing is atomic, so a second run gives
-the same bits.
+Each program writes partial results, float32, to its column of ``partials``: the statistics in the order of
+``reference.ErrorStatistics``, and the unit in whose square the first two are counted. Then ``sum_statistics.py`` adds
+up the programs of a tensor in float64, in their order. Nothing is atomic, so a second run gives the same bits.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -14,16 +13,15 @@ import triton.language as tl
 from q8lightning.quantization.backends.kernels.bits import INTERPRETED, MAGNITUDE, bits_of, float_of, pair_of
 
 SAFE_FROM, SAFE_TO = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
-"""If a sum of squares lies between these, neither it nor that of its errors has lost anything to the range
-of float32."""
+"""If a sum of squares lies between these, float32 had the range for it and for the sum of squared errors."""
 
 
 @triton.jit
-def measure(x, decoded, left, partials, column, columns):
-    """Write the partial statistics of a tile to a column of ``partials``.
+def measure(x, decoded, left, partials):
+    """Write the partial statistics of this program's tile to its column of ``partials``.
 
-    ``decoded`` has the dtype of the tensor. Of ``x``, float32, only ``left`` elements belong to the tensor; the rest is
-    filling with zeros.
+    ``decoded`` has the dtype of the tensor. ``x`` is float32; ``left`` of its elements belong to the tensor, and zeros
+    fill it up.
     """
     decoded = decoded.to(tl.float32)
     error, squares, largest, zeros, zeroed = nothing(x.shape[0], x.shape[1], False)
@@ -31,13 +29,14 @@ def measure(x, decoded, left, partials, column, columns):
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     unit = 1.0
     if is_safe(error, squares):
-        zeroed -= zeros  # what is zero decodes to zero
+        zeroed -= zeros  # every zero decodes to zero
     else:
         unit, shrink = _unit(_largest_pattern(x))
         error, squares, zeroed = _sums_in_units(x, decoded, shrink)
-        # A maximum passes NaN by; a sum does not.
+        # A maximum ignores NaN, a sum does not.
         largest = tl.where(error == error, largest, error)
     filling = x.shape[0] * x.shape[1] - left
+    column, columns = tl.program_id(0), tl.num_programs(0)
     _write(error, squares, largest, zeros - filling, zeroed, unit, partials, column, columns)
 
 
@@ -45,17 +44,17 @@ def measure(x, decoded, left, partials, column, columns):
 def measure_many(
     error, squares, largest, zeros, zeroed, original, decoded, elements, left, tiles, partials, column, columns
 ):
-    """Write the statistics of so many tiles that :func:`add` has added up.
+    """Write the statistics of ``tiles`` tiles that :func:`add` has added up.
 
-    If their squares have left the range of float32, the tiles are read again, from ``original`` and ``decoded``:
-    pointers to ``left`` elements, of which ``elements`` are the offsets in the first tile.
+    If their squares have left the range of float32, the tiles are read again. ``original`` and ``decoded`` are pointers
+    to ``left`` elements, and ``elements`` the offsets of the first tile.
     """
     error, squares, largest, zeros, zeroed = reduce(error, squares, largest, zeros, zeroed)
     unit = 1.0
     if is_safe(error, squares):
         zeroed -= zeros
     else:
-        tl.debug_barrier()  # other threads may have written what is read here
+        tl.debug_barrier()  # other threads may have written what this one reads
         unit, shrink = unit_of_tiles(original, elements, left, tiles)
         error, squares, zeroed = 0.0, 0.0, 0.0
         for i in range(tiles):
@@ -68,13 +67,13 @@ def measure_many(
 
 @triton.jit
 def is_safe(error, squares):
-    """Whether sums in units of 1 are what they should be."""
+    """Tell whether sums in units of 1 are right."""
     return (squares > SAFE_FROM) & (squares < SAFE_TO) & (error == error)
 
 
 @triton.jit
 def load_again(original, elements, left, i):
-    """The i-th tile, float32, its offsets and their mask."""
+    """Return the i-th tile, float32, its offsets and their mask."""
     at = elements + i * (elements.shape[0] * elements.shape[1])
     mask = at < left
     return tl.load(original + at, mask=mask, other=0.0).to(tl.float32), at, mask
@@ -82,7 +81,7 @@ def load_again(original, elements, left, i):
 
 @triton.jit
 def unit_of_tiles(original, elements, left, tiles):
-    """A unit for the squares of all tiles, and one over it."""
+    """Return a unit for the squares of all tiles, and one over it."""
     pattern = 0
     for i in range(tiles):
         x, _, _ = load_again(original, elements, left, i)
@@ -99,7 +98,7 @@ def add_in_units(x, decoded, shrink, error, squares, zeroed):
 
 @triton.jit
 def write_many(error, squares, largest, zeros, zeroed, unit, elements, left, tiles, partials, column, columns):
-    """Write the statistics of so many tiles, of which all but ``left`` elements are filling."""
+    """Write the statistics of ``tiles`` tiles, in which all but ``left`` elements are filling."""
     filling = tiles * (elements.shape[0] * elements.shape[1]) - left
     _write(error, squares, largest, zeros - filling, zeroed, unit, partials, column, columns)
 
@@ -117,9 +116,9 @@ def _write(error, squares, largest, zeros, zeroed, unit, partials, column, colum
 
 @triton.jit
 def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_PAIRS: tl.constexpr):
-    """Squared error, squares, largest error, zeros, and zeros among the decoded, for each four elements of a tile.
+    """Return zeros for squared error, squares, largest error, zeros and decoded zeros of each four elements of a tile.
 
-    With IN_PAIRS, which only bfloat16 tensors can have, for each eight, and zeros are counted two in a word.
+    With IN_PAIRS, for bfloat16 tensors only, they stand for each eight elements, and zeros are counted two in a word.
     """
     WIDTH: tl.constexpr = 8 if IN_PAIRS else 4  # as many as a thread loads at a time
     zero = tl.zeros((ROWS, BLOCK // WIDTH), tl.float32)
@@ -129,9 +128,10 @@ def nothing(ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_PAIRS: tl.constexpr):
 
 @triton.jit
 def add(x, decoded, x_words, decoded_words, error, squares, largest, zeros, zeroed, IN_PAIRS: tl.constexpr):
-    """Add a tile, with fused operations: no codec depends on how this is rounded.
+    """Add a tile to the statistics. Operations may be fused, since no code depends on how this is rounded.
 
-    ``x`` and ``decoded``, rounded to the tensor's dtype, are float32. With IN_PAIRS, ``_words`` hold two bfloat16 each.
+    ``x`` and ``decoded`` are float32, ``decoded`` rounded to the tensor's dtype. With IN_PAIRS, ``x_words`` and
+    ``decoded_words`` hold two bfloat16 each.
     """
     if IN_PAIRS:
         xa, xb = _halves(x)
@@ -165,7 +165,7 @@ def _zeros_by_four(x):
 
 @triton.jit
 def _add_zeros(count, words):
-    """Add 1 where a bfloat16 is zero, to bfloat16 counts, which are exact up to 256; two in a word, int32, each."""
+    """Add 1 to a count where a bfloat16 is zero. Words hold two bfloat16, or two counts, exact up to 256."""
     a, b, c, d = _quarters(words)
     return tl.inline_asm_elementwise(
         "{ .reg .b32 zero, a, b; mov.b32 zero, 0;"
@@ -178,7 +178,7 @@ def _add_zeros(count, words):
 
 @triton.jit
 def reduce(error, squares, largest, zeros, zeroed):
-    """Add up what :func:`add` has added for each four elements, all in one exchange between lanes."""
+    """Add up what :func:`add` has added for each four elements, in one exchange between lanes."""
     if zeros.dtype == tl.int32:
         zeros, zeroed = _both(zeros), _both(zeroed)
     return tl.reduce((_flat(error), _flat(squares), _flat(largest), _flat(zeros), _flat(zeroed)), 0, _combine)
@@ -191,17 +191,17 @@ def _largest_pattern(x):
 
 @triton.jit
 def _unit(pattern):
-    """A power of two close to a number, given its pattern, and one over it."""
+    """Return a power of two close to the number with a pattern, and one over it."""
     exponent = tl.minimum(tl.maximum(pattern >> 23, 1), 253)
     return float_of(exponent << 23), float_of((254 - exponent) << 23)
 
 
 @triton.jit
 def _sums_in_units(x, decoded, shrink):
-    """Squared error and squares of a tile in squared units, and its nonzero elements that became zero.
+    """Return squared error and squares of a tile in squared units, and how many nonzero elements became zero.
 
-    For tiles whose squares leave the range of float32, and for those with a block that is not finite, where zero does
-    not decode to zero.
+    This serves tiles whose squares leave the range of float32, and tiles with a block that is not finite, in which zero
+    does not decode to zero.
     """
     error, scaled = (decoded - x) * shrink, x * shrink
     zeroed = tl.where(x == 0.0, 0.0, is_zero(decoded))
@@ -210,7 +210,7 @@ def _sums_in_units(x, decoded, shrink):
 
 @triton.jit
 def is_zero(x):
-    """1.0 where ``x``, float32, is zero, else 0.0."""
+    """Return 1.0 where ``x``, float32, is zero, else 0.0."""
     if INTERPRETED:
         return (x == 0.0).to(tl.float32)
     return tl.inline_asm_elementwise(
@@ -220,14 +220,14 @@ def is_zero(x):
 
 @triton.jit
 def _both(words):
-    """The sum of both counts of a word, float32."""
+    """Return the sum of both counts of a word, float32."""
     first, second = pair_of(words)
     return first + second
 
 
 @triton.jit
 def _halves(x):
-    """Of each eight elements the first and the last four."""
+    """Return the first four and the last four of each eight elements."""
     return tl.split(
         tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 4)), (0, 1, 3, 2)).reshape(
             x.shape[0], x.shape[1] // 2, 2

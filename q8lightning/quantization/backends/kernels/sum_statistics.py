@@ -1,4 +1,4 @@
-"""Add up what the programs of a launch have measured, tensor by tensor, on the device; see ``statistics.py``."""
+"""Add up on the device what the programs of a launch have measured (``statistics.py``), tensor by tensor."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def _total(partials, columns, start, programs, item, WIDTH: tl.constexpr):
-    """Add one item of some programs up, in float64."""
+    """Add up one statistic of some programs, in float64."""
     lanes = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float64)
     for at in range(0, programs, WIDTH):
@@ -28,18 +28,18 @@ def _total(partials, columns, start, programs, item, WIDTH: tl.constexpr):
 
 @triton.jit
 def _larger(a, b):
-    """The larger of numbers that are not negative, or NaN."""
+    """Return the larger of two numbers that are not negative; NaN if one is."""
     return tl.where((b > a) | (b != b), b, a)
 
 
 @triton.jit
 def _fold(values, item):
-    # Patterns of floats that are not negative order as they do, with NaN on top.
+    # The patterns of floats that are not negative order as the floats do, with NaN on top.
     largest = tl.max(values.to(tl.int64, bitcast=True), axis=0).to(tl.float64, bitcast=True)
     return tl.where(item == 2, largest, tl.sum(values))
 
 
-# One kernel for any number of programs: what a small save compiles, a large one runs.
+# Not specialized: a large save runs what a small one has compiled.
 @triton.jit(do_not_specialize=["columns"])
 def _parts_kernel(partials, columns, parts, PROGRAMS: tl.constexpr):
     item, part, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -72,7 +72,7 @@ def empty_partials(like: Tensor, programs: int) -> Tensor:
 
 
 def sum_of_one(partials: Tensor, statistics: Tensor) -> None:
-    """Add all programs of one tensor up: ``[6, programs]`` into ``[5]`` float64."""
+    """Add up all programs of one tensor: ``[6, programs]`` into ``[5]`` float64."""
     programs = partials.shape[1]
     parts = torch.empty(5, triton.cdiv(programs, 1024), dtype=torch.float64, device=partials.device)
     with torch.cuda.device_of(partials):
@@ -86,10 +86,10 @@ def sum_of_each(partials: Tensor, first: Tensor, used: Tensor, rows: Tensor, sta
 
     Args:
         partials: ``[6, programs]`` float32.
-        first: ``[tensors]`` int64, each tensor's first program.
-        used: ``[tensors]`` int64, how many programs it has, all in a row.
-        rows: ``[tensors]`` int64, which row of the statistics is each tensor's; others stay as they are.
-        statistics: ``[any, 5]`` float64, written to.
+        first: ``[tensors]`` int64, the first program of each tensor.
+        used: ``[tensors]`` int64, the number of its programs, which follow each other.
+        rows: ``[tensors]`` int64, the row of each tensor in the statistics.
+        statistics: ``[any, 5]`` float64, of which these rows are written.
     """
     with torch.cuda.device_of(partials):
         _totals_kernel[(5, len(first))](partials, partials.shape[1], first, used, rows, statistics, WIDTH=1024)

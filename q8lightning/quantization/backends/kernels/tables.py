@@ -1,4 +1,4 @@
-"""Codebooks as kernels need them: levels, thresholds and a lookup table, built once for each codebook and device."""
+"""Build the tables with which kernels search a codebook, once for each codebook and device."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,14 +16,15 @@ class Tables(NamedTuple):
     """A codebook on a device.
 
     Attributes:
-        search: Which search finds a code: the name of a closed form, ``"cells"`` or ``"thresholds"``.
-        table: int32. For ``"cells"``: for every pattern of a float's leading bits, the one threshold that a float which
-            begins so can meet (float32, its low 8 bits zero; infinity where there is none) and in these 8 bits the code
-            below it. It has an entry for every float, NaN and infinity included, so that nothing has to be clamped;
-            the few kilobytes of it that are ever read stay in the cache. For ``"thresholds"``: the
-            patterns of ``2**bits - 1`` thresholds, filled up with infinity.
-        shift: How many trailing bits of a pattern the cells ignore.
-        bits: Steps of the search in thresholds.
+        search: The search that finds a code: ``"linear"`` or ``"softsign"``, which are closed forms, ``"cells"``, one
+            look into a table, or ``"thresholds"``, a binary search.
+        table: int32. For ``"thresholds"``, the patterns of ``2**bits - 1`` thresholds, filled up with infinity. For
+            ``"cells"``, an entry for each cell, the floats with the same leading bits. No cell holds two thresholds.
+            The entry is its threshold (float32, infinity if it has none) with the code below it in the low 8 bits,
+            which are zero in such a threshold. Cells exist for all floats, so that nothing has to be clamped; the few
+            kilobytes that are read stay in the cache.
+        shift: How many trailing bits of a pattern a cell leaves open.
+        bits: Steps of the binary search.
         levels: ``[256]`` float32, 0 for codes that the codebook lacks.
     """
 
@@ -33,19 +34,29 @@ class Tables(NamedTuple):
     bits: int
     levels: Tensor
 
+    @property
+    def closed_form(self) -> bool:
+        """Whether codes are computed without a table."""
+        return self.search in _CLOSED_FORMS.values()
+
+    @property
+    def level_search(self) -> str:
+        """How kernels find the level of a code: ``"linear"`` computes it, ``"table"`` loads it."""
+        return "linear" if self.search == "linear" else "table"
+
 
 _CLOSED_FORMS = {BUILTIN[name].closed_form: name for name in ("linear", "softsign")}
-"""The closed forms that ``codec.nearest_code`` knows."""
+"""The closed forms that the kernels compute, with their names."""
 
 
 def tables_of(codebook: Codebook | None, device: torch.device) -> Tables:
-    """Return the tables of ``codebook`` on ``device``, kept there after the first call.
+    """Return the tables of ``codebook`` on ``device``, where they stay after the first call.
 
-    Kernels that need none, but take some, get those of ``linear``, which is a closed form.
+    None returns those of ``linear``, for kernels that take tables and use none.
     """
     if codebook is None:
         codebook = BUILTIN["linear"]
-    # Codebooks compare equal whatever their closed form, so the cache needs it as a key of its own.
+    # Codebooks with different closed forms compare equal, so the closed form is a key of its own.
     return _make(codebook, codebook.closed_form, device)
 
 
@@ -66,7 +77,7 @@ def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, de
 
 
 def _cells(thresholds: Tensor, shift: int) -> Tensor | None:
-    """Return the table; None if a cell would need two thresholds. Cells of NaN and infinity have the code of 0."""
+    """Return the table of cells, None if a cell holds two thresholds. Cells of NaN and infinity have the code of 0."""
     if bool((thresholds.view(torch.int32) & 0xFF).any()):
         return None
     first_pattern = torch.arange(2 ** (31 - shift), dtype=torch.int32, device="cpu") << shift

@@ -1,4 +1,4 @@
-"""Tiles: which elements a program handles, and how they are read and written."""
+"""Find a program's tile, load it and store it."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -10,10 +10,9 @@ from q8lightning.quantization.backends.kernels.bits import INTERPRETED
 
 @triton.jit
 def tile(numel, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's first row (int64), its rows and elements from there (int32), each with its mask, and how
-    many elements there are.
+    """Return this program's first row (int64), its rows and elements from there (int32) with masks, and their number.
 
-    Only the start is 64-bit: 64-bit offsets and comparisons for every element would cost more than the arithmetic.
+    Only the first row is 64-bit. 64-bit offsets and comparisons of every element would cost more than the arithmetic.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     left = tl.minimum(numel - first * BLOCK, ROWS * BLOCK).to(tl.int32)
@@ -34,18 +33,17 @@ def load_code(pointer, offsets, mask):
 
 @triton.jit
 def load_code_for(values, pointer, start, offsets, mask):
-    """As :func:`load_code` from ``pointer + start``, where arithmetic is what takes the time.
+    """Load codes from ``pointer + start`` for a kernel that arithmetic slows, not memory.
 
-    Each thread loads the codes of those values that it will store to ``values``, 16 bytes at a time, rather than as
-    many codes as it could to exchange them with its neighbours; and takes them out of their words once, rather than
-    wherever they are used.
+    Each thread loads just the codes of the values that it stores, which it does 16 bytes at a time. Left alone, the
+    compiler loads more codes a thread and exchanges them, and unpacks them again wherever they are used.
     """
     if INTERPRETED:
         return load_code(pointer + start, offsets, mask)
     start = tl.inline_asm_elementwise(
         "mov.b64 $0, $1;", "=l,l", [start.to(tl.int64)], dtype=tl.int64, is_pure=True, pack=1
     )
-    start = tl.multiple_of(start, 128 // values.dtype.element_ty.primitive_bitwidth)  # what the compiler is to know
+    start = tl.multiple_of(start, 128 // values.dtype.element_ty.primitive_bitwidth)  # tells the compiler the alignment
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;"
         "prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;",

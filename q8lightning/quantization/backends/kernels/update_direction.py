@@ -1,7 +1,7 @@
-"""How far stored moments turn the direction in which Adam steps: one launch for all parameters that are stored alike.
+"""Measure how far stored moments turn the steps of Adam, in one launch for all parameters that are stored alike.
 
-Work lists, alignment and launches are as in ``many.py``, with two tensors to a row; of large ones, an eighth of the
-segments is in the list (``sampling.py``). Sums are float64 and added up in a fixed order.
+Work lists, alignment and launches are as in ``many.py``, but a row stands for two tensors. Of a large tensor, only an
+eighth of the segments is listed (``sampling.py``). Sums are float64 and added up in a fixed order.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -25,16 +25,23 @@ from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, weight
 from q8lightning.system.ambient import lasting
 
 TILE = STRETCH // SEGMENT
-"""Elements of a tile, 512: a warp for each of them."""
+"""Elements of a tile, 512. Each program is one warp."""
 
 ROW = 64
-"""Longer blocks are decoded in several rows: with 32 rows a tile, each lane of a warp lays out the grid of one."""
+"""The longest row of a tile. With 32 rows, each lane of a warp computes the log grid of one."""
 
 _SEGMENT = tl.constexpr(SEGMENT)
 
 
 class _Place(NamedTuple):
-    """Where one moment of all parameters lies, as numbers."""
+    """The memory of one moment of all parameters, as numbers.
+
+    Attributes:
+        addresses: The address of each original.
+        itemsize: Bytes of its elements.
+        starts: Where its encoded form begins in the buffer, in bytes.
+        layout: The layout of the encoded form; None if the moment is stored as it is.
+    """
 
     addresses: tuple[int, ...]
     itemsize: int
@@ -46,7 +53,7 @@ class _Place(NamedTuple):
         return TILE if self.layout is None else self.layout.block_size
 
     def columns(self, index: int, numel: int) -> tuple[int, int, int, int]:
-        """Return offsets: of the values, in elements from the first tensor's; of codes, scales and residual codes."""
+        """Return the offsets of the values from the first tensor, and of codes, scales and residual codes."""
         offset = (self.addresses[index] - self.addresses[0]) // self.itemsize
         if self.layout is None:
             return offset, 0, 0, 0
@@ -54,7 +61,7 @@ class _Place(NamedTuple):
         return offset, codes, self.starts[index] // 4, codes + numel
 
     def advance(self, segment: int) -> tuple[int, int, int, int]:
-        """Return how far these move on from one segment to the next."""
+        """Return how far these offsets move from one segment to the next."""
         scales = 0 if self.layout is None else segment // self.layout.block_size * self.layout.scales
         return segment, segment, scales, segment
 
@@ -64,10 +71,15 @@ class _Place(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Parameters of one alignment: which, and their work list as in ``work_list.Launch``.
+    """Parameters of one alignment.
 
     Attributes:
-        weights: ``[members]`` float64: what their sums are to be multiplied by.
+        aligned: As in ``work_list.Launch``, of both moments.
+        work: ``[segments, 9]`` int64: elements left, then the four offsets of the first and of the second moment.
+        first: ``[members]`` int64, the first program of each parameter.
+        used: ``[members]`` int64, the number of its programs.
+        members: ``[members]`` int64, its row in the sums.
+        weights: ``[members]`` float64, the factor by which the sum of a sample stands for the whole.
     """
 
     aligned: bool
@@ -83,7 +95,7 @@ def _stored(
     values, like, buffer, floats, levels, row, COLUMN: tl.constexpr, elements, mask, tile_rows, row_mask,
     PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of ``values`` is after decoding, float32."""
+    """Return a tile as it is stored, decoded to float32."""
     MULTIPLE: tl.constexpr = 16 if ALIGNED else 1
     if CODEC == "raw":
         return values
@@ -158,16 +170,16 @@ def update_direction_sums(
     eps: float,
     sums: Tensor,
 ) -> None:
-    """Write how far each parameter's update direction is off.
+    """Write the sums from which the error of each parameter's update direction is computed.
 
     Args:
         tensors: The first and the second moment of each parameter, ``[numel]`` float32, float16 or bfloat16, contiguous
-            and on one device; all first moments have one dtype, and so have all second ones.
-        starts: Where in the buffer the scales of each begin, in bytes; not read where ``codecs`` has None.
-        codecs: How the first and the second moments are encoded; None for those that are stored as they are.
-        buffer: uint8, aligned to 16 bytes: what is stored of all.
-        eps: The optimizer's.
-        sums: ``[parameters, 2]`` float64 to be written; see ``quantization.update_direction``.
+            and on one device. All first moments share a dtype, and all second moments do.
+        starts: Where in the buffer the scales of each begin, in bytes. Not read for moments without a codec.
+        codecs: The codecs of the first and of the second moments; None for moments that are stored as they are.
+        buffer: uint8, aligned to 16 bytes, the encoded moments.
+        eps: The eps of the optimizer.
+        sums: ``[parameters, 2]`` float64 to be written, as ``many/update_directions.py`` returns them.
     """
     places = tuple(
         _Place(
@@ -177,7 +189,7 @@ def update_direction_sums(
     )
     row = min(ROW, *(place.block_size for place in places))
     rows = TILE // row
-    sums.zero_()  # of empty tensors
+    sums.zero_()  # for empty tensors
     floats = buffer[: buffer.numel() // 4 * 4].view(torch.float32)
     books = [tables_of(None if codec is None else codec.codebook, buffer.device) for codec in codecs]
     constants: dict[str, Any] = {"ROWS": rows, "ROW": row}
@@ -185,7 +197,7 @@ def update_direction_sums(
         constants |= {
             f"{name}_PARTS": place.block_size // row,
             f"{name}_CODEC": "raw" if codec is None else codec.kernel,
-            f"{name}_SEARCH": "linear" if tables.search == "linear" else "table",
+            f"{name}_SEARCH": tables.level_search,
         }
     numels = tuple(x.numel() for x in tensors[0])
     for launch in _launches(*places, numels, buffer.device):
@@ -212,7 +224,7 @@ def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: to
     for index, numel in enumerate(numels):
         if numel:
             aligned = first.is_aligned(index, numel) and second.is_aligned(index, numel)
-            # Offsets count from the first tensors, whose own alignment the compiler sees.
+            # Offsets count from the first tensors, so these must be aligned, too.
             base = not (first.addresses[0] % 16 or second.addresses[0] % 16)
             kinds.setdefault(aligned and base, []).append(index)
     steps = [-STRETCH, *first.advance(STRETCH), *second.advance(STRETCH)]
@@ -234,6 +246,6 @@ def _launches(first: _Place, second: _Place, numels: tuple[int, ...], device: to
 
 
 def _stretches(numel: int) -> Tensor:
-    """Return the numbers of the stretches of a tensor that are looked at."""
+    """Return the numbers of the stretches of a tensor that are measured."""
     taken = stretches_of(numel)
     return torch.arange(-(-numel // STRETCH), dtype=torch.int64, device="cpu") if taken is None else taken

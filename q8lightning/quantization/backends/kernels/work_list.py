@@ -1,7 +1,8 @@
-"""Work lists: which program of one launch handles which part of which tensor.
+"""Make work lists: they tell each program of a launch which part of which tensor it handles.
 
-A list depends on nothing but addresses and sizes. It is made once and kept, so a group whose tensors stay where they
-are costs its launch and nothing else.
+A row of the list stands for a segment, several tiles of a tensor, and holds offsets from the first tensor. So the list
+stays small enough for the caches. It depends on addresses and sizes only and is kept, so that later calls for the same
+tensors cost their launch and nothing else.
 """
 
 from collections.abc import Sequence
@@ -16,18 +17,18 @@ from q8lightning.quantization.spec.layout import Layout
 from q8lightning.system.ambient import lasting
 
 SEGMENT = 16
-"""Tiles to a row of a work list: rows are few enough for the caches, and no tensor wastes more programs than these."""
+"""Tiles of a segment. More would make shorter lists, and leave more programs of small tensors without work."""
 
 
 class Group(NamedTuple):
-    """Tensors that are to be handled together, as numbers.
+    """Tensors that are handled together, as numbers.
 
     Attributes:
-        addresses: Where each tensor begins.
-        numels: How many elements it has.
-        dtypes: Of which dtype.
-        starts: Where its counterpart begins, in bytes from the beginning of a buffer that is aligned to 16 bytes.
-        numbers: What it is called: the row of its statistics, and its number where blocks are chosen by a hash.
+        addresses: The address of each tensor.
+        numels: Its number of elements.
+        dtypes: Its dtype.
+        starts: Where its counterpart begins in a buffer that is aligned to 16 bytes, in bytes.
+        numbers: The row of its statistics, and its number where a hash chooses blocks.
     """
 
     addresses: tuple[int, ...]
@@ -42,16 +43,17 @@ class Launch(NamedTuple):
 
     Attributes:
         dtype: The dtype of its tensors.
-        members: Which tensors of the group take part; offsets count from the first of them.
-        aligned: Whether all of them begin at multiples of 16 bytes, as do their counterparts, and have a multiple of 16
-            elements; the compiler must know.
-        rows: Blocks a program handles.
+        members: Its tensors, as indices in the group. Offsets count from the first of them.
+        aligned: Whether all tensors and counterparts begin at multiples of 16 bytes and have a multiple of 16 elements.
+        rows: Rows of a tile.
         warps: Warps of a program.
-        work: ``[segments, columns]`` int64: elements left from there to the end of the tensor, then offsets. The last
-            column is the tensor's number; where nothing is encoded, the number of the first block is before it.
-        first: ``[members]`` int64, each member's first program.
-        used: ``[members]`` int64, how many programs have work in it.
-        numbers: ``[members]`` int64, their numbers.
+        work: ``[segments, columns]`` int64, the work list. The first column is the number of elements from there to the
+            end of the tensor. Then follow offsets: of codecs, those of values, codes, scales and residual codes; else
+            those of values and quantized values, and the number of the first block. The last column is the tensor's
+            number.
+        first: ``[members]`` int64, each tensor's first program.
+        used: ``[members]`` int64, how many of its programs have work.
+        numbers: ``[members]`` int64, each tensor's number.
     """
 
     dtype: torch.dtype
@@ -71,12 +73,12 @@ class Launch(NamedTuple):
 
     @property
     def multiple(self) -> int:
-        """Of how many elements the offsets of its tensors are multiples."""
+        """The number of elements of which all offsets of values are multiples."""
         return 16 // self.dtype.itemsize if self.aligned else 1
 
 
 def describe(tensors: Sequence[Tensor], starts: tuple[int, ...], numbers: tuple[int, ...] | None = None) -> Group:
-    """Return what a work list depends on; without ``numbers``, tensors are numbered as they come."""
+    """Return what a work list depends on. Without ``numbers``, tensors are numbered in their order."""
     return Group(
         tuple(tensor.data_ptr() for tensor in tensors),
         tuple(tensor.numel() for tensor in tensors),
@@ -89,14 +91,14 @@ def describe(tensors: Sequence[Tensor], starts: tuple[int, ...], numbers: tuple[
 @lru_cache(maxsize=32)
 @lasting()
 def launches(group: Group, layout: Layout | None, row: int, settings: str, device: torch.device) -> tuple[Launch, ...]:
-    """Return a launch for each dtype and alignment in ``group``; empty tensors take part in none.
+    """Return a launch for each dtype and alignment in a group. Empty tensors take part in none.
 
     Args:
         group: The tensors.
-        layout: How the bytes of their counterparts lie; None if the counterparts are tensors of the same dtype.
+        layout: The layout of encoded counterparts; None for counterparts that are values of the same dtype.
         row: Elements of a row of a tile.
-        settings: What the kernel is called in ``SETTINGS``.
-        device: Where the tensors are.
+        settings: The kernel's name in ``launch.SETTINGS``.
+        device: The device of the tensors.
     """
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
     for index, (address, numel, dtype, start, _) in enumerate(zip(*group, strict=True)):
@@ -142,13 +144,13 @@ def _launch(
 def _work(
     columns: list[tuple[int, ...]], advance: list[int], tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut tensors into segments; ``advance`` is how far each column moves on from one to the next."""
+    """Cut tensors into segments, each ``advance`` further than the one before, column by column."""
     table = torch.tensor(columns, dtype=torch.int64, device="cpu")
     used = (table[:, 0] + tile - 1) // tile
     segments = (used + SEGMENT - 1) // SEGMENT
     first = segments.cumsum(0) - segments
     total = int(segments.sum())
-    # The rest on the device: what travels there is a row for each tensor, not for each segment.
+    # The rest runs on the device, so that a row for each tensor is copied there, not one for each segment.
     start = torch.cat([table, first[:, None], segments[:, None]], dim=1).to(device)
     rows = torch.repeat_interleave(start[:, :-1], start[:, -1], dim=0, output_size=total)
     index = torch.arange(total, dtype=torch.int64, device=device) - rows[:, -1]

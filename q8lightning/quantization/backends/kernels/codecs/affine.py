@@ -1,4 +1,4 @@
-"""The affine codec, which has a zero point: ``codebook.py`` tells tiles and the rules of arithmetic."""
+"""The affine codec, which has a zero point. ``codebook.py`` says what tiles are, and how arithmetic is rounded."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -12,11 +12,12 @@ from q8lightning.quantization.backends.kernels.bits import INFINITY, MAGNITUDE, 
 from q8lightning.quantization.backends.kernels.codecs import codebook
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
+from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 
 
 @triton.jit
 def encode(x):
-    """As ``reference.quantize_affine``: codes, scale and zero point (``[ROWS]`` int32)."""
+    """Return codes, scale and zero point (``[ROWS]`` int32) as ``reference.quantize_affine``."""
     finite = tl.max(bits_of(x) & MAGNITUDE, axis=1) < INFINITY
     x = tl.where(finite[:, None], x, 0.0)
     low, high = tl.minimum(tl.min(x, axis=1), 0.0), tl.maximum(tl.max(x, axis=1), 0.0)
@@ -30,12 +31,13 @@ def encode(x):
 
 @triton.jit
 def _byte(x):
+    """Round down to an integer in [0, 255]."""
     return tl.minimum(tl.maximum(tl.floor(x), 0.0), 255.0)
 
 
 @triton.jit
 def decode(code, scale, zero_point):
-    """As ``reference.dequantize_affine``."""
+    """Return the values as ``reference.dequantize_affine``."""
     return (code - zero_point[:, None]).to(tl.float32) * nan_unless_finite(scale)[:, None]
 
 
@@ -51,7 +53,7 @@ def _quantize_affine_kernel(
     store(zero_point + first, rows, block_zero, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, block_scale, block_zero), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit
@@ -66,20 +68,16 @@ def _dequantize_affine_kernel(
 
 
 def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[*x.shape]`` uint8, scale float32 and zero point uint8, ``[ceil(numel / block_size)]`` each."""
-    flat, blocks = launch.flattened(x), launch.block_count(x, block_size)
-    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, blocks)
-    zero_point = launch.empty(x, blocks, dtype=torch.uint8)
-    parts = flat, codes, scale, zero_point
-    own = launch.run_encoder(_quantize_affine_kernel, "quantize_affine", block_size, parts, x, statistics)
-    launch.finish(x, statistics, own, lambda: dequantize_affine(codes, scale, zero_point, block_size, x.dtype))
-    return codes, scale, zero_point
+    """As ``reference.quantize_affine``."""
+    parts = empty_codes(x), empty_scales(x, block_size), empty_scales(x, block_size, dtype=torch.uint8)
+    launch.run_encoder(
+        _quantize_affine_kernel, "quantize_affine", block_size, x, parts, statistics,
+        decode=lambda: dequantize_affine(*parts, block_size, x.dtype),
+    )  # fmt: skip
+    return parts
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Values ``[*codes.shape]`` of ``dtype``."""
-    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
-    parts = codes.reshape(-1), scale.contiguous(), zero_point.contiguous(), values
-    size = values.element_size()
-    launch.run_decoder(_dequantize_affine_kernel, "dequantize_affine", block_size, parts, size)
-    return values.to(dtype)
+    """As ``reference.dequantize_affine``."""
+    parts = codes, scale, zero_point
+    return launch.run_decoder(_dequantize_affine_kernel, "dequantize_affine", block_size, parts, dtype)

@@ -1,10 +1,10 @@
-"""The codecs that are a codebook, and the rules that all codecs here follow.
+"""The codecs that are a codebook, and the conventions of all codecs in this folder.
 
-A tile ``x`` is ``[ROWS, BLOCK]`` float32, one block a row, zero where a short last block has ended. What belongs to a
-block, such as its scale, is ``[ROWS]`` float32. Codes are ``[ROWS, BLOCK]`` int32.
+A tile ``x`` is ``[ROWS, BLOCK]`` float32. Each row is a block; a short last block is filled up with zeros. Codes are
+``[ROWS, BLOCK]`` int32, and scales ``[ROWS]`` float32.
 
-These functions return the bits of ``reference.py``, so they round once an operation. They divide with ``tl.div_rn``,
-because Triton's ``/`` is approximate on a GPU, and kernels that call them must be launched with
+Every operation is rounded once, so that these functions return the bits of ``reference.py``. They divide with
+``tl.div_rn``, because Triton's ``/`` is approximate on a GPU. Their kernels must be launched with
 ``enable_fp_fusion=False``, because a fused multiply-add rounds once for two operations.
 """
 # Triton's decorator is untyped, and so is what it decorates:
@@ -34,6 +34,7 @@ from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 
 SMALLEST_NORMAL = tl.constexpr(reference.SMALLEST_NORMAL)
 
@@ -43,7 +44,7 @@ LOW_127TH = tl.constexpr(1 / 127 - 2064 * 2.0**-18)
 
 @triton.jit
 def block_scale(x, END: tl.constexpr):
-    """As ``reference.block_scale``: the largest magnitude of each row, signed towards END unless that is 0."""
+    """Return the largest magnitude of each row as ``reference.block_scale``, with a sign unless END is 0."""
     bits = bits_of(x)
     magnitude = tl.max(bits & MAGNITUDE, axis=1)
     scale = float_of(magnitude)
@@ -56,14 +57,14 @@ def block_scale(x, END: tl.constexpr):
 
 @triton.jit
 def reciprocal(scale):
-    """1 / scale, and 0 where the scale is 0 or not finite."""
+    """Return 1 / scale, and 0 where the scale is 0 or not finite."""
     usable = (scale != 0.0) & is_finite(scale)
     return tl.where(usable, _one_over(tl.where(usable, scale, 1.0)), 0.0)
 
 
 @triton.jit
 def _one_over(x):
-    """1 / x, correctly rounded."""
+    """Return 1 / x, correctly rounded."""
     if INTERPRETED:
         return tl.div_rn(1.0, x)
     return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -71,16 +72,16 @@ def _one_over(x):
 
 @triton.jit
 def normalise(x, scale):
-    """x / scale by way of the reciprocal; 0, which every codebook has a code for, in blocks that are not finite."""
+    """Return x times the reciprocal of its scale; 0, which every codebook holds, in blocks that are not finite."""
     return tl.where(is_finite(scale)[:, None], x, 0.0) * reciprocal(scale)[:, None]
 
 
 @triton.jit
 def look_up(table, index):
-    """The patterns, int32, of ``table[index]`` for an int32 index that is not negative."""
+    """Return the patterns, int32, of ``table[index]``, for an int32 index that is not negative."""
     if INTERPRETED:
         return tl.load(table + index).to(tl.int32, bitcast=True)
-    # One multiplication makes the address; the compiler takes two instructions.
+    # This computes the address in one instruction; the compiler takes two.
     return tl.inline_asm_elementwise(
         "{ .reg .b64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.b32 $0, [at]; }", "=r,r,l",
         [index, table.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1,
@@ -89,7 +90,7 @@ def look_up(table, index):
 
 @triton.jit
 def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """How many thresholds lie below each normalised value; see ``tables.Tables`` for what tells the search."""
+    """Return the number of thresholds below each normalised value, by the search that ``tables.Tables`` describes."""
     if SEARCH == "linear":
         code = round_to_code(y * 127.0, 127)
     elif SEARCH == "softsign":
@@ -108,20 +109,20 @@ def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.c
 
 @triton.jit
 def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
-    """As ``reference.quantize``: codes and scale."""
+    """Return codes and scale as ``reference.quantize``."""
     scale = block_scale(x, END)
-    # Cells have one for what is not finite.
+    # Cells have an entry for NaN and infinity, so those need no care.
     y = x * reciprocal(scale)[:, None] if SEARCH == "cells" else normalise(x, scale)
     return nearest_code(y, table, SEARCH, SHIFT, BITS), scale
 
 
 @triton.jit
 def reciprocal_to_two(a):
-    """1 / a, correctly rounded, for a in [1, 2]."""
+    """Return 1 / a, correctly rounded, for a in [1, 2]."""
     if INTERPRETED:
         return tl.div_rn(1.0, a)
-    # One Newton step is enough in this range, for each of its 2**23 floats (tests enumerate them), at a third of the
-    # instructions of a general division.
+    # In this range one Newton step is enough for each of the 2**23 floats, as a test shows by trying them all. It takes
+    # a third of the instructions of a general division.
     estimate = tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -130,20 +131,20 @@ def reciprocal_to_two(a):
 
 @triton.jit
 def linear_level(k):
-    """k / 127 for an integer k in [-127, 127] as float32, correctly rounded."""
-    # In two parts: the first product is exact, fused or not, and the sum is the correctly rounded quotient for these k.
+    """Return k / 127, correctly rounded, for an integer k in [-127, 127] as float32."""
+    # 1 / 127 is a sum of two parts. The first product is exact, and the sum is the rounded quotient for all these k.
     return tl.fma(k, HIGH_127TH, k * LOW_127TH)
 
 
 @triton.jit
 def linear_steps(y):
-    """The nearest integer number of steps of the linear codebook, as float32."""
+    """Return the nearest integer number of steps of the linear codebook, as float32."""
     return (y * 127.0 + (ROUNDING + 127.0)) - (ROUNDING + 127.0)
 
 
 @triton.jit
 def level(code, levels, SEARCH: tl.constexpr):
-    """``levels[code]``; ``levels``: ``[256]`` float32, 0 for codes that the codebook lacks."""
+    """Return ``levels[code]``. ``levels`` is ``[256]`` float32, 0 for codes that the codebook lacks."""
     if SEARCH == "linear":
         k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
         return tl.where(code == 255, 0.0, linear_level(k))
@@ -153,15 +154,15 @@ def level(code, levels, SEARCH: tl.constexpr):
 
 @triton.jit
 def decode(code, levels, scale, SEARCH: tl.constexpr):
-    """As ``reference.dequantize``."""
+    """Return the values as ``reference.dequantize``."""
     return level(code, levels, SEARCH) * nan_unless_finite(scale)[:, None]
 
 
 @triton.jit
 def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
-    """As ``reference.dequantize`` of ``reference.quantize``, float32."""
+    """Return the values, float32, as ``reference.dequantize`` of ``reference.quantize``."""
     scale = block_scale(x, END)
-    y = x * reciprocal(scale)[:, None]  # NaN only in a block that is not finite, whatever its codes
+    y = x * reciprocal(scale)[:, None]  # NaN in a block that is not finite, whose codes do not matter
     if SEARCH == "linear":
         value = linear_level(linear_steps(y))
     else:
@@ -182,7 +183,7 @@ def _quantize_kernel(
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, levels, block_scale, SEARCH), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit
@@ -199,23 +200,22 @@ def _dequantize_kernel(
 def quantize(
     x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes ``[*x.shape]`` uint8 and scale ``[ceil(numel / block_size)]`` float32."""
-    flat, tables = launch.flattened(x), tables_of(codebook, x.device)
-    codes, scale = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size))
-    constants = {**launch.search_constants(tables), "END": codebook.end if signed_scale else 0}
-    settings = "quantize" if tables.search in ("linear", "softsign") else "quantize in cells"
-    parts = flat, codes, scale, tables.table, tables.levels
-    own = launch.run_encoder(_quantize_kernel, settings, block_size, parts, x, statistics, **constants)
-    launch.finish(x, statistics, own, lambda: dequantize(codes, scale, codebook, block_size, x.dtype))
-    return codes, scale
+    """As ``reference.quantize``."""
+    tables = tables_of(codebook, x.device)
+    parts = empty_codes(x), empty_scales(x, block_size)
+    launch.run_encoder(
+        _quantize_kernel, "quantize" if tables.closed_form else "quantize in cells", block_size, x, parts, statistics,
+        decode=lambda: dequantize(*parts, codebook, block_size, x.dtype), tables=(tables.table, tables.levels),
+        **launch.search_constants(tables), END=codebook.end if signed_scale else 0,
+    )  # fmt: skip
+    return parts
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Values ``[*codes.shape]`` of ``dtype``."""
-    flat, tables = codes.reshape(-1), tables_of(codebook, codes.device)
-    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
-    linear = tables.search == "linear"
-    parts = flat, scale.contiguous(), values, tables.levels
-    settings, search = ("dequantize linear", "linear") if linear else ("dequantize", "table")
-    launch.run_decoder(_dequantize_kernel, settings, block_size, parts, values.element_size(), SEARCH=search)
-    return values.to(dtype)
+    """As ``reference.dequantize``."""
+    tables = tables_of(codebook, codes.device)
+    settings = "dequantize linear" if tables.level_search == "linear" else "dequantize"
+    parts, levels = (codes, scale), (tables.levels,)
+    return launch.run_decoder(
+        _dequantize_kernel, settings, block_size, parts, dtype, tables=levels, SEARCH=tables.level_search
+    )

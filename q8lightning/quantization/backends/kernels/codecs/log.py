@@ -1,4 +1,4 @@
-"""The log codec: ``codebook.py`` tells tiles and the rules of arithmetic."""
+"""The log codec. ``codebook.py`` says what tiles are, and how arithmetic is rounded."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -22,6 +22,7 @@ from q8lightning.quantization.backends.kernels.bits import (
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code_for, load_float, store, tile
 from q8lightning.quantization.spec import logarithm
+from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 
 FINEST_LOG_STEP = tl.constexpr(float(logarithm.FINEST_LOG_STEP))
 LOG_MARGIN = tl.constexpr(logarithm.LOG_MARGIN)  # an integer, exact as float32
@@ -31,14 +32,14 @@ EXP2_C0, EXP2_C1, EXP2_C2, EXP2_C3 = (tl.constexpr(c) for c in logarithm.EXP2_PO
 
 @triton.jit
 def log2_correction(pattern):
-    """As ``logarithm.log2_correction``, for any shape."""
+    """Return the correction as ``logarithm.log2_correction``, of patterns of any shape."""
     mantissa = one_and_mantissa(pattern) - 1.0
     return mantissa * (1.0 - mantissa) * (mantissa * (mantissa * LOG2_C2 + LOG2_C1) + LOG2_C0)
 
 
 @triton.jit
 def exp2_pattern(position):
-    """As ``logarithm.exp2_pattern``: a bit pattern, int32."""
+    """Return the pattern (int32) as ``logarithm.exp2_pattern``."""
     fraction = one_and_mantissa(position)
     power = fraction * (fraction * (fraction * EXP2_C3 + EXP2_C2) + EXP2_C1) + EXP2_C0
     return position - bits_of(fraction) + bits_of(power)
@@ -46,7 +47,7 @@ def exp2_pattern(position):
 
 @triton.jit
 def log_grid(low, high):
-    """As ``logarithm.log_grid``, of the bounds' patterns: offset, codes per pattern, origin and step."""
+    """Return offset, codes per pattern, origin and step as ``logarithm.log_grid``, of the patterns of the bounds."""
     correction = log2_correction(low)
     span = (high - low).to(tl.float32) + (log2_correction(high) - correction)
     steps = tl.minimum(tl.maximum(tl.floor(span * (1.0 / FINEST_LOG_STEP)), 1.0), 254.0)
@@ -57,18 +58,18 @@ def log_grid(low, high):
 
 @triton.jit
 def once(x):
-    """``x``, int32, worked out by one lane a row rather than by all lanes that need it."""
+    """Return ``x``, int32, computed by one lane for each row instead of by every lane that needs it."""
     if INTERPRETED:
         return x
-    # The compiler would rather repeat cheap arithmetic in each lane than exchange results; it may not repeat this.
+    # The compiler repeats cheap arithmetic in each lane to save an exchange. It may not repeat what is not pure.
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def encode(x):
-    """As ``reference.quantize_log``: codes, and the smallest positive and the largest value."""
+    """Return codes, and the smallest positive and the largest value, as ``reference.quantize_log``."""
     pattern = bits_of(x + 0.0)  # no negative zero
-    # Unsigned, a negative value's pattern lies above that of NaN, and one less than zero's above all.
+    # As unsigned integers, the patterns of negative values lie above that of NaN, and that of zero minus 1 above all.
     high = tl.max(pattern.to(tl.uint32, bitcast=True), axis=1)
     low = tl.min((pattern - 1).to(tl.uint32, bitcast=True), axis=1).to(tl.int32, bitcast=True) + 1
     wrong = high >= INFINITY
@@ -84,7 +85,7 @@ def encode(x):
 
 @triton.jit
 def decode(code, low, high):
-    """As ``reference.dequantize_log``."""
+    """Return the values as ``reference.dequantize_log``."""
     low, high = bits_of(low), bits_of(high)
     _, _, origin, step = log_grid(low, high)
     origin, step = once(origin), once(step)
@@ -105,7 +106,7 @@ def _quantize_log_kernel(
     store(bounds + first * 2, rows * 2 + 1, high, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, low, high), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit
@@ -118,18 +119,15 @@ def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLO
 
 
 def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes ``[*x.shape]`` uint8 and bounds ``[ceil(numel / block_size), 2]`` float32."""
-    flat = launch.flattened(x)
-    codes, bounds = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, launch.block_count(x, block_size), 2)
-    parts = flat, codes, bounds
-    own = launch.run_encoder(_quantize_log_kernel, "quantize_log", block_size, parts, x, statistics)
-    launch.finish(x, statistics, own, lambda: dequantize_log(codes, bounds, block_size, x.dtype))
-    return codes, bounds
+    """As ``reference.quantize_log``."""
+    parts = empty_codes(x), empty_scales(x, block_size, 2)
+    launch.run_encoder(
+        _quantize_log_kernel, "quantize_log", block_size, x, parts, statistics,
+        decode=lambda: dequantize_log(*parts, block_size, x.dtype),
+    )  # fmt: skip
+    return parts
 
 
 def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Values ``[*codes.shape]`` of ``dtype``."""
-    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
-    parts = codes.reshape(-1), bounds.contiguous(), values
-    launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, parts, values.element_size())
-    return values.to(dtype)
+    """As ``reference.dequantize_log``."""
+    return launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, (codes, bounds), dtype)

@@ -1,7 +1,7 @@
-"""A tile under any codec: the one place where the kernels for many tensors tell codecs apart.
+"""Encode and decode a tile with any codec: the one place where kernels for many tensors tell codecs apart.
 
-``CODEC`` is the ``kernel`` of a :class:`~q8lightning.quantization.spec.layout.KernelCodec`. It is known when a kernel
-is compiled, so that a launch holds the arithmetic of one codec and no more.
+``CODEC`` is the ``kernel`` of a :class:`~q8lightning.quantization.spec.layout.KernelCodec`. It is a constant of the
+kernel, so that the compiled code holds the arithmetic of one codec only.
 """
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -20,7 +20,7 @@ def encode_tile(
     STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
     BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    """Encode a tile; return what it decodes to, in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
+    """Encode a tile. Return its decoded values in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
     rows = tl.arange(0, ROWS)
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask, row_mask = elements < left, rows * BLOCK < left
@@ -54,7 +54,7 @@ def encode_tile(
 def decode_tile(
     codes, rest, scales, levels, elements, mask, blocks, row_mask, CODEC: tl.constexpr, SEARCH: tl.constexpr
 ):
-    """Decode a tile of ``elements``, whose rows lie in ``blocks``: ``[ROWS, ROW]`` float32."""
+    """Return the decoded values of ``elements``, ``[ROWS, ROW]`` float32; ``blocks`` holds the block of each row."""
     code = load_code(codes, elements, mask)
     if CODEC == "log":
         low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)

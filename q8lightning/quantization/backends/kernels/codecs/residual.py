@@ -1,4 +1,4 @@
-"""The codec ``linear`` with a residual: ``codebook.py`` tells tiles and the rules of arithmetic."""
+"""The codec ``linear`` with a residual. ``codebook.py`` says what tiles are, and how arithmetic is rounded."""
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -13,13 +13,14 @@ from q8lightning.quantization.backends.kernels.codecs import codebook
 from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store, tile
 from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 
 RESIDUAL_DIVISOR = tl.constexpr(reference.RESIDUAL_DIVISOR)
 
 
 @triton.jit
 def encode(x):
-    """As ``reference.quantize_residual``: codes, residual codes and scale."""
+    """Return codes, residual codes and scale as ``reference.quantize_residual``."""
     scale = codebook.block_scale(x, 0)
     per_unit = codebook.reciprocal(scale)[:, None]
     finite = is_finite(scale)
@@ -33,7 +34,7 @@ def encode(x):
 
 @triton.jit
 def decode(code, residual, scale):
-    """As ``reference.dequantize_residual``."""
+    """Return the values as ``reference.dequantize_residual``."""
     return codebook.decode(code, 0, scale, "linear") + codebook.decode(
         residual, 0, tl.div_rn(scale, RESIDUAL_DIVISOR), "linear"
     )
@@ -51,7 +52,7 @@ def _quantize_residual_kernel(
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
         decoded = rounded(decode(code, rest, block_scale), x)
-        measure(values, decoded, left, partials, tl.program_id(0), tl.num_programs(0))
+        measure(values, decoded, left, partials)
 
 
 @triton.jit
@@ -66,20 +67,16 @@ def _dequantize_residual_kernel(
 
 
 def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and residual codes ``[*x.shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32."""
-    flat = launch.flattened(x)
-    codes, residual = launch.empty(x, *x.shape, dtype=torch.uint8), launch.empty(x, *x.shape, dtype=torch.uint8)
-    scale = launch.empty(x, launch.block_count(x, block_size))
-    parts = flat, codes, residual, scale
-    own = launch.run_encoder(_quantize_residual_kernel, "quantize_residual", block_size, parts, x, statistics)
-    launch.finish(x, statistics, own, lambda: dequantize_residual(codes, residual, scale, block_size, x.dtype))
-    return codes, residual, scale
+    """As ``reference.quantize_residual``."""
+    parts = empty_codes(x), empty_codes(x), empty_scales(x, block_size)
+    launch.run_encoder(
+        _quantize_residual_kernel, "quantize_residual", block_size, x, parts, statistics,
+        decode=lambda: dequantize_residual(*parts, block_size, x.dtype),
+    )  # fmt: skip
+    return parts
 
 
 def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Values ``[*codes.shape]`` of ``dtype``."""
-    values = launch.empty(codes, *codes.shape, dtype=launch.kernel_dtype(dtype))
-    parts = codes.reshape(-1), residual.reshape(-1), scale.contiguous(), values
-    size = values.element_size()
-    launch.run_decoder(_dequantize_residual_kernel, "dequantize_residual", block_size, parts, size)
-    return values.to(dtype)
+    """As ``reference.dequantize_residual``."""
+    parts = codes, residual, scale
+    return launch.run_decoder(_dequantize_residual_kernel, "dequantize_residual", block_size, parts, dtype)
