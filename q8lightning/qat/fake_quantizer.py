@@ -12,15 +12,16 @@ from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.hooks import Blocks, QuantizeInputs, StateDictHooks
-from q8lightning.qat.lost_write import NOT_FOLLOWED, SHARDED, LostWriteError
+from q8lightning.qat.lost_write import BESIDE_SHARDED, NOT_FOLLOWED, SHARDED, LostWriteError
 from q8lightning.qat.selection import SelectedWeight, Selection, select
+from q8lightning.qat.sharded_model import Gathered, OtherParameters, wait_for_readers
 from q8lightning.qat.shards import add_up
 from q8lightning.qat.structure import Structure
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.ambient import untraced
-from q8lightning.system.shards import gathering_modules, reads_from_the_host
+from q8lightning.system.shards import local_of
 
 Place = tuple[FakeQuantizeGroup, int]
 """A group, and the index of one of its tensors."""
@@ -70,16 +71,14 @@ class FakeQuantizer:
         self._suspended = 0  # how many contexts of masters() are open
         self._statistics: dict[str, ErrorStatistics] = {}
         self._handles: list[RemovableHandle] = []
-        self._gathering = gathering_modules(module)
-        self._drop_gathered()
+        self._gathered = Gathered(module)
+        self._gathered.drop()
         self._attach(select(module, config))
 
     def _attach(self, selection: Selection) -> None:
         """Group the selected weights, and hook into their modules."""
         self._selection = selection
-        self.distributed = any(weight.portion is not None for weight in selection.weights)
-        """Whether this process holds only a part of a weight."""
-        self._from_host = any(reads_from_the_host(weight.parameter) for weight in selection.weights)
+        self._parts = [weight.parameter for weight in selection.weights if weight.portion is not None]
         self._structure = Structure(self.module)
         self._groups = _groups(self.weights)
         self.places: dict[int, Place] = {
@@ -87,6 +86,7 @@ class FakeQuantizer:
         }
         """The place of each selected parameter, by its identity. Each selection has a dictionary of its own."""
         self.fingerprints = Fingerprints(self.places)
+        self._others = OtherParameters(self.module, self.places) if self.distributed else None
         self._inputs = [QuantizeInputs(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
         for each, hook in zip(selection.modules, self._inputs, strict=True):
             self._handles.append(each.module.register_forward_pre_hook(hook))
@@ -109,10 +109,10 @@ class FakeQuantizer:
         Raises:
             ValueError: If a parameter that the rules select now cannot be changed in place.
         """
-        if self._is_unchanged():
+        if self._gathered.hides_nothing_but(self._structure):
             return False
         self.release()
-        self._gathering = gathering_modules(self.module)
+        self._gathered = Gathered(self.module)
         selection = select(self.module, self.config, again=True)
         self.change = self._selection.change_to(selection)
         self.close()
@@ -121,11 +121,16 @@ class FakeQuantizer:
 
     def replaced(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that have taken the place of selected weights since the last selection, by name."""
-        if self._is_unchanged():
+        if self._gathered.hides_nothing_but(self._structure):
             return []
         selected = {name: weight.parameter for weight in self.weights for name in weight.names}
         now = self.module.named_parameters(remove_duplicate=False)
         return [(name, each) for name, each in now if name in selected and each is not selected[name]]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are weights of which this process holds a part."""
+        return bool(self._parts)
 
     @property
     def weights(self) -> list[SelectedWeight]:
@@ -171,21 +176,27 @@ class FakeQuantizer:
         """Put the masters back, bit for bit, if the weights are engaged.
 
         Raises:
-            LostWriteError: If somebody wrote to the quantized values of a weight. The masters are back then, too.
+            LostWriteError: If somebody wrote to the quantized values of a weight, or, beside sharded weights, to a
+                parameter that is not quantized. The masters are back then, too.
         """
         with self._at_work():
             lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
             lost = lost or self.fingerprints.changed()
+            others = self._others.written() if self._others is not None else []
         self.restore()
         if lost:
-            parts = {id(weight.parameter) for weight in self.weights if weight.portion is not None}
+            parts = set(map(id, self._parts))
             raise LostWriteError(self.names(lost), NOT_FOLLOWED if parts.isdisjoint(lost) else SHARDED)
+        if others:
+            raise LostWriteError(others, BESIDE_SHARDED)
 
     def restore(self) -> None:
         """Put the masters back as :meth:`release` does, without looking for lost writes: an error is on its way."""
         with self._at_work():
             if self.engaged:
                 self._before_change()
+            if self._others is not None:
+                self._others.written()  # forget them
             for group in self._groups:
                 group.release()
         self._state = None
@@ -268,9 +279,14 @@ class FakeQuantizer:
 
     def wait_for_writes(self) -> None:
         """Let the host wait until the weights are written, if what gathers them next would not."""
-        for device in {group.device for group in self._groups if self.distributed and self._gathering}:
+        for device in {group.device for group in self._groups if self.distributed and self._gathered}:
             if device.type != "cpu":
                 torch.accelerator.current_stream(device).synchronize()
+
+    def note_others(self) -> None:
+        """Note that parameters which are not quantized were updated as they should, by an optimizer."""
+        if self._others is not None and self.engaged:
+            self._others.note()
 
     def add_up_statistics(self) -> None:
         """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
@@ -301,29 +317,11 @@ class FakeQuantizer:
         finally:
             self.busy = outer
 
-    def _is_unchanged(self) -> bool:
-        """Whether the model has the parts that were selected from, be some of them gathered at the moment."""
-        if self._structure.unchanged():
-            return True
-        if not self._gathering:
-            return False
-        gathered = self._structure.now()
-        self._drop_gathered()
-        if not self._structure.unchanged():
-            return False
-        self._structure.allow(gathered)  # which are the same ones the next time
-        return True
-
-    def _drop_gathered(self) -> None:
-        """Drop what modules have gathered of weights that change now: they would go on with it."""
-        with torch.no_grad():
-            for each in self._gathering:
-                each.reshard()
-
     def _before_change(self) -> None:
-        self._drop_gathered()
-        if self._from_host:
-            torch.accelerator.synchronize()  # a device may still be reading them
+        """Have nobody go on with the present values of sharded weights."""
+        if self._parts:
+            self._gathered.drop()
+            wait_for_readers(self._parts)
 
     def _write(self, share: float, seed: int, measure: bool) -> None:
         self.release()
@@ -336,6 +334,7 @@ class FakeQuantizer:
             self.restore()  # some groups are engaged already
             raise
         self._state = (share, seed)
+        self.note_others()
         for hook in self._inputs:
             hook.enabled = True
         if measure:
@@ -353,7 +352,7 @@ def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     """Group weights by codec and device, because a group is quantized in one launch for each dtype."""
     together: dict[tuple[WeightCodec, torch.device], list[SelectedWeight]] = {}
     for weight in weights:
-        together.setdefault((weight.codec, weight.parameter.device), []).append(weight)
+        together.setdefault((weight.codec, local_of(weight.parameter).device), []).append(weight)
     return [
         FakeQuantizeGroup(
             [each.parameter for each in members],

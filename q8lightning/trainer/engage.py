@@ -234,6 +234,7 @@ class Engagement:
     def _after_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._in_manual_step and not self._in_optimizer_step:
             self._engage()
+        self.quantizer.note_others()
 
     def _updates_selected(self, optimizer: torch.optim.Optimizer) -> bool:
         selected = {id(weight.parameter) for weight in self.quantizer.weights}

@@ -166,6 +166,7 @@ CASES: dict[str, Case] = {
     "compiled": Case(even, shard=compiled, options={"max_steps": 3}),
     "offloaded": Case(even, shard=offloaded),
     "two optimizers": Case(even, FLAT, model=Adversaries),
+    "two optimizers, one plain": Case(even, QATConfig(FLAT.weights, exclude=["*d.weight"]), model=Adversaries),
     "hooks": Case(even, model=Hooked),
     "hooks, kept": Case(even, shard=KEPT, model=Hooked),
     "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}),

@@ -29,6 +29,10 @@ def embedding() -> nn.Module:
     return nn.Sequential(nn.Embedding(50, 64, max_norm=1.0), nn.Linear(64, 64))
 
 
+def taught() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 64))
+
+
 def narrow() -> nn.Module:
     """33 rows of 64 elements: two processes hold 17 and 16 of them."""
     return nn.Sequential(nn.Linear(64, 33))
@@ -132,6 +136,16 @@ class WritesLocally(Writes):
         return super(Writes, self).training_step(batch, index)
 
 
+class Teaches(Trained):
+    """Copies a weight, inside a step, to one that is not quantized."""
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        with torch.no_grad():
+            self.net[3].weight.copy_(self.net[2].weight)  # type: ignore[index,union-attr,operator]
+        return loss
+
+
 class Measured(Trained):
     notes: dict[str, Any]
 
@@ -189,6 +203,7 @@ CASES: dict[str, Case] = {
     "counted, kept, plain": Case(net, None, KEPT, model=Counted),
     "writes": Case(net, model=Writes),
     "writes locally": Case(net, model=WritesLocally),
+    "teaches": Case(taught, QATConfig(ROWS.weights, exclude=["*3.weight"]), model=Teaches),
     "flat": Case(narrow, FLAT),
     "columns": Case(net, LARGE, by_columns),
     "max_norm": Case(embedding, batch=torch.arange(48)),
@@ -298,6 +313,11 @@ def test_a_write_inside_a_step_stops_every_process(name: str) -> None:
         assert "a step wrote to net.0.weight" in error
         assert "is sharded" in error
         assert "q8lightning.masters" in error
+
+
+def test_what_a_step_copies_from_a_sharded_weight_to_another_parameter_stops_every_process() -> None:
+    for error in errors("teaches", LostWriteError):
+        assert "a step wrote to net.3.weight and what it wrote may have been computed from quantized values" in error
 
 
 @pytest.mark.parametrize(
