@@ -143,7 +143,7 @@ RAMP = QATConfig(ROWS.weights, start_step=1, ramp=4, end_step=6)
 VALIDATED = {"val_check_interval": 1, "num_sanity_val_steps": 1, "max_steps": 8}
 
 CASES: dict[str, Case] = {
-    "validated": Case(even, options={"val_check_interval": 2, "num_sanity_val_steps": 1}),
+    "validated": Case(even, options={"val_check_interval": 2, "num_sanity_val_steps": 1}, validate=True),
     "accumulated": Case(
         even,
         options={
@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
     "two optimizers, one plain": Case(even, QATConfig(FLAT.weights, exclude=["*d.weight"]), model=Adversaries),
     "hooks": Case(even, model=Hooked),
     "hooks, kept": Case(even, shard=KEPT, model=Hooked),
-    "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}),
+    "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}, validate=True),
     "masters in a step": Case(even, model=InStep, options={"max_steps": 3}),
     "masters in a step, kept": Case(even, shard=KEPT, model=InStep, options={"max_steps": 3}),
     "DDP": Case(even, ddp=True, options={"val_check_interval": 2}),

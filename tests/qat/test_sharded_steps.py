@@ -179,7 +179,7 @@ def all_of_it(mesh: Any) -> Any:
     return mesh
 
 
-TENSORS = {"mesh": all_of_it, "tensor_parallel": 2, "exact": False}
+TENSORS = {"mesh": all_of_it, "tensor_parallel": 2}
 KEPT = partial(fully, reshard_after_forward=False)
 SMALL = QATConfig([WeightRule(codebook="int4", block_size=32, axis=0)])
 FLAT = QATConfig([WeightRule("*weight", "int4", 128)])
@@ -199,6 +199,8 @@ CASES: dict[str, Case] = {
     "measured": Case(net, model=Measured, options={"log_every_n_steps": 1}),
     "counted": Case(net, model=Counted, options={"accumulate_grad_batches": 2}),
     "counted, plain": Case(net, None, model=Counted, options={"accumulate_grad_batches": 2}),
+    "counted, evaluated": Case(net, model=Counted, options={"val_check_interval": 2}),
+    "counted, evaluated, plain": Case(net, None, model=Counted, options={"val_check_interval": 2}),
     "counted, kept": Case(net, shard=KEPT, model=Counted),
     "counted, kept, plain": Case(net, None, KEPT, model=Counted),
     "writes": Case(net, model=Writes),
@@ -298,7 +300,7 @@ def test_what_weights_lose_is_added_up_over_the_parts() -> None:
         assert trace.notes["metrics"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["counted", "counted, kept"])
+@pytest.mark.parametrize("name", ["counted", "counted, evaluated", "counted, kept"])
 def test_engaging_and_releasing_communicates_nothing(name: str) -> None:
     with_qat, plain = traces(name), traces(f"{name}, plain")
     for trace, other in zip(with_qat, plain, strict=True):

@@ -52,7 +52,7 @@ class Case:
         tensor_parallel: Over how many processes tensors are parallel.
         options: Of the Trainer.
         ddp: Train with DDP in place of sharding.
-        exact: Whether losses and weights must be those of one process.
+        validate: Evaluate by itself after that.
     """
 
     net: Callable[[], nn.Module]
@@ -64,7 +64,7 @@ class Case:
     tensor_parallel: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     ddp: bool = False
-    exact: bool = True
+    validate: bool = False
 
 
 @dataclass
@@ -118,6 +118,8 @@ def train(case: Case, folder: Path, processes: int = 0, call: Call = as_it_is, c
         **options,
     )
     trainer.fit(model)
+    if case.validate:
+        trainer.validate(model)
     return Trace(model.losses, model.evaluated, model.masters, model.notes)
 
 
