@@ -70,6 +70,7 @@ class FakeQuantizer:
         self._state: Blocks | None = None
         self._suspended = 0  # how many contexts of masters() are open
         self._statistics: dict[str, ErrorStatistics] = {}
+        self._of_parts = False  # whether the statistics are those of the parts that this process holds
         self._handles: list[RemovableHandle] = []
         self._gathered = Gathered(module)
         self._gathered.drop()
@@ -290,8 +291,9 @@ class FakeQuantizer:
 
     def add_up_statistics(self) -> None:
         """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
-        if not self.distributed or not self._statistics:
+        if not self.distributed or not self._of_parts:
             return
+        self._of_parts = False
         parameters = {weight.names[0]: weight.parameter for weight in self.weights}
         names = [*self._statistics]
         rows = torch.stack([torch.stack(tuple(each)) for each in self._statistics.values()])
@@ -341,6 +343,7 @@ class FakeQuantizer:
             rows = [row for of_group in measured if of_group is not None for row in of_group]
             names = self.names(id(tensor) for group in self._groups for tensor in group.tensors)
             self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, rows, strict=True)}
+            self._of_parts = True
 
 
 def open_quantizers() -> list[FakeQuantizer]:

@@ -172,6 +172,7 @@ CASES: dict[str, Case] = {
     "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}, validate=True),
     "masters in a step": Case(even, model=InStep, options={"max_steps": 3}),
     "masters in a step, kept": Case(even, shard=KEPT, model=InStep, options={"max_steps": 3}),
+    "bf16-true": Case(even, options={"precision": "bf16-true"}),
     "DDP": Case(even, ddp=True, options={"val_check_interval": 2}),
 }
 OF_FOUR: dict[str, Case] = {

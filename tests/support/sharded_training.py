@@ -38,6 +38,12 @@ def data_parallel(strategy_mesh: Any) -> Any:
     return strategy_mesh["data_parallel"]
 
 
+def values_of(tensor: Tensor) -> Any:
+    """Return all of a tensor as an array, of float32 if NumPy does not know its dtype."""
+    values = whole(tensor).cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
 @dataclass
 class Case:
     """A training.
@@ -98,7 +104,7 @@ def train(case: Case, folder: Path, processes: int = 0, call: Call = as_it_is, c
                 case.shard(self.net, self.mesh)
 
         def on_fit_end(self) -> None:
-            self.masters = {name: whole(each).numpy() for name, each in self.net.named_parameters()}
+            self.masters = {name: values_of(each) for name, each in self.net.named_parameters()}
             super().on_fit_end()
 
     model = Model(call=call) if base is Adversaries else Model(copy.deepcopy(case.net()), case.batch, call)
@@ -107,8 +113,8 @@ def train(case: Case, folder: Path, processes: int = 0, call: Call = as_it_is, c
     if case.ddp and processes:
         strategy = DDPStrategy(process_group_backend="gloo")
     elif processes:
-        tensors = case.tensor_parallel
-        strategy = ModelParallelStrategy(processes // tensors, tensors, process_group_backend="gloo")
+        tensors, backend = case.tensor_parallel, None if case.options.get("accelerator") == "gpu" else "gloo"
+        strategy = ModelParallelStrategy(processes // tensors, tensors, process_group_backend=backend)
     options = {"max_steps": 5, "max_epochs": -1, "use_distributed_sampler": False, **case.options}
     trainer = quiet_trainer(
         folder,
