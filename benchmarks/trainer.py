@@ -11,10 +11,11 @@ process of its own, so that the first save is the first of a process. A CUDA eve
 so a step takes what the stream that trains takes for it, with whatever it waits for; on the CPU it is the clock's time.
 
 "step" is the median of the steps in which nothing is saved and that follow no save closely. "a save" is what a step
-with a save takes more than that: the median and the worst of all but the first one. "the 5 steps after" is what those
-take more, together. "complete after" is the time from the end of the training step until the file is written, by us
-also flushed to the disk, which nobody else does. "memory" is what the process takes more than the one that saves
-nothing.
+with a save takes more than that: the median and the worst of all but the first one. With QAT the steps are those after
+the first 100, in which every write to a weight is followed; only the first save is one of these. "the 5 steps after" is
+what those take more, together. "complete after" is the time from the end of the training step until the file is
+written, by us also flushed to the disk, which nobody else does. "memory" is what the process takes more than the one
+that saves nothing.
 """
 
 import argparse
@@ -59,6 +60,9 @@ AFTER = 5
 IGNORED = 8
 """Steps at the beginning in which kernels are chosen and memory is made ready."""
 
+FOLLOWED = 100
+"""Steps at the beginning in which QAT follows every write to a weight."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -69,12 +73,14 @@ class Way:
         callbacks: What the Trainer gets.
         plugins: What the Trainer gets.
         saves: Whether anything is saved.
+        ignored: Steps at the beginning that are not like all later ones.
     """
 
     label: str
     callbacks: Callable[[], list[pl.Callback]] = list
     plugins: Callable[[], list[Any]] = list
     saves: bool = True
+    ignored: int = IGNORED
 
 
 class Stamped(TorchCheckpointIO):
@@ -131,8 +137,10 @@ WAYS: dict[str, Way] = {
     "compact-async": Way("`compact`, in the background", ours("compact", async_save=True)),
     "compact-async-log-none": Way("the same, `log=None`", ours("compact", async_save=True, log=None)),
     "compact-async-guarded": Way("the same, every weight guarded", guarded),
-    "none-qat": Way("nothing is saved, QAT with int4", ours(None, qat=INT4), saves=False),
-    "compact-async-qat": Way("`compact`, in the background, QAT", ours("compact", async_save=True, qat=INT4)),
+    "none-qat": Way("nothing is saved, QAT with int4", ours(None, qat=INT4), saves=False, ignored=FOLLOWED),
+    "compact-async-qat": Way(
+        "`compact`, in the background, QAT", ours("compact", async_save=True, qat=INT4), ignored=FOLLOWED
+    ),
 }
 
 
@@ -229,7 +237,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Result:
     """Train with one way to save, in this process."""
     way = WAYS[name]
     layers, width, heads, batch, length = SIZES[arguments.model]
-    steps = arguments.every * (arguments.saves + 1)
+    steps = arguments.every * (arguments.saves + 1) + (way.ignored if way.ignored > IGNORED else 0)
     model, clock = Model(layers, width, heads, length), Clock()
     folder = arguments.folder / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -256,7 +264,8 @@ def measure(name: str, arguments: argparse.Namespace) -> Result:
     starts = {str(path): when for path, when in _saved(clock, arguments.every)}
     saved = [i for i in range(len(took)) if way.saves and (i + 1) % arguments.every == 0]
     near = {i + k for i in saved for k in range(AFTER + 1)}
-    step = statistics.median(each for i, each in enumerate(took) if i >= IGNORED and i not in near)
+    saved = [i for i in saved if i >= way.ignored or i == saved[0]]
+    step = statistics.median(each for i, each in enumerate(took) if i >= way.ignored and i not in near)
     after = [sum(took[i + 1 : i + 1 + AFTER]) - AFTER * step for i in saved[1:] if i + AFTER < len(took)]
     waits = list(_completion(starts))
     files = [each for each in folder.iterdir() if each.name != "log"] if way.saves else []

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.checkpoint import encode_and_report, warn_of_refused
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.guard import warn_of_guarded
+from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_refused
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule

@@ -1,4 +1,4 @@
-"""The callback: what is installed, saved, counted and told at which of a Trainer's hooks."""
+"""The callback: which part of the package works at which hook of a Trainer."""
 
 import os
 import weakref
@@ -18,13 +18,12 @@ from q8lightning.system.private_names import Part, check_names
 from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_saves import describe_saves
-from q8lightning.trainer.install import install, is_installed, warm_up_for
+from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
 from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
-    leave_callbacks_alone,
     let_callbacks_know,
     tell_callbacks,
     wait_until_durable,
@@ -33,9 +32,11 @@ from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     begin_to_defer,
+    is_watched,
     publish_before_a_look,
     publish_known,
     publish_rest,
+    start_warm_up,
     watch_of,
     watch_saves,
 )
@@ -46,27 +47,27 @@ from q8lightning.trainer.warm_up import WarmUp
 class QuantizationCallback(pl.Callback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
-    With ``qat`` it also trains with quantized weights: forward and backward see values on the grid of their codes, the
-    optimizer updates full-precision masters, which everybody else sees too.
+    With ``qat`` it also trains with quantized weights. Forward and backward see values on the grid of their codes. The
+    optimizer, and everybody else, sees full-precision masters.
 
     A Trainer of ``pytorch_lightning`` takes it as well, in a list: ``callbacks=[QuantizationCallback()]``.
 
-    Whole checkpoints are quantized from the moment on when the Trainer has the callback, also before it runs and in the
-    process that started others (``ddp_spawn``, ``ddp_fork``). Checkpoints of weights only are quantized from ``setup``
-    on: Lightning calls no hook of a callback when it saves these, so that before the Trainer's first run, in the setup
-    of an earlier callback, and in the process that started others they stay plain.
+    Whole checkpoints are quantized as soon as the Trainer has the callback, also before it runs and in the process that
+    started others (``ddp_spawn``, ``ddp_fork``). Checkpoints of weights only are quantized from ``setup`` on, because
+    Lightning calls no hook of a callback when it saves these. They stay plain before the Trainer's first run, in the
+    setup of an earlier callback, and in the process that started others.
 
     Args:
         checkpoint: ``"resume"`` (4.1 bytes a parameter of AdamW in float32 instead of 12), ``"compact"`` (3.1 bytes),
             a :class:`CheckpointPolicy`, or None to leave checkpoints as they are.
-        async_save: Let training go on while a checkpoint is written: it is the state at the call all the same. When
-            ``fit`` returns, however it ends, all checkpoints are complete. Saves after that return when they are done.
+        async_save: Let training go on while a checkpoint is written. The checkpoint is the state at the call. When
+            ``fit`` returns or fails, all checkpoints are complete. Later saves return when they are done.
         verify: Compare files with their checksums when the Trainer loads them.
-        qat: A :class:`QATConfig`, or a mapping of its arguments: which weights to train quantized, and when. None for
-            none.
-        log: What each save loses and saves, and with ``qat`` every ``log_every_n_steps`` what the weights lose, goes to
-            all loggers and to ``trainer.callback_metrics``: by kind of tensor (``"kind"``), for each one too
-            (``"tensor"``), or not at all (None).
+        qat: Which weights to train quantized, and when: a :class:`QATConfig` or a mapping of its arguments. None to
+            train as without the callback.
+        log: What goes to all loggers and to ``trainer.callback_metrics``: what each save loses and saves, and with
+            ``qat`` every ``log_every_n_steps`` what the weights lose. ``"kind"`` logs by kind of tensor, ``"tensor"``
+            also each tensor, None nothing.
 
     Raises:
         ValueError: If there is no such preset; when the Trainer starts, if the policy or a pattern of ``qat`` matches
@@ -89,7 +90,7 @@ class QuantizationCallback(pl.Callback):
     ) -> None:
         self.recorder = Recorder(log)
         self.qat_training = None if qat is None else QATTraining(QATConfig.of(qat), self.recorder)
-        """What trains with quantized weights; None if nothing does."""
+        """The part that trains with quantized weights; None without ``qat``."""
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
         self.async_save = async_save
         self.verify = verify
@@ -100,7 +101,7 @@ class QuantizationCallback(pl.Callback):
         self._moments = Moments()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out whose callback this is, and what it does for that one."""
+        """Leave out the Trainer and what goes on in it: a copy may belong to another one."""
         return self.__dict__ | {"_trainer": None, "_warm_up": None}
 
     @property
@@ -110,21 +111,24 @@ class QuantizationCallback(pl.Callback):
 
     @property
     def statistics(self) -> Mapping[str, ErrorStatistics]:
-        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
+        """What each weight lost when it was last measured, by parameter name; measured at steps that are logged."""
         return {} if self.qat_training is None else self.qat_training.statistics
 
     def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]:
-        """Return how each weight is quantized by name, none after a step in float; warn of those that were replaced."""
+        """Return the codec of each weight that the last step trained quantized, by name.
+
+        Warns of weights that were replaced since, and leaves them out.
+        """
         return {} if self.qat_training is None else self.qat_training.codecs(trainer)
 
     def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are; return at once if it is.
+        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are.
 
-        To be called in all processes, as ``trainer.save_checkpoint`` is. Callbacks then hear of what is durable.
+        Call it in all processes, as ``trainer.save_checkpoint``. Before it returns, callbacks hear of what is durable.
 
         Raises:
-            BackgroundSaveError: If a save or removal failed that was not reported yet; it names which.
-            FileNotFoundError: If nobody is saving ``path`` and there is nothing.
+            BackgroundSaveError: If a save or removal failed that was not reported yet. It names the path.
+            FileNotFoundError: If there is nothing at ``path`` and nobody is saving it.
             RuntimeError: If the Trainer has an AsyncCheckpointIO.
         """
         trainer = None if self._trainer is None else self._trainer()
@@ -136,16 +140,16 @@ class QuantizationCallback(pl.Callback):
     def on_checkpoint_durable(self, path: str) -> None:
         """Called when the checkpoint saved as ``path`` is on the disk; override it to upload the file.
 
-        Any other callback of the Trainer may have a method of this name too. It is called on the thread that trains,
-        in the process that wrote the file, once for each save in their order: after the save if it is synchronous,
-        otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. What it raises is
-        raised by the Trainer; a checkpoint that could not be saved is not announced.
+        Any callback of the Trainer may have a method of this name. It is called on the thread that trains, in the
+        process that wrote the file, once for each save, in their order. That is after the save if it is synchronous,
+        otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. The Trainer raises
+        what it raises. It is not called for a save that failed.
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Say what the installed versions lack; install what quantizes saves, once; become the first callback.
+        """Install what quantizes saves, once; warn of what the installed versions lack.
 
-        With QAT, which puts the masters back before the hooks of any other callback see them.
+        With QAT this becomes the first callback, to put the masters back before the hooks of the others run.
         """
         check_names(self._parts(trainer), warn_safely)
         if self.qat_training is not None:
@@ -164,7 +168,7 @@ class QuantizationCallback(pl.Callback):
         let_callbacks_know(trainer)
 
     def _parts(self, trainer: pl.Trainer) -> list[Part]:
-        """Return which parts of the package were asked for, of those that no CheckpointIO asks for itself."""
+        """Return the parts of the package that this callback uses, for :func:`check_names`."""
         asked: dict[Part, bool] = {
             "sharded": self.policy is not None and saves_in_shards(trainer.strategy),
             "background": self.policy is not None and self.async_save,
@@ -187,34 +191,34 @@ class QuantizationCallback(pl.Callback):
             self.policy.check_matches(name for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
         begin_to_defer(trainer)
+        quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
-        self._warm_up = warm_up_for(trainer)
+            quantized = self.qat_training.trained.codecs(pl_module)
+        self._warm_up = warm_up_for(trainer, quantized)
 
     def on_train_start(self, *_: Any) -> None:
-        """From now on, hooks tell the CheckpointIO before training changes what it saved."""
+        """Begin to count moments: from now on hooks follow before training changes what was saved."""
         self._moments.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """In manual optimization the step may change weights at any time: let go of them now.
+        """Load the kernels of saves beside the first batch; let go of weights that a manual step may change any time.
 
-        Load the kernels of saves beside the first batch: the processes that load data have been started by then.
+        Not earlier: the processes that load data must be forked before the thread of the warm-up runs.
         """
         self._moments.end_one()
-        warm_up, self._warm_up = self._warm_up, None
-        watch = watch_of(trainer)
-        if warm_up is not None and watch is not None:
-            watch.warm_up = warm_up
-            warm_up.start()
+        if self._warm_up is not None:
+            start_warm_up(trainer, self._warm_up)
+            self._warm_up = None
         if not pl_module.automatic_optimization:
             self._let_go(trainer)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Let go of the weights and of the optimizer's state, which change now."""
+        """Let go of the weights and the optimizer's state, which are about to change."""
         self._let_go(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Select the weights that are evaluated quantized; in the middle of a fit put the masters back."""
+        """Select the weights that are evaluated quantized, or in the middle of a fit put the masters back."""
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.begin_evaluation(trainer, pl_module, self._others(trainer))
@@ -226,6 +230,7 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.release()
+            self.qat_training.publish(trainer, wait=True)
         publish_before_a_look(trainer)
 
     on_train_epoch_end = on_validation_epoch_end
@@ -238,11 +243,11 @@ class QuantizationCallback(pl.Callback):
     on_predict_epoch_end = on_test_epoch_end
 
     def on_validation_end(self, *_: Any) -> None:
-        """Other callbacks may put back weights that they validated others in the place of."""
+        """End a moment: another callback may have swapped weights for the validation and swap them back now."""
         self._moments.end_one()
 
     def on_train_end(self, *_: Any) -> None:
-        """No hook follows before somebody may change the weights."""
+        """Stop counting moments: no hook follows before somebody may change the weights."""
         self._moments.end()
 
     def _let_go(self, trainer: pl.Trainer) -> None:
@@ -252,16 +257,19 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Publish what is known of saves; tell callbacks which checkpoints are durable by now, and which are not."""
+        """Publish what is known of saves; tell callbacks which checkpoints are durable by now."""
         self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.record(trainer)
+            self.qat_training.publish(trainer, wait=is_watched(trainer))
         publish_known(trainer)
         let_callbacks_know(trainer)
         tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish the saves before any callback is torn down; publish the rest, and say what they came to."""
+        """Finish the saves before any callback is torn down; publish the rest and print the totals."""
+        if self.qat_training is not None:
+            self.qat_training.publish(trainer, wait=True)
         try:
             self._finish(trainer)
         finally:
@@ -280,15 +288,15 @@ class QuantizationCallback(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Install what quantizes if nothing was set up: before the first run, or where other processes ran."""
+        """Install what quantizes saves if ``setup`` did not run here: before the first run, or if others ran it."""
         if watch_of(trainer) is None and not is_installed(trainer, self):
             self._install(trainer)
         if self.qat_training is not None:
             self.qat_training.select_after_other_processes(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the masters back; finish the pending save, whose error must not take the place of the one on its way."""
-        self._end_qat()
+        """Put the masters back and finish the pending save, whose error must not replace the Trainer's."""
+        self._end_qat(trainer)
         self._moments.end()
         try:
             self._finish(trainer)
@@ -298,25 +306,20 @@ class QuantizationCallback(pl.Callback):
         tell_callbacks(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the masters back; finish the pending save where the strategy does not (FSDP, ModelParallel)."""
-        self._end_qat()
+        """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""
+        self._end_qat(trainer)
         self._finish(trainer)
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
 
-    def _end_qat(self) -> None:
+    def _end_qat(self, trainer: pl.Trainer) -> None:
         if self.qat_training is not None:
             self.qat_training.end()
+            self.qat_training.publish(trainer, wait=True)
 
     def _others(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        installed = None if self.policy is None else find_quantized_io(trainer.strategy.checkpoint_io)
-        if installed is not None:
-            if self.async_save:
-                installed.async_save = False  # who saves outside of the Trainer's loops wants the file, not a promise
-            try:
-                installed.finish()
-            finally:
-                leave_callbacks_alone(trainer)
+        if self.policy is not None:
+            finish_saves(trainer, end_background=self.async_save)

@@ -1,11 +1,15 @@
-"""Install the quantizing CheckpointIO of a callback in a Trainer, around the one that the Trainer has."""
+"""Install the quantizing CheckpointIO in a Trainer, around the one that the Trainer has."""
+
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.describe_model import DescribeModel, Quantizes
 from q8lightning.trainer.lightning_internals import saves_in_shards
+from q8lightning.trainer.pending_names import leave_callbacks_alone
 from q8lightning.trainer.strategies import bypasses_io, check_saves, optimizer_device
 from q8lightning.trainer.warm_up import WarmUp
 
@@ -13,16 +17,16 @@ from q8lightning.trainer.warm_up import WarmUp
 def install(
     trainer: pl.Trainer, callback: Quantizes, policy: CheckpointPolicy | None, verify: bool
 ) -> QuantizedCheckpointIO | None:
-    """Return the quantizing CheckpointIO of a Trainer, which knows the model from now on.
+    """Install the quantizing CheckpointIO unless it is there, and let it ask the callback about the model.
 
     Args:
         trainer: The Trainer.
         callback: What the CheckpointIO asks about the model.
-        policy: What is quantized; None to install nothing, and only find what the user installed.
-        verify: Whether files are compared with their checksums.
+        policy: What is quantized. None to install nothing, and only to find what the user installed.
+        verify: Whether files are compared with their checksums when they are loaded.
 
     Returns:
-        The one that was there, the callback's or the user's own, or a new one; None without a policy if there is none.
+        The CheckpointIO, whoever installed it; None if there is none and no policy.
 
     Raises:
         ValueError: If the strategy does not save through a CheckpointIO, or there is one with another policy.
@@ -57,12 +61,38 @@ def is_installed(trainer: pl.Trainer, callback: Quantizes) -> bool:
     return isinstance(describe, DescribeModel) and describe.trainer is trainer and describe.callback is callback
 
 
-def warm_up_for(trainer: pl.Trainer) -> WarmUp | None:
-    """Return what loads the kernels of a Trainer's saves; None if this process needs none."""
+def finish_saves(trainer: pl.Trainer, end_background: bool) -> None:
+    """Finish the pending saves of a Trainer, and let its callbacks ask the disk again which names are taken.
+
+    Args:
+        trainer: The Trainer.
+        end_background: Let later saves, which are outside of the Trainer's loops, return when the file is there.
+
+    Raises:
+        BackgroundSaveError: If a save or removal failed that was not reported yet.
+    """
+    installed = find_quantized_io(trainer.strategy.checkpoint_io)
+    if installed is not None:
+        if end_background:
+            installed.async_save = False
+        try:
+            installed.finish()
+        finally:
+            leave_callbacks_alone(trainer)
+
+
+def warm_up_for(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> WarmUp | None:
+    """Return what loads the kernels of a Trainer's saves; None if this process needs none.
+
+    Args:
+        trainer: The Trainer.
+        quantized: How weights that are trained quantized are, by name.
+    """
     installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
-    device = optimizer_device(strategy)  # what is sharded is saved from the host
+    device = optimizer_device(strategy)  # None for sharded strategies, which save from the host
     if installed is None or device is None or device.type != "cuda":
         return None
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return None
-    return WarmUp(installed.policy, trainer.lightning_module, strategy.optimizers, device, installed.async_save)
+    module, optimizers = trainer.lightning_module, strategy.optimizers
+    return WarmUp(installed.policy, module, optimizers, device, installed.async_save, quantized)

@@ -18,11 +18,11 @@ from q8lightning.trainer.lightning_internals import logged_steps
 from q8lightning.trainer.twins import is_a
 
 
-def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float]) -> None:
-    """Put values into ``callback_metrics`` and, at the step at which Lightning logs at this moment, on every logger."""
+def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], step: int) -> None:
+    """Put values into ``callback_metrics`` and, for a step, on every logger."""
     if values:
         put(trainer, recorder, as_tensors(values))
-        log(trainer, recorder, values, step_of(trainer))
+        log(trainer, recorder, values, step)
 
 
 def step_of(trainer: pl.Trainer) -> int:

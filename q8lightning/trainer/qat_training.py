@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
+from q8lightning.metrics.recorder import Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.selection import check_optimizers
@@ -17,10 +16,7 @@ from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.trainer.engage import Engagement
 from q8lightning.trainer.lightning_internals import logs_next_step
 from q8lightning.trainer.model_structure import ModelStructure
-from q8lightning.trainer.publishing import harmless, publish
-
-QAT_PREFIX = f"{PREFIX}/qat"
-"""What the names of values begin with that are measured while training, not when a checkpoint is saved."""
+from q8lightning.trainer.weight_losses import WeightLosses
 
 
 class _KnownCodecs:
@@ -48,7 +44,7 @@ class QATTraining:
         self._recorder = recorder
         self._engagement: Engagement | None = None
         self._known: _KnownCodecs | None = None
-        self._logged: Mapping[str, ErrorStatistics] = {}
+        self._losses = WeightLosses(recorder)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what hangs on the run that goes on: a copy may be made, or pickled, in the middle of it."""
@@ -125,15 +121,17 @@ class QATTraining:
         self._engagement = None
 
     def record(self, trainer: pl.Trainer) -> None:
-        """Record what the weights lost, if it was measured in the step that ended."""
-        if self._engagement is None or self.statistics is self._logged or not self.statistics:
-            return
-        self._engagement.quantizer.add_up_statistics()
-        self._logged = self.statistics
-        with harmless(self._recorder, "computing what quantized weights lose"):
-            rows = torch.stack([torch.stack(each).cpu() for each in self.statistics.values()]).tolist()
-            losses = [Loss("weights", name, row) for name, row in zip(self.statistics, rows, strict=True)]
-            publish(trainer, self._recorder, self._recorder.losses(losses, QAT_PREFIX))
+        """Have what the weights lost in the step that ended copied to the host, if it was measured.
+
+        What is lost of sharded weights is added up over the processes first: all of them call this at once.
+        """
+        if self._engagement is not None:
+            self._engagement.quantizer.add_up_statistics()
+        self._losses.take(trainer, self.statistics)
+
+    def publish(self, trainer: pl.Trainer, wait: bool) -> None:
+        """Publish what the host knows of it; with ``wait`` everything."""
+        self._losses.publish(trainer, wait)
 
     def select_after_other_processes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how weights are quantized that processes trained which this one started; they have told nothing."""

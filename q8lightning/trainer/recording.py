@@ -194,6 +194,14 @@ def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
     return save if isinstance(save, SaveWatch) else None
 
 
+def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
+    """Load the kernels of saves while training goes on; the first save waits until they are there."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.warm_up = warm_up
+        warm_up.start()
+
+
 def begin_to_defer(trainer: pl.Trainer) -> None:
     """Leave what later saves lose to the hooks that follow, if it is not known at once."""
     watch = watch_of(trainer)
@@ -212,7 +220,7 @@ def publish_before_a_look(trainer: pl.Trainer) -> None:
     """Publish in all processes what is known before callbacks look; everything, if one of them watches a value."""
     watch = watch_of(trainer)
     if watch is not None:
-        watch.publish(wait=any(map(_watches, trainer.callbacks)), together=True)  # type: ignore[attr-defined]
+        watch.publish(wait=is_watched(trainer), together=True)
 
 
 def publish_rest(trainer: pl.Trainer, together: bool) -> None:
@@ -226,6 +234,11 @@ def publish_rest(trainer: pl.Trainer, together: bool) -> None:
     if watch is not None:
         watch.fitting = False
         watch.publish(wait=True, together=together)
+
+
+def is_watched(trainer: pl.Trainer) -> bool:
+    """Whether a callback of a Trainer decides by a value that is recorded here."""
+    return any(map(_watches, trainer.callbacks))  # type: ignore[attr-defined]
 
 
 def _watches(callback: object) -> bool:

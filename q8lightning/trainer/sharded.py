@@ -33,7 +33,7 @@ from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_message
+from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_exact
 from q8lightning.trainer.twins import is_a
 
 PathLike = str | Path
@@ -68,7 +68,7 @@ class ShardedDoor:
             BackgroundSaveError: In all processes, if an earlier save in the background failed.
         """
         own = type(self._strategy).save_checkpoint
-        if storage_options is not None or is_message(filepath):
+        if storage_options is not None or is_exact(filepath):
             self._front.together(self.io.wait)
             own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
             return

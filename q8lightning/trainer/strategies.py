@@ -1,4 +1,4 @@
-"""What the Trainer's strategy must be for checkpoints to be quantized, and for weights to be trained so."""
+"""Check whether a Trainer's strategy can save quantized checkpoints and train quantized weights."""
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -8,7 +8,7 @@ from q8lightning.trainer.twins import is_a, is_from_lightning
 
 
 def check_saves(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves pass no door of ours: nothing would be quantized."""
+    """Raise ValueError for strategies whose saves pass nothing of ours, since nothing would be quantized."""
     if bypasses_io(strategy) or (saves_in_shards(strategy) and not _saves_as_lightning(strategy)):
         raise ValueError(
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
@@ -18,9 +18,8 @@ def check_saves(strategy: Strategy) -> None:
 
 
 def _saves_as_lightning(strategy: Strategy) -> bool:
-    """Whether a strategy that saves in shards does it as its class in Lightning does."""
-    own = type(strategy).save_checkpoint
-    return is_from_lightning(own.__module__)
+    """Whether a strategy that saves in shards does so as its class in Lightning does."""
+    return is_from_lightning(type(strategy).save_checkpoint.__module__)
 
 
 def check_qat(strategy: Strategy) -> None:
@@ -33,10 +32,10 @@ def check_qat(strategy: Strategy) -> None:
 
 
 def bypasses_io(strategy: Strategy) -> bool:
-    """Whether a strategy never saves through a CheckpointIO."""
+    """Whether a strategy writes all its checkpoints without a CheckpointIO."""
     return is_a(strategy, DeepSpeedStrategy)
 
 
 def optimizer_device(strategy: Strategy) -> torch.device | None:
-    """Return where a strategy wants optimizer states as they are in the file; None if it distributes them itself."""
+    """Return the device that optimizer states are loaded to; None if the strategy shards them itself."""
     return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device

@@ -3,15 +3,18 @@
 A kernel is compiled for the codec, the dtype and the alignment of its tensors, not for their number or sizes. So one
 small tensor for each of these takes a save through all that a real one needs: kernels of Triton and of torch, tables
 and streams. In a new installation that takes seconds; the first save waits for what is left of it.
+
+What the guard may need comes after that, and no save waits for it: saves whose tensors lose more than is allowed.
 """
 
 import atexit
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,10 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
+from q8lightning.checkpoint.report import SaveReport
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 
@@ -51,11 +57,20 @@ class Form(NamedTuple):
         """Return the form of a tensor."""
         return Form(tensor.dtype, tensor.numel() % ALIGNED == 0, tensor.data_ptr() % ALIGNED == 0)
 
-    def ones(self, device: torch.device) -> Tensor:
-        """Return a tensor of this form, which every codec holds without any loss."""
+    def tensor(self, device: torch.device, lossless: bool, row: int | None = None) -> Tensor:
+        """Return a tensor of this form.
+
+        Args:
+            device: Where.
+            lossless: Whether every codec holds it without any loss; otherwise none does, but to store it as it is.
+            row: For ``[rows, row]`` instead of one dimension.
+        """
         skip = 0 if self.is_aligned else 1
-        numel = NUMEL if self.is_whole else NUMEL + 1
-        return torch.ones(skip + numel, dtype=self.dtype, device=device)[skip:]
+        rows = ALIGNED * max(NUMEL // (ALIGNED * (row or 1)), 1) + (0 if self.is_whole else 1)
+        numel = skip + rows * (row or 1)
+        values = torch.ones(numel, device=device) if lossless else torch.linspace(0.01, 1.0, numel, device=device)
+        flat = values.to(self.dtype)[skip:]
+        return flat if row is None else flat.view(rows, row)
 
 
 class Miniature(NamedTuple):
@@ -66,21 +81,23 @@ class Miniature(NamedTuple):
         weight: Its form; None if it is stored as it is.
         place: Which optimizer has it, and its number there; None if none has.
         states: What the optimizer keeps for it, or will, and in which form; none if all of it is stored as it is.
+        row: Elements of a channel, if it is trained quantized in blocks that end with channels; None otherwise.
     """
 
     name: str
     weight: Form | None
     place: tuple[int, int] | None
     states: tuple[tuple[str, Form], ...]
+    row: int | None = None
 
-    def checkpoint(self, device: torch.device) -> dict[str, Any]:
-        """Return a checkpoint of this parameter alone."""
+    def checkpoint(self, device: torch.device, lossless: bool = True) -> dict[str, Any]:
+        """Return a checkpoint of this parameter alone; see :meth:`Form.tensor`."""
         result: dict[str, Any] = {"state_dict": {}, "optimizer_states": []}
         if self.weight is not None:
-            result["state_dict"][self.name] = self.weight.ones(device)
+            result["state_dict"][self.name] = self.weight.tensor(device, lossless, self.row)
         if self.place is not None and self.states:
             optimizer, index = self.place
-            state = {index: {key: form.ones(device) for key, form in self.states}}
+            state = {index: {key: form.tensor(device, lossless) for key, form in self.states}}
             groups = [{"eps": 1e-8, "params": [index]}]
             nothing: dict[str, Any] = {"state": {}, "param_groups": []}
             result["optimizer_states"] = [nothing] * optimizer + [{"state": state, "param_groups": groups}]
@@ -88,7 +105,11 @@ class Miniature(NamedTuple):
 
 
 def miniatures_of(
-    policy: CheckpointPolicy, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+    policy: CheckpointPolicy,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    device: torch.device,
+    quantized: Mapping[str, WeightCodec] = MappingProxyType({}),
 ) -> list[Miniature]:
     """Return a miniature for each way in which the policy will encode a parameter and its states.
 
@@ -97,6 +118,7 @@ def miniatures_of(
         module: The model.
         optimizers: Its optimizers, which need not have any state yet.
         device: Only parameters there count.
+        quantized: How weights that are trained quantized are, by name.
     """
     places = {
         id(parameter): (i, index)
@@ -114,8 +136,10 @@ def miniatures_of(
         codecs = tuple(policy.codec_for(f"{path}.{key}", name) for key, _ in states)
         if codec is not None or any(codecs):
             kept = states if any(codecs) else ()
-            way = codec and (codec, weight), kept and (codecs, kept)
-            found.setdefault(way, Miniature(name, weight if codec else None, place, kept))
+            trained = quantized.get(name)
+            row = None if trained is None or trained.axis != 0 else parameter[0].numel()
+            way = codec and (codec, weight, trained, row), kept and (codecs, kept)
+            found.setdefault(way, Miniature(name, weight if codec else None, place, kept, row))
     return list(found.values())
 
 
@@ -150,6 +174,7 @@ class WarmUp:
         optimizers: Its optimizers.
         device: The GPU that they are on.
         async_save: Whether real saves go on in the background.
+        quantized: How weights that are trained quantized are, by name.
     """
 
     def __init__(
@@ -159,10 +184,11 @@ class WarmUp:
         optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
         async_save: bool,
+        quantized: Mapping[str, WeightCodec] = MappingProxyType({}),
     ) -> None:
         self._device = device
         self._async_save = async_save
-        self._miniatures = miniatures_of(policy, module, optimizers, device)
+        self._miniatures = miniatures_of(policy, module, optimizers, device, quantized)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._names = ModelNames(
             parameters=frozenset(names.values()),
@@ -170,9 +196,9 @@ class WarmUp:
                 tuple(names.get(id(parameter), "") for parameter in _parameters_of(optimizer))
                 for optimizer in optimizers
             ),
+            quantized={each.name: quantized[each.name] for each in self._miniatures if each.name in quantized},
         )
-        policy = replace(policy, min_numel=1)
-        self._policies = [policy, *guarded(policy)]
+        self._policy = replace(policy, min_numel=1)
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._stop = threading.Event()
@@ -196,11 +222,11 @@ class WarmUp:
         try:
             _leave_captures_alone()
             with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
-                for policy in self._policies:
+                for policy, lossless in ((self._policy, True), *guarded(self._policy)):
                     for miniature in self._miniatures:
                         if self._stop.is_set():
                             return
-                        self._save(policy, miniature.checkpoint(self._device))
+                        self._save(policy, miniature.checkpoint(self._device, lossless))
                     self._ready.set()  # the first policy is the one of real saves
         except BaseException as error:
             advise(
@@ -212,7 +238,7 @@ class WarmUp:
             atexit.unregister(self._leave)
 
     def _save(self, policy: CheckpointPolicy, checkpoint: dict[str, Any]) -> None:
-        io = QuantizedCheckpointIO(_Nowhere(), policy, self._async_save)
+        io = _Silent(_Nowhere(), policy, self._async_save)
         io.describe_model = lambda: self._names
         try:
             for _ in range(2):  # the second as all that follow
@@ -228,13 +254,22 @@ class WarmUp:
             self._thread.join(LEAVE)
 
 
-def guarded(policy: CheckpointPolicy) -> list[CheckpointPolicy]:
-    """Return the policy by which tensors are encoded that would lose too much, if there are limits."""
-    if policy.min_sqnr_db is None and policy.max_update_direction_error is None:
+def guarded(policy: CheckpointPolicy) -> list[tuple[CheckpointPolicy, bool]]:
+    """Return policies by which the guard does all that it can, and whether it is to find no loss; none without limits.
+
+    By the first, every tensor has the codec that the guard tries where the rule's loses too much. The second allows
+    hardly any loss, so that tensors that lose something are decoded, tried with that codec and stored as they are.
+    """
+    limits: dict[str, Any] = {}
+    if policy.min_sqnr_db is not None:
+        limits["min_sqnr_db"] = 500.0
+    if policy.max_update_direction_error is not None:
+        limits["max_update_direction_error"] = 1e-9
+    if not limits:
         return []
     rules = [Rule(**rule) if not isinstance(rule, Rule) else rule for rule in policy.rules]
     held = [_held(rule) for rule in rules]
-    return [] if held == rules else [replace(policy, rules=held)]
+    return [*([] if held == rules else [(replace(policy, rules=held), True)]), (replace(policy, **limits), False)]
 
 
 def _held(rule: Rule) -> Rule:
@@ -249,6 +284,19 @@ def _leave_captures_alone() -> None:
     thread_local = ctypes.c_int(1)
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(thread_local))
+
+
+class _Silent(QuantizedCheckpointIO):
+    """Warns of nothing: what is saved here is nobody's."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._warnings = _NoWarnings()
+
+
+class _NoWarnings(WarningQueue):
+    def add(self, report: SaveReport) -> None:
+        pass
 
 
 class _Nowhere(CheckpointIO):

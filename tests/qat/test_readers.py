@@ -18,7 +18,15 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from support.models import batches, quiet_trainer
-from support.straight_through import Adversaries, Trained, as_it_is, quantized, straight_through
+from support.straight_through import (
+    Adversaries,
+    Trained,
+    as_it_is,
+    assert_trained_alike,
+    quantized,
+    straight_through,
+    trained,
+)
 from torch import Tensor, nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
@@ -106,16 +114,10 @@ def test_every_hook_sees_the_masters(first: bool, options: dict[str, Any], tmp_p
     "hook", ["on_before_zero_grad", "on_after_backward", "on_train_batch_end", "on_train_batch_start"]
 )
 def test_training_is_the_same_whether_or_not_somebody_looks(hook: str, tmp_path: Path) -> None:
-    def train(*callbacks: pl.Callback, call: Any = as_it_is) -> tuple[list[float], list[Tensor]]:
-        torch.manual_seed(1)
-        model = Trained(net(), call=call)
-        quiet_trainer(tmp_path, max_steps=4, callbacks=list(callbacks), accumulate_grad_batches=2).fit(model)
-        return model.losses, [*model.net.parameters()]
-
-    expected, seen = train(call=straight_through("int4", 64)), Seen()
-    got = train(QuantizationCallback(qat=QAT), watcher(seen, [hook]))
-    assert got[0] == expected[0]
-    assert all(map(torch.equal, got[1], expected[1]))
+    options, seen = {"max_steps": 4, "accumulate_grad_batches": 2}, Seen()
+    expected = trained(lambda: Trained(net(), call=straight_through("int4", 64)), tmp_path, **options)
+    callbacks = QuantizationCallback(qat=QAT), watcher(seen, [hook])
+    assert_trained_alike(trained(lambda: Trained(net()), tmp_path, *callbacks, **options), expected)
     assert {quantized for _, quantized in seen} == {False}
 
 
@@ -128,16 +130,10 @@ def test_hooks_in_the_middle_of_a_manual_step_see_the_masters_and_it_goes_on_qua
             super().training_step(batch, index)
             assert all(on_the_grid(self.net))
 
-    def train(model: Trained, *callbacks: pl.Callback) -> Any:
-        quiet_trainer(tmp_path, max_steps=8, callbacks=list(callbacks)).fit(model)
-        return model.losses, [*model.net.parameters()]
-
-    torch.manual_seed(1)
-    expected, seen = train(Adversaries(straight_through("int4", 64))), Seen()
-    torch.manual_seed(1)
-    got = train(Net(), watcher(seen, [hook]), QuantizationCallback(qat=QAT))
-    assert got[0] == expected[0]
-    assert all(map(torch.equal, got[1], expected[1]))
+    seen = Seen()
+    expected = trained(lambda: Adversaries(straight_through("int4", 64)), tmp_path, max_steps=8)
+    callbacks = watcher(seen, [hook]), QuantizationCallback(qat=QAT)
+    assert_trained_alike(trained(Net, tmp_path, *callbacks, max_steps=8), expected)
     assert len(seen) == 8
     assert {quantized for _, quantized in seen} == {False}
 
@@ -274,20 +270,13 @@ def test_tied_weights_stay_tied_in_a_state_dict_taken_while_engaged(tmp_path: Pa
 def test_an_average_is_of_the_masters(average: Any, first: bool, tmp_path: Path) -> None:
     """And validation runs with the quantized average, as with autograd's estimator."""
 
-    def train(call: Any, *callbacks: pl.Callback) -> Any:
-        torch.manual_seed(3)
-        model = Trained(net(), call=call)
+    def train(call: Any, *callbacks: pl.Callback) -> Trained:
         averaging = average()
         order = [averaging, *callbacks] if first else [*callbacks, averaging]
-        quiet_trainer(tmp_path, max_steps=8, val_check_interval=4, callbacks=order, accumulate_grad_batches=2).fit(
-            model
-        )
-        return model.losses, model.evaluated, [value.clone() for value in model.net.parameters()]
+        options = {"max_steps": 8, "val_check_interval": 4, "accumulate_grad_batches": 2}
+        return trained(lambda: Trained(net(), call=call), tmp_path, *order, **options)
 
-    expected = train(straight_through("int4", 64))
-    got = train(as_it_is, QuantizationCallback(qat=QAT))
-    assert got[:2] == expected[:2]
-    assert all(map(torch.equal, got[2], expected[2]))
+    assert_trained_alike(train(as_it_is, QuantizationCallback(qat=QAT)), train(straight_through("int4", 64)))
 
 
 # ModelCheckpoint, in every trigger
@@ -459,16 +448,9 @@ class RawOptimizer(Adversaries):
 
 
 def test_optimizers_stepped_past_the_trainer_update_the_masters(tmp_path: Path) -> None:
-    def train(model: Trained, *callbacks: pl.Callback) -> Any:
-        quiet_trainer(tmp_path, max_epochs=1, callbacks=list(callbacks), limit_val_batches=0).fit(model)
-        return model.losses, [*model.net.parameters()]
-
-    torch.manual_seed(4)
-    expected = train(RawOptimizer(straight_through("int4", 64)))
-    torch.manual_seed(4)
-    got = train(RawOptimizer(), QuantizationCallback(qat=QAT))
-    assert got[0] == expected[0]
-    assert all(map(torch.equal, got[1], expected[1]))
+    options = {"max_epochs": 1, "limit_val_batches": 0}
+    expected = trained(lambda: RawOptimizer(straight_through("int4", 64)), tmp_path, **options)
+    assert_trained_alike(trained(RawOptimizer, tmp_path, QuantizationCallback(qat=QAT), **options), expected)
 
 
 def test_a_closure_past_the_trainer_is_refused(tmp_path: Path) -> None:
@@ -493,16 +475,8 @@ def test_a_closure_of_the_trainers_optimizer_trains_as_with_autograd(tmp_path: P
             for optimizer in self.optimizers():  # type: ignore[union-attr]
                 optimizer.step(closure=closure)
 
-    def train(model: Trained, *callbacks: pl.Callback) -> Any:
-        quiet_trainer(tmp_path, max_steps=6, callbacks=list(callbacks)).fit(model)
-        return model.losses, [*model.net.parameters()]
-
-    torch.manual_seed(4)
-    expected = train(Closure(straight_through("int4", 64)))
-    torch.manual_seed(4)
-    got = train(Closure(), QuantizationCallback(qat=QAT))
-    assert got[0] == expected[0]
-    assert all(map(torch.equal, got[1], expected[1]))
+    expected = trained(lambda: Closure(straight_through("int4", 64)), tmp_path, max_steps=6)
+    assert_trained_alike(trained(Closure, tmp_path, QuantizationCallback(qat=QAT), max_steps=6), expected)
 
 
 def test_a_lambda_callback_sees_the_masters(tmp_path: Path) -> None:

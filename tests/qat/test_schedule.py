@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from support.models import quiet_trainer, trainer_with
-from support.straight_through import Adversaries, Trained, quantized
+from support.straight_through import Adversaries, Trained, assert_trained_alike, quantized, trained
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule
@@ -342,18 +342,18 @@ def test_activations_are_quantized_as_they_arrive(per: str, tmp_path: Path) -> N
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(fake_quantize_rows(x, "int8", per == "tensor"))
 
-    def train(kind: type[nn.Linear], **rules: Any) -> Any:
-        torch.manual_seed(0)
-        model = Trained(nn.Sequential(kind(64, 100), nn.Tanh(), kind(100, 64)))
-        callbacks = [QuantizationCallback(None, qat=QATConfig([WeightRule(codebook="int4", block_size=32)], **rules))]
-        quiet_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks).fit(model)
-        return model.losses, model.evaluated, [*model.net.parameters()]
+    def train(kind: type[nn.Linear], **rules: Any) -> Trained:
+        callback = QuantizationCallback(None, qat=QATConfig([WeightRule(codebook="int4", block_size=32)], **rules))
+
+        def make() -> Trained:
+            return Trained(nn.Sequential(kind(64, 100), nn.Tanh(), kind(100, 64)))
+
+        return trained(make, tmp_path, callback, max_steps=4, val_check_interval=2)
 
     rules = [ActivationRule("net.1", None), {"pattern": "net.*", "codebook": "int8", "per": per}]
-    expected, got = train(Layer), train(nn.Linear, activations=rules)
-    assert got[:2] == expected[:2]
-    assert all(map(torch.equal, got[2], expected[2]))
-    assert got[0] != train(nn.Linear)[0]
+    got = train(nn.Linear, activations=rules)
+    assert_trained_alike(got, train(Layer))
+    assert got.losses != train(nn.Linear).losses
 
 
 def test_activations_alone_can_be_quantized_and_only_while_training_runs(tmp_path: Path) -> None:
@@ -424,3 +424,28 @@ def test_loggers_get_the_error_of_the_weights(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["q8/qat/weights/sqnr_db"]) == pytest.approx(
         float(rows[3]["q8/qat/weights/sqnr_db"])
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_does_not_wait_for_the_gpu_to_tell_it(tmp_path: Path) -> None:
+    """Each step's values are on the logger in the end, in the order of the steps."""
+
+    class Hurried(QuantizationCallback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().on_train_batch_end(trainer, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    callback = Hurried(None, qat=QATConfig([WeightRule(codebook="int4", block_size=64)]))
+    trainer = quiet_trainer(
+        tmp_path, accelerator="gpu", max_steps=6, limit_val_batches=0, logger=CSVLogger(tmp_path), log_every_n_steps=1,
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(Watch())
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open() as lines:
+        steps = [int(row["step"]) for row in csv.DictReader(lines) if row["q8/qat/weights/sqnr_db"]]
+    assert steps == list(range(6))

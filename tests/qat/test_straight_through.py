@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import quiet_trainer
-from support.straight_through import Adversaries, StraightThrough, Trained, as_it_is, straight_through
+from support.straight_through import (
+    Adversaries,
+    StraightThrough,
+    Trained,
+    as_it_is,
+    assert_trained_alike,
+    straight_through,
+    trained,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -115,14 +122,6 @@ NETS = {
 TOKENS = torch.arange(48).view(4, 12)
 
 
-def train(
-    folder: Path, model: Trained, *callbacks: Any, **options: Any
-) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    trainer = quiet_trainer(folder, callbacks=list(callbacks), **({"max_steps": 6} | options))
-    trainer.fit(model)
-    return model.losses, model.evaluated, {name: value.clone() for name, value in model.net.state_dict().items()}
-
-
 def check_same(
     folder: Path, net: nn.Module, codebook: str, block_size: int, batch: Tensor | None = None, **options: Any
 ):
@@ -131,20 +130,16 @@ def check_same(
     reference, call = copy.deepcopy(net), straight_through(codebook, block_size)
     if isinstance(reference, ByHand):
         reference.by_hand, call = (codebook, block_size), as_it_is
-    expected = train(folder, Trained(reference, batch, call, optimizer), **options)
+    options = {"max_steps": 6} | options
     callback = QuantizationCallback(qat=QATConfig([WeightRule(codebook=codebook, block_size=block_size)]))
-    got = train(folder, Trained(copy.deepcopy(net), batch, optimizer=optimizer), callback, **options)
-    assert_same(got, expected)
-    float_losses = train(folder, Trained(copy.deepcopy(net), batch, optimizer=optimizer), **options)[0]
-    assert float_losses != expected[0]  # so that quantization makes a difference that a test could miss
 
+    def copied() -> Trained:
+        return Trained(copy.deepcopy(net), batch, optimizer=optimizer)
 
-def assert_same(got: Any, expected: Any) -> None:
-    assert got[0] == expected[0]
-    assert got[1] == expected[1]
-    assert list(got[2]) == list(expected[2])
-    for name, value in expected[2].items():
-        assert torch.equal(got[2][name], value), name
+    expected = trained(lambda: Trained(reference, batch, call, optimizer), folder, **options)
+    assert_trained_alike(trained(copied, folder, callback, **options), expected)
+    in_float = trained(copied, folder, **options)
+    assert in_float.losses != expected.losses  # so that quantization makes a difference that a test could miss
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -179,11 +174,9 @@ def test_every_way_to_train_is_as_with_autograd(options: dict[str, Any], tmp_pat
 
 
 def test_two_optimizers_in_one_step_train_as_with_autograd(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    expected = train(tmp_path, Adversaries(straight_through("int4", 64)), max_steps=12)
-    torch.manual_seed(1)
+    expected = trained(lambda: Adversaries(straight_through("int4", 64)), tmp_path, max_steps=12)
     callback = QuantizationCallback(qat=QATConfig([WeightRule(codebook="int4", block_size=64)]))
-    assert_same(train(tmp_path, Adversaries(), callback, max_steps=12), expected)
+    assert_trained_alike(trained(Adversaries, tmp_path, callback, max_steps=12), expected)
 
 
 def perceptron(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
@@ -209,15 +202,15 @@ def test_a_compiled_model_trains_as_with_autograd(backend: str, in_place: bool, 
         up, down = (StraightThrough.apply(layer.weight, "int4", 64) for layer in (net.up, net.down))
         return function(x, up, net.up.bias, down)
 
-    expected = train(tmp_path, Trained(copy.deepcopy(net), call=call), max_steps=4)
+    expected = trained(lambda: Trained(copy.deepcopy(net), call=call), tmp_path, max_steps=4)
     if in_place:
         net.compile(backend=backend, fullgraph=True)
     else:
         net = torch.compile(net, backend=backend, fullgraph=True)  # type: ignore[assignment]
     callback = QuantizationCallback(qat=QATConfig([WeightRule(codebook="int4", block_size=64)]))
     counters.clear()
-    losses, _, state = train(tmp_path, Trained(net), callback, max_steps=4)
-    assert losses == expected[0]
-    for value, other in zip(state.values(), expected[2].values(), strict=True):
+    got = trained(lambda: Trained(net), tmp_path, callback, max_steps=4)
+    assert got.losses == expected.losses
+    for value, other in zip(got.net.state_dict().values(), expected.net.state_dict().values(), strict=True):
         assert torch.equal(value, other)
     assert counters["stats"]["unique_graphs"] == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
+from support.schemes import every_dtype
 from torch import Tensor
 
 from q8lightning.quantization.codecs.codec import Codec
@@ -17,7 +18,6 @@ from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook
 
 CUSTOM = Codebook("mine", (-0.5, -0.1, 0.0, 0.3, 1.0))
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 CODECS = [
     *map(get_codec, BUILTIN),
     get_codec(CUSTOM.spec, 64),
@@ -32,7 +32,6 @@ def codec_id(codec: Codec) -> str:
 
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def admissible(codec: Codec, *shape: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.devices import NOT_COMPILED
+from support.schemes import DTYPES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +40,6 @@ CODEBOOKS = {
 }
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BLOCK_SIZES = (32, 64, 256, 1024, 4096)
 SHAPES = {"empty": (3, 0), "one": (1,), "short block": (3, 1367), "whole blocks": (2, 4096), "transposed": (61, 70)}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import oracle
+from support.schemes import DTYPES, every_dtype
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,9 +20,6 @@ from q8lightning.quantization.functional import (
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, get_codebook
 from q8lightning.quantization.spec.layout import check_block_size
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def random(*shape: int) -> Tensor:

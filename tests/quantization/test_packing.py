@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.devices import each_device
+from support.schemes import DTYPES
 
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
@@ -11,7 +12,6 @@ from q8lightning.quantization.many.encode import encode_many, is_sampled, measur
 from q8lightning.quantization.spec import reference
 
 CODECS = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("log", 128), get_codec("int4", 64)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
 def _state(device: str) -> tuple[list[torch.Tensor], list[Codec]]:

@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.schemes import Scheme
+from support.schemes import DTYPES, Scheme, every_dtype
 from torch import Tensor
 
 from q8lightning.quantization.spec import logarithm, reference
 from q8lightning.quantization.spec.codebook import BUILTIN
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]  # of 32, 16, 64 and 16 bits
 LAYOUTS = [((1000,), 32), ((7, 13, 11), 256), ((1,), 32), ((3, 1500), 4096)]  # shapes with block sizes
 HALF_ULP = 2.0**-24  # what one float32 operation rounds, relative
 LARGEST = torch.finfo(torch.float32).max
@@ -26,7 +25,6 @@ LOG2_OFF, EXP2_OFF = 1.2e-4, 1.5e-4  # what the polynomials are off
 LOG_MARGIN = 2.0**-11  # how far the grid reaches beyond both bounds
 LOG_ROUNDING = 2.0**-14  # distances up to 2**8 octaves in float32, half an ulp of which is 2**-17, in a few operations
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_layout = pytest.mark.parametrize(("shape", "block_size"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
 
 

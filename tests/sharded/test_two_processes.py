@@ -13,8 +13,17 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked, processes
-from support.sharded_models import ShardedModel, samples, trainer_of
-from support.sharded_scenarios import decoded, play, results, save_plain, shards_of, whole
+from support.sharded_models import (
+    ClippedModel,
+    CompiledModel,
+    MetaModel,
+    OldModel,
+    OldStrategy,
+    ShardedModel,
+    samples,
+    trainer_of,
+)
+from support.sharded_scenarios import assert_same, decoded, loaded, play, results, save_plain, shards_of, whole
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -254,7 +263,33 @@ def guarded(folder: Path) -> Any:
     return read_meta(folder / "a.ckpt")["q8lightning"]
 
 
-SCENARIOS = [saved, in_the_background, top_k, failing, failing_at_the_end, overwritten, damaged, guarded]
+WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "fsdp1": (OldModel, OldStrategy, {}),
+    "compiled": (CompiledModel, None, {}),
+    "meta": (MetaModel, None, {}),
+    "accumulated": (ClippedModel, None, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+}
+"""Models, strategies, and options of the Trainer."""
+
+
+def otherwise(folder: Path) -> Any:
+    found = {}
+    for name, (make, strategy, options) in WAYS.items():
+        torch.manual_seed(1)
+        callback = QuantizationCallback(async_save=True)
+        trainer = trainer_of(folder, strategy and strategy(), max_steps=4, callbacks=[callback], **options)
+        trainer.fit(make(), samples())
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        held = shards_of(trainer)
+        # Lightning cannot load into what torch.compile has wrapped, but into a model that is compiled later.
+        again = loaded(
+            (ShardedModel if make is CompiledModel else make)(), folder / f"{name}.ckpt", strategy and strategy()
+        )
+        found[name] = held, again, callback.recorder.totals.worst
+    return found
+
+
+SCENARIOS = [saved, in_the_background, top_k, failing, failing_at_the_end, overwritten, damaged, guarded, otherwise]
 
 
 def play_all(rank: int, folder: Path) -> None:
@@ -359,6 +394,16 @@ def test_what_all_have_is_written_once(folder: Path) -> None:
     outside = [table.rank for table in files for chunk in table.chunks if chunk.name.startswith("outside: exp_avg")]
     assert len(outside) == 2
     assert len(set(outside)) == 1  # the moments of a parameter are judged by each other
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_train_come_back_as_exactly(way: str, folder: Path) -> None:
+    found = results(folder, "otherwise", 2)
+    held = [each[way][0] for each in found]
+    expected = whole(held, lambda name, shard: decoded(name, shard, raw=RAW))
+    assert_same(whole([each[way][1] for each in found], lambda _, shard: shard.tensor), expected)
+    exact = whole(held, lambda _, shard: shard.tensor)
+    assert len([name for name in exact if not torch.equal(exact[name], expected[name])]) >= 15
 
 
 # In the background

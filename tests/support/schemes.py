@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+"""The dtypes that every backend takes, of 32, 16, 64 and 16 bits."""
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Small models under FSDP2, HSDP and tensor parallelism, and Trainers for them on CPUs."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 WIDTH, HEAD = 128, 67
@@ -38,6 +42,12 @@ class Net(nn.Module):
         self.head = nn.Linear(WIDTH, HEAD)
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, HEAD * 64))
         self.one = nn.Parameter(torch.ones(1))
+
+    def reset_parameters(self) -> None:
+        """Fill what no module of its own has, when it was made without memory."""
+        with torch.no_grad():
+            self.scale.uniform_(0.5, 1.5)
+            self.one.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.frozen(x)
@@ -83,6 +93,77 @@ class ShardedModel(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
         }
+
+
+class HybridModel(ShardedModel):
+    """The same, sharded over pairs of processes that hold the same."""
+
+    def configure_model(self) -> None:
+        self.shard(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+class TensorParallelModel(ShardedModel):
+    """The same, with the matrices of each block cut in one or the other dimension, and the rest by rows."""
+
+    def configure_model(self) -> None:
+        data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        for block in self.net.blocks:
+            parallelize_module(block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if data.size() > 1:
+            self.shard(data)
+
+
+class CompiledModel(ShardedModel):
+    """The same with compiled blocks, whose parameters have longer names than in the states."""
+
+    def configure_model(self) -> None:
+        for index, block in enumerate(self.net.blocks):
+            self.net.blocks[index] = torch.compile(block, backend="eager")
+        super().configure_model()
+
+
+class MetaModel(ShardedModel):
+    """The same, made without memory."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = Net(2)
+        super().configure_model()
+
+    def reset_parameters(self) -> None:
+        """Fill what Lightning empties although it had memory."""
+        with torch.no_grad():
+            self.outside.copy_(torch.linspace(-1, 1, HEAD * 64).view(HEAD, 64))
+            self.seen.zero_()
+
+
+class ClippedModel(ShardedModel):
+    """The same with nothing to train outside: torch has no norm of DTensors and plain tensors together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside.requires_grad_(False)
+
+
+class OldModel(ShardedModel):
+    """The same for FSDPStrategy, which wraps the whole of it."""
+
+    def configure_model(self) -> None:
+        pass
+
+
+class OldStrategy(FSDPStrategy):
+    """FSDPStrategy on CPUs; Lightning refuses the class itself there, and no subclass."""
+
+    def __init__(self) -> None:
+        super().__init__(state_dict_type="sharded")
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Wrap the model as the class does, on the CPU, which it takes for no device."""
+        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Block})
+        return FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=policy
+        )
 
 
 def samples(count: int = 64) -> DataLoader[Tensor]:

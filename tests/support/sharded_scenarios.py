@@ -4,6 +4,7 @@ A scenario is a function of a folder, called in all processes. What it returns i
 """
 
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from support.promises import FIRST_MOMENTS, SECOND_MOMENTS, WEIGHTS, stored
+from support.sharded_models import samples, trainer_of
 
 Scenario = Callable[[Path], Any]
 
@@ -75,6 +77,14 @@ def shards_of(trainer: pl.Trainer) -> dict[str, Shard]:
     return found
 
 
+def loaded(model: pl.LightningModule, path: Path, strategy: Any = None, *callbacks: Any) -> dict[str, Shard]:
+    """Return what this process holds after a checkpoint of four steps was resumed and no step made."""
+    trainer = trainer_of(path.parent, strategy, max_steps=4, callbacks=[*callbacks])
+    trainer.fit(model, samples(), ckpt_path=str(path))
+    assert trainer.global_step == 4
+    return shards_of(trainer)
+
+
 def save_plain(trainer: pl.Trainer, path: Path) -> None:
     """Save as plain Lightning does, also where the callback is."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint()
@@ -89,11 +99,19 @@ def decoded(name: str, shard: Shard, preset: str = "resume", raw: Sequence[str] 
     if codec is None or numel < 4096 or not tensor.is_floating_point() or not tensor.numel() or name in raw:
         return tensor
     kind, block_size = codec
-    rows = torch.Size(shard.size[1:]).numel() if len(shard.size) > 1 else 0
-    aligned = block_size
-    while aligned > 32 and rows % aligned:
-        aligned //= 2
-    return stored(tensor, kind, aligned if rows and rows % aligned == 0 else block_size)
+    if len(shard.size) > 1:  # blocks of at least 32 cross no row, nor a part of one
+        lengths = [math.prod(shape[1:]) for shape in (shard.size, tensor.shape)]
+        lengths.append(shard.offsets[1] * math.prod(shard.size[2:]))
+        fitting = [size for size in (32, 64, 128, 256) if size <= block_size and not any(n % size for n in lengths)]
+        block_size = max(fitting, default=block_size)
+    return stored(tensor, kind, block_size)
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare tensors by name, to the bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def codec_of(name: str, preset: str) -> tuple[str, int] | None:

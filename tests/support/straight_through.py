@@ -1,9 +1,10 @@
-"""The straight-through estimator as autograd has it, and models that train with it or with the callback.
+"""The straight-through estimator of autograd, and models that train with it or with the callback.
 
 Nothing here asks the package which weights are quantized or how: that is written down once more.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN
-from support.models import OPTIMIZERS, batches
+from support.models import OPTIMIZERS, batches, quiet_trainer
 
 
 def quantized(x: Tensor, codebook: str = "linear", block_size: int = 256) -> Tensor:
@@ -92,6 +93,26 @@ class Trained(pl.LightningModule):
         return batches(8)
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def trained(
+    make: Callable[[], Trained], folder: Path, *callbacks: pl.Callback, seed: int = 1, **options: Any
+) -> Trained:
+    """Seed, make a model and train it; the options are the Trainer's."""
+    torch.manual_seed(seed)
+    model = make()
+    quiet_trainer(folder, callbacks=list(callbacks), **options).fit(model)
+    return model
+
+
+def assert_trained_alike(got: Trained, expected: Trained) -> None:
+    """Compare losses and weights, bit for bit."""
+    assert got.losses == expected.losses
+    assert got.evaluated == expected.evaluated
+    state, other = got.net.state_dict(), expected.net.state_dict()
+    assert list(state) == list(other)
+    for name, value in other.items():
+        assert torch.equal(state[name], value), name
 
 
 class Adversaries(Trained):

@@ -29,8 +29,8 @@ from support.steps import Steps, our_threads
 from torch import Tensor, nn
 
 from q8lightning import BackgroundSaveError, CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode import start
 from q8lightning.checkpoint.encode.run import Run
-from q8lightning.trainer import checkpoint_io
 
 FULL = OSError(28, "No space left on device")
 
@@ -181,7 +181,7 @@ def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
         made.append(Run(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(checkpoint_io, "Run", run)  # how often it encodes has no other sign
+    monkeypatch.setattr(start, "Run", run)  # how often it encodes has no other sign
     policy = replace(CheckpointPolicy.of("compact"), min_numel=1)
     trainer = quiet_trainer(
         tmp_path,

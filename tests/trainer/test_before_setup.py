@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from support import forked
 from support.models import Autoencoder, quiet_trainer
 from support.packages import PACKAGES, package
@@ -103,13 +103,20 @@ def test_the_plugin_knows_the_model_before_setup_too(tmp_path: Path) -> None:
     assert "state_dict.table" not in payloads_of(tmp_path / "a.ckpt")
 
 
+class OwnShards(ModelParallelStrategy):
+    """Writes its checkpoints in a way of its own."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def test_what_setup_refuses_is_refused_before_setup_too(tmp_path: Path) -> None:
     plugin = QuantizedCheckpointIO(checkpoint="compact")
     trainer = connected(tmp_path, QuantizationCallback("resume"), plugins=[plugin])
     with pytest.raises(ValueError, match="another policy"):
         trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer = connected(tmp_path, QuantizationCallback("resume"))
-    trainer._accelerator_connector.strategy = FSDPStrategy(state_dict_type="sharded")
+    trainer._accelerator_connector.strategy = OwnShards()
     with pytest.raises(ValueError, match="without the Trainer's CheckpointIO"):
         QuantizationCallback().on_save_checkpoint(trainer, Autoencoder(), {"state_dict": {}})
 

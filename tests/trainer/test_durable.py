@@ -389,7 +389,7 @@ def test_a_subclass_is_as_fast_where_it_changes_nothing(
     # Speed has no other sign that a test could rely on.
     monkeypatch.setattr(Save, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
     monkeypatch.setattr(
-        "q8lightning.trainer.checkpoint_io.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
+        "q8lightning.trainer.load.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
     )
     io = QuantizedCheckpointIO(kind())
     io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")

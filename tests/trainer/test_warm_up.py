@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpo
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import PATHS, tensors
+from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.recording import watch_of
 from q8lightning.trainer.warm_up import Form, WarmUp, guarded, miniatures_of
 
@@ -139,14 +141,47 @@ def test_miniatures_are_encoded_in_all_the_ways_that_the_model_is(begun: bool, n
 def test_a_form_has_the_alignment_of_the_tensor_it_is_taken_from() -> None:
     memory = torch.zeros(9000, dtype=torch.bfloat16)
     for tensor in (memory, memory[1:], memory[8:5008], memory[3:5011], memory[:4097]):
-        assert Form.of(Form.of(tensor).ones(CPU)) == Form.of(tensor)
+        assert all(Form.of(Form.of(tensor).tensor(CPU, lossless)) == Form.of(tensor) for lossless in (True, False))
 
 
 def test_what_the_guard_may_need_is_encoded_too() -> None:
-    (held,) = guarded(POLICIES["resume"])
+    (held, lossless), (strict, other) = guarded(POLICIES["resume"])
+    assert (lossless, other) == (True, False)
     assert held.codec_for("optimizer_states.0.state.0.exp_avg", "w").residual  # type: ignore[union-attr]
     assert held.codec_for("optimizer_states.0.state.0.exp_avg_sq", "w").name == "log"  # type: ignore[union-attr]
     assert not guarded(CheckpointPolicy([Rule("*", "softsign")], min_sqnr_db=None, max_update_direction_error=None))
+
+    module, keeps = Parts(), Keeps()
+    names = names_of(module, module.trained())
+    for miniature in miniatures_of(POLICIES["resume"], module, [module.configure_optimizers()], CPU):
+        io = QuantizedCheckpointIO(keeps, replace(strict, min_numel=1))
+        io.describe_model = lambda: names
+        with pytest.warns(UserWarning, match="would have lost more"):
+            io.save_checkpoint(miniature.checkpoint(CPU, lossless=False), "nowhere")
+        report = io.reports[-1].result()
+        assert {each.remedy for each in report.guarded} == {"raw"}
+        loses = miniature.weight is not None and miniature.weight.dtype == torch.float32  # a residual holds 16 bits
+        assert len(report.guarded) == loses + len(miniature.states)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_codes_of_weights_that_are_trained_quantized_are_encoded_as_the_models_are(axis: int | None) -> None:
+    module, policy = Parts(), POLICIES["compact"]
+    names = ("first.weight", "second.weight", "third.weight")
+    quantized = {name: WeightCodec("int4", 64 if axis is None else 32, axis) for name in names}
+    miniatures = miniatures_of(policy, module, [module.configure_optimizers()], CPU, quantized)
+    real = {(codec, shape_of(module.get_parameter(name), codec)) for name, codec in quantized.items()}
+    small = {
+        (quantized[each.name], shape_of(each.checkpoint(CPU)["state_dict"][each.name], quantized[each.name]))
+        for each in miniatures
+        if each.name in quantized
+    }
+    assert small == real
+
+
+def shape_of(weight: Tensor, codec: WeightCodec) -> tuple[Form, bool, int | None]:
+    """What kernels are compiled for, and whether they take it."""
+    return Form.of(weight), codec.runs_along_memory(weight), None if codec.axis is None else weight[0].numel()
 
 
 def test_nothing_is_loaded_without_a_gpu(tmp_path: Path) -> None:
@@ -215,7 +250,8 @@ class SavesWarm(pl.Callback):
         assert watch is not None
         if self.found is None and trainer.global_step == 2:
             assert watch.warm_up is not None
-            watch.warm_up.wait()
+            assert watch.warm_up._thread is not None
+            watch.warm_up._thread.join()
             self.found = loaded()
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -223,10 +259,10 @@ class SavesWarm(pl.Callback):
             self.seconds = time.perf_counter() - start
 
 
-def saves_warm(folder: Path, name: str, optimizer: str, precision: Any, async_save: bool) -> None:
+def saves_warm(folder: Path, name: str, optimizer: str, precision: Any, async_save: bool, qat: Any = None) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
     saves = SavesWarm(folder / "a.ckpt")
-    callback = QuantizationCallback(POLICIES[name], async_save=async_save)
+    callback = QuantizationCallback(POLICIES[name], async_save=async_save, qat=qat)
     gpu_trainer(folder, callback, saves, max_steps=3, precision=precision).fit(Parts(optimizer))
     print(f"the first save: {saves.seconds:.3f} s")
     assert saves.found == [], saves.found
@@ -259,6 +295,14 @@ class TestOnGpu:
         self, name: str, optimizer: str, precision: str, async_save: bool, tmp_path: Path
     ) -> None:
         assert forked.run(saves_warm, tmp_path, name, optimizer, precision, async_save) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("axis", [None, 0])
+def test_nor_does_one_with_the_codes_of_weights_that_are_trained_quantized(axis: int | None, tmp_path: Path) -> None:
+    qat = {"weights": [{"codebook": "int4", "block_size": 64, "axis": axis}]}
+    assert forked.run(saves_warm, tmp_path, "compact", "adamw", "bf16-mixed", True, qat) == 0
 
 
 @pytest.mark.gpu

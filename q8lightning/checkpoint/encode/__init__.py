@@ -1,1 +1,1 @@
-"""From a checkpoint to an encoded one: what to encode, how, and what that loses."""
+"""Encode checkpoints: what is encoded, how, and what that loses."""

@@ -1,17 +1,16 @@
-"""Encode a checkpoint in memory; the one that came in is never changed."""
+"""Encode a checkpoint in memory, as a copy."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
-from q8lightning.checkpoint.encode.guard import warn_of_guarded
-from q8lightning.checkpoint.encode.outline import outline_of
+from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
+from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
@@ -22,7 +21,7 @@ from q8lightning.checkpoint.tree import rebuild
 
 
 class Encoded(NamedTuple):
-    """A checkpoint as it is to be saved, and what that loses."""
+    """An encoded checkpoint, and what it lost."""
 
     checkpoint: dict[str, Any]
     report: SaveReport
@@ -34,10 +33,11 @@ def encode_checkpoint(
     """Return a copy of ``checkpoint`` in which the tensors that the policy selects are payloads.
 
     Containers are copied only where something in them changes. Keys, their order, ``_metadata`` and everything that is
-    not selected stay the same objects. A tensor that occurs twice becomes one payload that occurs twice. Tensors that
-    overlap others in memory without being the same, and tied ones whose paths ask for different codecs, are left as
-    they are, so that they stay tied. Tensors that the codec cannot hold are left as they are, with a warning; those
-    that would lose more than the policy allows are stored better, with another one (``guard.py``).
+    not selected stay the same objects. A tensor that occurs twice becomes one payload that occurs twice.
+
+    Some tensors are left as they are. Tensors that overlap in memory without being equal, and tied ones whose rules
+    name different codecs, must stay tied. Tensors that the codec cannot hold are named in a warning. Another warning
+    names those that would lose more than the policy allows and are stored better (``guard.py``).
     """
     encoded, report = encode_and_report(checkpoint, policy, names)
     warn_of(report)
@@ -47,12 +47,12 @@ def encode_checkpoint(
 def encode_and_report(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames | None = None
 ) -> Encoded:
-    """As :func:`encode_checkpoint`; leave the warnings to the caller."""
+    """Encode as :func:`encode_checkpoint` does, and leave the warnings to the caller."""
     if type(checkpoint) is not dict:
         checkpoint = dict(checkpoint)
     known = names or names_in(checkpoint)
-    outline, tensors = outline_of(checkpoint)
-    run = Run(plan_save(checkpoint, outline, tensors, policy, known), tensors, live=False)
+    part, outline, tensors = outline_to_plan(checkpoint)
+    run = Run(plan_save(part, outline, tensors, policy, known), tensors, live=False)
     run.settle()
     replacements = replacements_for(run.plan, tensors, run.payloads, run.own)
     encoded: dict[str, Any] = rebuild(checkpoint, lambda leaf: replacements.get(id(leaf), leaf), anew=True)
@@ -66,13 +66,13 @@ def replacements_for(
     payloads: list[QuantizedTensor | None],
     own: Mapping[int, Tensor],
 ) -> dict[int, Any]:
-    """Return what takes the place of each tensor that changes, by the tensor's id.
+    """Return what replaces each tensor that changes, by the tensor's id.
 
     Args:
-        plan: What was run.
+        plan: The plan that was run.
         tensors: The checkpoint's, as the plan's outline numbers them.
-        payloads: What is stored of each member; None for those that are stored as they are.
-        own: Copies of tensors that are stored as they are in memory of their own, by number.
+        payloads: The payload of each member; None for a member that is stored as it is.
+        own: Copies of tensors that are stored in memory of their own, by number.
     """
     replacements: dict[int, Any] = {}
     for number, member in plan.places.items():
@@ -84,7 +84,7 @@ def replacements_for(
 
 
 def _like(tensor: Tensor, own: Tensor, requires_grad: bool) -> Tensor:
-    """Return a view of a copy of the tensor's elements that is in everything else what the tensor is."""
+    """Return a copy's elements as a tensor of the original's class, ``requires_grad`` and attributes."""
     is_parameter = type(tensor) is nn.Parameter
     if not (is_parameter or requires_grad or tensor.__dict__):
         return own
@@ -100,14 +100,14 @@ def summarize(
     names: ModelNames,
     codes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Let an encoded checkpoint say how it was written, what that lost, and how its weights are quantized.
+    """Put the summary into an encoded checkpoint: how it was written, what it lost, how weights are quantized.
 
-    One that was loaded encoded and stays so goes on saying what it said.
+    A checkpoint that was loaded encoded and stays so keeps its summary.
 
     Args:
-        content: The encoded checkpoint.
-        plan: What was run.
-        report: What was lost.
+        content: The encoded checkpoint; gets the summary.
+        plan: The plan that was run.
+        report: What was lost; its bytes are updated by those of the codes.
         names: What is known of the model.
         codes: Packed codes and scales of weights that are trained quantized, by name.
     """
@@ -128,33 +128,3 @@ def summarize(
         }
     if described:
         content[SUMMARY_KEY] = {**content[SUMMARY_KEY], CODES_KEY: described}
-
-
-def warn_of(report: SaveReport) -> None:
-    """Warn of what is stored otherwise than the policy's rules say, each sort in one warning."""
-    warn_of_refused(report.refused)
-    warn_of_guarded(report.guarded)
-    warn_of_passed_over(report.passed_over)
-
-
-def warn_of_refused(refused: list[str]) -> None:
-    """Name tensors that no codec can hold, in one warning; none if there are none."""
-    if refused:
-        warnings.warn(
-            f"stored as they are, not quantized: {'; '.join(refused)}. The checkpoint is complete but larger;"
-            " values that are not finite usually mean that training has diverged",
-            stacklevel=3,
-        )
-
-
-def warn_of_passed_over(paths: list[str]) -> None:
-    """Say that a policy was asked for and nothing is encoded, although there is something to encode."""
-    if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        warnings.warn(
-            f"nothing of the checkpoint is quantized: no rule of the policy names {', '.join(paths[:3])}{more}. The"
-            ' checkpoint is complete but as large as without a policy; put the weights under "state_dict" and what'
-            ' optimizers remember under "optimizer_states", as Lightning does, or pass a CheckpointPolicy with rules'
-            " for these paths",
-            stacklevel=3,
-        )

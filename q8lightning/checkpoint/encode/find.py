@@ -1,4 +1,4 @@
-"""Find what the policy wants encoded: each tensor of a checkpoint, whose it is, which codec is for it, who is tied."""
+"""Find the tensors of a checkpoint that the policy selects, with their parameters, codecs and ties."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,13 +35,13 @@ _MOMENTS = (FIRST_OF_ADAM, *SECONDS_OF_ADAM)
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What a checkpoint does not say about the model it is of.
+    """What a checkpoint does not say about its model.
 
     Attributes:
         parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
-            state) is left alone, unless it holds none of these names, as when a hook renames them.
+            state) is not encoded. If it holds none of these names, as when a hook renames them, they do not count.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
-        quantized: How weights that are trained quantized are, by name.
+        quantized: The codecs of weights that are trained quantized, by name.
         restored: How often the run was restored from a quantized checkpoint.
     """
 
@@ -60,7 +60,7 @@ class ModelNames:
 
 
 def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
-    """Return what names a checkpoint has itself: those of optimizers that were made from named parameters."""
+    """Return the names that a checkpoint has itself: of optimizers that were made from named parameters."""
     return ModelNames(optimizer_parameters=parameter_names_in(checkpoint))
 
 
@@ -98,11 +98,11 @@ class Leaf(NamedTuple):
     Attributes:
         keys: Keys and indices that lead to it.
         path: The same, joined by dots.
-        parameter: The name of the parameter that it is or belongs to, None if nobody knows.
+        parameter: The name of the parameter that it is or belongs to; None if that is not known.
         tensor: The tensor.
-        codec: What the policy wants for it, None to store it as it is.
-        storage: The same for tensors that share memory; None for one that has none to look at.
-        refused: Why what the policy wants cannot be, if the user should hear of it.
+        codec: The codec that the policy selects for it; None to store it as it is.
+        storage: Equal for tensors that share memory; None for a tensor without memory (see ``has_memory``).
+        refused: Why it cannot be encoded although the policy selects it, if the user should hear of it.
     """
 
     keys: Keys
@@ -125,14 +125,14 @@ class Leaf(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The moments of one parameter, of which at least one is to be encoded and whose elements correspond.
+    """The moments of one parameter, of which at least one is selected and whose elements correspond.
 
     Attributes:
         exp_avg: The first moment.
         exp_avg_sq: The second moment.
         eps: The optimizer's.
-        is_stepped_by: Whether the optimizer steps by these two. With AMSGrad there are two pairs: each second moment is
-            judged beside the first one, and by the greatest the optimizer steps.
+        is_stepped_by: Whether the optimizer steps by these two. AMSGrad's first moment is in two pairs, one with each
+            second moment, and the optimizer steps by the pair with the largest.
     """
 
     exp_avg: Leaf
@@ -142,14 +142,14 @@ class Pair(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What there is to encode in a checkpoint.
+    """The tensors of a checkpoint, sorted by how they are stored.
 
     Attributes:
         leaves: All its tensors.
-        members: What is to be encoded: for each, the leaves that show the same memory, tied ones together.
-        neighbours: What lies in the memory of a member and is stored apart, as it is; tied ones together.
+        members: Those to encode: each member is a list of leaves that view the same memory, which ties them.
+        neighbours: Leaves that share the memory of a member but are stored as they are, tied ones together.
         pairs: Moments that are measured together.
-        refused: What the policy wants encoded and what for a reason that the user should hear of is not; with that.
+        refused: Tensors that the policy selects and that cannot be encoded, each with a reason for the user.
     """
 
     leaves: list[Leaf]
@@ -162,10 +162,10 @@ class Found(NamedTuple):
 def find(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard] = WHOLE
 ) -> Found:
-    """Find what the policy wants encoded and what can be.
+    """Find the tensors that the policy selects and that can be encoded.
 
-    Tensors that overlap others in memory without being the same, and tied ones whose paths ask for different codecs,
-    are not encoded, so that they stay tied.
+    Two sorts are not encoded, so that they stay tied: tensors that overlap in memory without being equal, and tied ones
+    whose rules name different codecs.
 
     Args:
         checkpoint: The checkpoint.
@@ -180,7 +180,7 @@ def find(
         members = [view for view in views if _is_member(view, found.refused)] if _are_separate(views) else []
         found.members.extend(members)
         if members and len(members) < len(views):
-            # Saved as a view, a small neighbour (a fused LSTM's bias) would take all of the memory along.
+            # A view is saved with all of its memory, even a small one such as the bias of a fused LSTM.
             found.neighbours.extend(view for view in views if view not in members)
     encoded = {id(leaf.tensor) for member in found.members for leaf in member}
     found.pairs.extend(_pairs_of(leaves, encoded, epsilons_of(checkpoint)))
@@ -202,7 +202,7 @@ def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: Che
 
 
 def is_encodable(tensor: Tensor) -> bool:
-    """Whether a codec can take the values of a tensor that has memory."""
+    """Whether codecs encode such a tensor: a dense float tensor with at least one dimension."""
     return (
         tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         and not tensor.is_neg()
@@ -214,7 +214,7 @@ def is_encodable(tensor: Tensor) -> bool:
 def _leaves_of(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard]
 ) -> Iterator[Leaf]:
-    """Yield all tensors of a checkpoint, in its order."""
+    """Yield all tensors of a checkpoint in its order, each with the codec that it gets."""
     known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
     for keys, tensor in tensors(checkpoint, PATHS):
         path = path_of(keys)
@@ -240,7 +240,7 @@ def _leaves_of(
 
 
 def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
-    """Return the leaves of each storage in which one is to be encoded."""
+    """Return the leaves of each storage that has at least one to encode."""
     storages: dict[Any, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.codec is not None:
@@ -252,7 +252,7 @@ def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
 
 
 def _views(leaves: list[Leaf]) -> list[list[Leaf]]:
-    """Return the leaves of a storage in groups that show the same of it: tied tensors."""
+    """Group the leaves of a storage by what they view of it; the leaves of a group are tied."""
     if len(leaves) == 1:
         return [leaves]
     views: dict[tuple[Any, ...], list[Leaf]] = {}
@@ -269,16 +269,20 @@ def _are_separate(views: list[list[Leaf]]) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses where a tensor begins and ends."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _is_member(view: list[Leaf], refused: list[str]) -> bool:
-    """Whether tied leaves are to be encoded; if they differ in what they load as, say so in ``refused``."""
+    """Whether tied leaves are encoded.
+
+    They must have one codec and load as the same kind of tensor. If only the latter fails, ``refused`` gets the reason.
+    """
     first, *others = view
     if first.codec is None or any(other.codec != first.codec for other in others):
         return False
-    other = next((each for each in others if _is_what(each.tensor) != _is_what(first.tensor)), None)
+    other = next((each for each in others if _loads_as(each.tensor) != _loads_as(first.tensor)), None)
     if other is None:
         return True
     refused.append(
@@ -288,11 +292,19 @@ def _is_member(view: list[Leaf], refused: list[str]) -> bool:
     return False
 
 
-def _is_what(tensor: Tensor) -> tuple[bool, bool]:
+def _loads_as(tensor: Tensor) -> tuple[bool, bool]:
+    """Return what decides how a tensor is loaded: whether it is a parameter and whether it requires grad."""
     return type(tensor) is nn.Parameter, tensor.requires_grad
 
 
 def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, float]) -> Iterator[Pair]:
+    """Yield the pairs of moments.
+
+    Args:
+        leaves: All tensors of the checkpoint.
+        encoded: The ids of those that are encoded.
+        epsilons: The eps of each parameter's optimizer; see :func:`epsilons_of`.
+    """
     moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.keys) and leaf.keys[-1] in _MOMENTS}
     for keys, first in moments.items():
         if keys[-1] != FIRST_OF_ADAM:

@@ -1,4 +1,4 @@
-"""What a checkpoint looks like: whether the tensors of two saves are the same, in the same places."""
+"""Outline a checkpoint, to tell whether two saves have the same tensors in the same places."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -6,20 +6,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
+from q8lightning.checkpoint.staging.copier import IMMUTABLE
+from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container, is_ordinary, leaves
 
-_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # addresses are unique across devices
+_PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # no device: addresses are unique across devices
 
 
 class Outline(NamedTuple):
-    """What a checkpoint looks like. Equal outlines have the same tensors under the same keys, in the same memory.
+    """The outline of a checkpoint. Equal outlines have the same tensors under the same keys, in the same memory.
 
     Attributes:
         structure: Types and keys of its containers, and the types of what is in them.
-        addresses: Where each tensor begins in memory; None if one has no memory to look at (sparse, nested), and then
-            no outline equals this one.
-        strides: Of each tensor, in elements; empty for one without memory to look at, if there is one.
-        properties: Shape, dtype and ``requires_grad`` of each tensor; likewise.
+        addresses: The address of each tensor in bytes; None if a tensor has none (sparse, nested). Then no outline
+            counts as equal.
+        strides: The strides of each tensor in elements; empty for a tensor without an address.
+        properties: Shape, dtype and ``requires_grad`` of each tensor; empty for a tensor without an address.
     """
 
     structure: list[Any]
@@ -28,11 +30,38 @@ class Outline(NamedTuple):
     properties: list[tuple[Any, ...]]
 
     def is_that_of(self, other: "Outline") -> bool:
-        """Whether both are equal; False if that cannot be said, as of keys that are tensors."""
+        """Whether both are equal; False if nobody can say, as with keys that are tensors."""
         try:
             return self.addresses is not None and self == other
         except RuntimeError:
             return False
+
+
+def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Outline, list[Tensor]]:
+    """Return the sections of a checkpoint that a plan is about, their outline and their tensors, numbered alike.
+
+    Callbacks, loops and schedulers keep counts and scores: values, and tensors of one element in memory of their own.
+    These are never encoded, and scores are other tensors at every save. A section of nothing else is left out, so that
+    a plan still fits when they change.
+    """
+    part, scores = {}, set[int]()
+    for key, section in checkpoint.items():
+        found = [] if key in _PLANNED else [leaf for _, leaf in leaves(section) if type(leaf) not in IMMUTABLE]
+        if key in _PLANNED or not all(map(_is_score, found)):
+            part[key] = section
+        else:
+            scores.update(map(Tensor.data_ptr, found))
+    outline, tensors = outline_of(part)
+    if not scores.isdisjoint(outline.addresses or ()):  # the model has one too, and they stay the same in the file
+        return checkpoint, *outline_of(checkpoint)
+    return part, outline, tensors
+
+
+_PLANNED = (STATE_DICT, OPTIMIZER_STATES)
+
+
+def _is_score(leaf: Any) -> bool:
+    return type(leaf) is Tensor and is_ordinary(leaf) and leaf.untyped_storage().nbytes() == leaf.element_size()
 
 
 def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
@@ -43,7 +72,7 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
     pending: list[Any] = [checkpoint]
     for container in pending:
         for item in _outline(container, structure, tensors):
-            structure.append(numbers.setdefault(id(item), len(pending)))  # which of the containers it is
+            structure.append(numbers.setdefault(id(item), len(pending)))  # the container's number
             if numbers[id(item)] == len(pending):
                 pending.append(item)
     try:
@@ -56,7 +85,13 @@ def outline_of(checkpoint: Mapping[str, Any]) -> tuple[Outline, list[Tensor]]:
 
 
 def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> list[Any]:
-    """Add what a container looks like and the tensors in it; return the containers in it."""
+    """Outline one container; return the containers in it.
+
+    Args:
+        container: The container.
+        structure: Gets its type, its keys and the types of its items.
+        tensors: Gets the tensors in it.
+    """
     items = container
     if isinstance(container, dict):
         structure.append(list(container))
@@ -64,7 +99,7 @@ def _outline(container: Any, structure: list[Any], tensors: list[Tensor]) -> lis
     kinds = list(map(type, items))
     structure.append(type(container))
     structure.append(kinds)
-    if kinds.count(Tensor) == len(kinds):  # a state dict, or what an optimizer remembers of a parameter
+    if kinds.count(Tensor) == len(kinds):  # a fast path: state dicts, and the states of a parameter
         tensors += items
         return []
     inner = []

@@ -1,42 +1,40 @@
 """Plan a save: which tensor gets which codec, in which launches, and what is stored as it is.
 
-A plan is made from the first checkpoint and run by every save, first or later (``run.py``). It keeps no tensor alive:
-it knows tensors by their numbers in the checkpoint's outline, and holds while the outline stays the same.
+A plan is made from the first checkpoint (``planner.py``) and run by every save (``run.py``). It knows tensors by their
+numbers in the checkpoint's outline, and keeps none of them alive.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.guard import Watched
+from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.refuse import is_held_if_finite
-from q8lightning.checkpoint.payload import in_memory_order
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.sections import epsilons_of
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.many.buffer import kept_index
-from q8lightning.quantization.many.encode import EncodedBuffer, EncodePlan
-from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
+from q8lightning.quantization.many.encode import EncodePlan
+from q8lightning.quantization.many.update_directions import Alike
 
 
 class Member(NamedTuple):
-    """A tensor that is to be encoded. Tied tensors are one member.
+    """A tensor that is encoded. Tied tensors are one member.
 
     Attributes:
-        number: Of the tensor in the outline; of tied ones, the first one's.
+        number: Its number in the outline; that of the first of tied ones.
         path: Its path in the checkpoint.
         name: What messages call it; see :func:`~q8lightning.checkpoint.sections.name_of`.
         kind: See :class:`~q8lightning.checkpoint.report.TensorLoss`.
         parameter: The name of the parameter that it is or belongs to; its path where that is not known.
-        codec: What its rule asks for.
-        nbytes: What it takes.
+        codec: What its rule names.
+        nbytes: Its size before it is encoded.
     """
 
     number: int
@@ -49,10 +47,10 @@ class Member(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of two moments.
+    """One of the two moments of a pair.
 
     Attributes:
-        number: Of the tensor in the outline.
+        number: The tensor's number in the outline.
         member: Its number among the members; None if it is stored as it is.
     """
 
@@ -67,7 +65,7 @@ class PairPlan(NamedTuple):
         exp_avg: The first moment.
         exp_avg_sq: The second moment.
         eps: The optimizer's.
-        is_stepped_by: Whether the optimizer steps by these two; otherwise they are judged but not reported.
+        is_stepped_by: Whether the optimizer steps by these two. Other pairs are judged, but not reported.
         path: The path of the first moment.
         parameter: The parameter's name; the path where that is not known.
     """
@@ -81,7 +79,7 @@ class PairPlan(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured of the members and pairs of a device, on the host, float64.
+    """Measurements of the members and pairs of a device, float64 on the host.
 
     Attributes:
         failed: ``[members]``, 1 where the codec cannot hold the tensor.
@@ -99,14 +97,15 @@ class DevicePlan:
     """What is encoded on one device, into one buffer.
 
     Attributes:
-        device: Where.
-        members: The members' numbers.
+        device: The device.
+        members: The numbers of the members on it.
         numbers: The numbers of their tensors in the outline.
-        packing: How they are laid out and launched.
-        pairs: The numbers of the pairs.
-        launches: Pairs that one launch measures together, with the numbers of the first and of the second moments.
-        loose: Pairs, by their place among those of the device, that no launch takes, with what each side is.
-        watched: What the guard looks at.
+        packing: How the members are laid out and launched.
+        pairs: The numbers of the pairs on it.
+        launches: For each launch that measures pairs: which pairs, the numbers of their first and of their second
+            moments.
+        loose: Pairs that no launch takes, each with its place among the pairs of the device.
+        limits: Which limits of the policy apply to which members.
     """
 
     device: torch.device
@@ -116,54 +115,21 @@ class DevicePlan:
     pairs: tuple[int, ...]
     launches: tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
     loose: tuple[tuple[int, PairPlan], ...]
-    watched: Watched
+    limits: Limits
 
-    def encode(self, tensors: Sequence[Tensor]) -> tuple[EncodedBuffer, Tensor]:
-        """Encode and measure; return what was encoded, and all that was measured in one tensor on the device.
-
-        A GPU is not waited for.
-
-        Args:
-            tensors: Those of the checkpoint, or copies of them.
-        """
-        members = [in_memory_order(tensors[i]) for i in self.numbers]
-        packed = self.packing.encode(members, measure=True)
-        assert packed.statistics is not None
-        if self.device.type == "cpu":
-            self.watched.look_closer(members, self.packing.codecs, packed)
-        sums = packed.statistics.new_empty(len(self.pairs), 2)
-        for alike, firsts, seconds in self.launches:
-            alike.measure([tensors[i] for i in firsts], [tensors[i] for i in seconds], packed.buffer, sums)
-        if self.loose:
-            data, places = packed.data, {member: place for place, member in enumerate(self.members)}
-            stored = partial(self._stored, tensors=tensors, data=data, places=places)
-            moments = [Moments(stored(pair.exp_avg), stored(pair.exp_avg_sq), pair.eps) for _, pair in self.loose]
-            sums[kept_index(tuple(place for place, _ in self.loose), sums.device)] = update_direction_sums(moments)
-        return packed, torch.cat([packed.failed.double(), packed.statistics.view(-1), sums.view(-1)])
-
-    def _stored(
-        self, side: Side, tensors: Sequence[Tensor], data: Sequence[Tensor], places: Mapping[int, int]
-    ) -> StoredMoment:
-        values = in_memory_order(tensors[side.number])
-        if side.member is None:
-            return StoredMoment(values)
-        place = places[side.member]
-        return StoredMoment(values, self.packing.codecs[place], data[place])
-
-    def measured(self, numbers: Tensor) -> Measured:
-        """Take apart what :meth:`encode` measured, once it is on the host."""
-        count = len(self.members)
-        failed, statistics, sums = torch.split(numbers, [count, 5 * count, 2 * len(self.pairs)])
-        return Measured(failed, statistics.view(-1, 5), sums.view(-1, 2))
+    @property
+    def is_host(self) -> bool:
+        """Whether this is the CPU, which encodes when a run is settled; other devices encode when it begins."""
+        return self.device.type == "cpu"
 
 
 class RawPlan(NamedTuple):
-    """Tensors of one device and dtype that are stored as they are, each in memory of its own.
+    """Tensors of one device and dtype that are stored as they are. Each fills a memory of its own.
 
     Attributes:
-        device: Where they are.
-        numbers: Which of the outline's tensors.
-        scalars: Whether they have no dimensions; otherwise all of them have some.
+        device: The device.
+        numbers: The tensors' numbers in the outline.
+        scalars: Whether they have no dimensions. Otherwise each of them has some.
     """
 
     device: torch.device
@@ -171,17 +137,17 @@ class RawPlan(NamedTuple):
     scalars: bool
 
     def freeze(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return a copy of all, one after the other."""
+        """Return a copy of all their elements, one tensor after the other."""
         own = [tensors[i].detach() if tensors[i].requires_grad else tensors[i] for i in self.numbers]
         return torch.stack(own) if self.scalars else torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in own])
 
 
 class CodesTogether(NamedTuple):
-    """Weights that are trained quantized and whose codes the kernels of one device make together.
+    """Weights that are trained quantized and whose codes one launch encodes.
 
     Attributes:
         codes: Their places among :attr:`Plan.codes`.
-        encoding: How they are laid out and launched.
+        encoding: How their codes are laid out and launched.
     """
 
     codes: tuple[int, ...]
@@ -189,11 +155,11 @@ class CodesTogether(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """A memory that tensors of the checkpoint lie in.
+    """A memory that one or more tensors of the checkpoint view.
 
     Attributes:
         nbytes: Its size.
-        numbers: The numbers of those tensors.
+        numbers: The numbers of these tensors.
     """
 
     nbytes: int
@@ -202,28 +168,28 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How to save a checkpoint that looks like one outline.
+    """How to save the checkpoints of one outline.
 
     Attributes:
-        outline: Of the checkpoint.
-        policy: By which it is encoded.
+        outline: The outline.
+        policy: The policy that the plan follows.
         names: What is known of the model.
-        epsilons: Of its optimizers.
-        members: What is encoded.
-        places: The members' numbers, by the numbers of all tensors that a member stands for.
+        epsilons: The eps of each parameter's optimizer, by the keys that lead to the parameter's state.
+        members: The tensors that are encoded.
+        places: For each tensor that is encoded, by its number, the number of its member.
         pairs: Moments that are measured together.
         devices: What is encoded on each device.
-        raws: What is stored as it is and copied in one piece.
-        neighbours: Tensors that are stored as they are, apart from the memory that they share with members; those that
-            show the same of it together.
-        codes: For each parameter that is trained quantized and whose codes do not follow from what is stored: its name,
-            the number of its tensor and how it is quantized.
-        codes_together: Which of these are encoded in launches.
-        storages: The memories that the checkpoint's tensors lie in.
-        holds_payloads: Whether some of it was loaded encoded and stays so.
-        refused: Tensors that the policy wants encoded and that cannot be, with the reason.
-        passed_over: If nothing is encoded, the tensors that no rule of the policy names and that are large enough.
-        looked_at: Numbers of tensors of which a save is to keep a copy, because the guard may look at them again.
+        raws: Tensors that are stored as they are and copied together.
+        neighbours: Tensors that share a memory with members and are stored as they are, in memory of their own. Tied
+            ones stand together.
+        codes: For each weight that is trained quantized and whose codes do not follow from what is stored: its name,
+            its tensor's number and its codec.
+        codes_together: Which of these codes the kernels encode together.
+        storages: The memories of the checkpoint's tensors.
+        holds_payloads: Whether some of the checkpoint was loaded encoded and stays so.
+        refused: Tensors that the policy selects and that cannot be encoded, with the reason.
+        passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        reviewed: Numbers of tensors that a save copies at once, because the save before it reviewed them.
     """
 
     outline: Outline
@@ -242,12 +208,19 @@ class Plan:
     holds_payloads: bool
     refused: tuple[str, ...]
     passed_over: tuple[str, ...]
-    looked_at: frozenset[int] = field(default=frozenset())
+    reviewed: frozenset[int] = frozenset()
 
     def fits(
         self, checkpoint: Mapping[str, Any], outline: Outline, policy: CheckpointPolicy, names: ModelNames
     ) -> bool:
-        """Whether this is how to save a checkpoint, too."""
+        """Whether this is the plan for a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+            outline: Its outline.
+            policy: Must be the very policy that the plan follows.
+            names: What is known of its model.
+        """
         return (
             policy is self.policy
             and self.names.is_same_model(names)
@@ -255,13 +228,21 @@ class Plan:
             and epsilons_of(checkpoint) == self.epsilons
         )
 
-    def looking_at(self, numbers: frozenset[int]) -> "Plan":
-        """Return the plan for the next save after the guard has looked at some tensors."""
-        wanted = self.always | numbers
-        return self if wanted == self.looked_at else replace(self, looked_at=wanted)
+    def reviewing(self, numbers: frozenset[int]) -> "Plan":
+        """Return the plan for the next save, after a save that reviewed some tensors."""
+        wanted = self.always_reviewed | numbers
+        return self if wanted == self.reviewed else replace(self, reviewed=wanted)
 
     @cached_property
-    def always(self) -> frozenset[int]:
-        """Numbers of tensors that are looked at each time, since finite scales do not say that a codec holds them."""
+    def always_reviewed(self) -> frozenset[int]:
+        """Numbers of tensors that every save reviews, since finite scales do not show that a codec holds them."""
         properties = self.outline.properties
         return frozenset(x.number for x in self.members if not is_held_if_finite(properties[x.number][1], x.codec))
+
+    @cached_property
+    def encoded_on_cpu(self) -> frozenset[int]:
+        """Numbers of tensors that the CPU reads to encode: members, and moments that they are measured with."""
+        here = [device for device in self.devices if device.is_host]
+        pairs = [self.pairs[i] for device in here for i in device.pairs]
+        members = {i for device in here for i in device.numbers}
+        return frozenset(members | {side.number for pair in pairs for side in pair[:2]})

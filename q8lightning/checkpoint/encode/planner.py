@@ -1,4 +1,4 @@
-"""Make the plan of a save from the first checkpoint: find what is encoded, lay it out, sort it into launches."""
+"""Make the plan of a save from a checkpoint."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.find import WHOLE, Found, Leaf, ModelNames, Pair, Shard, find, not_named
-from q8lightning.checkpoint.encode.guard import Watched
+from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
 from q8lightning.checkpoint.payload import QuantizedTensor
@@ -33,11 +33,11 @@ def plan_save(
     names: ModelNames,
     shards: Mapping[int, Shard] = WHOLE,
 ) -> Plan:
-    """Plan how to save a checkpoint and those that look like it.
+    """Plan how to save a checkpoint and all later ones with the same outline.
 
     Args:
-        checkpoint: The first of them.
-        outline: What it looks like.
+        checkpoint: The checkpoint.
+        outline: Its outline.
         tensors: Its tensors, as the outline numbers them.
         policy: Says what is encoded, and how.
         names: What is known of the model.
@@ -52,8 +52,8 @@ def plan_save(
     apart = {number for group in neighbours for number in group}
     others = [leaf for _, leaf in leaves(checkpoint) if not isinstance(leaf, Tensor)]
     holds_payloads = any(isinstance(leaf, QuantizedTensor) for leaf in others)
-    # An object may hold a view of a tensor; both must have the same copy, which nobody makes who copies in one piece.
-    alone = all(type(leaf) in IMMUTABLE or isinstance(leaf, QuantizedTensor) for leaf in others)
+    # An object may hold a view of a tensor. Both must then view the same copy, which a copy of many tensors is not.
+    nothing_hidden = all(type(leaf) in IMMUTABLE or isinstance(leaf, QuantizedTensor) for leaf in others)
     nothing = not (members or found.refused or holds_payloads)
     codes = tuple(_codes(checkpoint, names, members, numbers, places))
     plan = Plan(
@@ -65,7 +65,7 @@ def plan_save(
         places=places,
         pairs=tuple(pairs),
         devices=tuple(_devices(members, pairs, tensors, policy)),
-        raws=tuple(_raws(tensors, places.keys() | apart)) if alone else (),
+        raws=tuple(_raws(tensors, places.keys() | apart)) if nothing_hidden else (),
         neighbours=tuple(neighbours),
         codes=codes,
         codes_together=tuple(_codes_together(codes, tensors)),
@@ -74,7 +74,7 @@ def plan_save(
         refused=tuple(found.refused),
         passed_over=tuple(not_named(checkpoint, found.leaves, policy)) if nothing else (),
     )
-    return plan.looking_at(frozenset())
+    return plan.reviewing(frozenset())
 
 
 def _member(leaf: Leaf, numbers: Mapping[int, int]) -> Member:
@@ -111,7 +111,7 @@ def _devices(
             pairs=tuple(local),
             launches=launches,
             loose=loose,
-            watched=Watched.of([members[i].kind for i in here], in_pairs, policy),
+            limits=Limits.of([members[i].kind for i in here], in_pairs, policy),
         )
 
 
@@ -121,7 +121,14 @@ _Launches = tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
 def _launches(
     pairs: Sequence[PairPlan], tensors: Sequence[Tensor], packing: EncodePlan, place: Mapping[int, int]
 ) -> tuple[_Launches, tuple[tuple[int, PairPlan], ...]]:
-    """Sort pairs by the launch that measures them; return those that no launch takes by themselves."""
+    """Sort pairs by the launch that measures them; return launches, and the pairs that no launch takes.
+
+    Args:
+        pairs: Those of one device.
+        tensors: The checkpoint's, as the outline numbers them.
+        packing: How the members of the device are encoded.
+        place: Where among them each member is, by its number.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     loose = []
     for i, pair in enumerate(pairs):
@@ -144,7 +151,12 @@ def _launches(
 
 
 def _raws(tensors: Sequence[Tensor], elsewhere: AbstractSet[int]) -> Iterator[RawPlan]:
-    """Sort tensors that are stored as they are by how they are copied; leave out those that share memory."""
+    """Group tensors that are stored as they are and can be copied together; leave out those that share memory.
+
+    Args:
+        tensors: The checkpoint's, as the outline numbers them.
+        elsewhere: The numbers of tensors that other parts of the plan take care of.
+    """
     visible = {i: x for i, x in enumerate(tensors) if has_memory(x) and x.numel()}
     users = Counter(x.untyped_storage().data_ptr() for x in visible.values())
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
@@ -164,7 +176,11 @@ def _codes(
     numbers: Mapping[int, int],
     places: Mapping[int, int],
 ) -> Iterator[tuple[str, int, WeightCodec]]:
-    """Yield the weights that are trained quantized and whose codes do not follow from what is stored."""
+    """Yield the weights that are trained quantized and whose codes do not follow from what is stored.
+
+    Yields:
+        The weight's name, its tensor's number and its codec.
+    """
     masters = state_dicts_in(checkpoint).get(STATE_DICT, {})
     for name, codec in names.quantized.items():
         number = numbers.get(id(masters.get(name)))
@@ -175,7 +191,10 @@ def _codes(
 def _codes_together(
     codes: Sequence[tuple[str, int, WeightCodec]], tensors: Sequence[Tensor]
 ) -> Iterator[CodesTogether]:
-    """Yield what the kernels of each device encode; blocks must run along memory, as those of checkpoints do."""
+    """Yield the codes that the kernels of each device encode together.
+
+    Kernels need blocks that run along memory.
+    """
     devices: dict[torch.device, list[int]] = {}
     for i, (_, number, codec) in enumerate(codes):
         if has_kernels(tensors[number]) and codec.runs_along_memory(tensors[number]):
@@ -186,7 +205,7 @@ def _codes_together(
 
 
 def _storages(found: Found, numbers: Mapping[int, int]) -> Iterator[Storage]:
-    """Yield each memory once."""
+    """Yield the memories of a checkpoint, each once."""
     storages: dict[Any, list[Leaf]] = {}
     for leaf in found.leaves:
         if leaf.storage is not None:

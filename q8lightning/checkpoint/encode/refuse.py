@@ -1,4 +1,4 @@
-"""Refuse what a codec cannot hold: values that are not finite, negative ones without codes, too coarse a dtype."""
+"""Refuse tensors that a codec cannot hold: not finite, negative without codes, or of too coarse a dtype."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from q8lightning.quantization.spec.reference import SMALLEST_NORMAL
 
 
 def is_held_if_finite(dtype: torch.dtype, codec: Codec) -> bool:
-    """Whether finite scales alone say that a payload may take the place of any tensor of this dtype."""
+    """Whether finite scales show that the codec holds a tensor of this dtype, without a look at its values."""
     misread = codec.unsigned and not codec.marks_negative
     return not (misread or dtype == torch.float64 or not codec.is_stable_in(dtype))
 
 
 def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) -> str | None:
-    """Return why the payload must not take the tensor's place, None if it may; waits for the device.
+    """Return why the payload must not replace the tensor, None if it may; waits for the device.
 
     Args:
         tensor: The original.
         payload: What it was encoded to.
-        is_finite: Whether the payload's scales are.
+        is_finite: Whether the payload's scales are finite.
     """
     codec = payload.codec
     if not is_finite:
@@ -40,6 +40,6 @@ def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) 
 
 
 def _vanished(tensor: Tensor, payload: QuantizedTensor) -> Tensor:
-    """Tell which nonzero elements became zero because their magnitude does, not because a level is nearest."""
+    """Tell which nonzero elements became zero because of their magnitude, not because zero is the nearest level."""
     gone = (payload.decode() == 0) & (tensor != 0)
     return gone if payload.codec.keeps_nonzero else gone & (tensor.abs() < SMALLEST_NORMAL)

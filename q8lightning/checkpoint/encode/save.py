@@ -1,4 +1,4 @@
-"""A save from the moment it was asked for to the content of its file: a run of a plan, and a copy of all the rest."""
+"""Save a checkpoint as it was at the call: run its plan, and copy all the rest."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,23 +20,23 @@ from q8lightning.checkpoint.tree import rebuild
 from q8lightning.quantization.many.buffer import split
 
 Fetched = Callable[[Copies], Tensor]
-"""Returns a tensor on the host, once everything is there."""
+"""Returns a tensor from what came to the host."""
 
 
 class Save:
     """A checkpoint as it was when this was made, however training goes on.
 
     Args:
-        run: Encodes the tensors that its plan knows; several saves of the same moment may share it.
+        run: Encodes the tensors that its plan knows. Saves of the same moment share it.
         checkpoint: What is saved; left as it is.
         tensors: Its tensors, as the plan's outline numbers them.
         names: What is known of the model.
-        live: Training goes on before :meth:`fetch`: what it could change is copied now. Otherwise the content shares
-            with the checkpoint what is not encoded.
+        live: Training goes on before :meth:`fetch`, so that what it could change is copied now. Otherwise the content
+            shares with the checkpoint what is not encoded.
         stand_ins: See :class:`~q8lightning.checkpoint.staging.copier.Copier`.
 
     Attributes:
-        plan: What is run.
+        plan: The run's plan.
         next_plan: The plan for the next save of the same tensors; once fetched.
         report: What is lost; once fetched.
     """
@@ -58,7 +58,7 @@ class Save:
         self._run: Run | None = run
         self._names = names
         self._live = live
-        self._tensors = list(tensors)  # kept until they are replaced, so that their ids are theirs alone
+        self._tensors = list(tensors)  # kept until they are replaced: ids stay unique as long
         self._copier = Copier(live, known=[tensors[i] for i in known], stand_ins=stand_ins)
         for number in known:
             if tensors[number].device.type != "cpu":
@@ -68,9 +68,9 @@ class Save:
 
     @contextmanager
     def fetch(self, memory: HostMemory | None = None) -> Iterator[Any]:
-        """Settle the run, wait for the copies from devices and give the content; once.
+        """Settle the run, wait for the copies from devices and give the content; call it once.
 
-        Saved within this context, tensors get the location that they had, so that they load to where they were.
+        Within this context, ``torch.save`` writes the devices that tensors came from, so that they load to them.
 
         Args:
             memory: Where copies go that are not needed after this context; None for memory of their own.
@@ -79,20 +79,20 @@ class Save:
             yield self._content
 
     def _fill(self, memory: HostMemory | None) -> dict[int, str]:
-        """Put on the host what is not there, and into the content what belongs there; return the locations."""
+        """Bring everything to the host and put it into the content; return locations by address for ``located``."""
         run, self._run = self._run, None
         assert run is not None
         run.settle()
         if not self._live:
-            self._copier.start()  # anew, after what settling has launched
+            self._copier.start()  # again, to follow what settling has launched
         plan, self.next_plan = run.plan, run.next_plan
-        report = self.report = replace(run.report)  # others share the run, each with a file of its own
+        report = self.report = replace(run.report)  # saves that share the run have files of their own
         buffers = [(self._bring(each.memory), each.cuts, each.members) for each in run.buffers]
         codes = {name: tuple(map(self._bring, each)) for name, each in run.codes.items()}
         own = {i: self._bring(each) for i, each in run.own.items()}
         raws = self._bring_raws(run)
         payloads = list(run.payloads)
-        del run  # a device's memory goes as soon as its copy is complete
+        del run  # so that a device's memory is freed as soon as its copy is complete
         copies = self._copier.fetch(memory)
         stored: list[QuantizedTensor | None] = [None] * len(payloads)
         for buffer, cuts, members in buffers:
@@ -117,7 +117,7 @@ class Save:
         return copies.tags
 
     def _bring(self, tensor: Tensor) -> Fetched:
-        """Have a tensor that nobody else writes to copied to the host."""
+        """Have a tensor copied to the host that nobody else writes to; return what gives the copy."""
         if tensor.device.type == "cpu":
             return lambda _: tensor
         storage = tensor.untyped_storage()
@@ -127,7 +127,7 @@ class Save:
         return lambda copies: torch.empty(0, dtype=dtype, device="cpu").set_(copies.storages[key], *place)
 
     def _bring_raws(self, run: Run) -> Callable[[Copies], Iterator[tuple[int, Tensor]]]:
-        """Have what is stored as it is copied to the host; return what gives the tensors, by number."""
+        """Have the plan's raws copied to the host; return what gives them, each with its number."""
         outline = run.plan.outline
         groups = [(raw, frozen) for raw, frozen in zip(run.plan.raws, run.frozen, strict=True) if frozen is not None]
         parameters = {i for raw, _ in groups for i in raw.numbers if type(self._tensors[i]) is nn.Parameter}
@@ -152,7 +152,7 @@ class Save:
 
 
 def _key(number: int) -> int:
-    """Return what a tensor's bytes are called among the copies: no address, as the keys of storages are."""
+    """Return the key of a tensor's bytes among the copies. It is negative, unlike the addresses of storages."""
     return -1 - number
 
 
@@ -162,7 +162,13 @@ def _nbytes(outline: Outline, number: int) -> int:
 
 
 def _restored(outline: Outline, number: int, source: UntypedStorage | Tensor) -> Tensor:
-    """Return a tensor as it was, with the bytes of a storage or with a copy of a part of others."""
+    """Return a tensor as it was.
+
+    Args:
+        outline: What it looked like.
+        number: Its number there.
+        source: The storage with its bytes, or a part of a larger tensor, which is copied.
+    """
     shape, dtype, requires_grad = outline.properties[number]
     if isinstance(source, Tensor):
         result = source.clone().as_strided(shape, outline.strides[number])

@@ -18,6 +18,9 @@ from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.tree import Keys
 
+_CHUNK = 1000
+"""Bytes that ``torch.save`` takes for a chunk besides its content, about."""
+
 OPTIMIZER = "optimizer_"
 """What the state of each optimizer is called in a folder, before its number."""
 
@@ -112,7 +115,7 @@ def _without_copies(plans: Sequence[SavePlan]) -> list[SavePlan]:
         for item in plan.items:
             path = tuple(plan.planner_data[item.index.fqn])
             group = groups[path[:3], item.index.offset, tuple(holders[item.index])]
-            group[item.index] = item.tensor_storage_size() or 1
+            group[item.index] = _CHUNK + (item.tensor_storage_size() or 0)
     load, owner = [0] * len(plans), dict[MetadataIndex, int]()
     for (_, _, candidates), group in groups.items():
         least = min(candidates, key=load.__getitem__)

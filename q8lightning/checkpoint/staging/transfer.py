@@ -151,7 +151,7 @@ class Transfer:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory that :meth:`finish` needs."""
-        return sum(_aligned(source.nbytes) for source, _ in self._sources)
+        return sum(aligned(source.nbytes) for source, _ in self._sources)
 
     def finish(self, memory: Tensor) -> dict[int, UntypedStorage]:
         """Copy to the host, wait until it is done and return the copies by the storages' ``_cdata``.
@@ -180,11 +180,12 @@ class Transfer:
 def _starts(sources: Iterable[Tensor]) -> list[int]:
     starts = [0]
     for source in sources:
-        starts.append(starts[-1] + _aligned(source.nbytes))
+        starts.append(starts[-1] + aligned(source.nbytes))
     return starts[:-1]
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Return the next multiple of the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -69,12 +69,13 @@ class KernelCodec(NamedTuple):
 
 def empty_codes(x: Tensor) -> Tensor:
     """Return memory for the codes of ``x``, ``[*x.shape]`` uint8."""
-    return x.new_empty(x.shape, dtype=torch.uint8)
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
 def empty_scales(x: Tensor, block_size: int, *trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return memory for a value, or ``trailing`` values, of each block of ``x``, ``[blocks, *trailing]``."""
-    return x.new_empty(((x.numel() + block_size - 1) // block_size, *trailing), dtype=dtype)
+    blocks = (x.numel() + block_size - 1) // block_size
+    return torch.empty(blocks, *trailing, dtype=dtype, device=x.device)
 
 
 def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:

@@ -15,12 +15,12 @@ from support.steps import Steps
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
+from q8lightning.checkpoint.encode import start
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.packed_bits import unpack_bits
-from q8lightning.trainer import checkpoint_io
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -44,7 +44,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         return made[-1]
 
     # However many plans there are, the file is the same.
-    monkeypatch.setattr(checkpoint_io, "plan_save", plan)
+    monkeypatch.setattr(start, "plan_save", plan)
     return made
 
 
@@ -376,6 +376,50 @@ def test_a_plan_is_made_once_for_the_same_tensors(
     for _ in range(3):
         io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
     assert len(planned) == 2
+    io.finish()
+
+
+def test_scores_of_callbacks_and_counts_of_loops_need_no_new_plan(
+    device: str, planned: list[Plan], tmp_path: Path
+) -> None:
+    """A ModelCheckpoint that monitors a value has other tensors at every save."""
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    expected = []
+    for step in range(3):
+        score = torch.tensor(1.0 + step, device=device)
+        scores = {f"step={i}.ckpt": torch.tensor(float(i), device=device) for i in range(step)}
+        training.more = {
+            "callbacks": {"ModelCheckpoint": {"best_model_score": score, "best_k_models": scores}},
+            "lr_schedulers": [{"last_epoch": step, "history": [0.1] * step}],
+        }
+        io.save_checkpoint(training.checkpoint, tmp_path / f"{step}.ckpt")
+        expected.append((float(score), step))
+        score.zero_()
+    io.finish()
+    assert len(planned) == 1
+    for step, (score, count) in enumerate(expected):
+        loaded = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+        assert float(loaded["callbacks"]["ModelCheckpoint"]["best_model_score"]) == score
+        assert loaded["callbacks"]["ModelCheckpoint"]["best_model_score"].device.type == torch.device(device).type
+        assert len(loaded["callbacks"]["ModelCheckpoint"]["best_k_models"]) == count
+        assert len(loaded["lr_schedulers"][0]["history"]) == count
+
+
+@pytest.mark.parametrize("what", ["the tensor", "a view", "an object that holds it"])
+def test_a_score_that_the_model_has_too_stays_the_same_tensor(what: str, device: str, tmp_path: Path) -> None:
+    training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    scale = training.model.scale.data
+    score: Any = {"the tensor": scale, "a view": scale.view(1), "an object that holds it": Remark(scale)}[what]
+    for _ in range(2):
+        training.more = {"callbacks": {"Best": {"score": score}}}
+        io.save_checkpoint(training.checkpoint, tmp_path / "a.ckpt")
+        io.wait_until_durable()
+        loaded = torch.load(tmp_path / "a.ckpt", weights_only=what != "an object that holds it")
+        kept = loaded["callbacks"]["Best"]["score"]
+        kept = kept.tensor if isinstance(kept, Remark) else kept
+        loaded["state_dict"]["scale"].fill_(7.0)
+        assert float(kept) == 7.0
+        training.step()
     io.finish()
 
 

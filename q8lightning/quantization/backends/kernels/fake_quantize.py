@@ -6,6 +6,7 @@ chooses as ``block_choice.py`` says in plain torch.
 # Triton's decorator is untyped, and so is what it decorates:
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,7 +106,7 @@ def _mix(x):
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
     """As ``reference.fake_quantize``."""
     flat, tables = launch.flattened(x), tables_of(codebook, x.device)
-    values = x.new_empty(x.shape, dtype=flat.dtype)
+    values = torch.empty(x.shape, dtype=flat.dtype, device=x.device)
     settings = "fake_quantize" if tables.closed_form else "fake_quantize in cells"
     constants = launch.search_constants(tables)
     parts = flat, values, tables.table, tables.levels

@@ -186,7 +186,7 @@ def run_decoder(
     Returns:
         The values, ``[*shape]`` of ``dtype``.
     """
-    values = parts[0].new_empty(parts[0].shape, dtype=kernel_dtype(dtype))
+    values = torch.empty(parts[0].shape, dtype=kernel_dtype(dtype), device=parts[0].device)
     row = decoded_row(settings, block_size)
     rows, warps = rows_of(settings, row, values.element_size())
     constants |= options_of(settings, values.element_size())

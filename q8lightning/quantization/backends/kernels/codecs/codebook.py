@@ -186,7 +186,7 @@ def _quantize_kernel(
         measure(values, decoded, left, partials)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale"])  # they lie anywhere in a buffer
 def _dequantize_kernel(
     codes, scale, values, levels, numel,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr,

@@ -109,7 +109,7 @@ def _quantize_log_kernel(
         measure(values, decoded, left, partials)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bounds"])  # they lie anywhere in a buffer
 def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
     blocks = (first + rows) // PARTS

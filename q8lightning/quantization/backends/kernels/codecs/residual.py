@@ -55,7 +55,7 @@ def _quantize_residual_kernel(
         measure(values, decoded, left, partials)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale"])  # they lie anywhere in a buffer
 def _dequantize_residual_kernel(
     codes, residual, scale, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):

@@ -1,4 +1,4 @@
-"""Look closer at what a save lost: refuse what no codec holds, guard what lost too much."""
+"""Review what a device encoded: refuse what no codec holds, guard what lost too much."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,8 +11,8 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import Guarded, SaveReport
 
 
-class Look:
-    """Which tensors of a device need a closer look, and what it finds.
+class Review:
+    """Finds the tensors of a device that need a review, and decides how they are stored.
 
     Args:
         plan: What was run.
@@ -20,17 +20,17 @@ class Look:
         measured: What was measured there.
 
     Attributes:
-        numbers: The numbers of the tensors that it needs.
-        gone: Those that were written to before they could be copied.
+        numbers: The numbers of the tensors that the review reads.
+        overwritten: Those that were written to before they could be copied; set by the caller.
     """
 
     def __init__(self, plan: Plan, device: DevicePlan, measured: Measured) -> None:
         self._plan = plan
         self._device = device
-        self.gone: set[int] = set()
-        beyond, pairs_beyond = device.watched.beyond(measured.statistics, measured.directions)
+        self.overwritten: set[int] = set()
+        beyond, pairs_beyond = device.limits.beyond(measured.statistics, measured.directions)
         failed = measured.failed.nonzero().view(-1).tolist()
-        always = [i for i, number in enumerate(device.numbers) if number in plan.always]
+        always = [i for i, number in enumerate(device.numbers) if number in plan.always_reviewed]
         self._refusable = sorted({*failed, *always})
         numbers = {device.numbers[i] for i in (*self._refusable, *beyond)}
         of_device = [plan.pairs[i] for i in device.pairs]
@@ -41,9 +41,9 @@ class Look:
         self._pairs = [i for i in device.pairs if plan.pairs[i].exp_avg.number in firsts]
         self.numbers = numbers | {side.number for i in self._pairs for side in plan.pairs[i][:2]}
 
-    def closely(
+    def decide(
         self,
-        originals: Sequence[Tensor],
+        values: Sequence[Tensor],
         payloads: Sequence[QuantizedTensor],
         measured: Measured,
         losses: dict[int, tuple[float, ...]],
@@ -53,27 +53,32 @@ class Look:
         """Refuse and guard; return the payloads that are stored, None for what is stored as it is.
 
         Args:
-            originals: The tensors, or copies of them, by number.
+            values: The checkpoint's tensors or copies of them, by number.
             payloads: What the device's members were encoded to.
             measured: What was measured.
-            losses: What each member loses, by its number among all; set anew where that changes.
-            directions: What each pair loses; likewise.
+            losses: What each member loses, by its number among all members; updated.
+            directions: What each pair loses; updated.
             report: Gets what was refused and guarded.
+
+        Raises:
+            RuntimeError: If a tensor that no codec can hold was written to before it could be copied.
         """
         plan, device = self._plan, self._device
         places = {number: i for i, number in enumerate(device.numbers)}
         candidates: dict[int, Candidate] = {}
         for number in sorted(self.numbers):
-            candidates[number] = self._candidate(originals[number], number, places.get(number), payloads, losses)
+            candidates[number] = self._candidate(values[number], places.get(number), payloads, losses)
         for place in self._refusable:
             self._refuse(place, candidates[device.numbers[place]], bool(measured.failed[place]), report)
         pairs = {
             i: CandidatePair(candidates[one.number], candidates[two.number], eps, *directions[i])
             for i, (one, two, eps, *_) in ((i, plan.pairs[i]) for i in self._pairs)
         }
-        usable = {i: pair for i, pair in pairs.items() if not self.gone & {side.number for side in plan.pairs[i][:2]}}
-        usable_candidates = [each for number, each in candidates.items() if number not in self.gone]
-        by_sqnr = [candidates.get(device.numbers[i]) for i in device.watched.by_sqnr.tolist()]
+        usable = {
+            i: pair for i, pair in pairs.items() if not self.overwritten & {side.number for side in plan.pairs[i][:2]}
+        }
+        usable_candidates = [each for number, each in candidates.items() if number not in self.overwritten]
+        by_sqnr = [candidates.get(device.numbers[i]) for i in device.limits.by_sqnr.tolist()]
         guard(
             usable_candidates,
             list(usable.values()),
@@ -81,7 +86,7 @@ class Look:
             plan.policy,
             report,
         )
-        for number in self.gone & self._lossy:
+        for number in self.overwritten & self._lossy:
             if (each := candidates[number]).payload is not None:
                 found = "written to before it could be stored better"
                 report.guarded.append(Guarded(each.path, each.name, found, "none"))
@@ -97,11 +102,18 @@ class Look:
     def _candidate(
         self,
         tensor: Tensor,
-        number: int,
         place: int | None,
         payloads: Sequence[QuantizedTensor],
         losses: Mapping[int, tuple[float, ...]],
     ) -> Candidate:
+        """Return what the guard judges.
+
+        Args:
+            tensor: Its values.
+            place: Its place among the device's members; None if it is no member, but the other moment of one.
+            payloads: What the members were encoded to.
+            losses: What each member loses, by its number among all members.
+        """
         if place is None:
             return Candidate("", "", "", tensor, None)
         member = self._plan.members[self._device.members[place]]
@@ -109,8 +121,9 @@ class Look:
         return Candidate(member.path, member.name, member.kind, tensor, member.codec, payloads[place], statistics)
 
     def _refuse(self, place: int, candidate: Candidate, failed: bool, report: SaveReport) -> None:
+        """Store a candidate as it is if its codec cannot hold it."""
         assert candidate.payload is not None
-        if self._device.numbers[place] in self.gone:
+        if self._device.numbers[place] in self.overwritten:
             if failed:
                 raise RuntimeError(
                     f"{candidate.name} holds values that {candidate.payload.codec.label} cannot hold, and something"
