@@ -138,9 +138,18 @@ class InStep(Trained):
         return super().training_step(batch, index)
 
 
+class PastTheTrainer(Adversaries):
+    """Steps optimizers of torch, of which the Trainer does not know when they step."""
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return super().optimizers(use_pl_optimizer=False)
+
+
 KEPT = partial(fully, reshard_after_forward=False)
 RAMP = QATConfig(ROWS.weights, start_step=1, ramp=4, end_step=6)
 VALIDATED = {"val_check_interval": 1, "num_sanity_val_steps": 1, "max_steps": 8}
+
+RAW = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4}
 
 CASES: dict[str, Case] = {
     "validated": Case(even, options={"val_check_interval": 2, "num_sanity_val_steps": 1}, validate=True),
@@ -167,6 +176,9 @@ CASES: dict[str, Case] = {
     "offloaded": Case(even, shard=offloaded),
     "two optimizers": Case(even, FLAT, model=Adversaries),
     "two optimizers, one plain": Case(even, QATConfig(FLAT.weights, exclude=["*d.weight"]), model=Adversaries),
+    "two optimizers past the Trainer": Case(
+        even, QATConfig(FLAT.weights, exclude=["*d.weight"]), model=PastTheTrainer, options=RAW
+    ),
     "hooks": Case(even, model=Hooked),
     "hooks, kept": Case(even, shard=KEPT, model=Hooked),
     "kept": Case(even, shard=KEPT, options={"val_check_interval": 2}, validate=True),

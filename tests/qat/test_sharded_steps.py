@@ -201,6 +201,8 @@ CASES: dict[str, Case] = {
     "counted, plain": Case(net, None, model=Counted, options={"accumulate_grad_batches": 2}),
     "counted, evaluated": Case(net, model=Counted, options={"val_check_interval": 2}),
     "counted, evaluated, plain": Case(net, None, model=Counted, options={"val_check_interval": 2}),
+    "counted, kept, evaluated": Case(net, shard=KEPT, model=Counted, options={"val_check_interval": 2}),
+    "counted, kept, evaluated, plain": Case(net, None, KEPT, model=Counted, options={"val_check_interval": 2}),
     "counted, kept": Case(net, shard=KEPT, model=Counted),
     "counted, kept, plain": Case(net, None, KEPT, model=Counted),
     "writes": Case(net, model=Writes),
@@ -307,6 +309,17 @@ def test_engaging_and_releasing_communicates_nothing(name: str) -> None:
         assert sum(other.notes["collectives"].values()) > 0
         assert trace.notes["collectives"] == other.notes["collectives"]
         assert trace.losses != other.losses
+
+
+def test_what_evaluation_left_gathered_is_gathered_once_more_for_training() -> None:
+    """FSDP2 would go on with it, but hooks between them see the masters. Nothing is gathered again batch by batch."""
+    validations, layers = 2, 2
+    with_qat, plain = traces("counted, kept, evaluated"), traces("counted, kept, evaluated, plain")
+    for trace, other in zip(with_qat, plain, strict=True):
+        more = Counter(trace.notes["collectives"])
+        more.subtract(other.notes["collectives"])
+        assert 0 < sum(more.values()) <= validations * layers + layers
+        assert len(trace.evaluated) >= 8 * validations
 
 
 @pytest.mark.parametrize("name", ["writes", "writes locally"])

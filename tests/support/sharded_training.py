@@ -65,7 +65,7 @@ class Case:
     qat: QATConfig | None = ROWS
     shard: Shard = fully
     mesh: Callable[[Any], Any] = data_parallel
-    model: type[Trained] | Callable[..., Trained] = Trained
+    model: type[Trained] = Trained
     batch: Tensor | None = None
     tensor_parallel: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def train(case: Case, folder: Path, processes: int = 0, call: Call = as_it_is, c
             self.masters = {name: values_of(each) for name, each in self.net.named_parameters()}
             super().on_fit_end()
 
-    model = Model(call=call) if base is Adversaries else Model(copy.deepcopy(case.net()), case.batch, call)
+    model = Model(call=call) if issubclass(base, Adversaries) else Model(copy.deepcopy(case.net()), case.batch, call)
     model.notes = {}
     strategy: Any = "auto"
     if case.ddp and processes:
