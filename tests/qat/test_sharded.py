@@ -149,7 +149,7 @@ KEPT = partial(fully, reshard_after_forward=False)
 RAMP = QATConfig(ROWS.weights, start_step=1, ramp=4, end_step=6)
 VALIDATED = {"val_check_interval": 1, "num_sanity_val_steps": 1, "max_steps": 8}
 
-RAW = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4}
+RAW = {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 0}
 
 CASES: dict[str, Case] = {
     "validated": Case(even, options={"val_check_interval": 2, "num_sanity_val_steps": 1}, validate=True),
