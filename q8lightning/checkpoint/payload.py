@@ -217,7 +217,7 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-TENSOR, TENSORS, ITEM = "tensor", "tensors", "item"
+TENSOR, TENSORS, ITEM, RAW = "tensor", "tensors", "item", "raw"
 """What :func:`rebuild_v1` is called for."""
 
 
@@ -227,15 +227,15 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
     There is one for each version, so that a reader knows by its name how a later file will begin.
 
     Args:
-        what: One of ``tensor``, ``tensors`` and ``item``.
-        arguments: Those of :func:`_tensor`, :func:`_tensors` or :func:`_item`.
+        what: One of ``tensor``, ``tensors``, ``item`` and ``raw``.
+        arguments: Those of :func:`_tensor`, :func:`_tensors`, :func:`_item` or :func:`_raw`.
 
     Raises:
         NewerFormatError: If this version does not know what is asked for.
         CorruptCheckpointError: If a payload is not what was saved. Payloads that stay encoded are verified when they
             are decoded, so that looking at a memory-mapped file reads no more than is looked at.
     """
-    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item}
+    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item, RAW: _raw}
     if what not in parts:
         raise NewerFormatError(f"content of the kind {what!r}")
     return parts[what](*arguments)
@@ -300,6 +300,31 @@ def _tensors(
             watcher(part, tensor)
         result.append(tensor.view(shape) if stride is None else tensor.as_strided(shape, stride))
     return tuple(result)
+
+
+def _raw(name: str, save: str, checksum: int, tensor: Tensor) -> Tensor:
+    """Return a tensor that is stored as it is in a checkpoint in shards.
+
+    Args:
+        name: Its path in the checkpoint.
+        save: Which save the checkpoint is of.
+        checksum: Of name, save and elements.
+        tensor: The tensor.
+    """
+    check_save(name, save)
+    if type(tensor) is Tensor and tensor.device.type == "cpu":
+        verify(name, header_of_raw(name, save), elements_of(tensor), checksum)
+    return tensor
+
+
+def header_of_raw(name: str, save: str) -> str:
+    """Return what is summed beside the elements of a tensor that is stored as it is."""
+    return f"{save} {name}"
+
+
+def elements_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's elements in the order of its indices, ``[nbytes]`` uint8."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _item(tensors: tuple[Tensor, ...], number: int) -> Tensor:

@@ -1,8 +1,11 @@
 """FSDP2 in two processes: what is written, and what comes back through every door; one launch for all of it."""
 
 import errno
+import io
+import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
+import xxhash
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked, processes
@@ -242,7 +246,7 @@ def damaged(folder: Path) -> Any:
 
     return {
         "with": {name: load(path, QuantizationCallback()) for name, path in copies.items()},
-        "without": {name: load(path) for name, path in copies.items() if name in ("encoded", "missing", "mixed")},
+        "without": {name: load(copies[name]) for name in NOTICED if name in copies},
     }
 
 
@@ -348,7 +352,7 @@ def test_it_is_smaller_and_says_so(folder: Path) -> None:
     sizes = [sum(file.stat().st_size for file in each.glob("*.distcp")) for each in (ours, plain)]
     bytes_ = read_meta(ours)["q8lightning"]["bytes"]
     assert bytes_["original"] / bytes_["stored"] > 2.5
-    assert sizes[1] - sizes[0] > 0.95 * (bytes_["original"] - bytes_["stored"])
+    assert sizes[1] - sizes[0] > 0.9 * (bytes_["original"] - bytes_["stored"])
     held = [each["held"].values() for each in results(folder, "saved", 2)]
     once = {name: shard for each in results(folder, "saved", 2) for name, shard in each["held"].items()}
     tensors = sum(torch.Size(shard.size).numel() * shard.tensor.itemsize for shard in once.values())
@@ -379,6 +383,33 @@ def test_values_are_of_the_whole_and_the_same_everywhere(folder: Path) -> None:
     error = sum(float((exact[name].double() - ours[name].double()).square().sum()) for name in names)
     assert said["weights/relative_error"] == pytest.approx((error / squares) ** 0.5, rel=1e-3)
     assert [each["totals"].saves for each in found] == [2, 0]
+
+
+def test_a_file_is_what_the_page_says(folder: Path, tmp_path: Path) -> None:
+    """Read by docs/distributed.md alone: chunks of ``torch.save``, then a table in JSON."""
+    loaded = loaded_by_dcp(tmp_path, folder / "saved" / "ours.ckpt")
+    names = set()
+    for file in (folder / "saved" / "ours.ckpt").glob("*.distcp"):
+        content = file.read_bytes()
+        checksum, length, magic = struct.unpack("<QQ8s", content[-24:])
+        text = content[-24 - length : -24]
+        assert magic == b"q8shards"
+        assert xxhash.xxh3_64_intdigest(text) == checksum
+        table = json.loads(text)
+        assert file.name == f"__{table['rank']}_0.{table['save']}.distcp"
+        end = 0
+        for name, offsets, start, nbytes, sum_of_bytes in table["chunks"]:
+            assert start == end
+            end += nbytes
+            chunk = content[start:end]
+            assert xxhash.xxh3_64_intdigest(chunk) == sum_of_bytes
+            value = torch.load(io.BytesIO(chunk), weights_only=False)
+            if name.startswith("state_dict."):
+                box = tuple(slice(first, first + size) for first, size in zip(offsets, value.shape, strict=True))
+                assert torch.equal(loaded[name][box], value)
+                names.add(name)
+        assert end == len(content) - 24 - length
+    assert names == {name for name in loaded if name.startswith("state_dict.")}
 
 
 def test_a_tensor_is_encoded_by_the_size_of_the_whole(folder: Path) -> None:
@@ -468,6 +499,14 @@ def test_a_save_replaces_whatever_has_its_name(folder: Path) -> None:
     assert check_shards(folder / "overwritten" / "a.ckpt")
 
 
+NOTICED = {
+    "encoded": "the tensor state_dict.net.blocks.0.up.weight",
+    "raw": "the tensor state_dict.net.blocks.0.norm.bias",
+    "missing": "__1_0.",
+    "mixed": "of another save",
+}
+"""What is noticed by whoever loads a checkpoint, and how."""
+
 DAMAGE = {
     "encoded": "the tensor state_dict.net.blocks.0.up.weight (the shard from [48, 0] on)",
     "raw": "the tensor state_dict.net.blocks.0.norm.bias",
@@ -488,12 +527,11 @@ def test_damage_is_named_and_never_loaded(what: str, folder: Path) -> None:
         assert DAMAGE[what] in found["with"][what]
 
 
-@pytest.mark.parametrize("what", ["encoded", "missing", "mixed"])
+@pytest.mark.parametrize("what", NOTICED)
 def test_damage_is_noticed_without_the_callback(what: str, folder: Path) -> None:
-    says = {"encoded": "the tensor state_dict.net.blocks.0.up.weight", "missing": "__1_0.", "mixed": "of another save"}
     for found in results(folder, "damaged", 2):
         assert found["without"][what].startswith(CheckpointException.__name__)
-        assert says[what] in found["without"][what]
+        assert NOTICED[what] in found["without"][what]
 
 
 def test_the_guard_decides_for_each_shard_and_says_so(folder: Path) -> None:

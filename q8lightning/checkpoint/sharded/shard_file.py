@@ -1,6 +1,6 @@
 """The file of one process: chunks that DCP reads, and after them a table of what they are.
 
-Each chunk is what ``torch.save`` writes for one shard, a payload or a plain tensor, or for one value that is no tensor.
+Each chunk is what ``torch.save`` writes for one shard, encoded or as it is, or for one value that is no tensor.
 DCP finds chunks by their offsets, which are in ``.metadata``. Nobody reads the table but whoever compares the file with
 it: JSON, its checksum and its length (8 bytes each, little-endian), and :data:`MAGIC`.
 """
@@ -16,8 +16,9 @@ import xxhash
 from torch import Tensor
 
 from q8lightning.checkpoint.file.write_behind import WriteBehind
-from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, bytes_of, checksum
+from q8lightning.checkpoint.payload import RAW, QuantizedTensor, elements_of, header_of_raw, rebuild_v1
+from q8lightning.checkpoint.tree import is_ordinary
 
 MAGIC = b"q8shards"
 """The last eight bytes of the file of a process."""
@@ -95,7 +96,7 @@ def write_shards(path: str, save: str, rank: int, items: Sequence[Item]) -> list
         with WriteBehind(file) as behind:
             for item in items:
                 through = _Summed(cast("IO[bytes]", behind))
-                torch.save(_stored(item.value, save), cast("IO[bytes]", through))
+                torch.save(_stored(item, save), cast("IO[bytes]", through))
                 chunks.append(Chunk(item.name, item.offsets, start, through.nbytes, through.sum.intdigest()))
                 start += through.nbytes
             behind.write(_table(save, rank, chunks))
@@ -104,19 +105,30 @@ def write_shards(path: str, save: str, rank: int, items: Sequence[Item]) -> list
     return chunks
 
 
-def _stored(value: Any, save: str) -> Any:
-    """Return what is pickled of a value: a file has the whole memory of each tensor, so that each has its own."""
+class _Raw:
+    """A tensor that is stored as it is, with its name and a checksum; unpickles as the tensor."""
+
+    def __init__(self, tensor: Tensor, name: str, save: str) -> None:
+        self._tensor, self._name, self._save = tensor, name, save
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = checksum(header_of_raw(self._name, self._save), bytes_of(elements_of(self._tensor)))
+        return rebuild_v1, (RAW, self._name, self._save, found, self._tensor)
+
+
+def _stored(item: Item, save: str) -> Any:
+    """Return what is pickled of an item: a file has the whole memory of each tensor, so that each has its own."""
+    value = item.value
     if isinstance(value, QuantizedTensor):
         return value.replace_data(_alone(value.data)).of_save(save)
-    return _alone(value.detach()) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return _Raw(_alone(value), item.name, save) if is_ordinary(value) and value.numel() else value
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
-        return tensor
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _table(save: str, rank: int, chunks: Sequence[Chunk]) -> bytes:
