@@ -155,7 +155,7 @@ def main() -> None:
     results = {}
     for exponent in range(15, 21) if arguments.chunk else [None]:
         if exponent is not None:
-            cpu.CHUNK = 2**exponent
+            cpu.CHUNK = cpu.SHARED_CHUNK = 2**exponent
         results[exponent] = speeds(x, arguments.repeats)
 
     table = Table(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from q8lightning.qat.compiled import COMPILED, is_compiled_wrapper
-from q8lightning.qat.config import ActivationRule, QATConfig, WeightRule
+from q8lightning.qat.config import QATConfig
+from q8lightning.qat.rules import ActivationRule, WeightRule
 from q8lightning.qat.shards import check_blocks, portion_of
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.portion import Portion

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from q8lightning.qat.config import WeightRule
+from q8lightning.qat.rules import WeightRule
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.portion import Portion, pieces
 from q8lightning.system.shards import is_distributed, local_of

@@ -81,13 +81,15 @@ class Miniature(NamedTuple):
         weight: Its form; None if it is stored as it is.
         place: Which optimizer has it, and its number there; None if none has.
         states: What the optimizer keeps for it, or will, and in which form; none if all of it is stored as it is.
-        row: Elements of a channel, if it is trained quantized in blocks that end with channels; None otherwise.
+        trained: How the weight is trained quantized, if kernels encode that; None otherwise.
+        row: Elements of a channel, if that is in blocks which end with channels; None otherwise.
     """
 
     name: str
     weight: Form | None
     place: tuple[int, int] | None
     states: tuple[tuple[str, Form], ...]
+    trained: WeightCodec | None = None
     row: int | None = None
 
     def checkpoint(self, device: torch.device, lossless: bool = True) -> dict[str, Any]:
@@ -137,9 +139,11 @@ def miniatures_of(
         if codec is not None or any(codecs):
             kept = states if any(codecs) else ()
             trained = quantized.get(name)
+            if trained is not None and trained.axis:
+                trained = None  # no kernel encodes across rows
             row = None if trained is None or trained.axis != 0 else parameter[0].numel()
             way = codec and (codec, weight, trained, row), kept and (codecs, kept)
-            found.setdefault(way, Miniature(name, weight if codec else None, place, kept, row))
+            found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row))
     return list(found.values())
 
 
@@ -196,7 +200,7 @@ class WarmUp:
                 tuple(names.get(id(parameter), "") for parameter in _parameters_of(optimizer))
                 for optimizer in optimizers
             ),
-            quantized={each.name: quantized[each.name] for each in self._miniatures if each.name in quantized},
+            quantized={each.name: each.trained for each in self._miniatures if each.trained is not None},
         )
         self._policy = replace(policy, min_numel=1)
         self._thread: threading.Thread | None = None

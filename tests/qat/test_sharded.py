@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import q8lightning
 from q8lightning import QATConfig, WeightRule
-from q8lightning.qat.config import FreezeRule
+from q8lightning.qat.rules import FreezeRule
 
 FLAT = QATConfig([WeightRule(codebook="int4", block_size=32)])
 

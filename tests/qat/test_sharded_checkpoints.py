@@ -16,7 +16,7 @@ from support.straight_through import Trained, quantized
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from q8lightning import CorruptCheckpointError, QATConfig, QuantizationCallback, WeightRule
+from q8lightning import CorruptCheckpointError, QATConfig, QuantizationCallback, WeightRule, export_quantized
 from q8lightning.checkpoint.sharded.check import check_shards
 from q8lightning.checkpoint.sharded.read_codes import codes_of_shards
 
@@ -46,7 +46,9 @@ def masters_of(net: nn.Module) -> dict[str, Any]:
     return {name: whole(each).numpy() for name, each in net.named_parameters()}
 
 
-def fit(count: int, folder: Path, policy: Any, config: str, steps: int, ckpt: Path | None = None) -> Any:
+def fit(
+    count: int, folder: Path, policy: Any, config: str, steps: int, ckpt: Path | None = None, in_shards: bool = True
+) -> Any:
     torch.manual_seed(0)
     model = Model(net(), BATCH)
     trainer = quiet_trainer(
@@ -54,7 +56,7 @@ def fit(count: int, folder: Path, policy: Any, config: str, steps: int, ckpt: Pa
         max_steps=steps,
         max_epochs=-1,
         devices=count,
-        strategy=ModelParallelStrategy(count, 1, process_group_backend="gloo"),
+        strategy=ModelParallelStrategy(count, 1, in_shards, process_group_backend="gloo"),
         use_distributed_sampler=False,
         callbacks=[QuantizationCallback(policy, qat=CONFIGS[config])],
     )
@@ -64,6 +66,9 @@ def fit(count: int, folder: Path, policy: Any, config: str, steps: int, ckpt: Pa
 
 def save_all(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": fit(2, folder, None, "int4", 6)[1].losses}
+    trainer, model = fit(2, folder, "resume", "int4", 3, in_shards=False)
+    trainer.save_checkpoint(folder / "whole.ckpt")
+    found["whole"] = masters_of(model.net)
     for config in CONFIGS:
         for policy in POLICIES:
             trainer, model = fit(2, folder, policy, config, 3)
@@ -104,6 +109,16 @@ def test_a_checkpoint_holds_the_codes_that_the_forward_pass_used(config: str, po
         else:
             expected = quantized(master, "linear", 64)
         assert torch.equal(codec.decode(codes, scales, torch.empty_like(like, device="cpu")), expected)
+
+
+def test_a_whole_checkpoint_of_sharded_weights_is_exported_as_they_were_used(tmp_path: Path) -> None:
+    folder, found = saved()
+    export_quantized(folder / "whole.ckpt", tmp_path / "float.pt", format="float")
+    state = torch.load(tmp_path / "float.pt", weights_only=True)["state_dict"]
+    for name, master in found["whole"].items():
+        if master.ndim == 2:
+            expected = torch.stack([quantized(torch.from_numpy(row), "int4", 64) for row in master])
+            assert torch.equal(state[f"net.{name}"], expected), name
 
 
 def test_codes_are_stored_only_where_they_do_not_follow() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from q8lightning.checkpoint.payload import keep_encoded
+from q8lightning.checkpoint.loading import keep_encoded
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
 from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, summary_in
 from q8lightning.checkpoint.sharded.check import read_meta

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, bytes_of, checksum
+from q8lightning.checkpoint.memory import is_ordinary
 from q8lightning.checkpoint.payload import RAW, QuantizedTensor, elements_of, header_of_raw, rebuild_v1
-from q8lightning.checkpoint.tree import is_ordinary
 
 MAGIC = b"q8shards"
 """The last eight bytes of the file of a process."""

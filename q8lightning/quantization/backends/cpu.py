@@ -6,7 +6,7 @@ blocks, so a chunk with a block that is not finite is simply handed to the refer
 is allocated once a call: fresh memory for every intermediate would cost more than the arithmetic.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -20,9 +20,11 @@ from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 from q8lightning.quantization.spec.layout import KernelCodec
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
-CHUNK = 2**17
-"""Elements per chunk: half a megabyte of float32, so that the passes over a chunk and its scratch stay in the caches
-(``benchmarks/cpu.py --chunk`` compares sizes)."""
+CHUNK, SHARED_CHUNK = 2**18, 2**20
+"""Elements per chunk where one thread computes, and where several share each pass: they wait for each other at its end.
+
+The passes over a megabyte of float32 and its scratch stay in a core's cache (``benchmarks/cpu.py --chunk`` compares
+sizes)."""
 
 
 CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyType(
@@ -40,36 +42,38 @@ def knows(codec: KernelCodec | None) -> bool:
     return codec is not None and codec.kernel in CHUNK_CODECS
 
 
-def _chunks(numel: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
-    """Yield the elements, the blocks and the block width of each chunk; a short last block comes alone."""
-    whole = numel - numel % block_size
-    step = max(CHUNK // block_size, 1) * block_size
-    for start in range(0, whole, step):
-        stop = min(start + step, whole)
-        yield slice(start, stop), slice(start // block_size, stop // block_size), block_size
-    if whole < numel:
-        yield slice(whole, numel), slice(whole // block_size, whole // block_size + 1), numel - whole
+def _chunks(
+    block_size: int, elements: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield what flat tensors have in each chunk; a short last block comes alone.
 
-
-def _part(parts: Parts, elements: slice, rows: slice) -> Parts:
-    """Return the parts of a chunk; of all parts, the second has one row a block."""
-    if elements.stop - elements.start == parts[0].numel():
-        return parts
-    return tuple(part[rows if index == 1 else elements] for index, part in enumerate(parts))
+    Args:
+        block_size: How many elements a block has.
+        elements: ``[numel]`` each; yielded as ``[rows, width]``.
+        rows: ``[blocks, ...]`` each.
+    """
+    numel = elements[0].numel()
+    blocks = numel // block_size
+    step = max((CHUNK if torch.get_num_threads() == 1 else SHARED_CHUNK) // block_size, 1)
+    whole = [each[: blocks * block_size].view(-1, block_size) for each in elements] + [each[:blocks] for each in rows]
+    # In one call for all chunks: each slice would take a microsecond.
+    for chunk in zip(*(torch.split(each, step) for each in whole), strict=True) if blocks else ():
+        yield list(chunk[: len(elements)]), list(chunk[len(elements) :])
+    if numel % block_size:
+        yield [each[blocks * block_size :].view(1, -1) for each in elements], [each[blocks:] for each in rows]
 
 
 def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
     """Write the parts of a flat tensor; return whether all of it can be encoded."""
-    finite = True
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        blocks, chunk = flat[elements].view(-1, width), _part(parts, elements, rows)
-        memory = scratch(*blocks.shape)
+    finite, (codes, scale, *later) = True, parts
+    for (blocks, first, *others), (factors,) in _chunks(block_size, (flat, codes, *later), (scale,)):
+        chunk, memory = (first, factors, *others), scratch(*blocks.shape)
         if flat.dtype != torch.float32:
             blocks = memory.floats[3].copy_(blocks)
         if not codec.encode(blocks, chunk, memory):
             finite = False
             for part, expected in zip(chunk, codec.encode_slowly(blocks), strict=True):
-                part.copy_(expected.view(part.shape))
+                part.copy_(expected)
     return finite
 
 
@@ -82,11 +86,12 @@ def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype
 
 def _decode_into(codec: ChunkCodec, parts: Parts, block_size: int, values: Tensor) -> None:
     """Write the values of the parts of a flat tensor to ``values``, of any float dtype."""
-    dtype = values.dtype
-    for elements, rows, width in _chunks(values.numel(), block_size):
-        chunk, out = _part(parts, elements, rows), values[elements].view(-1, width)
-        if not bool(chunk[1].isfinite().all()):
-            out.copy_(codec.decode_slowly(chunk, width, dtype).view(out.shape))
+    dtype, (codes, scale, *later) = values.dtype, parts
+    finite = _is_finite(scale)
+    for (out, first, *others), (factors,) in _chunks(block_size, (values, codes, *later), (scale,)):
+        chunk = first, factors, *others
+        if not finite and not _is_finite(factors):
+            out.copy_(codec.decode_slowly(chunk, out.shape[1], dtype))
             continue
         memory = scratch(*out.shape)
         decoded = out if dtype == torch.float32 else memory.floats[3]
@@ -95,11 +100,15 @@ def _decode_into(codec: ChunkCodec, parts: Parts, block_size: int, values: Tenso
             out.copy_(decoded)
 
 
+def _is_finite(scale: Tensor) -> bool:
+    return bool(scale.isfinite().all())
+
+
 def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
     """Write to ``statistics`` what the parts of a flat tensor have lost of it."""
-    totals = Totals()
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        _add(totals, codec, flat[elements].view(-1, width), _part(parts, elements, rows))
+    totals, (codes, scale, *later) = Totals(), parts
+    for (blocks, first, *others), (factors,) in _chunks(block_size, (flat, codes, *later), (scale,)):
+        _add(totals, codec, blocks, (first, factors, *others))
     totals.write(statistics)
 
 
@@ -125,7 +134,7 @@ def _stretches(x: Tensor, length: int) -> Tensor:
 
 def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> None:
     """Add what a chunk has lost."""
-    if original.dtype == torch.float64 or not bool(parts[1].isfinite().all()):
+    if original.dtype == torch.float64 or not _is_finite(parts[1]):
         decoded = codec.decode_slowly(parts, original.shape[1], original.dtype)
         totals.add_slowly(original, decoded.view(original.shape))
         return
@@ -227,20 +236,19 @@ def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None
     flat = x.detach().reshape(-1)
     codes, scale = _new_parts(x, block_size)
     zero_point, totals = torch.empty(scale.numel(), dtype=torch.uint8, device="cpu"), Totals()
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        part, scale[rows], zero_point[rows] = reference.quantize_affine(flat[elements].view(-1, width), width)
-        codes[elements] = part.view(-1)
+    for (blocks, *elements), rows in _chunks(block_size, (flat, codes), (scale, zero_point)):
+        chunk = reference.quantize_affine(blocks, blocks.shape[1])
+        for part, expected in zip((*elements, *rows), chunk, strict=True):
+            part.copy_(expected)
         if statistics is not None:
-            decoded = reference.dequantize_affine(codes[elements], scale[rows], zero_point[rows], width, x.dtype)
-            totals.add_slowly(flat[elements], decoded)
+            totals.add_slowly(blocks, reference.dequantize_affine(*chunk, blocks.shape[1], x.dtype))
     if statistics is not None:
         totals.write(statistics)
     return codes.view(x.shape), scale, zero_point
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    flat = codes.reshape(-1)
-    values = new_tensor(flat.numel(), dtype)
-    for elements, rows, width in _chunks(flat.numel(), block_size):
-        values[elements] = reference.dequantize_affine(flat[elements], scale[rows], zero_point[rows], width, dtype)
+    values = new_tensor(codes.numel(), dtype)
+    for (out, first), (factors, zeros) in _chunks(block_size, (values, codes.reshape(-1)), (scale, zero_point)):
+        out.copy_(reference.dequantize_affine(first, factors, zeros, out.shape[1], dtype))
     return values.view(codes.shape)

@@ -79,7 +79,7 @@ class Levels:
             torch.index_select(table, 0, words.copy_(codes).view(-1), out=out.view(-1))
             return
         # Bytes as long as possible: a pass over them takes a quarter of the time.
-        numerator = torch.sub(codes, 127).view(torch.int8)
+        numerator = torch.sub(codes, 127, out=scratch.bytes).view(torch.int8)
         out.copy_(numerator)
         if self.codebook is _LINEAR:
             out.div_(127.0)

@@ -30,6 +30,7 @@ class Scratch:
     Attributes:
         floats: ``[rows, width]`` float32 each.
         integers: The same memory as int32.
+        bytes: ``[rows, width]`` uint8, in the memory of the third float.
         doubles: ``[rows * width]`` float64, two of them.
     """
 
@@ -37,6 +38,7 @@ class Scratch:
         words = memory[: 4 * FLOATS * rows * width].view(torch.float32).view(FLOATS, rows, width)
         self.floats = words.unbind()
         self.integers = words.view(torch.int32).unbind()
+        self.bytes = words[2].view(-1).view(torch.uint8)[: rows * width].view(rows, width)
         end = _BYTES * rows * width
         self.doubles = memory[end - 16 * rows * width : end].view(torch.float64).view(2, -1).unbind()
 
