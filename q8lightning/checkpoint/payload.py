@@ -22,6 +22,7 @@ from q8lightning.checkpoint.format import (
     write_header,
 )
 from q8lightning.checkpoint.integrity import bytes_of, check_save, checksum, verify
+from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.checkpoint.loading import kept_encoded, watcher
 from q8lightning.checkpoint.memory import check_dense, in_memory_order
 from q8lightning.quantization.codecs.codec import Codec
@@ -192,7 +193,7 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
     parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item, RAW: _raw}
     if what not in parts:
         raise NewerFormatError(f"content of the kind {what!r}")
-    return parts[what](*arguments)
+    return parts[what](*map(read, arguments))
 
 
 def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -> Tensor | QuantizedTensor:

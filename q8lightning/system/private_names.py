@@ -84,6 +84,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "whether FSDP writes sharded checkpoints", _SHARDED),
     PrivateName("lightning.pytorch.strategies.ModelParallelStrategy", "_save_distributed_checkpoint", "saving",
                 "whether ModelParallel writes sharded checkpoints", _SHARDED),
+    PrivateName("lightning.fabric.utilities.load._NotYetLoadedTensor", "_load_tensor", "saving",
+                "reads a tensor that FSDP has not read", 'FSDPStrategy(state_dict_type="full") cannot resume'),
     PrivateName("lightning.pytorch.tuner.lr_finder._lr_find", ".lr_find_", "saving",
                 _MESSAGE, "the learning rate finder goes on with weights that were quantized"),
     PrivateName("lightning.pytorch.tuner.batch_size_scaling._scale_batch_size", ".scale_batch_size_", "saving",

@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +16,8 @@ from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
-from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.describe_model import in_state_dict
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
@@ -32,7 +33,9 @@ from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     begin_to_defer,
+    failures_of,
     is_watched,
+    join_others,
     publish_before_a_look,
     publish_known,
     publish_rest,
@@ -133,7 +136,7 @@ class QuantizationCallback(pl.Callback):
         """
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
-            wait_until_durable(trainer, path)
+            wait_until_durable(trainer, path, failures_of(trainer))
         elif path is not None:
             check_is_there(path)
 
@@ -143,7 +146,8 @@ class QuantizationCallback(pl.Callback):
         Any callback of the Trainer may have a method of this name. It is called on the thread that trains, in the
         process that wrote the file, once for each save, in their order. That is after the save if it is synchronous,
         otherwise after the next batch, save or :meth:`wait_until_durable`, or at the end of ``fit``. The Trainer raises
-        what it raises. It is not called for a save that failed.
+        what it raises; with several processes all do, at the next save or at the end. It is not called for a save that
+        failed.
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -188,7 +192,7 @@ class QuantizationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a policy that would quantize nothing, now that the model has its parameters."""
         if self.policy is not None:
-            self.policy.check_matches(name for name, _ in pl_module.named_parameters())
+            self.policy.check_matches(in_state_dict(name) for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
         begin_to_defer(trainer)
         quantized: Mapping[str, WeightCodec] = {}
@@ -253,7 +257,8 @@ class QuantizationCallback(pl.Callback):
     def _let_go(self, trainer: pl.Trainer) -> None:
         installed = find_quantized_io(trainer.strategy.checkpoint_io)
         if installed is not None:
-            installed.let_go()
+            with failures_of(trainer).kept():
+                installed.let_go()
         self._moments.end_one()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -264,18 +269,23 @@ class QuantizationCallback(pl.Callback):
             self.qat_training.publish(trainer, wait=is_watched(trainer))
         publish_known(trainer)
         let_callbacks_know(trainer)
-        tell_callbacks(trainer)
+        with failures_of(trainer).kept():
+            tell_callbacks(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the saves before any callback is torn down; publish the rest and print the totals."""
         if self.qat_training is not None:
             self.qat_training.publish(trainer, wait=True)
+        failures = failures_of(trainer)
         try:
-            self._finish(trainer)
+            with failures.kept():
+                self._finish(trainer)
         finally:
             publish_rest(trainer, together=True)
             print_totals(trainer, self.recorder)
-        tell_callbacks(trainer)
+        with failures.kept():
+            tell_callbacks(trainer)
+        failures.meet()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -296,21 +306,32 @@ class QuantizationCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back and finish the pending save, whose error must not replace the Trainer's."""
+        join_others(trainer, exception)
         self._end_qat(trainer)
         self._moments.end()
         try:
             self._finish(trainer)
-        except BackgroundSaveError as error:
+        except Exception as error:  # a save, or a warning that is an error
             warn_safely(str(error))
         publish_rest(trainer, together=False)
         tell_callbacks(trainer)
+        failures = failures_of(trainer)
+        for each in failures.forget():
+            warn_safely(f"{type(each).__name__}: {each}")
+        if failures.ends_all(exception):  # launchers kill the process that writes when another has ended
+            with suppress(RuntimeError):  # it has
+                trainer.strategy.barrier()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""
+        failures = failures_of(trainer)
         self._end_qat(trainer)
-        self._finish(trainer)
+        with failures.kept():
+            self._finish(trainer)
         publish_rest(trainer, together=False)
-        tell_callbacks(trainer)
+        with failures.kept():
+            tell_callbacks(trainer)
+        failures.meet_if_due()
 
     def _end_qat(self, trainer: pl.Trainer) -> None:
         if self.qat_training is not None:

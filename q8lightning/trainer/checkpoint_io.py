@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,9 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Seconds that each save held training until the save before it was written."""
         self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
         """What the last saves lost, in their order. Any thread completes them; a save that fails cancels its own."""
+        self.kept: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Keeps what removals, links and the end raise in the one process that does them, until all meet; set by the
+        callback."""
         self.durable: deque[str] | None = None
         """Paths of checkpoints that became durable, for the caller to empty; None if nobody does."""
         self.telling = False
@@ -290,7 +293,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove the checkpoint at ``path`` after the saves before this; keep it if the last of them failed."""
         if self._background is None:
-            self._remove(path)
+            with self.kept():
+                self._remove(path)
         else:
             self._background.remove(path, partial(self._remove, self._fixed(path) or path))
 
@@ -303,7 +307,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Make ``path`` a link to ``target``, in the order in which :meth:`remove_checkpoint` would remove it."""
         link = partial(link_checkpoint, os.path.abspath(target), os.path.abspath(path))
         if self._background is None:
-            link()
+            with self.kept():
+                link()
         else:
             self._background.link(path, target, link)
 
@@ -358,7 +363,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
     def teardown(self) -> None:
         """Finish what is in the background and tear the wrapped CheckpointIO down."""
         try:
-            self.finish()
+            with self.kept():
+                self.finish()
         finally:
             self.base.teardown()
 

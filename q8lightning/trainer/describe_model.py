@@ -18,12 +18,24 @@ class Quantizes(Protocol):
     def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]: ...
 
 
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What FSDP and activation checkpointing put into the names of parameters, and state dicts leave out."""
+
+
+def in_state_dict(name: str) -> str:
+    """Return what a parameter is called in state dicts."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 class _Names:
     """The names of a model's parameters, valid while the model has this structure."""
 
     def __init__(self, module: nn.Module) -> None:
         self.structure = ModelStructure(module)
-        named = [(name, id(parameter)) for name, parameter in module.named_parameters(remove_duplicate=False)]
+        parameters = module.named_parameters(remove_duplicate=False)
+        named = [(in_state_dict(name), id(parameter)) for name, parameter in parameters]
         self.of = {identity: name for name, identity in reversed(named)}
         """The first name of each parameter, by its identity."""
         self.all = frozenset(name for name, _ in named)
@@ -58,6 +70,6 @@ class DescribeModel:
                 tuple(names.of.get(id(parameter), "") for group in each for parameter in group["params"])
                 for each in groups
             ),
-            quantized=self.callback.codecs(self.trainer),
+            quantized={in_state_dict(name): codec for name, codec in self.callback.codecs(self.trainer).items()},
             restored=self.callback.restored,
         )

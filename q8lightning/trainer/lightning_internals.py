@@ -4,9 +4,12 @@
 the installed Lightning does not have; what depends on them is then left out.
 """
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
 
 from q8lightning.system.private_names import check_names
 from q8lightning.trainer.twins import is_a
@@ -17,7 +20,7 @@ except ImportError:
     check_names(["saving"])  # warns of what is missing
     raise
 
-__all__ = ["WrappingCheckpointIO", "logged_steps", "logs_next_step", "replace_wrapped", "saves_in_shards"]
+__all__ = ["WrappingCheckpointIO", "logged_steps", "logs_next_step", "replace_wrapped", "saves_in_shards", "unmark"]
 
 
 def replace_wrapped(wrapper: WrappingCheckpointIO, checkpoint_io: CheckpointIO) -> None:
@@ -31,6 +34,17 @@ def saves_in_shards(strategy: Strategy) -> bool:
     if is_a(strategy, FSDPStrategy):
         return getattr(strategy, "_state_dict_type", None) == "sharded"
     return is_a(strategy, ModelParallelStrategy) and bool(getattr(strategy, "_save_distributed_checkpoint", False))
+
+
+def unmark(strategy: Strategy, checkpoint: dict[str, Any]) -> None:
+    """Take from the weights what FSDP notes on the copies that it makes for a whole checkpoint.
+
+    A tensor with attributes of its own is stored as it is.
+    """
+    state = checkpoint.get("state_dict")
+    if is_a(strategy, FSDPStrategy) and isinstance(state, dict):
+        for name, tensor in state.items():
+            state[name] = tensor.detach() if type(tensor) is Tensor else tensor
 
 
 def logged_steps(trainer: pl.Trainer) -> int:

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import PathLike, check_is_there
-from q8lightning.system.save_queue import BackgroundSaveError
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.io_chain import is_async
+from q8lightning.trainer.ranks import Failures
 from q8lightning.trainer.twins import is_from_lightning
 
 HOOK = "on_checkpoint_durable"
@@ -154,26 +154,22 @@ def tell_callbacks(trainer: pl.Trainer) -> None:
         raise failure
 
 
-def wait_until_durable(trainer: pl.Trainer, path: PathLike | None) -> None:
+def wait_until_durable(trainer: pl.Trainer, path: PathLike | None, failures: Failures) -> None:
     """Let every process wait for what the first one writes, then tell the callbacks.
 
     Raises:
-        Exception: In every process, what :meth:`QuantizedCheckpointIO.wait_until_durable` raises in the first.
+        Exception: In every process, what :meth:`QuantizedCheckpointIO.wait_until_durable` or a callback raises in the
+            first.
     """
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
+    with failures.kept(BaseException):
+        if trainer.is_global_zero:
             if checkpoint_io is not None:
                 checkpoint_io.wait_until_durable(path)
             elif path is not None:
                 check_is_there(path)
-        except (BackgroundSaveError, OSError, RuntimeError) as error:
-            failure = error
-    failure = trainer.strategy.broadcast(failure)
-    if failure is not None:
-        raise failure
-    tell_callbacks(trainer)
+        tell_callbacks(trainer)
+    failures.meet()
 
 
 def _ignore(path: str) -> None:

@@ -10,18 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from q8lightning.checkpoint.report import SaveReport
-from q8lightning.metrics.recorder import PREFIX, STALL, Loss, Recorded, Recorder, Save
+from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+from q8lightning.trainer.lightning_internals import unmark
 from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
 from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
+from q8lightning.trainer.ranks import Failures, is_from_making, saves_silently
+from q8lightning.trainer.save_losses import losses_of
 from q8lightning.trainer.twins import is_a
 from q8lightning.trainer.warm_up import WarmUp
 
@@ -78,6 +79,8 @@ class SaveWatch:
         """Whether hooks follow in which to publish. Otherwise a save waits until it is known what it lost."""
         self.warm_up: WarmUp | None = None
         """What loads kernels at the moment. The first save waits for it."""
+        self.failures = Failures(trainer)
+        """What failed in this process alone. It is raised in all when they meet."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
@@ -90,13 +93,41 @@ class SaveWatch:
         """Leave out what is pending: a copy has saved nothing."""
         return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save."""
-        let_callbacks_know(self._trainer)
-        self._save_and_record(*args, **kwargs)
-        tell_callbacks(self._trainer)
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save.
 
-    def _save_and_record(self, *args: Any, **kwargs: Any) -> None:
+
+        What fails in one process is raised in all: the others would wait for it in the barrier that follows.
+        """
+        trainer, failures = self._trainer, self.failures
+        let_callbacks_know(trainer)
+        with failures.kept(BaseException):
+            unmark(trainer.strategy, checkpoint)
+            self._save(checkpoint, *args, **kwargs)
+        self._others_wait = trainer.world_size > 1
+        # A Checkpoint callback may look right after this save, in the same hook.
+        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
+        self.publish(wait=looks_now or not self.fitting, together=True)
+        if not failures:
+            with failures.kept():
+                tell_callbacks(trainer)
+        failures.meet()
+        failures.due = True
+
+    def join(self, error: BaseException) -> None:
+        """Tell the processes that are in a save that this one failed before it got here.
+
+        Nothing happens unless ``error`` comes from making the checkpoint. Nor does it if the strategy has messages of
+        its own in a save: this process would have to answer them.
+        """
+        trainer = self._trainer
+        is_silent = self.save is None and saves_silently(trainer.strategy)
+        if trainer.world_size > 1 and is_silent and is_from_making(trainer, error, SaveWatch.__call__):
+            self._others_wait = True
+            self.publish(together=True)
+            self.failures.meet_after(error)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
         reports.clear()
         start = time.perf_counter()
@@ -110,17 +141,8 @@ class SaveWatch:
         seconds = time.perf_counter() - start
         state = trainer.global_step if self.fitting else None
         while reports:  # none if nothing was encoded, or not in this process
-            self._pending.append(_Pending(step_of(trainer), state, seconds, self._described(reports.popleft())))
-        self._others_wait = trainer.world_size > 1
-        # A Checkpoint callback may look right after this save, in the same hook.
-        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
-        self.publish(wait=looks_now or not self.fitting, together=True)
-
-    def _described(self, report: "Future[SaveReport]") -> "Future[tuple[Recorded, dict[str, Tensor]]]":
-        """Return what is recorded of a save; the thread that completes its report computes it."""
-        known: Future[tuple[Recorded, dict[str, Tensor]]] = Future()
-        report.add_done_callback(partial(_compute, self._recorder, known))
-        return known
+            known = losses_of(reports.popleft(), self._recorder)
+            self._pending.append(_Pending(step_of(trainer), state, seconds, known))
 
     def publish(self, wait: bool = False, together: bool = False) -> None:
         """Publish what is known of the saves so far, in their order.
@@ -186,6 +208,7 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
     if isinstance(save, SaveWatch):
         save = save.save
     watch = SaveWatch(trainer, checkpoint_io, recorder, save)
+    checkpoint_io.kept = watch.failures.kept
     trainer.strategy.save_checkpoint = watch  # type: ignore[method-assign]
 
 
@@ -195,12 +218,25 @@ def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
     return save if isinstance(save, SaveWatch) else None
 
 
+def failures_of(trainer: pl.Trainer) -> Failures:
+    """Return what has failed in this process alone; nothing if no setup has seen the Trainer."""
+    watch = watch_of(trainer)
+    return Failures(trainer) if watch is None else watch.failures
+
+
 def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
     """Load the kernels of saves while training goes on; the first save waits until they are there."""
     watch = watch_of(trainer)
     if watch is not None:
         watch.warm_up = warm_up
         warm_up.start()
+
+
+def join_others(trainer: pl.Trainer, error: BaseException) -> None:
+    """Tell the processes that are in a save that this one failed in it."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.join(error)
 
 
 def begin_to_defer(trainer: pl.Trainer) -> None:
@@ -249,28 +285,3 @@ def _watches(callback: object) -> bool:
 
 def _same(value: float, said: dict[str, float], name: str) -> bool:
     return name in said and math.isclose(value, said[name], rel_tol=SAME)
-
-
-def _compute(
-    recorder: Recorder, known: "Future[tuple[Recorded, dict[str, Tensor]]]", report: "Future[SaveReport]"
-) -> None:
-    if report.cancelled() or report.exception() is not None:
-        known.cancel()
-        return
-    try:
-        recorded = recorder.record(_describe(report.result()))
-        known.set_result((recorded, as_tensors(recorded.values)))
-    except BaseException as error:  # raised where the values would be published
-        known.set_exception(error)
-
-
-def _describe(report: SaveReport) -> Save:
-    losses: list[Loss] = []
-    seen: set[tuple[str, str]] = set()
-    for loss in report.tensors:
-        own = loss.kind, loss.parameter
-        # Averaged weights go by the same names as those being trained.
-        losses.append(Loss(loss.kind, loss.path if own in seen else loss.parameter, loss.statistics))
-        seen.add(own)
-    directions = [(each.squared_error, each.squares) for each in report.directions]
-    return Save(losses, directions, report.original_bytes, report.stored_bytes)

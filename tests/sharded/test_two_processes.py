@@ -35,6 +35,7 @@ from q8lightning import BackgroundSaveError, CheckpointPolicy, CorruptCheckpoint
 from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
 from q8lightning.checkpoint.sharded.shard_file import read_table
+from q8lightning.trainer import durable_io
 
 RAW = ("state_dict.seen",)
 """Buffers are stored as they are."""
@@ -169,6 +170,21 @@ def failing_at_the_end(folder: Path) -> Any:
         return caught(fitted, folder, *callbacks, steps=2, enable_checkpointing=True)
 
 
+def removing_fails(folder: Path) -> Any:
+    """Only the first process removes; all of them hear that it could not."""
+    found = {}
+    for name, steps in (("at the next save", 4), ("at the end", 2)):
+        own = folder / name
+
+        def cannot(path: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        with mock.patch.object(durable_io, "remove_folder", cannot):
+            callbacks = QuantizationCallback(async_save=True), saves(own, save_top_k=1, monitor="step", mode="max")
+            found[name] = caught(fitted, own, *callbacks, steps=steps, enable_checkpointing=True)
+    return found
+
+
 def overwritten(folder: Path) -> Any:
     """Save to one path three times: over nothing, over a folder, over a file."""
     trainer = fitted(folder, QuantizationCallback())
@@ -293,7 +309,18 @@ def otherwise(folder: Path) -> Any:
     return found
 
 
-SCENARIOS = [saved, in_the_background, top_k, failing, failing_at_the_end, overwritten, damaged, guarded, otherwise]
+SCENARIOS = [
+    saved,
+    in_the_background,
+    top_k,
+    failing,
+    failing_at_the_end,
+    removing_fails,
+    overwritten,
+    damaged,
+    guarded,
+    otherwise,
+]
 
 
 def play_all(rank: int, folder: Path) -> None:
@@ -490,6 +517,13 @@ def test_an_error_of_the_last_save_reaches_all_at_the_end(folder: Path) -> None:
     for found in results(folder, "failing_at_the_end", 2):
         assert "No space left on device" in found
     assert sorted(each.name for each in (folder / "failing_at_the_end" / "a").iterdir()) == ["step=1.ckpt"]
+
+
+@pytest.mark.parametrize("when", ["at the next save", "at the end"])
+def test_a_removal_that_fails_in_the_first_process_is_raised_in_all(when: str, folder: Path) -> None:
+    for found in results(folder, "removing_fails", 2):
+        assert "Permission denied" in found[when]
+    assert all(check_shards(path) for path in (folder / "removing_fails" / when).glob("*.ckpt"))
 
 
 def test_a_save_replaces_whatever_has_its_name(folder: Path) -> None:

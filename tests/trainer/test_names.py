@@ -17,14 +17,13 @@ callbacks say and by what is in the files (``COMBINATIONS``):
 | OnExceptionCheckpoint                                |                                                            |
 | a ``file_exists`` of the user's own                  | it looks at the disk                                       |
 | callbacks that are added while the fit runs          | nobody told them                                           |
-| two processes                                        | one knows and the other does not                           |
+
+Two processes are in ``tests/ddp``.
 """
 
 import copy
 import os
 import pickle
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,8 +33,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
-from support import forked
 from support.audit import listening
 from support.files import checkpoint
 from support.models import batches, quiet_trainer
@@ -357,59 +354,3 @@ def test_callbacks_can_be_copied_in_the_middle_and_are_as_before_afterwards(step
         assert each.file_exists(usual.best_model_path, trainer)
         assert not each.file_exists(tmp_path / "never.ckpt", trainer)
         assert each.file_exists.__self__ is each  # type: ignore[attr-defined]
-
-
-class Notes(pl.Callback):
-    """Waits in every process, reads what it waited for, and notes what it hears of."""
-
-    def __init__(self, callback: QuantizationCallback, saving: ModelCheckpoint, folder: Path) -> None:
-        self.callback, self.saving, self.folder = callback, saving, folder
-        self.steps: list[int] = []
-        self.heard: list[str] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        if self.saving.best_model_path:
-            self.callback.wait_until_durable(self.saving.best_model_path)
-            self.steps.append(load(self.saving.best_model_path)["global_step"])
-        if index == STEPS - 1:
-            with pytest.raises(FileNotFoundError, match=r"never\.ckpt"):
-                self.callback.wait_until_durable(self.folder / "never.ckpt")
-
-    def on_checkpoint_durable(self, path: str) -> None:
-        self.heard.append(os.path.basename(path))
-
-    def teardown(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        names = [list(map(os.path.basename, each.best_k_models)) for each in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
-        torch.save((names, self.steps, self.heard), self.folder / f"{trainer.global_rank}.pt")
-
-
-def train_in_two_processes(folder: Path) -> None:
-    torch.manual_seed(0)
-    sys.addaudithook(lambda event, args: time.sleep(SLOW * (event == "q8lightning.save" and args[0] == "opened")))
-    saving = every_step(folder / "run", save_top_k=-1, **WAVE)
-    callback = QuantizationCallback(async_save=True)
-    quiet_trainer(
-        folder,
-        max_steps=STEPS,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[callback, Notes(callback, saving, folder), saving, every_step(folder / "run", **RISE)],
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
-        use_distributed_sampler=False,
-    ).fit(Small())
-
-
-def test_two_processes_agree_on_names_wait_together_and_one_is_told(tmp_path: Path) -> None:
-    # In a process of its own: to fork one in which something has been trained can end in a deadlock.
-    assert forked.run(train_in_two_processes, tmp_path) == 0
-    (names, steps, heard), (other_names, other_steps, other_heard) = (load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    last = [f"epoch=0-step={STEPS}.ckpt", f"epoch=0-step={STEPS}-v1.ckpt"]
-    assert names == other_names
-    assert names[0] == [f"epoch=0-step={step}.ckpt" for step in range(1, STEPS + 1)]
-    assert names[1] == last[1:]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted({*names[0], *names[1]})
-    assert steps == other_steps == [1, 2, 3]
-    assert len(heard) == 2 * STEPS
-    assert heard[-2:] == last
-    assert other_heard == []

@@ -10,8 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
-from support import forked
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load
 from support.steps import Steps
@@ -239,49 +237,6 @@ def test_values_stay_until_the_next_save(tmp_path: Path) -> None:
     fitted(tmp_path, QuantizationCallback(), Look(), limit_val_batches=1, limit_train_batches=3, max_epochs=2)
     assert [bool(each) for each in seen] == [False, False, True, True, True, True]
     assert seen[2] == seen[3] != seen[4] == seen[5]
-
-
-class Report(pl.Callback):
-    """Writes what the process sees."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("q8/")})
-
-    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        weights = {name: x.detach().clone() for name, x in trainer.lightning_module.named_parameters()}
-        torch.save((self.seen, trainer.global_step, weights), self.folder / f"{trainer.global_rank}.pt")
-
-
-def train_in_two_processes(folder: Path, async_save: bool) -> None:
-    stop = EarlyStopping("q8/compression_ratio", mode="max", stopping_threshold=1.0, check_on_train_epoch_end=True)
-    best = ModelCheckpoint(folder / "best", monitor="q8/weights/sqnr_db", every_n_epochs=1)
-    qat = QATConfig([WeightRule(codebook="int4")])
-    fitted(
-        folder,
-        QuantizationCallback(async_save=async_save, qat=qat),
-        Report(folder),
-        stop,
-        best,
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
-        limit_train_batches=2,
-        max_epochs=5,
-    )
-
-
-@pytest.mark.parametrize("async_save", [False, True])
-def test_two_processes_see_the_same_values_and_stop_together(async_save: bool, tmp_path: Path) -> None:
-    # In a process of its own: to fork one in which something has been trained can end in a deadlock.
-    assert forked.run(train_in_two_processes, tmp_path, async_save) == 0
-    (seen, steps, _), (others, other_steps, _) = (load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert steps == other_steps < 10
-    assert seen == others
-    assert {name for name in seen[-1] if "/qat/" not in name} == NAMES
-    assert {name for name in seen[-1] if "/qat/" in name} == {"q8/qat/weights/sqnr_db", "q8/qat/weights/relative_error"}
 
 
 # Training does not notice

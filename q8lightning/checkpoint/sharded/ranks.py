@@ -67,7 +67,7 @@ class Ranks:
         """
         own = _attempt(make)
         if not self.smallest(own.error is None):
-            self.share(lambda: _values([own]))
+            self.share(lambda: _values([Outcome(error=own.error)]))  # values need not be such as can be sent
         return cast("T", _values([own])[0])
 
     def at_first(self, make: Callable[[], T]) -> T:
