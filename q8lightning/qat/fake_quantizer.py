@@ -12,13 +12,16 @@ from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.hooks import Blocks, QuantizeInputs, StateDictHooks
-from q8lightning.qat.lost_write import LostWriteError
+from q8lightning.qat.lost_write import BESIDE_SHARDED, NOT_FOLLOWED, SHARDED, LostWriteError
 from q8lightning.qat.selection import SelectedWeight, Selection, select
+from q8lightning.qat.sharded_model import Gathered, OtherParameters, wait_for_readers
+from q8lightning.qat.shards import add_up
 from q8lightning.qat.structure import Structure
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.ambient import untraced
+from q8lightning.system.shards import local_of
 
 Place = tuple[FakeQuantizeGroup, int]
 """A group, and the index of one of its tensors."""
@@ -33,6 +36,9 @@ class FakeQuantizer:
     al., arXiv:1308.3432). The graph needs no autograd function for it, and nothing in the model is replaced:
     parameters, their names and their order stay. A state dict that is taken while the weights are engaged holds the
     masters. Only ``keep_vars=True``, which asks for the live parameters, shows the quantized values.
+
+    Of a distributed weight, the part that this process holds is quantized. Modules that gather weights (FSDP2) gather
+    quantized ones; what they had gathered before is dropped whenever the weights change.
 
     Args:
         module: The model, on its device.
@@ -64,12 +70,16 @@ class FakeQuantizer:
         self._state: Blocks | None = None
         self._suspended = 0  # how many contexts of masters() are open
         self._statistics: dict[str, ErrorStatistics] = {}
+        self._of_parts = False  # whether the statistics are those of the parts that this process holds
         self._handles: list[RemovableHandle] = []
+        self._gathered = Gathered(module)
+        self._gathered.drop()
         self._attach(select(module, config))
 
     def _attach(self, selection: Selection) -> None:
         """Group the selected weights, and hook into their modules."""
         self._selection = selection
+        self._parts = [weight.parameter for weight in selection.weights if weight.portion is not None]
         self._structure = Structure(self.module)
         self._groups = _groups(self.weights)
         self.places: dict[int, Place] = {
@@ -77,15 +87,16 @@ class FakeQuantizer:
         }
         """The place of each selected parameter, by its identity. Each selection has a dictionary of its own."""
         self.fingerprints = Fingerprints(self.places)
+        self._others = OtherParameters(self.module, self.places) if self.distributed else None
         self._inputs = [QuantizeInputs(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
         for each, hook in zip(selection.modules, self._inputs, strict=True):
             self._handles.append(each.module.register_forward_pre_hook(hook))
         if selection.modules:
             forget_compiled_code()
         selected = {weight.parameter for weight in self.weights}
-        for owner in self.module.modules():
-            if not selected.isdisjoint(owner.parameters(recurse=False)):
-                self._handles += StateDictHooks(self).attach(owner)
+        self._owners = [each for each in self.module.modules() if not selected.isdisjoint(each.parameters(False))]
+        for owner in self._owners:
+            self._handles += StateDictHooks(self).attach(owner)
         _opened.add(self)
 
     def follow(self) -> bool:
@@ -99,9 +110,10 @@ class FakeQuantizer:
         Raises:
             ValueError: If a parameter that the rules select now cannot be changed in place.
         """
-        if self._structure.unchanged():
+        if self._gathered.hides_nothing_but(self._structure):
             return False
         self.release()
+        self._gathered = Gathered(self.module)
         selection = select(self.module, self.config, again=True)
         self.change = self._selection.change_to(selection)
         self.close()
@@ -110,11 +122,16 @@ class FakeQuantizer:
 
     def replaced(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that have taken the place of selected weights since the last selection, by name."""
-        if self._structure.unchanged():
+        if self._gathered.hides_nothing_but(self._structure):
             return []
         selected = {name: weight.parameter for weight in self.weights for name in weight.names}
         now = self.module.named_parameters(remove_duplicate=False)
         return [(name, each) for name, each in now if name in selected and each is not selected[name]]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are weights of which this process holds a part."""
+        return bool(self._parts)
 
     @property
     def weights(self) -> list[SelectedWeight]:
@@ -160,18 +177,27 @@ class FakeQuantizer:
         """Put the masters back, bit for bit, if the weights are engaged.
 
         Raises:
-            LostWriteError: If somebody wrote to the quantized values of a weight. The masters are back then, too.
+            LostWriteError: If somebody wrote to the quantized values of a weight, or, beside sharded weights, to a
+                parameter that is not quantized. The masters are back then, too.
         """
         with self._at_work():
             lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
             lost = lost or self.fingerprints.changed()
+            others = self._others.written() if self._others is not None else []
         self.restore()
         if lost:
-            raise LostWriteError(self.names(lost))
+            parts = set(map(id, self._parts))
+            raise LostWriteError(self.names(lost), NOT_FOLLOWED if parts.isdisjoint(lost) else SHARDED)
+        if others:
+            raise LostWriteError(others, BESIDE_SHARDED)
 
     def restore(self) -> None:
         """Put the masters back as :meth:`release` does, without looking for lost writes: an error is on its way."""
         with self._at_work():
+            if self.engaged:
+                self._before_change()
+            if self._others is not None:
+                self._others.written()  # forget them
             for group in self._groups:
                 group.release()
         self._state = None
@@ -243,7 +269,36 @@ class FakeQuantizer:
         if not self.engaged or id(parameter) not in self.places:
             return None
         group, index = self.places[id(parameter)]
-        return group.masters[index].detach()  # a tensor of its own: the caller may set its data
+        return group.master(index)
+
+    def has_weights_of(self, module: nn.Module) -> bool:
+        """Whether a module has selected weights, also while others stand in for them because they are gathered."""
+        owners = set(map(id, self._owners))
+        return any(id(each) in owners for each in module.modules()) or any(
+            id(parameter) in self.places for parameter in module.parameters()
+        )
+
+    def wait_for_writes(self) -> None:
+        """Let the host wait until the weights are written, if what gathers them next would not."""
+        for device in {group.device for group in self._groups if self.distributed and self._gathered}:
+            if device.type != "cpu":
+                torch.accelerator.current_stream(device).synchronize()
+
+    def note_others(self) -> None:
+        """Note that parameters which are not quantized were updated as they should, by an optimizer."""
+        if self._others is not None and self.engaged:
+            self._others.note()
+
+    def add_up_statistics(self) -> None:
+        """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
+        if not self.distributed or not self._of_parts:
+            return
+        self._of_parts = False
+        parameters = {weight.names[0]: weight.parameter for weight in self.weights}
+        names = [*self._statistics]
+        rows = torch.stack([torch.stack(tuple(each)) for each in self._statistics.values()])
+        whole = add_up(rows, [parameters[name] for name in names])
+        self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, whole, strict=True)}
 
     def close(self) -> None:
         """Put the masters back, and remove all hooks from the model."""
@@ -264,22 +319,31 @@ class FakeQuantizer:
         finally:
             self.busy = outer
 
+    def _before_change(self) -> None:
+        """Have nobody go on with the present values of sharded weights."""
+        if self._parts:
+            self._gathered.drop()
+            wait_for_readers(self._parts)
+
     def _write(self, share: float, seed: int, measure: bool) -> None:
         self.release()
         try:
             with self._at_work():
+                self._before_change()
                 measured = [group.engage(share, seed, measure) for group in self._groups]
                 self.fingerprints.record(self.places if self.fingerprints.compare_all else ())
         except BaseException:
             self.restore()  # some groups are engaged already
             raise
         self._state = (share, seed)
+        self.note_others()
         for hook in self._inputs:
             hook.enabled = True
         if measure:
             rows = [row for of_group in measured if of_group is not None for row in of_group]
             names = self.names(id(tensor) for group in self._groups for tensor in group.tensors)
             self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, rows, strict=True)}
+            self._of_parts = True
 
 
 def open_quantizers() -> list[FakeQuantizer]:
@@ -289,9 +353,16 @@ def open_quantizers() -> list[FakeQuantizer]:
 
 def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
     """Group weights by codec and device, because a group is quantized in one launch for each dtype."""
-    together: dict[tuple[WeightCodec, torch.device], list[Tensor]] = {}
+    together: dict[tuple[WeightCodec, torch.device], list[SelectedWeight]] = {}
     for weight in weights:
-        together.setdefault((weight.codec, weight.parameter.device), []).append(weight.parameter)
+        together.setdefault((weight.codec, local_of(weight.parameter).device), []).append(weight)
     return [
-        FakeQuantizeGroup(tensors, codec.book, codec.block_size, codec.axis) for (codec, _), tensors in together.items()
+        FakeQuantizeGroup(
+            [each.parameter for each in members],
+            codec.book,
+            codec.block_size,
+            codec.axis,
+            [each.portion for each in members],
+        )
+        for (codec, _), members in together.items()
     ]

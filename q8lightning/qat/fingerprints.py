@@ -50,5 +50,5 @@ class Fingerprints:
 
     def _sum(self, weight: int) -> Tensor:
         group, index = self._places[weight]
-        tensor = group.tensors[index].detach()
+        tensor = group.shown(index)
         return tensor.view(INTEGERS[tensor.element_size()]).sum()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from q8lightning.quantization.functional import fake_quantize_rows
+from q8lightning.system.shards import is_distributed, local_of
 
 Blocks = tuple[float, int]
 """Which blocks are quantized: their share, and the seed that chooses them if it is below 1."""
@@ -48,12 +49,16 @@ class QuantizeInputs:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self.enabled:
             return args
-        return tuple(
-            fake_quantize_rows(x, self.codebook, self.per_tensor)
-            if isinstance(x, Tensor) and x.is_floating_point()
-            else x
-            for x in args
-        )
+        return tuple(self._quantized(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if is_distributed(x):
+            raise ValueError(
+                f"an activation rule quantizes what a module receives, but {type(x).__name__} of placements"
+                f" {getattr(x, 'placements', None)} is divided among processes, as under tensor parallelism, and its"
+                " scales would depend on their number; give such modules the codebook None"
+            )
+        return fake_quantize_rows(x, self.codebook, self.per_tensor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QuantizeInputs, (self.codebook, self.per_tensor)
@@ -88,7 +93,9 @@ class StateDictHooks:
             return
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             value = state_dict.get(prefix + name)
-            if value is parameter or not isinstance(value, Tensor) or value.data_ptr() != parameter.data_ptr():
+            if value is parameter or not isinstance(value, Tensor):
+                continue
+            if local_of(value).data_ptr() != local_of(parameter).data_ptr():
                 continue
             master = quantizer.master(parameter)
             if master is not None:

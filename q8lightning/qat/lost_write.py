@@ -16,6 +16,12 @@ NOT_FOLLOWED = (
 BESIDE_COMPILED = "compiled code runs in the same steps, and what it reads and computes cannot be followed"
 """Why a write is lost in a step that runs compiled code."""
 
+SHARDED = "the weight is sharded, where steps are not followed"
+"""Why a write to a distributed weight is lost."""
+
+BESIDE_SHARDED = "other weights are sharded and quantized, where steps are not followed"
+"""Why what a step writes to a parameter may have been computed from quantized values."""
+
 
 class LostWriteError(RuntimeError):
     """A step wrote to a weight in a way that cannot reach the master, the weight in full precision.
@@ -30,10 +36,10 @@ class LostWriteError(RuntimeError):
 
     def __init__(self, names: Sequence[str], why: str = NOT_FOLLOWED) -> None:
         several = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        super().__init__(
-            f"a step wrote to {several} while it held quantized values, and the write would not reach the master as it"
-            f" should: {why}; {REMEDIES}"
-        )
+        lost = "while it held quantized values, and the write would not reach the master as it should"
+        if why == BESIDE_SHARDED:
+            lost = "and what it wrote may have been computed from quantized values, not from masters"
+        super().__init__(f"a step wrote to {several} {lost}: {why}; {REMEDIES}")
         self.names = list(names)
         self.why = why
 

@@ -28,9 +28,8 @@ def masters(module: nn.Module) -> Iterator[None]:
         >>> with masters(model), torch.no_grad():
         ...     _ = model.weight.clamp_(-0.1, 0.1)
     """
-    parameters = {id(parameter) for parameter in module.parameters()}
     with ExitStack() as stack:
         for quantizer in open_quantizers():
-            if not parameters.isdisjoint(quantizer.places):
+            if quantizer.has_weights_of(module):
                 stack.enter_context(quantizer.masters())
         yield

@@ -11,8 +11,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from q8lightning.qat.compiled import COMPILED, is_compiled_wrapper
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.rules import ActivationRule
+from q8lightning.qat.rules import ActivationRule, WeightRule
+from q8lightning.qat.shards import check_blocks, portion_of
 from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.spec.portion import Portion
+from q8lightning.system.shards import local_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,11 +28,13 @@ class SelectedWeight:
         names: Its full names, several if it is tied. The first is what ``named_parameters`` calls it.
         parameter: The parameter itself.
         codec: How it is quantized.
+        portion: Which part of it this process holds; None if it is an ordinary parameter.
     """
 
     names: tuple[str, ...]
     parameter: nn.Parameter
     codec: WeightCodec
+    portion: Portion | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ def select(module: nn.Module, config: QATConfig, again: bool = False) -> Selecti
         again: Whether the model has changed during a run. Patterns may match nothing then.
 
     Raises:
-        ValueError: If a pattern matches nothing that could be quantized, an axis does not exist, or a selected
-            parameter cannot be changed in place, because it is lazy, not dense in memory, or sharded.
+        ValueError: If a pattern matches nothing that could be quantized, an axis does not exist, a block lies in the
+            parts of two processes, or a selected parameter cannot be changed in place, because it is lazy or not dense
+            in memory.
     """
     tied = _names_by_parameter(module)
     modules = _called_modules(module)
@@ -107,22 +113,40 @@ def _select_weights(module: nn.Module, tied: Sequence["_Tied"], config: QATConfi
     ends = {id(parameter) for parameter in _first_and_last(module, config)} if config.exclude_first_and_last else set()
     scripts = (each for each in module.modules() if isinstance(each, torch.jit.ScriptModule))
     scripted = {id(parameter) for each in scripts for parameter in each.parameters()}
+    embeddings = (each for each in module.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
+    renormalized = {id(each.weight) for each in embeddings if each.max_norm is not None}
     selected = []
     for each in tied:
         if not _eligible(each.parameter, config.min_rank) or id(each.parameter) in ends:
             continue
         if any(each.matches(pattern) for pattern in config.exclude):
             continue
-        codec = next((rule.resolve() for rule in config.weight_rules if each.matches(rule.pattern)), None)
-        if codec is not None:
-            if id(each.parameter) in scripted:
-                raise ValueError(
-                    f"QAT hooks into the modules whose weights it trains, but {each.names[0]} belongs to a"
-                    " ScriptModule, which allows no hooks; exclude it, or script the model after training"
-                )
-            _check_in_place(each)
-            selected.append(SelectedWeight(each.names, each.parameter, _fitted(codec, each)))
+        rule = next((rule for rule in config.weight_rules if each.matches(rule.pattern)), None)
+        codec = None if rule is None else rule.resolve()
+        if rule is None or codec is None:
+            continue
+        if id(each.parameter) in scripted:
+            raise ValueError(
+                f"QAT hooks into the modules whose weights it trains, but {each.names[0]} belongs to a"
+                " ScriptModule, which allows no hooks; exclude it, or script the model after training"
+            )
+        weight = _selected(each, codec, rule)
+        if weight.portion is not None and id(each.parameter) in renormalized:
+            raise ValueError(
+                f"{each.names[0]} is sharded, and its embedding's max_norm would renormalize a copy that was gathered,"
+                " never the weight; exclude it, or renormalize it in a hook such as on_train_batch_end"
+            )
+        selected.append(weight)
     return selected
+
+
+def _selected(tied: "_Tied", codec: WeightCodec, rule: WeightRule) -> SelectedWeight:
+    _check_in_place(tied)
+    name, parameter = tied.names[0], tied.parameter
+    fitted, portion = _fitted(codec, tied), portion_of(name, parameter)
+    if portion is not None:
+        check_blocks(name, portion, fitted, rule)
+    return SelectedWeight(tied.names, parameter, fitted, portion)
 
 
 def _called_modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -251,15 +275,18 @@ def _check_in_place(tied: _Tied) -> None:
     parameter, name = tied.parameter, tied.names[0]
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(f"QAT needs initialized parameters, but {name} is lazy; run one batch through the model first")
-    if type(parameter.data) is not Tensor:
+    local = local_of(parameter).data
+    if type(local) is not Tensor:
         raise ValueError(
-            f"QAT needs parameters that are ordinary tensors, but {name} is a {type(parameter.data).__name__}, as of a"
-            " sharded or already quantized model; exclude it, or use DDP"
+            f"QAT needs parameters that are ordinary tensors, or distributed ones that are made of these, but {name} is"
+            f" a {type(local).__name__}, as of a model that is quantized already; exclude it"
         )
-    if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+    if local.is_meta:
+        raise ValueError(f"QAT needs parameters with values, but {name} is on the meta device; initialize it first")
+    if torch.empty_like(local, device="meta").stride() != local.stride():
         raise ValueError(
-            f"QAT needs parameters that are dense in memory, but {name} of shape {tuple(parameter.shape)} has strides"
-            f" {parameter.stride()}; make it contiguous, or exclude it"
+            f"QAT needs parameters that are dense in memory, but {name} of shape {tuple(local.shape)} has strides"
+            f" {local.stride()}; make it contiguous, or exclude it"
         )
 
 

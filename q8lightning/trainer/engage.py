@@ -169,7 +169,10 @@ class Engagement:
         return pre_backward(*args, **kwargs)
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        were_engaged = self.quantizer.engaged
         with self._engaged(), self._writes.outside():
+            if not were_engaged:
+                self.quantizer.wait_for_writes()
             self._in_backward = True
             try:
                 result = backward(*args, **kwargs)
@@ -233,6 +236,7 @@ class Engagement:
     def _after_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._in_manual_step and not self._in_optimizer_step:
             self._engage()
+        self.quantizer.note_others()
 
     def _updates_selected(self, optimizer: torch.optim.Optimizer) -> bool:
         selected = {id(weight.parameter) for weight in self.quantizer.weights}

@@ -124,7 +124,12 @@ class QATTraining:
         self._engagement = None
 
     def record(self, trainer: pl.Trainer) -> None:
-        """Have what the weights lost in the step that ended copied to the host, if it was measured."""
+        """Have what the weights lost in the step that ended copied to the host, if it was measured.
+
+        What is lost of sharded weights is added up over the processes first: all of them call this at once.
+        """
+        if self._engagement is not None:
+            self._engagement.quantizer.add_up_statistics()
         self._losses.take(trainer, self.statistics)
 
     def publish(self, trainer: pl.Trainer, wait: bool) -> None:

@@ -23,11 +23,11 @@ def _saves_as_lightning(strategy: Strategy) -> bool:
 
 
 def check_qat(strategy: Strategy) -> None:
-    """Raise ValueError for strategies that do not keep whole parameters on each device."""
-    if is_a(strategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
+    """Raise ValueError for strategies that flatten parameters, or hold none between steps."""
+    if is_a(strategy, DeepSpeedStrategy, FSDPStrategy):
         raise ValueError(
-            "QAT changes parameters in place and needs a strategy that keeps them whole on each device, got"
-            f" {type(strategy).__name__}; use DDP or a single device, or remove qat"
+            "QAT needs a strategy that keeps parameters whole or shards each by itself, got"
+            f" {type(strategy).__name__}; use ModelParallelStrategy (FSDP2), DDP or a single device, or remove qat"
         )
 
 

@@ -198,10 +198,10 @@ def test_a_step_that_turns_up_inside_backward_is_refused(tmp_path: Path) -> None
     assert "SGD steps inside it" in refused(model, RuntimeError, folder=tmp_path)
 
 
-def test_strategies_without_whole_parameters_are_refused(tmp_path: Path) -> None:
+def test_strategies_that_flatten_parameters_are_refused(tmp_path: Path) -> None:
     trainer = trainer_with(FSDPStrategy(), tmp_path)
     callback = QuantizationCallback(None, qat=QATConfig())
-    with pytest.raises(ValueError, match="keeps them whole on each device, got FSDPStrategy; use DDP"):
+    with pytest.raises(ValueError, match="shards each by itself, got FSDPStrategy; use ModelParallelStrategy"):
         callback.setup(trainer, Trained(layers()), "fit")
 
 

@@ -146,16 +146,16 @@ def test_saves_in_the_background_are_complete_when_fit_returns(other: Any, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "qat"),
-    [("DeepSpeedStrategy", None), ("DeepSpeedStrategy", {}), ("FSDPStrategy", {}), ("ModelParallelStrategy", {})],
+    [("DeepSpeedStrategy", None), ("DeepSpeedStrategy", {}), ("FSDPStrategy", {})],
 )
 def test_a_strategy_that_cannot_work_is_refused(name: str, qat: Any, other: Any, tmp_path: Path) -> None:
     cls = getattr(other.strategies, name)
-    options = {"FSDPStrategy": {"state_dict_type": "sharded"}, "ModelParallelStrategy": {}}
+    options = {"FSDPStrategy": {"state_dict_type": "sharded"}}
     # deepspeed is not installed where there is no GPU
     strategy = cls(**options[name]) if name in options else object.__new__(cls)
     trainer = package(STANDALONE).models.quiet_trainer(tmp_path)
     trainer._accelerator_connector.strategy = strategy
-    says = "without the Trainer's CheckpointIO" if qat is None else "QAT changes parameters in place"
+    says = "without the Trainer's CheckpointIO" if qat is None else "QAT needs a strategy that keeps parameters whole"
     with pytest.raises(ValueError, match=says) as error:
         QuantizationCallback(qat=qat).setup(trainer, package(STANDALONE).models.Autoencoder(), "fit")
     assert name in str(error.value)

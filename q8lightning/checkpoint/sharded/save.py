@@ -36,6 +36,13 @@ from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT, SUMMAR
 from q8lightning.checkpoint.sharded.local_shards import at
 from q8lightning.checkpoint.sharded.merge_reports import merge_reports
 from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.shard_codes import (
+    CodesOfShards,
+    codes_to_write,
+    describe_codes_of,
+    distinct,
+    merge_codes,
+)
 from q8lightning.checkpoint.sharded.shard_file import Chunk, Item, write_shards
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan
 from q8lightning.checkpoint.staging.transfer import HostMemory
@@ -59,12 +66,14 @@ class _Part(NamedTuple):
         nbytes: Its size.
         chunks: What is in it.
         report: What encoding lost.
+        codes: What it says of weights that are trained quantized.
     """
 
     file: str
     nbytes: int
     chunks: list[tuple[MetadataIndex, Chunk]]
     report: SaveReport
+    codes: CodesOfShards
 
 
 class ShardedSave:
@@ -114,9 +123,12 @@ class ShardedSave:
         items = [self._item(content, item.index) for item in self._plan.items]
         os.makedirs(folder, exist_ok=True)  # a network file system may not show it yet
         file = folder / name
-        chunks = write_shards(os.fspath(file), save_id, self._ranks.rank, items)
+        codes = codes_to_write(content, self._places)
+        chunks = write_shards(os.fspath(file), save_id, self._ranks.rank, [*items, *distinct(codes)])
         indices = [item.index for item in self._plan.items]
-        return _Part(name, file.stat().st_size, list(zip(indices, chunks, strict=True)), self.save.report)
+        described = describe_codes_of(content, name, codes, chunks[len(items) :])
+        known = list(zip(indices, chunks[: len(items)], strict=True))
+        return _Part(name, file.stat().st_size, known, self.save.report, described)
 
     def _item(self, content: Mapping[str, Any], index: MetadataIndex) -> Item:
         keys = self._places[index]
@@ -138,6 +150,7 @@ class ShardedSave:
         rest[SUMMARY_KEY] = {
             **rest.get(SUMMARY_KEY, {}),
             **report.summary(),
+            **merge_codes([part.codes for part in parts]),
             SHARDS_KEY: {
                 "save": save_id,
                 "metadata": sum_of_metadata,

@@ -28,7 +28,7 @@ class WriteFollower:
 
     Args:
         quantizer: Has the weights, and in its configuration how many steps are followed before the first write. If a
-            part of the model is compiled, no step is followed.
+            part of the model is compiled, or a weight is distributed, no step is followed.
     """
 
     def __init__(self, quantizer: FakeQuantizer) -> None:
@@ -42,7 +42,7 @@ class WriteFollower:
         """Get ready for the quantizer's present selection."""
         self._places = self._quantizer.places
         self._handles = renormalize_masters(self._quantizer)
-        if compiled_modules(self._quantizer.module):
+        if self._quantizer.distributed or compiled_modules(self._quantizer.module):
             self._mode = None
         elif self._mode is None:
             self._mode = ShadowMode(self._quantizer)

@@ -7,7 +7,8 @@ engaged tensor changes its slot, which :meth:`FakeQuantizeGroup.lost` finds. Cod
 :meth:`FakeQuantizeGroup.wrote`, and :meth:`FakeQuantizeGroup.settle` renews the slot.
 
 Tensors that lie in memory which others share (the weights that cuDNN's recurrent layers keep in one piece, views) stay
-where they are: their values change places with those of the slot.
+where they are: their values change places with those of the slot. So do the parts of distributed tensors that this
+process holds, because what gathers them reads them where they are. Nothing is communicated.
 """
 
 from collections import Counter
@@ -19,10 +20,14 @@ from torch import Tensor
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.write_quantized import Batch, InLaunch, batches
 from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.portion import Portion
 from q8lightning.system.ambient import neutral
+from q8lightning.system.shards import is_distributed, like_whole, local_of
 
 STATISTICS = 5
 """Columns of the statistics, in the order of :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`."""
+
+_Mark = tuple[int | None, int | None, int]
 
 ALIGNMENT = 512
 """Bytes. Slots begin at multiples of it, as the memory that PyTorch hands out: libraries choose their kernels by it."""
@@ -38,21 +43,31 @@ class FakeQuantizeGroup:
     Args:
         tensors: Float tensors of any sizes and dtypes, dense in memory, all on one device. Where they are is looked up
             at every call, so they may be moved in between; if their shapes, strides, dtypes or device change, a new
-            buffer is laid.
+            buffer is laid. Of distributed ones, the part that this process holds.
         codebook: The levels.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, whose rows no block crosses, or None for blocks along the elements in the order
             of memory; see :class:`~q8lightning.quantization.codecs.weight.WeightCodec`.
+        portions: For each tensor, which part of it is here, whose blocks are whole (:meth:`Portion.cut`); None for an
+            ordinary tensor. Empty if all are.
 
     Raises:
         ValueError: If the codebook, the block size or the axis does not fit.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], codebook: Codebook, block_size: int, axis: int | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        codebook: Codebook,
+        block_size: int,
+        axis: int | None = None,
+        portions: Sequence[Portion | None] = (),
+    ) -> None:
         self.tensors = tuple(tensors)
+        self.portions = tuple(portions)
         self.engaged = False
         self.masters: list[Tensor] = []
-        """The masters while the group is engaged, with the tensors' shapes and strides."""
+        """The masters while the group is engaged, with the shapes and strides of what is here of the tensors."""
         self.written: set[int] = set()
         """Which tensors' slots are out of date, because their masters were written to."""
         self._codec = WeightCodec(codebook.spec, block_size, axis)
@@ -61,9 +76,14 @@ class FakeQuantizeGroup:
         self._own: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._shared: list[bool] = []
-        self._marks: list[tuple[int | None, int]] = []
+        self._marks: list[_Mark] = []
         self._batches: list[Batch | InLaunch] = []
         self._find()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._own[0].device if self._own else torch.device("cpu")
 
     @neutral()
     @torch.no_grad()
@@ -85,8 +105,7 @@ class FakeQuantizeGroup:
         self._find()
         statistics = None
         if measure:
-            device = self._own[0].device if self._own else torch.device("cpu")
-            statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=device)
+            statistics = torch.zeros(len(self._own), STATISTICS, dtype=torch.float64, device=self.device)
         for batch in self._batches:
             batch.write(self._own, self._slots, share, seed, statistics)
         self.masters = list(self._own)
@@ -137,8 +156,17 @@ class FakeQuantizeGroup:
         return [
             index
             for index, (tensor, mark) in enumerate(zip(self.tensors, self._marks, strict=True))
-            if _mark(tensor) != mark and (tensor.data_ptr() == mark[1] or not _same(tensor, shown[index]))
+            if (now := _mark(tensor)) != mark and (now[-1] == mark[-1] or not _same(local_of(tensor), shown[index]))
         ]
+
+    def shown(self, index: int) -> Tensor:
+        """Return what is here of a tensor, as it is now."""
+        return local_of(self.tensors[index]).detach()
+
+    def master(self, index: int) -> Tensor:
+        """Return the master of a tensor of an engaged group, distributed as the tensor is."""
+        tensor, master = self.tensors[index], self.masters[index].detach()  # whose owner may let it point elsewhere
+        return like_whole(master, tensor) if is_distributed(tensor) else master
 
     @torch.no_grad()
     def release(self) -> None:
@@ -149,14 +177,14 @@ class FakeQuantizeGroup:
         each = enumerate(zip(self.tensors, self.masters, self._slots, self._shared, strict=True))
         for index, (tensor, master, slot, shared) in each:
             if shared or (tensor.data_ptr() != slot.data_ptr() and index not in self.written):  # moved meanwhile
-                tensor.data.copy_(master)
+                local_of(tensor).data.copy_(master)
             else:
                 tensor.data = master
 
     def _is_in_place(self, index: int) -> bool:
         """Tell whether a tensor points at its slot and its master is where it was, as it was."""
         own = self._own[index]
-        places = self.tensors[index].data_ptr(), own.data_ptr()
+        places = local_of(self.tensors[index]).data_ptr(), own.data_ptr()
         expected = self._slots[index].data_ptr(), self._addresses[index]
         return not self._shared[index] and places == expected and _kind(own) == self._layout[index]
 
@@ -181,21 +209,21 @@ class FakeQuantizeGroup:
 
     def _find(self) -> None:
         """Look up where the tensors are; lay the buffer if they are not what they were."""
-        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        addresses = [local_of(tensor).data_ptr() for tensor in self.tensors]
         if addresses == self._addresses:
             return  # and what lay there is still alive, because it is held here
-        self._own = [tensor.data for tensor in self.tensors]
+        self._own = [local_of(tensor).data for tensor in self.tensors]
         storages = [own.untyped_storage() for own in self._own]
         users = Counter(storage.data_ptr() for storage in storages)
         self._shared = [
-            storage.nbytes() > own.nbytes or users[storage.data_ptr()] > 1
-            for own, storage in zip(self._own, storages, strict=True)
+            storage.nbytes() > own.nbytes or users[storage.data_ptr()] > 1 or is_distributed(tensor)
+            for tensor, own, storage in zip(self.tensors, self._own, storages, strict=True)
         ]
         layout = [_kind(own) for own in self._own]
         if layout != self._layout:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written to by training
                 self._slots = _slots(self._own)
-                self._batches = batches(self._own, self._slots, self._codec)
+                self._batches = batches(self._own, self._slots, self._codec, self.portions)
             self._layout = layout
         self._addresses = addresses
 
@@ -204,10 +232,11 @@ def _kind(tensor: Tensor) -> object:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _mark(tensor: Tensor) -> tuple[int | None, int]:
-    """Return what changes when a tensor is written to: its version, and where it is."""
-    address = tensor.data_ptr()  # first: who follows writes may bring the tensor up to date for that
-    return _version(tensor), address
+def _mark(tensor: Tensor) -> _Mark:
+    """Return what changes when a tensor is written to: its version, that of what is here of it, and where that is."""
+    local = local_of(tensor)
+    address = local.data_ptr()  # first: who follows writes may bring the tensor up to date for that
+    return _version(tensor), _version(local), address
 
 
 def _version(tensor: Tensor) -> int | None:

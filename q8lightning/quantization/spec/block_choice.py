@@ -23,9 +23,24 @@ def chosen_blocks(tensor: int, blocks: int, share: float, seed: int, device: tor
     Returns:
         ``[blocks]`` bool.
     """
+    return are_chosen(tensor, torch.arange(blocks, dtype=torch.int64, device=device), share, seed)
+
+
+def are_chosen(tensor: int, blocks: Tensor, share: float, seed: int) -> Tensor:
+    """Tell which of some blocks of a tensor are quantized, as :func:`chosen_blocks` does of all.
+
+    Args:
+        tensor: The number of the tensor.
+        blocks: ``[blocks]`` int64, their numbers.
+        share: The share of all blocks that is quantized.
+        seed: Chooses the blocks.
+
+    Returns:
+        ``[blocks]`` bool, on their device.
+    """
     one = torch.tensor(seed, dtype=torch.int64, device="cpu")
-    key = mix(mix(one & 0xFFFFFFFF) ^ tensor).to(device)
-    return mix(key ^ (torch.arange(blocks, dtype=torch.int64, device=device) & 0xFFFFFFFF)) < limit_of(share)
+    key = mix(mix(one & 0xFFFFFFFF) ^ tensor).to(blocks.device)
+    return mix(key ^ (blocks & 0xFFFFFFFF)) < limit_of(share)
 
 
 def limit_of(share: float) -> int:
