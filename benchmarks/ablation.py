@@ -324,7 +324,7 @@ class Arm:
         self, without: str | None, checkpoint: dict[str, Any], device: torch.device, folder: Path, preset: str
     ) -> None:
         self.without = without
-        self.checkpoint, self.device, self.path = checkpoint, device, folder / "a.ckpt"
+        self.checkpoint, self.device, self.path = checkpoint, device, folder / f"without {without}.ckpt"
         self.ios = {mode: QuantizedCheckpointIO(checkpoint=preset, async_save=mode == ASYNC) for mode in (SAVE, ASYNC)}
         self.ios[SAVE].optimizer_device = device
         self.encoded = encode_checkpoint(_on_host(checkpoint), self.ios[SAVE].policy)
