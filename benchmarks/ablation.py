@@ -1,7 +1,7 @@
 """What each hand-written part of saving and loading buys: as it is beside the plainest thing in its place, in turns.
 
     python benchmarks/ablation.py                                       # 10 M parameters on the CPU
-    python benchmarks/ablation.py --device cuda --parameters 1e9
+    python benchmarks/ablation.py --device cuda --parameters 355e6 --models blocks
     python benchmarks/ablation.py --only write-behind,zipfile --rounds 15 --output ablation.jsonl
 
 Three checkpoints with AdamW's state: transformer blocks of so many parameters, 125 small layers with 1,500 tensors that
@@ -49,8 +49,7 @@ from rich.table import Table
 from save import Training
 from torch import Tensor, UntypedStorage, nn
 
-from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint.encode.checkpoint import encode_checkpoint
+from q8lightning import QuantizedCheckpointIO, QuantizedTensor, keep_encoded
 from q8lightning.checkpoint.file import (
     archive,
     compact_pickle,
@@ -65,9 +64,10 @@ from q8lightning.checkpoint.file import (
     zip_writer,
 )
 from q8lightning.checkpoint.file.open_file import FileView
+from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.staging import transfer
-from q8lightning.checkpoint.tree import leaves, rebuild
+from q8lightning.checkpoint.tree import leaves
 
 console = Console(width=160)
 MEASURES = SAVE, WRITE, ASYNC, LOAD, FIRST, FAIL = "save", "write", "async", "load", "first load", "failing load"
@@ -321,13 +321,24 @@ class Arm:
     """One side of a comparison: a CheckpointIO of each kind, made and used with the part or without it."""
 
     def __init__(
-        self, without: str | None, checkpoint: dict[str, Any], device: torch.device, folder: Path, preset: str
+        self,
+        without: str | None,
+        checkpoint: dict[str, Any],
+        encoded: Path | None,
+        device: torch.device,
+        folder: Path,
+        preset: str,
     ) -> None:
         self.without = without
-        self.checkpoint, self.device, self.path = checkpoint, device, folder / "a.ckpt"
+        self.checkpoint, self.device, self.path = checkpoint, device, folder / f"without {without}.ckpt"
         self.ios = {mode: QuantizedCheckpointIO(checkpoint=preset, async_save=mode == ASYNC) for mode in (SAVE, ASYNC)}
         self.ios[SAVE].optimizer_device = device
-        self.encoded = encode_checkpoint(_on_host(checkpoint), self.ios[SAVE].policy)
+        self.encoded: Any = None
+        if encoded is not None:
+            with keep_encoded():
+                self.encoded = torch.load(encoded, map_location="cpu", weights_only=True)
+            for payload in payloads_in(self.encoded):
+                payload.checksum = None  # to be made anew by each save
 
     def numbers(self, whats: Collection[str], first: bool) -> dict[str, float]:
         """Measure in their order; loads read the file that was saved last."""
@@ -397,10 +408,6 @@ class Arm:
             io.teardown()
 
 
-def _on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return rebuild(checkpoint, lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf)
-
-
 def _ms(start: float, clock: Callable[[], float] = time.perf_counter) -> float:
     return 1e3 * (clock() - start)
 
@@ -427,9 +434,13 @@ def compare(
     contexts = (nullcontext, part.replace)
     checkpoint = training.checkpoint()
     arms, found = [], dict[str, list[list[float]]]()
+    encoded = None
+    if WRITE in wanted:
+        encoded = folder / "encoded.ckpt"
+        QuantizedCheckpointIO(checkpoint=preset).save_checkpoint(checkpoint, encoded)
     for context, without in zip(contexts, (None, name), strict=True):
         with context():
-            arms.append(Arm(without, checkpoint, training.device, folder, preset))
+            arms.append(Arm(without, checkpoint, encoded, training.device, folder, preset))
     whats = [each for each in (WRITE, *part.changes) if each in wanted and (each != WRITE or SAVE in part.changes)]
     for number in range(rounds + 1):
         for side in (0, 1) if number % 2 else (1, 0):
