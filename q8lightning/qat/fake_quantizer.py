@@ -10,21 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.fingerprints import Fingerprints
 from q8lightning.qat.hooks import Blocks, QuantizeInputs, StateDictHooks
 from q8lightning.qat.lost_write import BESIDE_SHARDED, NOT_FOLLOWED, SHARDED, LostWriteError
 from q8lightning.qat.selection import SelectedWeight, Selection, select
 from q8lightning.qat.sharded_model import Gathered, OtherParameters, wait_for_readers
-from q8lightning.qat.shards import add_up
 from q8lightning.qat.structure import Structure
-from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
+from q8lightning.qat.weight_groups import WeightGroups
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.ambient import untraced
-from q8lightning.system.shards import local_of
-
-Place = tuple[FakeQuantizeGroup, int]
-"""A group, and the index of one of its tensors."""
 
 _opened: "weakref.WeakSet[FakeQuantizer]" = weakref.WeakSet()
 
@@ -81,12 +74,10 @@ class FakeQuantizer:
         self._selection = selection
         self._parts = [weight.parameter for weight in selection.weights if weight.portion is not None]
         self._structure = Structure(self.module)
-        self._groups = _groups(self.weights)
-        self.places: dict[int, Place] = {
-            id(tensor): (group, i) for group in self._groups for i, tensor in enumerate(group.tensors)
-        }
+        self._groups = WeightGroups(self.weights)
+        self.places = self._groups.places
         """The place of each selected parameter, by its identity. Each selection has a dictionary of its own."""
-        self.fingerprints = Fingerprints(self.places)
+        self.fingerprints = self._groups.fingerprints
         self._others = OtherParameters(self.module, self.places) if self.distributed else None
         self._inputs = [QuantizeInputs(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
         for each, hook in zip(selection.modules, self._inputs, strict=True):
@@ -181,8 +172,7 @@ class FakeQuantizer:
                 parameter that is not quantized. The masters are back then, too.
         """
         with self._at_work():
-            lost = [id(group.tensors[index]) for group in self._groups for index in group.lost()]
-            lost = lost or self.fingerprints.changed()
+            lost = self._groups.lost()
             others = self._others.written() if self._others is not None else []
         self.restore()
         if lost:
@@ -198,26 +188,20 @@ class FakeQuantizer:
                 self._before_change()
             if self._others is not None:
                 self._others.written()  # forget them
-            for group in self._groups:
-                group.release()
+            self._groups.release()
         self._state = None
-        self.fingerprints.clear()
         for hook in self._inputs:
             hook.enabled = False
 
     def requantize(self) -> None:
         """Quantize those masters again that were written to."""
-        if self._state is not None and any(group.written for group in self._groups):
+        if self._state is not None and self._groups.is_stale:
             with self._at_work():
-                weights = [weight for weight, (group, index) in self.places.items() if index in group.written]
-                for group in self._groups:
-                    group.settle(*self._state)
-                self.fingerprints.record(weight for weight in weights if weight in self.fingerprints)
+                self._groups.requantize(*self._state)
 
     def note_write(self, parameter: int) -> None:
         """Note that the master of a weight, given by its identity, was written to; :meth:`requantize` quantizes it."""
-        group, index = self.places[parameter]
-        group.wrote(index)
+        self._groups.note_write(parameter)
 
     def note_access(self, parameter: int) -> None:
         """Note that the memory of what may be a weight was handed out: a write there shows only in its fingerprint."""
@@ -255,8 +239,7 @@ class FakeQuantizer:
 
     def names(self, parameters: Iterable[int]) -> list[str]:
         """Return the first names of selected parameters that are given by their identity."""
-        names = {id(weight.parameter): weight.names[0] for weight in self.weights}
-        return [names[each] for each in parameters]
+        return self._groups.names(parameters)
 
     def drop_frozen_gradients(self, step: int) -> None:
         """Remove the gradients of parameters that are frozen at a step: optimizers skip parameters without one."""
@@ -266,10 +249,7 @@ class FakeQuantizer:
 
     def master(self, parameter: Tensor) -> Tensor | None:
         """Return the master of an engaged weight, None for any other tensor."""
-        if not self.engaged or id(parameter) not in self.places:
-            return None
-        group, index = self.places[id(parameter)]
-        return group.master(index)
+        return self._groups.master(parameter) if self.engaged else None
 
     def has_weights_of(self, module: nn.Module) -> bool:
         """Whether a module has selected weights, also while others stand in for them because they are gathered."""
@@ -280,7 +260,7 @@ class FakeQuantizer:
 
     def wait_for_writes(self) -> None:
         """Let the host wait until the weights are written, if what gathers them next would not."""
-        for device in {group.device for group in self._groups if self.distributed and self._gathered}:
+        for device in self._groups.devices if self.distributed and self._gathered else ():
             if device.type != "cpu":
                 torch.accelerator.current_stream(device).synchronize()
 
@@ -291,14 +271,9 @@ class FakeQuantizer:
 
     def add_up_statistics(self) -> None:
         """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
-        if not self.distributed or not self._of_parts:
-            return
-        self._of_parts = False
-        parameters = {weight.names[0]: weight.parameter for weight in self.weights}
-        names = [*self._statistics]
-        rows = torch.stack([torch.stack(tuple(each)) for each in self._statistics.values()])
-        whole = add_up(rows, [parameters[name] for name in names])
-        self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, whole, strict=True)}
+        if self.distributed and self._of_parts:
+            self._statistics = self._groups.of_whole_weights(self._statistics)
+            self._of_parts = False
 
     def close(self) -> None:
         """Put the masters back, and remove all hooks from the model."""
@@ -330,8 +305,7 @@ class FakeQuantizer:
         try:
             with self._at_work():
                 self._before_change()
-                measured = [group.engage(share, seed, measure) for group in self._groups]
-                self.fingerprints.record(self.places if self.fingerprints.compare_all else ())
+                statistics = self._groups.engage(share, seed, measure)
         except BaseException:
             self.restore()  # some groups are engaged already
             raise
@@ -340,29 +314,9 @@ class FakeQuantizer:
         for hook in self._inputs:
             hook.enabled = True
         if measure:
-            rows = [row for of_group in measured if of_group is not None for row in of_group]
-            names = self.names(id(tensor) for group in self._groups for tensor in group.tensors)
-            self._statistics = {name: ErrorStatistics(*row.unbind()) for name, row in zip(names, rows, strict=True)}
-            self._of_parts = True
+            self._statistics, self._of_parts = statistics, True
 
 
 def open_quantizers() -> list[FakeQuantizer]:
     """Return the fake quantizers of this process that are not closed."""
     return list(_opened)
-
-
-def _groups(weights: list[SelectedWeight]) -> list[FakeQuantizeGroup]:
-    """Group weights by codec and device, because a group is quantized in one launch for each dtype."""
-    together: dict[tuple[WeightCodec, torch.device], list[SelectedWeight]] = {}
-    for weight in weights:
-        together.setdefault((weight.codec, local_of(weight.parameter).device), []).append(weight)
-    return [
-        FakeQuantizeGroup(
-            [each.parameter for each in members],
-            codec.book,
-            codec.block_size,
-            codec.axis,
-            [each.portion for each in members],
-        )
-        for (codec, _), members in together.items()
-    ]

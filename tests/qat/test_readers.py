@@ -161,9 +161,9 @@ def test_weights_are_quantized_once_for_an_optimizer_step(accumulate: int, tmp_p
 
     class Count(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            (group,) = callback.qat_training._engagement.quantizer._groups
-            original = group.engage
-            group.engage = lambda *args: engaged.append(trainer.global_step) or original(*args)
+            groups = callback.qat_training._engagement.quantizer._groups
+            original = groups.engage
+            groups.engage = lambda *args: engaged.append(trainer.global_step) or original(*args)
 
     trainer = quiet_trainer(
         tmp_path,
