@@ -2,10 +2,10 @@
 
     python docs/capture.py
 
-Trains the example language model for a moment, saves it with and without the callback, and runs every line of the page
-that begins with ``$ q8lightning`` in the folder of these files, in the order of the page. Each is to be in a block of
-its own, which is rewritten; a line ``...`` at the end of a block says that the rest of the output is not wanted there.
-The block after one of Python is what that prints.
+This trains the example language model for 30 steps, and saves it with and without the callback. In the folder of these
+files it runs every line of the page that begins with ``$ q8lightning``, in their order. Each such line has a block of
+its own, which is rewritten. A block that ends with a line ``...`` shows only the beginning of the output. The block
+after a block of Python shows what that prints.
 """
 
 import io
@@ -33,6 +33,8 @@ BLOCK = re.compile(r"```console\n\$ (q8lightning [^\n]*)\n(.*?)```", re.DOTALL)
 PYTHON = re.compile(r"(```python\n)(.*?)(```\n\n```\n)(.*?)```", re.DOTALL)
 SHOWN = 16
 """Lines of an output that is not wanted as a whole."""
+DURATION = re.compile(r"; \d+\.\d s$")
+"""The time that a command took, which is left out: for files this small it says nothing."""
 
 
 def train(folder: Path) -> None:
@@ -52,7 +54,7 @@ def output_of(command: str) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
         main(shlex.split(command)[1:])
-    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+    return "\n".join(DURATION.sub("", line.rstrip()) for line in printed.getvalue().splitlines())
 
 
 def renew(block: re.Match[str]) -> str:
@@ -65,7 +67,7 @@ def renew(block: re.Match[str]) -> str:
 
 
 def renew_python(block: re.Match[str]) -> str:
-    """Return a block of Python and after it what that prints now."""
+    """Return a block of Python, and after it what it prints now."""
     begin, code, between, _ = block.groups()
     printed = io.StringIO()
     with redirect_stdout(printed):

@@ -2,12 +2,14 @@
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
-from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.loading import keep_encoded
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.export.quantized import export_quantized
-from q8lightning.qat.config import ActivationRule, FreezeRule, QATConfig, WeightRule
+from q8lightning.qat.config import QATConfig
 from q8lightning.qat.lost_write import LostWriteError
 from q8lightning.qat.masters import masters
+from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule
 from q8lightning.quantization.functional import dequantize_blockwise, fake_quantize, quantize_blockwise
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.system.save_queue import BackgroundSaveError

@@ -3,11 +3,11 @@
 import sys
 
 _EXTRA = ("jsonargparse", "rich", "yaml")
-"""What the extra ``cli`` brings."""
+"""Packages of the extra ``cli``."""
 
 
 def run() -> int:
-    """Run the command line, or say in one line what it needs."""
+    """Run the command line, or print in one line which package it needs."""
     try:
         from q8lightning.cli.main import main
     except ModuleNotFoundError as error:

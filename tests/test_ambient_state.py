@@ -42,8 +42,9 @@ from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpo
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionSQNR, UpdateDirectionError
-from q8lightning.qat.config import ActivationRule, QATConfig, WeightRule
+from q8lightning.qat.config import QATConfig
 from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.rules import ActivationRule, WeightRule
 from q8lightning.quantization import functional
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.codebook import get_codebook

@@ -6,6 +6,7 @@ against the package: what is listed is used, and no private name of another pack
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -161,15 +162,46 @@ def test_what_can_be_done_without_is_said_once_at_setup(tmp_path: Path, monkeypa
     assert torch.__version__ in message
 
 
-def test_saving_goes_on_without_what_it_can_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Torch's own save goes on to use the name, so that here it only changes the way it is called.
-    save = torch.serialization._save
-    monkeypatch.setattr("torch.serialization._save", lambda *args: save(*args))
-    with pytest.warns(UserWarning, match=r"_save\._disable_byteorder_record \(its last parameter; without it, torch"):
-        set_up(tmp_path)
-    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
-    assert "q8lightning" in saved
-    assert saved["state_dict"]
+_save = torch.serialization._save
+
+
+def with_one_more(
+    obj: Any, zip_file: Any, pickle_module: Any, pickle_protocol: Any, _disable: Any, new: Any = 0
+) -> None:
+    _save(obj, zip_file, pickle_module, pickle_protocol, _disable)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda *args: _save(*args),
+        with_one_more,
+        lambda obj, zip_file, module, protocol, flag: _save(obj, zip_file, module, protocol, flag),
+    ],
+    ids=["of any parameters", "with one more", "with other names"],
+)
+def test_a_torch_that_saves_otherwise_is_said_once_at_setup_and_saves(
+    other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.serialization._save", other)
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback()])
+    before = []
+    model = Autoencoder()
+    model.on_train_start = lambda: before.extend(str(each.message) for each in said)  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(model)
+        for name in "ab":
+            trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    (message,) = (str(each.message) for each in said if "serialization" in str(each.message))
+    assert message in before, "before training begins"
+    assert (
+        "torch.serialization._save(obj, zip_file, pickle_module, pickle_protocol, _disable_byteorder_record)" in message
+    )
+    assert "without it, torch.save writes the files, more slowly and larger" in message
+    saved = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    assert saved["q8lightning"]["tensors"]
+    assert saved["state_dict"].keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(

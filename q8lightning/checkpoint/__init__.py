@@ -1,1 +1,1 @@
-"""What a checkpoint holds: the payload, the policy, checksums, and the walk over its containers."""
+"""Checkpoints: payloads, policies, checksums, and the walk over containers."""

@@ -1,4 +1,4 @@
-"""What files say in format version 1, and how readers refuse what they do not know; docs/format.md has every byte."""
+"""Write and read headers of format version 1, and refuse what a later version wrote; see docs/format.md."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,27 @@ from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 
 FORMAT_VERSION = 1
-"""The version that files are written in, the only number of a version that they have: it stands in the summary, and in
-the name of the function that they call (``rebuild_v1``). It is raised when what a reader knows would mean something
-else. What a reader does not know (a codec, an option of one) is no reason to: it refuses that by its name."""
+"""The version that files are written in. It is the only version number in a file: the summary has it, and the name of
+the function that files call (``rebuild_v1``). It is raised when something that readers know gets another meaning. New
+codecs and options do not raise it, because a reader refuses a name that it does not know."""
 
 DTYPES = {
-    name: getattr(torch, name)  # one string for each dtype: a pickle has the number of the first
+    name: getattr(torch, name)  # the same string each time: a pickle writes it once
     for name in ("float32", "float16", "bfloat16", "float64")
 }
-"""What tensors can be encoded of."""
+"""The dtypes of tensors that can be encoded."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ENTRIES = {"codec", "dtype", "name", "shape", "stride"}
-"""What every header has."""
+"""The entries that every header has."""
 
 
 class NewerFormatError(RuntimeError):
-    """The file has something that this version of q8lightning does not know, since a later one wrote it.
+    """The file has something that only a later version of q8lightning knows.
 
     Args:
-        what: What it has, such as ``format version 2``.
+        what: What the file has, such as ``format version 2``.
     """
 
     def __init__(self, what: str) -> None:
@@ -51,10 +51,10 @@ class NewerFormatError(RuntimeError):
 
 
 def check_version(summary: Any) -> None:
-    """Refuse a checkpoint whose summary is of a later version; whatever is no summary passes.
+    """Refuse a checkpoint whose summary is of a later version; accept anything that is no summary.
 
     Raises:
-        NewerFormatError: If it is.
+        NewerFormatError: If the version is later.
     """
     if isinstance(summary, Mapping) and (version := summary.get("format_version", 0)) > FORMAT_VERSION:
         raise NewerFormatError.of_version(version)
@@ -69,10 +69,10 @@ def write_header(
     requires_grad: bool = False,
     is_parameter: bool = False,
 ) -> str:
-    """Return what a file says of the tensor that a payload stands for: JSON without spaces, keys sorted.
+    """Return the header of a payload: JSON without spaces, with sorted keys.
 
-    A string, because a pickle takes as long for it as for a single number. Put together by hand, because a save makes
-    one for each tensor while training waits for Python's lock.
+    It is a string because a pickle writes that as fast as a single number. It is put together by hand because a save
+    makes one for each tensor while training waits for Python's lock.
     """
     flags = (',"parameter":true' if is_parameter else "") + (',"requires_grad":true' if requires_grad else "")
     return (
@@ -85,7 +85,7 @@ def read_header(text: str) -> dict[str, Any]:
     """Return the entries of a header.
 
     Raises:
-        ValueError: If it is none, since it is damaged.
+        ValueError: If the text is no header, because it is damaged.
     """
     header = json.loads(text)
     if not isinstance(header, dict) or not header.keys() >= _ENTRIES:
@@ -102,7 +102,7 @@ def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
     """Return the codec that a header names.
 
     Args:
-        entry: What the header says.
+        entry: The header's entry for the codec.
         name: The tensor, for the message.
 
     Raises:
@@ -121,7 +121,7 @@ def read_dtype(header: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype that a header names.
 
     Raises:
-        NewerFormatError: If this version encodes no such tensors.
+        NewerFormatError: If this version does not encode tensors of that dtype.
     """
     dtype: torch.dtype | None = DTYPES.get(header["dtype"])
     if dtype is None:

@@ -1,7 +1,7 @@
-"""Checksums of payloads: a flipped bit is reported by the tensor's name, never returned as a value.
+"""Compare payloads with their checksums, so that damage is reported by the tensor's name.
 
-XXH3 (64 bits) reads 10 to 30 GB a second on one core, several times faster than a disk and than decoding, so that every
-door can afford it. It guards against accidents, not against forgery.
+XXH3 (64 bits) reads 10 to 30 GB a second on one core. That is several times faster than a disk and than decoding, so
+every load can afford it. It protects against accidents, not against forgery.
 """
 
 import os
@@ -24,7 +24,7 @@ class CorruptCheckpointError(RuntimeError):
 
     Attributes:
         what: What is damaged, such as a tensor by its path in the checkpoint.
-        file: The file, None where only the content is at hand.
+        file: The file; None where it is not known.
     """
 
     def __init__(self, what: str, file: str | os.PathLike[str] | None = None) -> None:
@@ -45,39 +45,40 @@ def checksum(header: str, data: memoryview) -> int:
     """Return the checksum of a payload: XXH3 of its bytes, seeded with that of its header.
 
     Args:
-        header: As :func:`~q8lightning.checkpoint.payload.rebuild_v1` gets it.
-        data: See :func:`bytes_of`.
+        header: The header as the file has it.
+        data: Scales and codes; see :func:`bytes_of`.
     """
     return xxhash.xxh3_64_intdigest(data, seed=xxhash.xxh3_64_intdigest(header.encode()))
 
 
 def bytes_of(data: Tensor) -> memoryview:
-    """Return the bytes of a uint8 tensor: where it is on the host, copied there from any other device."""
+    """Return the bytes of a uint8 tensor; they are copied if it is not on the host."""
     return memoryview(data.cpu().numpy())  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
 
 
 def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
-    """Compare a payload with the checksum that it was saved with, if it was and verification is on.
+    """Compare a payload with the checksum that it was saved with, unless verification is off.
 
     Args:
         name: The tensor, for the message.
-        header: As the file has it.
-        data: ``[nbytes]`` uint8.
+        header: The header as the file has it.
+        data: ``[nbytes]`` uint8, scales and codes.
         expected: The checksum; None if the payload was not loaded.
 
     Raises:
-        CorruptCheckpointError: If they do not agree.
+        CorruptCheckpointError: If they differ.
     """
     if expected is None or not _VERIFY.get() or type(data) is not Tensor or data.device.type == "meta":
-        return  # tensors without content (fake, meta) are nothing to verify
+        return  # fake and meta tensors have no content to verify
     if checksum(header, bytes_of(data)) != expected:
         raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
 
 
 def _file_being_loaded() -> str | None:
-    """Return the file that a ``torch.load`` of this thread is reading, as far as it knows its name.
+    """Return the file that a ``torch.load`` of this thread is reading; None if its name is not known.
 
-    Nobody tells the functions that a file names where it is; an error that names it is worth looking at the callers.
+    Nobody tells the functions that a file calls which file it is. The callers' variables do, so that an error can name
+    the file.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not getattr(torch.load, "__code__", None):
@@ -89,9 +90,9 @@ def _file_being_loaded() -> str | None:
 
 @contextmanager
 def without_verification() -> Iterator[None]:
-    """Within this context, checksums are not compared, by no door: what is left of a damaged file can be looked at.
+    """Within this context, do not compare checksums, so that the rest of a damaged file can be loaded.
 
-    Damaged tensors have wrong values then. A file that was cut off cannot be loaded all the same.
+    Damaged tensors then have wrong values. A file that was cut off still cannot be loaded.
 
     Example:
         >>> with without_verification():  # doctest: +SKIP

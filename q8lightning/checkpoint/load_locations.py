@@ -1,4 +1,4 @@
-"""Where copies in host memory load to: to where the tensors were of which they are copies."""
+"""Save copies in host memory so that they load to the devices of the originals."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 _TAGS: ContextVar[Mapping[int, str]] = ContextVar("tags", default=MappingProxyType({}))
-"""Where tensors were whose copies on the host are being saved, by the address of the copy."""
+"""The locations of the originals, by the addresses of the copies that are being saved."""
 
 
 @contextmanager
 def located(tags: Mapping[int, str]) -> Iterator[None]:
-    """Within this context, storages on the host are saved with another location, such as ``cuda:0``.
+    """Within this context, save storages of the host with another location, such as ``cuda:0``.
 
     Args:
-        tags: The locations by the storages' addresses; added to those of contexts around this one.
+        tags: Locations by the storages' addresses. Those of contexts around this one stay.
     """
     token = _TAGS.set({**_TAGS.get(), **tags})
     try:
@@ -30,5 +30,5 @@ def _tag(storage: Any) -> str | None:
     return _TAGS.get().get(storage.data_ptr()) if storage.device.type == "cpu" else None
 
 
-# Before torch's own, which begin at 10. It has no say in where a file is loaded to.
+# Torch asks it before its own functions, whose priorities begin at 10. Loading does not use it.
 torch.serialization.register_package(7, _tag, lambda storage, location: None)

@@ -1,10 +1,10 @@
-"""The names of the parameters that optimizers remember something of, as far as a checkpoint tells or shows them.
+"""Find the names of the parameters that an optimizer's states belong to.
 
-torch numbers the parameters of an optimizer. Their names are in the checkpoint where the optimizer was made from named
-parameters, where its states go by name, or where the file says so itself. Otherwise order and shapes show them: the
-parameters of a group stand in the order of the state dict, and only names to which every possible assignment leads are
-taken. That order is what ``module.parameters()`` gives; nothing proves it, so that these names are for people to read,
-and no rule of a policy goes by them.
+torch numbers the parameters of an optimizer. A checkpoint has their names if the optimizer was made from named
+parameters, if its states go by name, or if the summary has them. Otherwise they follow from order and shapes, assuming
+that the parameters of a group stand in the order of the state dict, as ``module.parameters()`` gives them. A name is
+taken only if every assignment that is possible leads to it. Nothing proves the assumption, so these names are for
+people to read, and no rule of a policy uses them.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 
 def names_of_states(checkpoint: Any) -> dict[str, str]:
-    """Return the names of optimizer states whose parameters are known, by their paths; see ``sections.name_of``."""
+    """Return the names of optimizer states by their paths, where the parameter is known; see ``sections.name_of``."""
     parameters = parameters_of_states(checkpoint)
     if not parameters:
         return {}
@@ -43,11 +43,11 @@ def names_of_states(checkpoint: Any) -> dict[str, str]:
 
 
 def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
-    """Return the names of parameters by what precedes the keys of their states, as far as they are known.
+    """Return the names of parameters that are known, by the keys that lead to their states.
 
     Args:
-        checkpoint: A checkpoint, its payloads encoded or not, or what stands for tensors and has their shapes; of
-            anything else, nothing is known.
+        checkpoint: A checkpoint with tensors, payloads or other objects that have a shape. For anything else the result
+            is empty.
 
     Returns:
         Such as ``{("optimizer_states", 0, "state", 3): "layer.weight"}``.
@@ -75,7 +75,7 @@ def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
 def _shown(
     optimizer: Mapping[str, Any], state: Mapping[Any, Any], weights: Sequence[tuple[str, Shape]]
 ) -> dict[Any, str]:
-    """Return the names that order and shapes show, by the parameters' keys; none that two parameters would have."""
+    """Return the names that follow from order and shapes, by the parameters' keys; none that fits two parameters."""
     names: dict[Any, str] = {}
     for group in groups_of(optimizer):
         keys = listed(group.get("params"))
@@ -86,7 +86,7 @@ def _shown(
 
 
 def _shape_of_parameter(state: Any) -> Shape | None:
-    """Return the shape of a parameter, which its moments have too; None if it has none."""
+    """Return the shape of a parameter, which is that of its moments; None if it has none."""
     if isinstance(state, Mapping):
         for key in (*FIRST_MOMENTS, *SECOND_MOMENTS):
             if (shape := _shape(state.get(key))) is not None:
@@ -95,7 +95,7 @@ def _shape_of_parameter(state: Any) -> Shape | None:
 
 
 def _shape(value: Any) -> Shape | None:
-    """Return the shape of a tensor, or of what stands for one; None if it has none that can be compared."""
+    """Return the shape of a tensor or a similar object; None if it has none that can be compared."""
     if isinstance(value, Tensor) and value.is_nested:
         return None
     shape = getattr(value, "shape", None)
@@ -103,10 +103,10 @@ def _shape(value: Any) -> Shape | None:
 
 
 def _aligned(shapes: Sequence[Shape | None], weights: Sequence[tuple[str, Shape]]) -> list[str | None]:
-    """Return the name of the weight that each parameter is in every assignment that keeps order and shapes, else None.
+    """Return for each parameter the weight that every assignment by order and shape gives it; None if they differ.
 
-    The first possible place of each parameter and the last one are found from both ends. Where both are the same, there
-    is no other.
+    The earliest and the latest place of each parameter are found from both ends. Where both are the same, there is no
+    other.
     """
     first = _earliest(shapes, [shape for _, shape in weights])
     last = _earliest(shapes[::-1], [shape for _, shape in reversed(weights)])
@@ -117,7 +117,7 @@ def _aligned(shapes: Sequence[Shape | None], weights: Sequence[tuple[str, Shape]
 
 
 def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[int] | None:
-    """Return the earliest place that each shape can have among others, in order; None if they do not all fit."""
+    """Return the earliest place of each shape among ``places``, in order; None if they do not all fit."""
     found: list[int] = []
     at = 0
     for shape in shapes:
@@ -131,9 +131,9 @@ def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[i
 
 
 def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
-    """Return names and shapes of what may be a parameter, in order; of tied ones the first, as optimizers see them.
+    """Return names and shapes of entries that may be parameters, in order; the first of tied ones, as optimizers do.
 
-    To take a buffer for one does no harm: it leaves more assignments possible.
+    A buffer among them does no harm: it only makes more assignments possible.
     """
     seen: set[Any] = set()
     result = []
@@ -152,7 +152,7 @@ def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
 
 
 def identity_of(value: Any) -> Any:
-    """Return what is equal for tied tensors only: those that show the same of one memory, or are one payload."""
+    """Return a key that only tied tensors share: those that view the same of one memory, or are one payload."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
         return id(value)
     return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())

@@ -1,17 +1,14 @@
 """The payload: an encoded tensor inside a checkpoint, which unpickles as an ordinary tensor.
 
-A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors. Whoever loads the file
-therefore gets the decoded tensor, through whatever door, and ``torch.load(weights_only=True)`` accepts it, because
-the function is registered as safe: by ``q8lightning_autoload`` when torch is imported, where the package is installed,
-and by importing this module. The import path of that function and its arguments are a promise to every file ever
-written; docs/format.md is the promise.
+A :class:`QuantizedTensor` pickles as a call of :func:`rebuild_v1` with primitives and tensors, so every way of loading
+the file returns the decoded tensor. ``torch.load(weights_only=True)`` accepts the call because the function is
+registered as safe: by ``q8lightning_autoload`` when torch is imported, and by importing this module. Every file that
+was ever written names the function by its import path; docs/format.md promises the path and its arguments.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,35 +22,31 @@ from q8lightning.checkpoint.format import (
     write_header,
 )
 from q8lightning.checkpoint.integrity import bytes_of, checksum, verify
+from q8lightning.checkpoint.loading import kept_encoded, watcher
+from q8lightning.checkpoint.memory import check_dense, in_memory_order
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import encode_many
-
-_ENCODED: ContextVar["list[QuantizedTensor] | None"] = ContextVar("encoded", default=None)
-"""The payloads that have been loaded to stay encoded; None where they are decoded at once."""
-
-_WATCHER: ContextVar["Callable[[Tensor, Tensor], None] | None"] = ContextVar("watcher", default=None)
-"""Told of each tensor that was stored together with others."""
 
 
 class QuantizedTensor:
     """A tensor as codes and scales; unpickles as the decoded tensor.
 
     It is a plain object, neither a tensor nor a dataclass, so that code which maps functions over the tensors of a
-    checkpoint passes it by.
+    checkpoint leaves it alone.
 
     Attributes:
-        codec: How it was encoded.
-        data: ``[nbytes]`` uint8, the scales' bytes, then the codes of the elements in the order of memory, then the
-            residual's codes if the codec has that stage. One tensor, and that a view of the memory of all tensors that
-            were encoded with it, because every storage costs a file some hundred bytes.
+        codec: The codec that encoded it.
+        data: ``[nbytes]`` uint8: the scales' bytes, then the codes of the elements in the order of memory, then the
+            residual's codes if the codec has that stage. A view of the memory of all tensors that were encoded
+            together, because each storage costs a file some hundred bytes.
         shape: Shape of the decoded tensor.
-        stride: Its strides, in elements; dense, in any order of dimensions.
+        stride: Its strides in elements; dense, in any order of dimensions.
         dtype: Its dtype.
         name: Its path in the checkpoint, for messages.
-        checksum: Of header and data, as the file had it; None for one that was not loaded. It stays the same when a
-            loaded payload is saved again, so that damage in between does not go unnoticed.
-        requires_grad: Whether the decoded tensor does.
-        is_parameter: Whether it is an ``nn.Parameter``.
+        checksum: The checksum of header and data that its file has; None if it was not loaded. It is kept when a loaded
+            payload is saved again, so that damage in between is noticed.
+        requires_grad: Whether the decoded tensor requires grad.
+        is_parameter: Whether the decoded tensor is an ``nn.Parameter``.
     """
 
     __slots__ = (
@@ -96,40 +89,46 @@ class QuantizedTensor:
 
     @classmethod
     def encode(cls, tensor: Tensor, codec: Codec, name: str) -> "QuantizedTensor":
-        """Encode a dense float tensor, which is left as it is; see :func:`encode_tensors`."""
-        return encode_tensors([(tensor, codec, name)]).payloads[0]
+        """Encode a dense float tensor; the tensor stays as it is.
+
+        Raises:
+            ValueError: If its elements overlap or leave gaps in memory.
+        """
+        check_dense(tensor, name)
+        data = encode_many([in_memory_order(tensor)], [codec]).data[0]
+        return cls(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Codes, scales and, with a residual, its codes, as :meth:`Codec.encode` returned them; views of ``data``."""
+        """Codes, scales and the residual's codes, if any, as :meth:`Codec.encode` returns them; views of ``data``."""
         return self.codec.split(self.data, math.prod(self.shape))
 
     def decode(self) -> Tensor:
         """Return the decoded tensor, with shape, strides, dtype and device of the original.
 
         Raises:
-            CorruptCheckpointError: If the payload was loaded and is not what was saved.
+            CorruptCheckpointError: If the payload was loaded and differs from what was saved.
         """
         self.verify()
         return self.as_decoded(self.codec.decode(self.parts, self.dtype))
 
     def as_decoded(self, values: Tensor) -> Tensor:
-        """Return decoded values, ``[numel]`` in the order of memory, with shape and strides of the original."""
+        """Return decoded values, ``[numel]`` in the order of memory, as the tensor that was encoded."""
         tensor = values.as_strided(self.shape, self.stride)
         if self.is_parameter:
             return nn.Parameter(tensor, self.requires_grad)
         return tensor.requires_grad_() if self.requires_grad else tensor
 
     def verify(self) -> None:
-        """Compare the payload with the checksum that its file has; nothing to do if there is none.
+        """Compare the payload with the checksum of its file; do nothing if it was not loaded.
 
         Raises:
-            CorruptCheckpointError: If they do not agree.
+            CorruptCheckpointError: If they differ.
         """
         verify(self.name, self.header, self.data, self.checksum)
 
     def replace_data(self, data: Tensor) -> "QuantizedTensor":
-        """Return the same payload with its bytes elsewhere."""
+        """Return the same payload with its bytes in another memory."""
         return QuantizedTensor(
             *(self.codec, data, self.shape, self.stride, self.dtype, self.name, self.checksum),
             requires_grad=self.requires_grad,
@@ -144,9 +143,9 @@ class QuantizedTensor:
 
     @property
     def header(self) -> str:
-        """Everything about the payload but its bytes and their checksum, as JSON.
+        """Everything about the payload except its bytes and their checksum, as JSON.
 
-        As the file had it, if it was loaded: what a later writer added to it is covered by the checksum, too.
+        For a loaded payload it is the file's own text, because the checksum also covers what a later writer added.
         """
         if self._header is not None:
             return self._header
@@ -155,80 +154,35 @@ class QuantizedTensor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = self.header
-        # Made when it is saved because then the bytes are on the host, and training does not wait.
+        # Only now are the bytes on the host, and training does not wait.
         found = checksum(header, bytes_of(self.data)) if self.checksum is None else self.checksum
         return rebuild_v1, (TENSOR, header, found, self.data, 0, len(self.data))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTensor":
-        """Copy it encoded; the default would go through ``__reduce__`` and decode."""
+        """Copy the payload; the default would call ``__reduce__`` and decode it."""
         return self.replace_data(self.data.clone())
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.name!r}, {tuple(self.shape)}, {self.dtype}, {self.codec}, {self.nbytes} bytes)"
 
 
-class Encoding(NamedTuple):
-    """Payloads, and what is known about them where they are; to read it waits for the device.
-
-    Attributes:
-        payloads: One for each tensor.
-        failed: ``[tensors]`` int32, 1 where the codec could not hold the tensor (NaN, infinity; a negative value under
-            ``log``), whose payload decodes to values that are not finite.
-        statistics: ``[tensors, 5]`` float64, what is lost, if it was measured; see
-            :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`.
-    """
-
-    payloads: list[QuantizedTensor]
-    failed: Tensor
-    statistics: Tensor | None
-
-
-def encode_tensors(items: Sequence[tuple[Tensor, Codec, str]], measure: bool = False) -> Encoding:
-    """Encode dense float tensors of one device, which are left as they are, into one stretch of memory.
-
-    Args:
-        items: Tensors, how each is to be encoded, and its path; at least one.
-        measure: Whether to measure what is lost.
-
-    Raises:
-        ValueError: If the elements of a tensor overlap or leave gaps in memory.
-    """
-    for tensor, _, name in items:
-        if not is_dense(tensor):
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense in memory;"
-                " encode tensor.contiguous()"
-            )
-    packed = encode_many([in_memory_order(tensor) for tensor, _, _ in items], [codec for _, codec, _ in items], measure)
-    payloads = [
-        QuantizedTensor(codec, data, tuple(tensor.shape), tensor.stride(), tensor.dtype, name)
-        for (tensor, codec, name), data in zip(items, packed.data, strict=True)
-    ]
-    return Encoding(payloads, packed.failed, packed.statistics)
-
-
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as they lie in memory, a view."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
 TENSOR, TENSORS, ITEM = "tensor", "tensors", "item"
-"""What :func:`rebuild_v1` is called for."""
+"""What :func:`rebuild_v1` can return; the first argument of its calls."""
 
 
 def rebuild_v1(what: str, *arguments: Any) -> Any:
-    """Return what a part of a file stands for; the one function that files of format version 1 call.
+    """Return what a part of a file stands for: the only function that files of format version 1 call.
 
-    There is one for each version, so that a reader knows by its name how a later file will begin.
+    Each version of the format has a function of its own, so that a reader knows a later file by the function's name.
 
     Args:
         what: One of ``tensor``, ``tensors`` and ``item``.
-        arguments: Those of :func:`_tensor`, :func:`_tensors` or :func:`_item`.
+        arguments: The arguments of :func:`_tensor`, :func:`_tensors` or :func:`_item`.
 
     Raises:
         NewerFormatError: If this version does not know what is asked for.
-        CorruptCheckpointError: If a payload is not what was saved. Payloads that stay encoded are verified when they
-            are decoded, so that looking at a memory-mapped file reads no more than is looked at.
+        CorruptCheckpointError: If a payload differs from what was saved. Payloads that stay encoded are verified when
+            they are decoded, so that opening a memory-mapped file does not read all of it.
     """
     parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item}
     if what not in parts:
@@ -240,13 +194,13 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
     """Return the tensor that a payload stands for, encoded inside :func:`keep_encoded`.
 
     Args:
-        text: The header, JSON: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``) and ``name``;
-            ``requires_grad`` and ``parameter``, which are true for what is no plain tensor, and else are not there.
-            Further keys are ignored: what changes the values is an option of the codec.
-        checksum: Of the header and of scales and codes.
-        buffer: ``[bytes]`` uint8, what several payloads may lie in.
-        start: Where in it scales and codes begin; see :class:`QuantizedTensor`.
-        nbytes: How many bytes of it they are.
+        text: The header as JSON: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``) and ``name``.
+            ``requires_grad`` and ``parameter`` are there only if they are true. Further keys are ignored, because
+            whatever changes the values is an option of the codec.
+        checksum: The checksum of the header, the scales and the codes.
+        buffer: ``[bytes]`` uint8, in which several payloads may lie.
+        start: Where scales and codes begin in the buffer.
+        nbytes: How many bytes they take.
     """
     data = buffer[start : start + nbytes]
     try:
@@ -260,7 +214,7 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
     try:
         codec, dtype = read_codec(header["codec"], name), read_dtype(header)
     except NewerFormatError:
-        verify(name, text, data, checksum)  # or is it damaged?
+        verify(name, text, data, checksum)  # the header may be damaged instead
         raise
     payload = QuantizedTensor(
         *(codec, data, tuple(header["shape"]), tuple(header["stride"]), dtype, name, checksum),
@@ -268,51 +222,51 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
         is_parameter=header.get("parameter", False),
         header=text,
     )
-    encoded = _ENCODED.get()
-    if encoded is None:
+    kept = kept_encoded()
+    if kept is None:
         return payload.decode()
-    encoded.append(payload)
+    kept.append(payload)
     return payload
 
 
 def _tensors(
     data: Tensor, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...] | None]
 ) -> tuple[Tensor, ...]:
-    """Return the tensors that were stored together, each in memory of its own; files name them by their numbers.
+    """Return tensors that were stored together, each in memory of its own; files refer to them by number.
 
     Args:
-        data: ``[numel]``, the elements of all, each tensor's in the order of memory.
+        data: ``[numel]``, the elements of all tensors, each tensor's in the order of memory.
         shapes: Their shapes.
-        strides: Their strides, in elements; None for a contiguous tensor.
+        strides: Their strides in elements; None for a contiguous tensor.
     """
-    watcher = _WATCHER.get()
+    watch = watcher()
     result = []
     parts = torch.split(data, [math.prod(shape) for shape in shapes])
     for part, shape, stride in zip(parts, shapes, strides, strict=True):
         tensor = part.clone()
-        if watcher is not None:
-            watcher(part, tensor)
+        if watch is not None:
+            watch(part, tensor)
         result.append(tensor.view(shape) if stride is None else tensor.as_strided(shape, stride))
     return tuple(result)
 
 
 def _item(tensors: tuple[Tensor, ...], number: int) -> Tensor:
-    """Return one of the tensors that were stored together."""
+    """Return one of several tensors that were stored together."""
     return tensors[number]
 
 
 _NAME = "rebuild_v"
-"""The function that files call has this name and the number of their version."""
+"""The name of the function that files call, without the number of their version."""
 
 LATER = tuple(f"{_NAME}{version}" for version in range(FORMAT_VERSION + 1, 10))
-"""What files of later versions will call: these names raise that this version is too old."""
+"""The functions that files of later versions will call. In this version they raise :class:`NewerFormatError`."""
 
 
 def register_functions() -> None:
-    """Let ``torch.load(weights_only=True)`` call the functions that files name, if it may not yet.
+    """Let ``torch.load(weights_only=True)`` call the functions that files name.
 
-    Those that ``q8lightning_autoload`` registered stay: the load that is going on may have met one of them already, and
-    torch would refuse it if another function had its name now.
+    Functions that ``q8lightning_autoload`` registered stay. A load in progress may have met one of them, and torch
+    would refuse it if another function took its name now.
     """
     known = {each[1] for each in torch.serialization.get_safe_globals() if isinstance(each, tuple)}
     functions = {rebuild_v1.__name__: rebuild_v1} | {name: _refusing(name) for name in LATER}
@@ -325,56 +279,10 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Say what is wrong when a file names a later rebuild function than this version has."""
+    """Raise NewerFormatError for the function of a later version of the format."""
     if name.startswith(_NAME):
         raise NewerFormatError.of_version(name.removeprefix(_NAME))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 register_functions()
-
-
-@contextmanager
-def keep_encoded() -> Iterator[None]:
-    """Within this context, loading a checkpoint returns :class:`QuantizedTensor` objects instead of decoding them.
-
-    What was loaded so can be saved again by ``torch.save``, and is as small as before.
-
-    Example:
-        >>> with keep_encoded():  # doctest: +SKIP
-        ...     checkpoint = torch.load("last.ckpt", weights_only=True)
-        >>> checkpoint["state_dict"]["head.weight"].decode()  # doctest: +SKIP
-    """
-    with collect_encoded():
-        yield
-
-
-@contextmanager
-def collect_encoded() -> Iterator[list[QuantizedTensor]]:
-    """As :func:`keep_encoded`; gives the list to which every payload is added that is loaded."""
-    encoded: list[QuantizedTensor] = []
-    token = _ENCODED.set(encoded)
-    try:
-        yield encoded
-    finally:
-        _ENCODED.reset(token)
-
-
-@contextmanager
-def watch_apart(watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Within this context, ``watcher`` gets what was stored together with others, as it was and as it is loaded."""
-    token = _WATCHER.set(watcher)
-    try:
-        yield
-    finally:
-        _WATCHER.reset(token)
-
-
-def stays_encoded() -> bool:
-    """Whether payloads that are loaded now stay encoded."""
-    return _ENCODED.get() is not None
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory once each, in whatever order of dimensions."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()

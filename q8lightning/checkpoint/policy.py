@@ -1,4 +1,4 @@
-"""The policy: which tensor of a checkpoint gets which codec, as ordered rules over paths."""
+"""The policy: ordered rules over paths that say which tensor gets which codec."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ Preset = Literal["resume", "compact"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose path matches ``pattern`` get this codec.
+    """A rule: tensors whose path matches ``pattern`` get this codec.
 
     Args:
         pattern: Shell-style pattern over the whole path, such as ``state_dict.*`` or ``optimizer_states.*.exp_avg``;
             ``*`` also matches dots.
-        codec: ``"log"``, a codebook's name, the levels of one, or None to store the tensor as it is.
+        codec: ``"log"``, a codebook's name, a codebook's levels, or None to store the tensor as it is.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
-        residual: Also store what the first stage lost, in a second byte; ``linear`` only.
+        residual: Also store what the first stage lost, in a second byte. Only ``linear`` can do that.
         parameter: Shell-style pattern over the name of the parameter that the tensor is or belongs to. Tensors whose
             parameter is unknown match only ``*``.
 
@@ -54,12 +54,12 @@ class Rule:
                 if not isinstance(value := getattr(self, name), kind):
                     raise ValueError(f"{name} is a {kind.__name__}, got {value!r}")
             if codec := self.resolve():
-                object.__setattr__(self, "codec", codec.name)  # not the alias of it: the file says this
+                object.__setattr__(self, "codec", codec.name)  # the name that files have, not an alias
         except ValueError as error:
             raise ValueError(f"rule for {self.pattern!r}: {error}") from None
 
     def resolve(self) -> Codec | None:
-        """Return the codec that this rule asks for, None for raw storage."""
+        """Return the codec of this rule, None to store tensors as they are."""
         if self.codec is None:
             return None
         assert isinstance(self.codec, str)
@@ -74,29 +74,30 @@ class Rule:
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """Ordered rules; the first that matches a tensor's path decides, and what none matches is stored as it is.
+    """Ordered rules: the first one that matches a tensor's path decides. Other tensors are stored as they are.
 
-    Whatever the rules say, these are never quantized: integers, bools and complex numbers, sparse tensors and tensor
-    subclasses, scalars, tensors under ``min_numel`` elements, the model's buffers (BatchNorm statistics), anything that
-    would not become smaller, learning-rate schedulers, loops, hyperparameters and the gradient scaler.
+    No rule applies to these: integers, bools and complex numbers, sparse tensors and tensor subclasses, scalars,
+    tensors under ``min_numel`` elements, the model's buffers (BatchNorm statistics), anything that would not become
+    smaller, learning-rate schedulers, loops, hyperparameters and the gradient scaler.
 
-    A tensor that would lose more than the two limits allow gets the residual stage instead, and is stored as it is
-    where that loses too much as well, with a warning. Second moments are stored as they are, whatever the limits,
-    rather than that one that is not zero becomes zero.
+    A tensor that would lose more than a limit allows gets the residual stage, with a warning. If that loses too much as
+    well, the tensor is stored as it is. A second moment is stored as it is if any element that is not zero would become
+    zero, whatever the limits.
 
     Args:
         rules: Rules, or mappings of their arguments (as YAML gives them).
         min_numel: Tensors with fewer elements are stored as they are.
-        min_sqnr_db: The smallest signal-to-quantization-noise ratio in dB; None for no limit. The default, an error of
-            3% of the tensor's norm, is below what trained weights have under any codec of 8 bits and above that of
-            4 bits. It does not apply to second moments, whose small elements this ratio cannot see, nor to a first
-            moment that the other limit judges.
-        max_update_direction_error: How far one encoded moment may turn Adam's update direction,
-            ``exp_avg / (sqrt(exp_avg_sq) + eps)``, relative to its norm; None for no limit. The presets stay
-            well below the default in training (docs/metrics.md); where a codec fails, it is far above.
+        min_sqnr_db: The smallest signal-to-quantization-noise ratio in dB; None for no limit. The default is an error
+            of 3% of the tensor's norm. Trained weights lose less than that under any codec of 8 bits, and more under
+            4 bits. The limit does not apply to second moments, because the ratio does not see their small elements, nor
+            to first moments that the other limit applies to.
+        max_update_direction_error: The largest error of Adam's update direction that one encoded moment may cause,
+            relative to the direction's norm; None for no limit. The direction is
+            ``exp_avg / (sqrt(exp_avg_sq) + eps)``. In training the presets stay well below the default
+            (docs/metrics.md), and a codec that fails is far above it.
 
     Raises:
-        ValueError: If there is no rule with a codec, a rule is wrong, or a limit is no number that can be kept.
+        ValueError: If there is no rule with a codec, a rule is wrong, or a limit is not a finite number above 0.
 
     Example:
         >>> policy = CheckpointPolicy([Rule("state_dict.head.*"), Rule("state_dict.*", "softsign")])
@@ -153,20 +154,20 @@ class CheckpointPolicy:
         return {"rules": rules, "min_numel": self.min_numel, **limits}
 
     def codec_for(self, path: str, parameter: str | None = None) -> Codec | None:
-        """Return the codec of the first rule that matches, None for raw storage."""
+        """Return the codec of the first rule that matches, None to store the tensor as it is."""
         key = path, parameter
-        if key not in self._found:  # the same paths come again with every save
+        if key not in self._found:  # every save asks for the same paths
             never = path.split(".", 1)[0] in NEVER
             rules = () if never else self._rules
             self._found[key] = next((rule.resolve() for rule in rules if rule.matches(path, parameter)), None)
         return self._found[key]
 
     def names(self, path: str, parameter: str | None = None) -> bool:
-        """Whether a rule decides about a tensor, if only that it is stored as it is, or no rule ever does."""
+        """Whether a rule matches a tensor, with a codec or without, or the tensor is one that no rule applies to."""
         return path.split(".", 1)[0] in NEVER or any(rule.matches(path, parameter) for rule in self._rules)
 
     def check_matches(self, parameters: Iterable[str]) -> None:
-        """Raise ValueError if no rule can ever quantize anything of a model with these parameters."""
+        """Raise ValueError if no rule can quantize anything of a model with these parameters."""
         names = list(parameters)
         keys = {rule.pattern.rsplit(".", 1)[-1] for rule in self._rules}
         keys = {*FIRST_MOMENTS, *SECOND_MOMENTS, *(key for key in keys if not set("*?[") & set(key))}
@@ -181,10 +182,10 @@ class CheckpointPolicy:
         if any(
             rule.codec
             and not rule.pattern.startswith(known)
-            and not any(fnmatchcase(name, rule.pattern) for name in names)  # a path was meant, a name was given
+            and not any(fnmatchcase(name, rule.pattern) for name in names)  # a name in place of a path
             for rule in self._rules
         ):
-            return  # a section that is not known before the first save
+            return  # a section of the user's own, which only a save shows
         patterns = ", ".join(repr(rule.pattern) for rule in self._rules if rule.codec)
         raise ValueError(
             f"the checkpoint policy matches no tensor of this model: patterns {patterns}; parameters"
@@ -194,7 +195,7 @@ class CheckpointPolicy:
 
 
 def _rule(where: str, rule: object) -> Rule:
-    """Return the rule that a mapping describes; ValueError says where it stands in its policy and what is wrong."""
+    """Return the rule that a mapping describes, or raise ValueError that says where it stands and what is wrong."""
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, Mapping):
@@ -219,7 +220,7 @@ def _check_limit(name: str, value: object, example: str) -> None:
 def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
     return CheckpointPolicy(
         [
-            # Without a module at hand (a bare QuantizedCheckpointIO) these names are all that tells a buffer.
+            # A QuantizedCheckpointIO without a module knows buffers by these names alone.
             *(Rule(f"*.{key}") for key in RUNNING_STATISTICS),
             *(Rule(f"{section}.*", **weights) for section in WEIGHTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
@@ -232,4 +233,4 @@ PRESETS: dict[str, CheckpointPolicy] = {
     "resume": _preset({"codec": "linear", "block_size": 256, "residual": True}),
     "compact": _preset({"codec": "softsign", "block_size": 256}),
 }
-"""``resume``: weights to 16 bits of their block's range, the default. ``compact``: everything in about one byte."""
+"""The policies that have a name. ``resume``, the default, stores weights in 16 bits; ``compact`` all in about 8."""

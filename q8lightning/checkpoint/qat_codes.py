@@ -1,8 +1,8 @@
-"""The codes of weights that are trained quantized, beside their masters in a checkpoint: what is deployed.
+"""Describe in a checkpoint how weights were trained quantized, and read their codes back.
 
-Where the masters are stored by the same codec (``linear`` with or without a residual, the same blocks), the first stage
-of the masters is these codes, and nothing is stored twice. Where the masters are stored as they are, their codes can be
-computed at any time. Otherwise they are stored, packed.
+The codes are what is deployed. A checkpoint stores the masters. If the same codec encodes them (``linear`` with or
+without a residual, the same blocks), its first stage is these codes. If the masters are stored as they are, the codes
+can be computed from them. Otherwise the summary stores the codes, packed.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.packed_bits import unpack_bits
 
 _KEYS = {"codebook", "block_size", "axis", "codes", "scales"}
-"""What it says of one."""
+"""The entries of a weight's description."""
 
 Codes = tuple[WeightCodec, Tensor, Tensor, Tensor]
-"""Codec, codes ``[rows, row]`` uint8, scales ``[rows, blocks a row]`` float32, and a tensor on ``meta`` that has the
+"""Codec, codes ``[rows, row]`` uint8, scales ``[rows, blocks a row]`` float32, and a tensor on ``meta`` with the
 weight's shape, strides and dtype."""
 
 
@@ -30,12 +30,12 @@ def describe_codes(
     codecs: Mapping[str, WeightCodec],
     codes: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, dict[str, Any]]:
-    """Return, for each quantized weight of a state dict, its codec and, where they do not follow, its codes.
+    """Return a description of each quantized weight: its codec, and its codes if they do not follow from the weight.
 
     Args:
         stored: The state dict as it is saved, with payloads.
-        codecs: How each weight is quantized, by name.
-        codes: The packed codes and the scales of those whose codes do not follow, by name.
+        codecs: The codec of each weight, by name.
+        codes: Packed codes and scales of the weights whose codes do not follow, by name.
     """
     described: dict[str, dict[str, Any]] = {}
     entries: dict[int, dict[str, Any]] = {}  # tied weights share an entry
@@ -56,11 +56,11 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
     """Return the codes of a weight.
 
     Args:
-        value: What the state dict holds, encoded if it was.
-        entry: What :func:`describe_codes` returned for it.
+        value: The state dict's entry, a payload if it was encoded.
+        entry: The weight's description from :func:`describe_codes`.
 
     Raises:
-        NewerFormatError: If the entry says more than this version knows.
+        NewerFormatError: If the description has an entry that this version does not know.
     """
     if not entry.keys() <= _KEYS:
         raise NewerFormatError(f"weights that were trained quantized with {sorted(entry.keys() - _KEYS)}")
@@ -77,7 +77,10 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
 
 
 def is_first_stage(stored: Codec, codec: WeightCodec) -> bool:
-    """Whether the codes of what is stored are those of ``codec``; a one-sided codebook has a signed scale in both."""
+    """Whether a payload of the codec ``stored`` has the codes of ``codec``.
+
+    Both give a one-sided codebook a signed scale.
+    """
     return codec.axis is None and (stored.codebook, stored.block_size) == (codec.codebook, codec.block_size)
 
 

@@ -1,7 +1,6 @@
-"""What lies where in a checkpoint: the one table, and plain functions over keys and checkpoints.
+"""Know what lies where in a checkpoint: a table of its sections, and functions over keys.
 
-Lightning, its callbacks and this package keep what they save under the keys of :data:`SECTIONS`. Whatever stands under
-another key is the user's own.
+Lightning, its callbacks and this package save under the keys of :data:`SECTIONS`. Other keys are the user's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ from q8lightning.checkpoint.tree import Keys
 
 
 class Section(NamedTuple):
-    """What a key at the top of a checkpoint leads to.
+    """A section: what a key at the top of a checkpoint holds.
 
     Attributes:
-        holds: ``"weights"`` for a state dict, ``"optimizers"`` for a list of optimizers' states; ``"exact"`` for what
-            is small and must come back to the bit, so that no rule of a policy reaches it; ``"other"`` for the rest.
+        holds: ``"weights"`` for a state dict; ``"optimizers"`` for a list of optimizers' states; ``"exact"`` for what
+            must come back to the bit, so that no rule of a policy applies to it; ``"other"`` for the rest.
         is_for_training: Whether only training needs it, so that a file to deploy leaves it out.
     """
 
@@ -25,8 +24,8 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "state_dict": Section("weights"),
-    "current_model_state": Section("weights", True),  # where WeightAveraging keeps the weights that are being trained
-    "averaging_state": Section("other", True),  # how many it has averaged
+    "current_model_state": Section("weights", True),  # WeightAveraging's: the weights that are being trained
+    "averaging_state": Section("other", True),  # WeightAveraging's: how many it has averaged
     "optimizer_states": Section("optimizers", True),
     "lr_schedulers": Section("exact", True),
     "loops": Section("exact", True),
@@ -37,77 +36,78 @@ SECTIONS = {
 }
 
 STATE_DICT = "state_dict"
-"""The section that holds the weights which are evaluated and deployed."""
+"""The section of the weights that are evaluated and deployed."""
 
 OPTIMIZER_STATES = "optimizer_states"
-"""The section that holds the state dict of each optimizer, ``{"state": {parameter: {key: value}}, "param_groups"}``."""
+"""The section of the optimizers' state dicts, ``{"state": {parameter: {key: value}}, "param_groups": [...]}`` each."""
 
 WEIGHTS = tuple(key for key, section in SECTIONS.items() if section.holds == "weights")
 NEVER = tuple(key for key, section in SECTIONS.items() if section.holds == "exact")
 FOR_TRAINING = tuple(key for key, section in SECTIONS.items() if section.is_for_training)
 
 SUMMARY_KEY = "q8lightning"
-"""Where a checkpoint says how it was written and what that lost: dicts, lists, numbers and strings, but for codes."""
+"""The key of the summary: how the checkpoint was written and what that lost, in dicts, lists, numbers and strings. Only
+the codes of weights are tensors."""
 
 CODES_KEY = "qat"
-"""Where the summary of a checkpoint says how each weight that is trained quantized is."""
+"""The key in the summary for the weights that are trained quantized; see ``qat_codes.py``."""
 
 PARAMETERS_KEY = "parameters"
-"""Where the summary may have, for each optimizer, the names of its parameters in the order of its groups."""
+"""The key in the summary for the names of each optimizer's parameters, in the order of its groups."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
-"""Last parts of the names that buffers of BatchNorm and its kin have in a state dict."""
+"""Last parts of the names of BatchNorm's buffers in a state dict."""
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-"""Keys of the moments that optimizers of torch keep of a parameter."""
+"""Keys of the moments that torch's optimizers keep for a parameter."""
 
 FIRST_OF_ADAM = "exp_avg"
 SECONDS_OF_ADAM = ("max_exp_avg_sq", "exp_avg_sq")
-"""The keys of the moments of Adam and its kin. Of the second ones it steps by the first that there is: AMSGrad keeps,
-beside the one that it updates, the largest that there was."""
+"""Keys of the second moments of Adam and similar optimizers. The optimizer steps by the first one that exists: AMSGrad
+keeps the largest so far beside the one that it updates."""
 
 DEFAULT_EPS = 1e-8
-"""What Adam adds to the root of the second moment, where a checkpoint does not say it."""
+"""The eps of Adam, where a checkpoint does not have it."""
 
 
 def path_of(keys: Keys) -> str:
-    """Return the path by which policies and messages name what the keys lead to."""
+    """Return the path that policies and messages use for keys."""
     return ".".join(map(str, keys))
 
 
 def is_state(keys: Keys) -> bool:
-    """Whether the keys lead to what an optimizer remembers of one parameter."""
+    """Whether the keys lead to a state that an optimizer keeps for one parameter."""
     return len(keys) == 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
 
 
 def name_of(keys: Keys, parameter: str | None) -> str:
-    """Return how messages name a tensor: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
+    """Return the name of a tensor in messages: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
 
     Args:
-        keys: What leads to the tensor.
-        parameter: The name of the parameter that it belongs to, None if nobody knows.
+        keys: Keys that lead to the tensor.
+        parameter: The name of the parameter that it belongs to; None if that is not known.
     """
     return path_of(keys) if parameter is None or not is_state(keys) else f"{parameter}: {keys[-1]}"
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether a container is the state dict of an optimizer, wherever it stands: in Fabric's under a user's key."""
+    """Whether a container is the state dict of an optimizer; in Fabric's checkpoints it has a key of the user's."""
     return isinstance(value, dict) and "state" in value and "param_groups" in value
 
 
 def kind_of(keys: Keys) -> str:
-    """Return the kind of a tensor: ``weights``, the key of an optimizer's state, or else the section."""
+    """Return the kind of a tensor: ``weights``, the key of an optimizer's state, or else its section."""
     if keys[0] in WEIGHTS:
         return "weights"
     return str(keys[-1] if is_state(keys) else keys[0])
 
 
 def parameter_of(keys: Keys, optimizer_parameters: Sequence[Sequence[str]]) -> str | None:
-    """Return the name of the parameter that a tensor is or belongs to, None if nobody knows.
+    """Return the name of the parameter that a tensor is or belongs to; None if that is not known.
 
     Args:
-        keys: What leads to it.
+        keys: Keys that lead to the tensor.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
     """
     if keys[0] in WEIGHTS:
@@ -123,24 +123,24 @@ def parameter_of(keys: Keys, optimizer_parameters: Sequence[Sequence[str]]) -> s
 
 
 def moments_of(path: str) -> list[str]:
-    """Return the paths of the moments that make a direction, which goes by the path of the first."""
+    """Return the paths of all moments of an update direction, from the path of the first moment."""
     state = path.removesuffix(FIRST_OF_ADAM)
     return [path, *(f"{state}{key}" for key in SECONDS_OF_ADAM)]
 
 
 def state_dicts_in(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the sections that hold the model's state dict, as far as they are one."""
+    """Return the sections that hold a state dict of the model."""
     return {section: found for section in WEIGHTS if isinstance(found := checkpoint.get(section), Mapping)}
 
 
 def summary_in(checkpoint: Any) -> Mapping[str, Any]:
-    """Return what a checkpoint says about how it was written, empty if it says nothing."""
+    """Return the summary of a checkpoint; empty if it has none."""
     found = checkpoint.get(SUMMARY_KEY) if isinstance(checkpoint, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
 def optimizers_in(checkpoint: Any) -> list[Mapping[str, Any]]:
-    """Return the state of each optimizer, empty for what is none; a hook may have put anything there."""
+    """Return the state of each optimizer; empty for anything else that a hook has put there."""
     states = listed(checkpoint.get(OPTIMIZER_STATES)) if isinstance(checkpoint, Mapping) else ()
     return [state if isinstance(state, Mapping) else {} for state in states]
 
@@ -151,9 +151,9 @@ def groups_of(optimizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def parameter_names_in(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each optimizer's parameters in the order of its groups, as far as the checkpoint says them.
+    """Return the names of each optimizer's parameters in the order of its groups, as far as the checkpoint has them.
 
-    The summary may say them, or the groups themselves, where the optimizer was made from named parameters.
+    The summary may have them. So do the groups of an optimizer that was made from named parameters.
     """
     said = listed(summary_in(checkpoint).get(PARAMETERS_KEY))
     return tuple(
@@ -165,7 +165,7 @@ def parameter_names_in(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], 
 
 
 def epsilons_of(checkpoint: Mapping[str, Any]) -> dict[Keys, float]:
-    """Return the eps of each optimizer's groups, by what precedes the key of their parameters' states."""
+    """Return the eps of each parameter's optimizer group, by the keys that lead to the parameter's states."""
     epsilons: dict[Keys, float] = {}
     for index, optimizer in enumerate(optimizers_in(checkpoint)):
         for group in groups_of(optimizer):
@@ -175,5 +175,5 @@ def epsilons_of(checkpoint: Mapping[str, Any]) -> dict[Keys, float]:
 
 
 def listed(value: Any) -> list[Any] | tuple[Any, ...]:
-    """Return a list or tuple as it is, nothing of anything else: a hook may have put anything into a checkpoint."""
+    """Return a list or tuple, or an empty one for anything else that a hook has put into a checkpoint."""
     return value if isinstance(value, list | tuple) else ()

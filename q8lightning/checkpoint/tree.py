@@ -1,99 +1,36 @@
-"""The walk over the containers of a checkpoint: which are entered, what is in them, and how they are built anew.
+"""Walk over the containers of a checkpoint: find what is in them, and rebuild them with other items.
 
-A container is a dict, a list, a tuple or an object of a subclass that keeps and pickles its items as its base does.
-Whatever else there is (a subclass with a ``__reduce__`` of its own, one with tensors among its attributes, any other
-object, a tensor) is a leaf: nobody looks into it, and it is saved whole. Everything that looks for tensors, replaces,
-copies or counts them goes by this rule, so that what a file says of itself is so.
+Everything that finds, replaces, copies or counts the tensors of a checkpoint walks here, so that a file tells the truth
+about itself. ``containers.py`` says what the walk enters.
 
-Each container is visited once, however many paths lead to it, and nothing here recurses: containers may be as deep as
-they like, share each other and hold themselves.
+Each container is visited once, however many paths lead to it, and nothing here recurses. Containers may be nested as
+deep as they like, share each other and contain themselves.
 """
 
-import copyreg
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from q8lightning.checkpoint.containers import ATOMS, PLAIN, is_container, items_of
 
 Keys = tuple[Any, ...]
 """Keys and indices that lead to a leaf."""
 
-ATOMS = frozenset((int, float, str, bool, type(None)))
-"""Types of values that hold nothing; the walk passes them by."""
-
 PATHS = 8
-"""By how many paths a container is entered where each path may mean something else. What many levels share has more
-paths than anybody can walk."""
+"""By how many paths a container is entered where each path may mean something else. There must be a bound, because
+containers that are shared at many levels have more paths than anybody can walk."""
 
 _FLAT = ATOMS | {Tensor}
-_EXACT = frozenset((dict, list, tuple))
-_BASES = frozenset((object, dict, list, tuple, OrderedDict, defaultdict, Counter))
-_PICKLING = (
-    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"),
-    *("__iter__", "__len__", "__getitem__", "keys", "items", "values"),
-)
-"""Methods that say what a container holds and how it is pickled."""
-
-_UNPICKLING = ("__new__", "__init__", "__setitem__", "append", "extend", "update")
-"""Methods that are called with the items when a container is unpickled."""
-
-
-def is_container(value: Any) -> bool:
-    """Whether the walk enters ``value``."""
-    kind: Any = type(value)
-    if kind in _EXACT:
-        return True
-    if not isinstance(value, dict | list | tuple) or not _pickles_as_its_base(kind):
-        return False
-    attributes = getattr(value, "__dict__", None)
-    # Attributes that mirror the items would keep what the items have no longer.
-    return not attributes or not (attributes is value or any(isinstance(each, Tensor) for each in attributes.values()))
-
-
-def is_unpickled_plainly(container: Any) -> bool:
-    """Whether unpickling put the items into a container without doing anything to them."""
-    kind: Any = type(container)
-    return kind in _EXACT or _inherits(kind, _UNPICKLING)
-
-
-@lru_cache(maxsize=256)
-def _pickles_as_its_base(kind: Any) -> bool:
-    has_slots = any(vars(each).get("__slots__") for each in kind.__mro__ if each not in _BASES)
-    return not has_slots and kind not in copyreg.dispatch_table and _inherits(kind, _PICKLING)
-
-
-@lru_cache(maxsize=256)
-def _inherits(kind: Any, names: tuple[str, ...]) -> bool:
-    """Whether a class has these methods from Python's own containers, or as ``namedtuple`` makes them."""
-    for name in names:
-        owner = next((each for each in kind.__mro__ if name in vars(each)), object)
-        if owner not in _BASES and not (_is_named_tuple(owner) and name in ("__new__", "__getnewargs__")):
-            return False
-    return True
-
-
-_NAMED = namedtuple("_NAMED", ()).__getnewargs__.__code__  # type: ignore[attr-defined]
-
-
-def _is_named_tuple(kind: type) -> bool:
-    """Whether ``namedtuple`` or ``NamedTuple`` made the class, which lets nobody override how it is made."""
-    return tuple in kind.__bases__ and getattr(kind.__getnewargs__, "__code__", None) is _NAMED  # type: ignore[attr-defined]
-
-
-def items_of(container: Any) -> Iterable[tuple[Any, Any]]:
-    """Return keys or indices and what is there."""
-    return container.items() if isinstance(container, dict) else enumerate(container)
 
 
 def leaves(root: Any, paths: int = 1) -> list[tuple[Keys, Any]]:
     """Return the leaves in a container with the keys that lead to them, in its order.
 
     Args:
-        root: Usually a checkpoint. A leaf is returned by itself.
-        paths: By how many paths a container is entered.
+        root: Usually a checkpoint. Of a leaf, the leaf itself is returned, without keys.
+        paths: By how many paths each container is entered.
     """
     if not is_container(root):
         return [((), root)]
@@ -139,19 +76,19 @@ def rebuild(
     known: dict[int, Any] | None = None,
     copied: Callable[[Any, Any], None] | None = None,
 ) -> Any:
-    """Return ``root`` with what ``change`` makes of its leaves; what holds nothing that changes stays the same object.
+    """Return ``root`` with its leaves replaced; containers in which nothing changes stay the same objects.
 
-    Subclasses stay what they are and keep their attributes; none of their own methods is called.
+    Containers of a subclass keep their class and their attributes. None of their own methods is called.
 
     Args:
         root: A container, or a leaf.
-        change: Returns what takes a leaf's place, or the leaf itself. Asked again for each place of a leaf.
-        everything: Copy all containers, whether anything changes in them or not.
-        anew: Copy the root, whether anything changes or not.
-        in_place: Change dicts and lists themselves; only tuples are made anew.
-        known: What takes the place of containers, by id; the copies that are made are added. Whoever passes it on to
-            another call keeps the containers alive.
-        copied: Told of each container that is no plain one, and of its copy; the attributes of both are the same.
+        change: Returns what replaces a leaf, or the leaf itself. It is called once for each place of a leaf.
+        everything: Copy all containers, even if nothing changes in them.
+        anew: Copy the root, even if nothing changes.
+        in_place: Change dicts and lists themselves, and copy only tuples.
+        known: What replaces containers, by id. The copies are added. A caller that passes it to several calls keeps the
+            containers alive.
+        copied: Called with each container of a subclass and its copy, which shares the values of its attributes.
     """
     if not is_container(root):
         return change(root)
@@ -160,9 +97,9 @@ def rebuild(
         return copies[id(root)]
     found = {id(root): root}
     pending = [root]
-    edits: dict[int, list[tuple[Any, Any]]] = {}  # of each container, what changes in it
-    inner: dict[int, list[tuple[Any, int]]] = {}  # the containers in it
-    outer: dict[int, list[int]] = {}  # those that it is in
+    edits: dict[int, list[tuple[Any, Any]]] = {}  # for each container, keys and new items
+    inner: dict[int, list[tuple[Any, int]]] = {}  # for each container, keys and ids of the containers in it
+    outer: dict[int, list[int]] = {}  # for each container, the ids of those that hold it
     for container in pending:
         here, changes, within = id(container), [], []
         for key, item in items_of(container):
@@ -204,13 +141,13 @@ def rebuild(
             _put(copies[here], [(key, copies[there]) for key, there in within if there in copies])
     if copied is not None:
         for here in changed:
-            if type(found[here]) not in _EXACT:
+            if type(found[here]) not in PLAIN:
                 copied(found[here], copies[here])
     return copies.get(id(root), root)
 
 
 def _put(container: Any, items: Iterable[tuple[Any, Any]]) -> None:
-    """Replace items of a dict or a list; a tuple was made with them."""
+    """Replace items of a dict or a list. A tuple has the new items from the beginning."""
     if isinstance(container, dict):
         dict.update(container, items)
     elif isinstance(container, list):
@@ -219,9 +156,12 @@ def _put(container: Any, items: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _reaching(edits: Iterable[int], outer: dict[int, list[int]], stay: dict[int, Any]) -> dict[int, None]:
-    """Return the containers in which something changes: those with edits, and those around any that is made anew.
+    """Return the containers to change, by id: those with edits, and those that hold a container which is copied.
 
-    Of those in ``stay``, by id, only tuples are.
+    Args:
+        edits: The containers with edits.
+        outer: For each container, those that hold it.
+        stay: Containers that are changed in place; tuples among them are copied all the same.
     """
     changed = dict.fromkeys(edits)
     pending = list(changed)
@@ -244,7 +184,16 @@ def _make_tuples(
     inner: dict[int, list[tuple[Any, int]]],
     edits: dict[int, list[tuple[Any, Any]]],
 ) -> None:
-    """Make a tuple anew, after those in it; dicts and lists are there already, to be filled later."""
+    """Copy a tuple, after the tuples in it. Copies of dicts and lists exist by then and are filled later.
+
+    Args:
+        first: The tuple.
+        found: All containers, by id.
+        changed: The ids of those to change.
+        copies: Their copies, by id; gets those of the tuples.
+        inner: For each container, keys and ids of the containers in it.
+        edits: For each container, keys and new items.
+    """
     pending = [first]
     while pending:
         here = pending[-1]
@@ -263,7 +212,7 @@ def _make_tuples(
 
 
 def _copy(container: Any) -> Any:
-    """Return a shallow copy of a dict or a list, with its attributes, that no method of a subclass had a say in."""
+    """Return a shallow copy of a dict or a list with its attributes, without calling methods of a subclass."""
     kind = type(container)
     if kind is dict or kind is list:
         return container.copy()
@@ -290,20 +239,3 @@ def _with_attributes(copy: Any, container: Any) -> Any:
     if attributes:
         vars(copy).update(attributes)
     return copy
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor shows a memory that can be looked at: no subclass, nothing sparse, nested or on meta."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-    )
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but what lies in its memory, seen through shape and strides; it has no attributes."""
-    return (
-        has_memory(tensor) and not (tensor.is_quantized or tensor.is_neg() or tensor.is_conj()) and not tensor.__dict__
-    )

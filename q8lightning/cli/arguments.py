@@ -1,4 +1,4 @@
-"""The arguments of the commands, and what becomes of those that are more than a word."""
+"""Define the arguments of the commands, and resolve the policy and the plot among them."""
 
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from q8lightning.tools.compress import PRESET_NAMES, policy_of
 
 
 def make_parser(commands: Mapping[str, Callable[[Namespace], int]]) -> ArgumentParser:
-    """Return the parser; the first line of a command's docstring is its help.
+    """Return the parser of the command line.
 
     Args:
-        commands: Functions by the names of the commands.
+        commands: Functions by the names of the commands. The first line of a docstring is the command's help.
     """
-    with suppress(TypeError):  # older versions have --print_shtab without being asked
+    with suppress(TypeError):  # older versions have --print_shtab by default
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
         prog="q8lightning",
@@ -93,11 +93,11 @@ def check_positive(name: str, value: int | None) -> None:
 
 
 def chosen_policy(options: Namespace) -> "str | dict[str, Any]":
-    """Return the preset that was asked for, or the arguments of a policy from a file.
+    """Return the preset that was given, or the arguments of a policy from a file.
 
     Raises:
         ArgumentError: If both a preset and a file were given.
-        ToolError: If the file cannot be read, or is not a policy.
+        ToolError: If the file is not YAML or is not a policy.
     """
     if options.policy is None:
         preset: str = options.preset or "resume"
@@ -126,7 +126,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def plotter() -> Callable[[Comparison, Path, str], None]:
-    """Return the function that draws.
+    """Return the function that draws the plot.
 
     Raises:
         ToolError: If matplotlib is not installed.

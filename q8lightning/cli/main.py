@@ -1,4 +1,4 @@
-"""The commands: read the arguments, do it, print it; whatever a user got wrong is one line and a status."""
+"""The commands: parse the arguments, call a tool, print the result; an error is one line and an exit status."""
 
 import ctypes
 import json
@@ -22,7 +22,7 @@ from q8lightning.tools import Conversion, CorruptCheckpointError, NewerFormatErr
 from q8lightning.tools.conversion import check_not_there
 
 BAD_FILE = 1
-"""Exit status where a file is damaged, cannot be read or written, or there is nothing to do."""
+"""Exit status if a file is damaged, cannot be read or written, or there is nothing to do."""
 
 BAD_ARGUMENTS = 2
 """Exit status for arguments that make no sense."""
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
-        arguments: What follows the program's name; None for those of this process.
+        arguments: The arguments after the program's name; None for those of this process.
     """
     try:
         options = make_parser(COMMANDS).parse_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_ARGUMENTS)
     except (ToolError, CorruptCheckpointError, NewerFormatError) as error:
         return _fail(str(error), BAD_FILE)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD_FILE
     except OSError as error:
@@ -60,26 +60,26 @@ def _fail(message: str, status: int) -> int:
 def _give_memory_back() -> None:
     """Let glibc return the memory of each tensor to the system.
 
-    By itself it raises the size from which it does to 32 MB as it sees large blocks freed, and then keeps what lies
-    between others: decompressing 300 MB grew the process by up to 200 MB, with a fixed size by less than the largest
-    tensor. Other C libraries have no such option.
+    By default glibc returns only larger and larger blocks, up to 32 MB, once it has seen large ones freed, and keeps
+    the rest. Decompressing 300 MB then grew the process by up to 200 MB; with a fixed size it grew by less than the
+    largest tensor. Other C libraries have no such option.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
+"""The option's number in glibc's malloc.h."""
 
 
 def _console() -> Console:
-    # Without a terminal there is no width to keep to, and nothing is to be cut.
+    # Output that is not a terminal has no width, and nothing in it should be cut.
     return Console(width=None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 0)), 120))
 
 
 @contextmanager
 def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr, if that is a terminal; give whom to tell how far it is."""
+    """Show a bar on stderr if that is a terminal; give the function that moves it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -167,7 +167,7 @@ def compare(options: Namespace) -> int:
 
 
 _WARNINGS = 5
-"""How many are printed; every tensor of a model that diverged has one."""
+"""How many warnings are printed; every tensor of a diverged model has one."""
 
 
 def _print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Draw what two checkpoints differ by."""
+"""Draw the differences of two checkpoints."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from q8lightning.tools.compare import UPDATE_DIRECTION
 from q8lightning.tools.tensors import KINDS
 
 _LABELS = 60
-"""Names that fit under each other; of more layers, only some are named."""
+"""How many names fit below each other. If there are more layers, only some are named."""
 
 
 def plot_comparison(result: Comparison, path: Path, title: str) -> None:
@@ -19,9 +19,9 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
     Tensors without a difference, or whose error is no number, are not drawn.
 
     Args:
-        result: What was found.
-        path: The picture; its ending says of which kind it is.
-        title: Over the picture.
+        result: The comparison.
+        path: The file; its ending decides its format.
+        title: The title of the picture.
 
     Raises:
         ValueError: If matplotlib does not know the ending.
@@ -55,6 +55,6 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
 
 
 def _layer(row: Row) -> str:
-    """Return what a tensor is called in the panel of its kind: without what the title of the panel says."""
+    """Return the name of a tensor in the panel of its kind, without the kind."""
     name = row.name.removesuffix(f": {row.kind}").removesuffix(": update direction").removeprefix("state_dict.")
     return name if len(name) <= 48 else f"...{name[-45:]}"

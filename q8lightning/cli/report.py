@@ -1,4 +1,4 @@
-"""Tables and trees of what the commands found, for people."""
+"""Print the results of commands as tables and trees."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Return a small number in as few characters as it needs."""
+    """Return a number in scientific notation; 0 as it is."""
     return "0" if value == 0 else f"{value:.{digits - 1}e}"
 
 
@@ -81,11 +81,11 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
 
 
 _DEFAULTS = {"residual": False, "parameter": "*"}
-"""Of a rule's arguments: those that say nothing."""
+"""Values of a rule's arguments that are not shown."""
 
 
 def _exceptions(found: Inspection) -> list[str]:
-    """Name tensors that are not stored as their rules say, because they would lose too much or no codec holds them."""
+    """Name tensors that are not stored as their rules say: they would lose too much, or no codec holds them."""
     lines = [f"{each.name} ({each.reason}); {_REMEDIES.get(each.remedy, '')}" for each in found.exceptions]
     more = [f"and {len(lines) - _SHOWN} more; --json has them all"] if len(lines) > _SHOWN else []
     return [f"  {'' if index else 'exceptions':12}{line}" for index, line in enumerate(lines[:_SHOWN] + more)]
@@ -94,7 +94,7 @@ def _exceptions(found: Inspection) -> list[str]:
 _REMEDIES = {"residual": "with a residual stage", "raw": "as it is"}
 
 _SHOWN = 5
-"""Exceptions that are shown; every tensor of a model that diverged is one."""
+"""How many exceptions are shown; every tensor of a diverged model is one."""
 
 
 def _sizes(found: Inspection) -> Table:
@@ -120,7 +120,7 @@ def _sizes(found: Inspection) -> Table:
 
 
 def _ratio(size: Size | TensorEntry) -> str:
-    """Return how many times smaller something became; nothing of what takes nothing."""
+    """Return how many times smaller something became; empty for what takes no bytes."""
     return f"{size.decoded_bytes / size.bytes:.2f}x" if size.bytes else ""
 
 
@@ -152,7 +152,7 @@ def _grow(tree: Tree, entries: Sequence[tuple[list[str], TensorEntry]], depth: i
 
 
 def _parameter(key: str, below: Sequence[tuple[list[str], TensorEntry]]) -> str:
-    """Return the parameter that a branch holds the states of, to be shown beside its number; nothing for another."""
+    """Return the name of the parameter whose states a branch holds, to show beside its number; empty if none."""
     names = {entry.name.removesuffix(f": {keys[-1]}") for keys, entry in below if len(keys) == 1 and _is_named(entry)}
     return f" [dim]{escape(names.pop())}[/dim]" if len(names) == 1 and key.isdecimal() else ""
 
@@ -171,7 +171,7 @@ def _leaf(key: str, entry: TensorEntry) -> str:
 
 
 def print_verifications(console: Console, found: Mapping[Path, Verification | str]) -> None:
-    """Print what was found in each file, or why it could not be looked at."""
+    """Print the result for each file, or that it cannot be read."""
     made = table("file", "bytes", "tensors", "quantized")
     made.add_column("result", overflow="fold")
     for path, result in found.items():
@@ -188,7 +188,7 @@ def print_verifications(console: Console, found: Mapping[Path, Verification | st
 
 
 def print_comparison(console: Console, result: Comparison, top: int | None) -> None:
-    """Print the differences by kind and of each tensor, largest first if there is to be only a number of them."""
+    """Print the differences by kind and by tensor; with ``top`` only so many tensors, the largest errors first."""
     made = table("kind", *_ERRORS)
     for kind, difference in result.by_kind().items():
         made.add_row(kind, *_errors(difference))

@@ -28,7 +28,8 @@ from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.format import check_version
-from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.loading import keep_encoded
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
 from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
 from q8lightning.quantization.spec.packed_bits import pack_bits

@@ -1,114 +1,11 @@
-"""Configure QAT: rules that select by name, and a schedule over the global step."""
+"""The configuration of QAT: rules, and a schedule over the global step."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
+from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule, as_rules, check_types
 from q8lightning.system.arguments import check_keys
-
-
-def _check_types(rule: Any) -> None:
-    """Refuse values of another type than an integer's, bool's or pattern's field has, such as a string from YAML."""
-    for each in fields(rule):
-        value: Any = getattr(rule, each.name)
-        kind: Any = each.type
-        if kind not in (int, int | None, bool, str):
-            continue
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{each.name} is of type {getattr(kind, '__name__', kind)}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class WeightRule:
-    """Train the parameters whose name matches ``pattern`` with a codec.
-
-    Args:
-        pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``. ``*`` also matches
-            dots. In a compiled module, names match with and without ``_orig_mod``.
-        codebook: A codebook's name, the levels of one, or None to leave these parameters as they are.
-        block_size: Elements that share a scale; a power of two between 32 and 4096.
-        axis: The axis of the channels (0 for Linear, Conv and Embedding), which no block crosses. A block size of at
-            least a channel's elements gives one scale a channel. None: blocks run along the flattened tensor, in the
-            order of memory.
-
-    Raises:
-        ValueError: If the codebook or the block size does not fit.
-    """
-
-    pattern: str = "*"
-    codebook: CodebookName | Sequence[float] | None = "linear"
-    block_size: int = 256
-    axis: int | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            if self.codebook is not None:
-                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
-            _check_types(self)
-            self.resolve()
-        except ValueError as error:
-            raise ValueError(f"weight rule for {self.pattern!r}: {error}") from None
-
-    def resolve(self) -> WeightCodec | None:
-        """Return the codec, None if the parameters stay as they are."""
-        if self.codebook is None:
-            return None
-        assert isinstance(self.codebook, str)
-        return WeightCodec(self.codebook, self.block_size, self.axis)
-
-
-@dataclass(frozen=True)
-class ActivationRule:
-    """Quantize the inputs of modules whose name matches ``pattern``, each with scales of its own.
-
-    Args:
-        pattern: Shell-style pattern over the full module name, with and without ``_orig_mod``. The first rule that
-            matches a module decides.
-        codebook: A codebook's name, the levels of one, or None to leave these inputs as they are.
-        per: ``"token"`` for one scale for each vector along the last axis, ``"tensor"`` for one scale an input.
-
-    Raises:
-        ValueError: If the codebook or ``per`` is unknown.
-    """
-
-    pattern: str
-    codebook: CodebookName | Sequence[float] | None = "linear"
-    per: Literal["token", "tensor"] = "token"
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if self.per not in ("token", "tensor"):
-            raise ValueError(
-                f'per is "token" or "tensor", got {self.per!r} in the activation rule for {self.pattern!r}'
-            )
-        try:
-            if self.codebook is not None:
-                object.__setattr__(self, "codebook", get_codebook(self.codebook).spec)
-        except ValueError as error:
-            raise ValueError(f"activation rule for {self.pattern!r}: {error}") from None
-
-
-@dataclass(frozen=True)
-class FreezeRule:
-    """Let no optimizer update the parameters whose name matches ``pattern`` from a global step on.
-
-    Args:
-        pattern: Shell-style pattern over the full parameter name.
-        step: The first global step whose update they miss.
-
-    Raises:
-        ValueError: If the step is negative.
-    """
-
-    pattern: str
-    step: int
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if self.step < 0:
-            raise ValueError(f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}")
 
 
 @dataclass(frozen=True)
@@ -157,8 +54,8 @@ class QATConfig:
 
     def __post_init__(self) -> None:
         for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
-            object.__setattr__(self, name, _rules(name, kind, getattr(self, name)))
-        _check_types(self)
+            object.__setattr__(self, name, as_rules(name, kind, getattr(self, name)))
+        check_types(self)
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write [{self.exclude!r}]")
         if not isinstance(self.exclude, Iterable) or not all(isinstance(each, str) for each in self.exclude):
@@ -181,17 +78,17 @@ class QATConfig:
     @property
     def weight_rules(self) -> tuple[WeightRule, ...]:
         """The rules for weights."""
-        return _rules("weights", WeightRule, self.weights)
+        return as_rules("weights", WeightRule, self.weights)
 
     @property
     def activation_rules(self) -> tuple[ActivationRule, ...]:
         """The rules for activations."""
-        return _rules("activations", ActivationRule, self.activations)
+        return as_rules("activations", ActivationRule, self.activations)
 
     @property
     def freeze_rules(self) -> tuple[FreezeRule, ...]:
         """The rules for parameters that stop changing."""
-        return _rules("freeze", FreezeRule, self.freeze)
+        return as_rules("freeze", FreezeRule, self.freeze)
 
     @staticmethod
     def of(config: "QATConfig | Mapping[str, Any]") -> "QATConfig":
@@ -222,28 +119,6 @@ class QATConfig:
     def seed_at(self, step: int) -> int:
         """Return the seed of the ramp's choice at a step. Different steps of a run have different seeds."""
         return (self.seed * 0x9E3779B1 + step) & 0xFFFFFFFF
-
-
-R = TypeVar("R", WeightRule, ActivationRule, FreezeRule)
-
-
-def _rules(name: str, kind: type[R], rules: Sequence[Any]) -> tuple[R, ...]:
-    if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
-        raise ValueError(f"{name} is a list of rules, got {rules!r}; put it into a list")
-    return tuple(_rule(f"{name}[{index}]", kind, rule) for index, rule in enumerate(rules))
-
-
-def _rule(where: str, kind: type[R], rule: Any) -> R:
-    if isinstance(rule, kind):
-        return rule
-    if not isinstance(rule, Mapping):
-        remedy = f"; write {{'codebook': {rule!r}}}" if isinstance(rule, str) and kind is WeightRule else ""
-        raise ValueError(f"{where} is of type {kind.__name__} or a mapping of its arguments, got {rule!r}{remedy}")
-    check_keys(where, kind, rule)
-    try:
-        return kind(**rule)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _meant(config: Any) -> str:

@@ -194,7 +194,7 @@ class FakeQuantizer:
         group.wrote(index)
 
     def note_access(self, parameter: int) -> None:
-        """Note that somebody got the memory of what may be a weight: a write there shows only in its fingerprint."""
+        """Note that the memory of what may be a weight was handed out: a write there shows only in its fingerprint."""
         if self._state is None or self.busy or self.followed or parameter not in self.places:
             return
         if parameter not in self.fingerprints:
@@ -255,7 +255,7 @@ class FakeQuantizer:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Mark operators as the quantizer's own: neither autograd nor whoever follows writes has to know of them."""
+        """Mark operators as the quantizer's own, so that neither autograd nor the following of writes sees them."""
         outer, self.busy = self.busy, True
         self.generation += 1
         try:

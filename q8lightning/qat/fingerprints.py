@@ -20,7 +20,7 @@ class Fingerprints:
 
     def __init__(self, places: Mapping[int, tuple[FakeQuantizeGroup, int]]) -> None:
         self.compare_all = False
-        """Whether all weights are compared; otherwise only those whose memory somebody asked for."""
+        """Whether all weights are compared; otherwise only those whose memory was handed out."""
         self._places = places
         self._sums: dict[int, Tensor] = {}
 

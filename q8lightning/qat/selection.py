@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from q8lightning.qat.compiled import COMPILED, is_compiled_wrapper
-from q8lightning.qat.config import ActivationRule, QATConfig
+from q8lightning.qat.config import QATConfig
+from q8lightning.qat.rules import ActivationRule
 from q8lightning.quantization.codecs.weight import WeightCodec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -1,1 +1,1 @@
-"""Threads, the ordered queue of saves, paths and warnings: nothing that knows what a tensor means."""
+"""Threads, the queue of saves, paths and warnings; nothing here knows what a tensor means."""

@@ -1,4 +1,4 @@
-"""Warnings that stop nothing, for moments in which an exception would do harm."""
+"""Warn without an exception, even where warnings are errors."""
 
 import logging
 import warnings

@@ -1,7 +1,7 @@
-"""What surrounds a computation and would change its bits: put aside while the package computes, and put back after.
+"""Compute the same bits whatever states of torch surround the computation.
 
-Torch keeps these states thread by thread. The default device and the default dtype are not among them here: whatever
-makes a tensor names its device and its dtype, which costs nothing and holds in every thread.
+Torch keeps these states thread by thread. The default device and the default dtype are not handled here, because all
+code of this package names the device and the dtype of the tensors that it makes.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
-"""Devices whose autocast would convert what operators are given, or refuse dtypes that it does not know."""
+"""Devices whose autocast converts what operators are given, or refuses dtypes that it does not know."""
 
 _SMALLEST = sys.float_info.min
 
@@ -21,12 +21,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Compute within this context, or in a function decorated with it, as IEEE arithmetic says.
+    """Compute by IEEE arithmetic within this context, or in a function decorated with it.
 
-    Autocast is off, and denormal numbers are numbers (``torch.set_flush_denormal`` would make them zeros). Where they
-    were not, operations are not shared among threads meanwhile: each thread has that state of its own, and those that
-    torch keeps for sharing cannot be asked. A graph that is being compiled is left as it is: what decides about bits is
-    in operators, which it holds whole.
+    Autocast is off, and denormal numbers are kept (``torch.set_flush_denormal`` makes them zeros). If they were not
+    kept, operations use one thread meanwhile, because torch's own threads have this state too and cannot be reached. A
+    graph that is being compiled is left as it is: the operators in it, which stay whole, decide about the bits.
     """
     if torch.compiler.is_compiling():
         yield
@@ -45,20 +44,20 @@ def neutral() -> Iterator[None]:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """As :func:`neutral`, for what is computed once and kept: training could do little with inference tensors."""
+    """As :func:`neutral`, for tensors that are kept; none of them is an inference tensor, which training cannot use."""
     with neutral(), torch.inference_mode(False):
         yield
 
 
 def untraced(function: F) -> F:
-    """Keep a function out of graphs that ``torch.compile`` makes of code around it: it is the same at every call.
+    """Keep a function out of graphs that ``torch.compile`` makes of the code around it.
 
-    What it does between operators (to parameters, by the step) would become constants of the graph, or compile it
+    What it does between operators depends on the step. In a graph that would become constants, or compile the graph
     anew for each step.
     """
     return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread's processor makes zeros of denormal numbers; torch has no function that tells."""
+    """Whether this thread's processor turns denormal numbers into zeros; torch has no function to ask."""
     return _SMALLEST * 0.5 == 0.0

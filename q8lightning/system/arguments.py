@@ -1,4 +1,4 @@
-"""Arguments that users write as words and mappings: what is wrong with them, and what was meant."""
+"""Check arguments that users write as words and mappings, and guess what was meant."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that asks for the known words most like ``word``; nothing if none is."""
+    """Return the end of an error message that suggests the known words most like ``word``; empty if none is."""
     if not word:
         return ""
     by_lower = {each.lower(): each for each in known}
@@ -16,15 +16,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, kind: Any, given: Mapping[str, Any]) -> None:
-    """Refuse keys that a dataclass has no argument for, and missing ones, before Python does without saying where.
+    """Refuse keys that a dataclass has no argument for, and missing ones, with a message that says where they stand.
 
     Args:
-        where: Whose keys they are, for the message, such as ``rules[1]``.
+        where: Where the mapping stands, for the message, such as ``rules[1]``.
         kind: The dataclass.
         given: The mapping of its arguments.
 
     Raises:
-        ValueError: Naming the key.
+        ValueError: If a key is unknown or missing; it names the key.
     """
     known = [each.name for each in fields(kind)]
     for key in given:

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterator, Mapping
 from dis import get_instructions as dis
-from inspect import unwrap
+from inspect import signature, unwrap
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -36,6 +36,14 @@ def is_declared(owner: Any, name: str) -> bool:
     """Whether something has an attribute, or is a class that annotates it for its objects."""
     classes = owner.__mro__ if isinstance(owner, type) else ()
     return hasattr(owner, name) or any(name in _annotations(each) for each in classes)
+
+
+def parameters_of(function: Any) -> tuple[str, ...]:
+    """Return the names of what a function takes, in their order; none of something whose signature nobody knows."""
+    try:
+        return tuple(signature(function).parameters)
+    except (TypeError, ValueError):  # no function, or one in C
+        return ()
 
 
 def _annotations(owner: type) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Which path means which place: on this machine or elsewhere, through links or not, there or not."""
+"""Resolve paths: to local files or not, through links, to what is there."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ PathLike = str | os.PathLike[str]
 
 
 def local_path(path: PathLike) -> str | None:
-    """Return a path of this machine as the system knows it, None for any other."""
+    """Return a path of this machine as the system knows it; None for a path elsewhere."""
     filesystem, path_there = _resolve(path)
     return path_there if isinstance(filesystem, LocalFileSystem) else None
 
@@ -21,7 +21,7 @@ def local_path(path: PathLike) -> str | None:
 def place_of(path: PathLike) -> str:
     """Return one name for all paths of a file: absolute, and without links among its folders.
 
-    If the file itself is a link, then this is the place of the link, which is what saving and removing change.
+    If the file itself is a link, its name is that of the link, because saving and removing change the link.
     """
     local = local_path(path)
     if local is None:
@@ -31,7 +31,7 @@ def place_of(path: PathLike) -> str:
 
 
 def target_of(place: str) -> str:
-    """Return the place to which a link leads, whether something is there or not; any other place itself."""
+    """Return the place that a link leads to, even if nothing is there; any other place itself."""
     return os.path.realpath(place) if os.path.islink(place) else place
 
 
@@ -41,7 +41,7 @@ def is_within(place: str, folder: str) -> bool:
 
 
 def check_is_there(path: PathLike) -> None:
-    """Raise FileNotFoundError if there is nothing at ``path``, unless only a CheckpointIO knows where that is."""
+    """Raise FileNotFoundError if there is nothing at ``path``; accept a path that only a CheckpointIO understands."""
     filesystem, path_there = _resolve(path)
     if filesystem is not None and not filesystem.exists(path_there):
         message = "there is no such checkpoint, and nobody is saving it"
@@ -50,7 +50,7 @@ def check_is_there(path: PathLike) -> None:
 
 @contextmanager
 def keeping(folder: str | None) -> Iterator[None]:
-    """Raise FileNotFoundError if a folder is gone before or while a file is written to it; None for no folder."""
+    """Raise FileNotFoundError if the folder is removed before or while a file is written to it; None for no folder."""
     if folder is None:
         yield
         return
@@ -66,7 +66,7 @@ def keeping(folder: str | None) -> Iterator[None]:
 
 
 def _resolve(path: PathLike) -> tuple[AbstractFileSystem | None, str]:
-    """Return the file system of a path and the path within it; None for one that only a CheckpointIO knows."""
+    """Return the file system of a path and the path within it; None if only a CheckpointIO understands the path."""
     try:
         filesystem, path_there = url_to_fs(os.fspath(path))
     except (ValueError, ImportError):  # an unknown scheme; one whose package is missing

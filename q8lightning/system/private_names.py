@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from q8lightning.system.advice import advise
-from q8lightning.system.find_names import find, has
+from q8lightning.system.find_names import find, has, parameters_of
 
 STANDALONE = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 """The packages of ``lightning``, and what each is called by itself."""
@@ -32,6 +32,8 @@ class PrivateName:
         part: Which part of the package uses it.
         use: What it is for.
         without: What happens where it does not exist; None if that part cannot work then.
+        parameters: Of a function that is called in the place of its own caller: all that it takes, in their order.
+            Where it takes others, it is not the function that the package knows, and does not exist.
     """
 
     owner: str
@@ -39,9 +41,11 @@ class PrivateName:
     part: Part
     use: str
     without: str | None = None
+    parameters: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
-        return f"{self.owner}.{self.name} ({self.use}; without it, {self.without or _CANNOT_WORK[self.part]})"
+        taking = "" if self.parameters is None else f"({', '.join(self.parameters)})"
+        return f"{self.owner}.{self.name}{taking} ({self.use}; without it, {self.without or _CANNOT_WORK[self.part]})"
 
 
 class MissingNameError(RuntimeError):
@@ -105,8 +109,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch.UntypedStorage", "_cdata", "saving", "which tensors share memory"),
     PrivateName("torch.nn.Module", "_parameters", "saving", "whether the model has other parameters than before"),
     PrivateName("torch.nn.Module", "_modules", "saving", "whether the model has other layers than before"),
-    PrivateName("torch.serialization", "_save", "saving", "pickles, and hands each storage to a writer", _SLOW),
-    PrivateName("torch.serialization._save", "_disable_byteorder_record", "saving", "its last parameter", _SLOW),
+    PrivateName("torch.serialization", "_save", "saving", "pickles, and hands each storage to a writer", _SLOW,
+                ("obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record")),
     PrivateName("torch.serialization", "_get_storage_alignment", "saving", "where records begin", _SLOW),
     PrivateName("torch.serialization", "_serialization_tls", "saving", "whether storages are left out", _SLOW),
     # When weights are quantized in a training step, and who sees them
@@ -153,6 +157,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
 )
 # fmt: on
 
+ZIP_NAMES = tuple(each for each in PRIVATE_NAMES if each.owner == "torch.serialization")
+"""What our own writer of zip files needs of torch's."""
+
 
 def check_names(parts: Collection[Part], warn: Callable[[str], None] = advise) -> None:
     """Say what the installed versions do not have of what some parts of the package rely on.
@@ -193,8 +200,13 @@ def resolve(owner: str, name: str) -> Any:
 
 
 def is_there(private: PrivateName) -> bool:
-    """Whether a name exists, in both of Lightning's packages if both are imported."""
-    return all(owner is not None and has(owner, private.name) for owner in owners(private.owner))
+    """Whether a name exists as the package knows it, in both of Lightning's packages if both are imported."""
+    return all(
+        owner is not None
+        and has(owner, private.name)
+        and private.parameters in (None, parameters_of(getattr(owner, private.name, None)))
+        for owner in owners(private.owner)
+    )
 
 
 def _listed(names: Collection[PrivateName]) -> str:

@@ -1,4 +1,4 @@
-"""Saves, and what is to follow them, in the background: in the order in which they were asked for, one at a time."""
+"""Run saves, removals and links in the background, one at a time, in the order of the calls."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ from q8lightning.system.paths import PathLike, is_within, place_of, target_of
 
 
 class BackgroundSaveError(RuntimeError):
-    """A save, or what was to follow one, failed in the background; raised at the next save, load, wait or at the end.
+    """A save, removal or link failed in the background; raised at the next save, load, wait or at the end.
 
     Attributes:
-        path: What was to be saved, removed or linked.
+        path: The path to save, remove or link.
     """
 
     def __init__(self, action: str, path: PathLike, error: BaseException) -> None:
@@ -25,7 +25,7 @@ class BackgroundSaveError(RuntimeError):
         self.path = path
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Other processes hear of it too: by its message, which is all that can always be pickled."""
+        """Pickle the message and the path for other processes; the cause may not be picklable."""
         return type(self).__new__, (type(self), *self.args), {"path": os.fspath(self.path)}
 
 
@@ -40,10 +40,10 @@ class _Job:
 
 
 class BackgroundSaves:
-    """One queue and at most one thread, which lives as long as there is work.
+    """A queue with at most one thread, which lives while there is work.
 
-    The thread is not a daemon: a process that ends in the usual way, by whatever exception, finishes what is queued.
-    Nothing has to be shut down.
+    The thread is not a daemon, so a process that ends normally or by an exception finishes what is queued. Nothing has
+    to be shut down.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class BackgroundSaves:
         self._errors: deque[BackgroundSaveError] = deque()
 
     def wait_for_room(self) -> float:
-        """Wait until no save is pending, so that two never need memory at once; return the seconds it took.
+        """Wait until no save is pending, so that two never need memory at once; return the seconds of waiting.
 
         Raises:
             BackgroundSaveError: If an earlier job failed.
@@ -68,19 +68,19 @@ class BackgroundSaves:
         return time.perf_counter() - start if waits else 0.0
 
     def save(self, path: PathLike, write: Callable[[], object]) -> None:
-        """Have ``write`` called, after everything that was asked for before."""
+        """Queue a save: call ``write`` after everything before it."""
         self._add(_Job("saving", path, write, place_of(path), is_save=True))
 
     def remove(self, path: PathLike, remove: Callable[[], object]) -> None:
-        """Have ``remove`` called after everything that was asked for before, unless the save before it failed."""
+        """Queue a removal: call ``remove`` after everything before it, unless the last save failed."""
         self._add(_Job("removing", path, remove, place_of(path)))
 
     def link(self, path: PathLike, target: PathLike, link: Callable[[], object]) -> None:
-        """Have ``link`` called after everything that was asked for before, unless the save before it failed."""
+        """Queue a link: call ``link`` after everything before it, unless the last save failed."""
         self._add(_Job("linking", path, link, place_of(path), links_to=place_of(target)))
 
     def exists(self, path: PathLike) -> bool | None:
-        """Whether there will be something at ``path`` when all is done; None if nothing that is queued changes it."""
+        """Whether there will be something at ``path`` when the queue is empty; None if nothing queued changes it."""
         place = place_of(path)
         with self._changed:
             jobs = self._jobs()
@@ -97,10 +97,10 @@ class BackgroundSaves:
             self._changed.wait_for(lambda: not self._is_pending(place))
 
     def wait(self, path: PathLike | None = None) -> None:
-        """Wait until everything is done, or with ``path`` until nothing is queued any more that changes it.
+        """Wait until the queue is empty, or with ``path`` until nothing queued changes that path.
 
         Raises:
-            BackgroundSaveError: If a job failed, of this path or another, that nobody heard of yet.
+            BackgroundSaveError: If a job of any path failed that was not reported yet.
         """
         if path is None:
             with self._changed:
@@ -110,7 +110,7 @@ class BackgroundSaves:
         self._raise_error()
 
     def unheard(self) -> list[BackgroundSaveError]:
-        """Return the errors that have not been raised, once."""
+        """Return the errors that were not reported yet; they count as reported then."""
         with self._changed:
             errors = [*self._errors]
             self._errors.clear()
@@ -146,7 +146,7 @@ class BackgroundSaves:
             try:
                 self._thread.start()
             except RuntimeError:
-                pass  # no thread to be had: the system has no more, or the interpreter is shutting down
+                pass  # the system has no more threads, or the interpreter is shutting down
             else:
                 return
         self._work()
@@ -167,14 +167,17 @@ class BackgroundSaves:
             return  # a crash must never leave fewer whole checkpoints than before
         try:
             job.work()
-        except BaseException as error:  # whatever it is, the training must hear of it
+        except BaseException as error:  # the training must hear of any error
             self._note(job, error)
         else:
             if job.is_save:
                 self._last_save_failed = False
 
     def _note(self, job: _Job, error: BaseException) -> None:
-        """Keep an error; not where it was caught, or it and the content of the save would keep each other alive."""
+        """Keep an error.
+
+        Not in the frame that caught it: the error and the content of the save would keep each other alive.
+        """
         if job.is_save:
             self._last_save_failed = True
         failure = BackgroundSaveError(job.action, job.path, error)

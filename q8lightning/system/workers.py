@@ -1,4 +1,4 @@
-"""A few threads for work that releases Python's lock: reading, sums, and what torch computes."""
+"""Run work in a few threads that releases Python's lock: reading, sums, and operators of torch."""
 
 import os
 import queue
@@ -13,33 +13,33 @@ import torch
 T = TypeVar("T")
 
 MOST = 8
-"""Threads at most: so many read and sum faster than a disk or one socket's memory delivers."""
+"""The most threads that read and sum; so many are faster than a disk or the memory of one socket."""
 
 MOST_THAT_COMPUTE = 16
-"""Threads at most that call operators: more would wait for Python's lock."""
+"""The most threads that call operators; more would wait for Python's lock."""
 
 WORTH_THREADS = 2**22
-"""Bytes from which on threads are started to compute with them: they take as long as starting a few."""
+"""Bytes from which on it is worth starting threads to compute."""
 
 
 def count_workers(jobs: int, cores: int | None = None) -> int:
-    """Return how many threads are worth starting for so many jobs on so many cores; None for those of this process."""
+    """Return how many threads to start for a number of jobs; ``cores=None`` counts the cores of this process."""
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST, cores, jobs))
 
 
 class Workers:
-    """Threads that take jobs in the order in which they were submitted, from entering to leaving the context.
+    """Threads that take jobs in the order of their submission, until the context is left.
 
-    The executors of ``concurrent.futures`` take no more jobs once the interpreter shuts down, which is when the pending
-    save of a training that just ends is written. Leaving the context drops the jobs that nobody has begun and waits for
-    the others, so that no thread touches memory that the caller is about to free.
+    They also work while the interpreter shuts down, when the last save of a training may be written; the executors of
+    ``concurrent.futures`` do not. Leaving the context drops the jobs that have not begun and waits for the others, so
+    that no thread touches memory that the caller is about to free.
 
     Args:
         count: How many threads; each is started when there is a job for it. If the system has no thread left,
             :meth:`submit` does the work itself.
-        begin: What each thread does first.
+        begin: Called first in each thread.
     """
 
     def __init__(self, count: int, begin: Callable[[], object] = lambda: None) -> None:
@@ -51,7 +51,7 @@ class Workers:
         self._left = False
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Have ``function(*arguments)`` called; what it returns or raises is the future's."""
+        """Call ``function(*arguments)`` in a thread; the future gets what it returns or raises."""
         future: Future[T] = Future()
         if len(self._threads) < self._count:
             self._start()
@@ -64,7 +64,7 @@ class Workers:
         thread = threading.Thread(target=self._work, name="q8lightning worker", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no more threads; fewer do as well
+        except RuntimeError:  # the system has no more threads; fewer will do
             self._count = len(self._threads)
         else:
             self._threads.append(thread)
@@ -87,7 +87,7 @@ class Workers:
             return True
         try:
             future.set_result(function(*arguments))
-        except BaseException as error:  # it is the caller's
+        except BaseException as error:  # raised where the caller asks for the result
             future.set_exception(error)
         return True
 
@@ -105,14 +105,15 @@ class Workers:
 
 
 def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
-    """Call functions that compute with tensors on the CPU, each in one thread, several at a time.
+    """Call functions that compute with tensors on the CPU, several at a time, each in one thread.
 
-    Threads that share an operation wait for each other at its end, thousands of times, and where somebody else uses the
-    processor, too, that takes many times as long. What would keep one thread busy alone is shared all the same.
+    Threads that share an operation wait for each other at its end. Over thousands of operations that takes many times
+    as long if somebody else uses the processor too. Only a job that would keep one thread busy longer than all others
+    shares its operations.
 
     Args:
-        jobs: Without side effects on each other.
-        sizes: How many bytes each has to do with.
+        jobs: Functions without side effects on each other.
+        sizes: How many bytes each of them reads.
 
     Returns:
         What they return, in their order.
@@ -125,7 +126,7 @@ def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
     inference = torch.is_inference_mode_enabled()
 
     def run(job: Callable[[], T]) -> T:
-        with torch.inference_mode(inference), torch.no_grad():  # both are a thread's own
+        with torch.inference_mode(inference), torch.no_grad():  # each thread has both of its own
             return job()
 
     left = sorted((i for i in range(count) if i not in results), key=lambda i: sizes[i], reverse=True)
@@ -134,5 +135,5 @@ def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
             pending = [(i, workers.submit(run, jobs[i])) for i in left]
             results |= {i: future.result() for i, future in pending}
     finally:
-        torch.set_num_threads(torch.get_num_threads())  # what new threads begin with, which those have changed
+        torch.set_num_threads(torch.get_num_threads())  # the workers changed what new threads begin with
     return [results[i] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Compare two checkpoints tensor by tensor, whichever of them is quantized; one tensor of each is decoded at a time."""
+"""Compare two checkpoints tensor by tensor, quantized or not; decode one tensor of each at a time."""
 
 import math
 import os
@@ -31,7 +31,7 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Difference:
-    """How far values are from those that they are compared with.
+    """The difference of values from those that they are compared with.
 
     Attributes:
         error: Sum of the squared differences.
@@ -49,12 +49,12 @@ class Difference:
 
     @property
     def relative_error(self) -> float:
-        """Norm of the difference over the norm of the first values; 0 where both are the same."""
+        """Norm of the difference over the norm of the first values; 0 if both are the same."""
         return relative_error(self.error, self.signal)
 
     @property
     def sqnr_db(self) -> float:
-        """The same as a signal-to-noise ratio in dB; infinite where both are the same."""
+        """The same as a signal-to-noise ratio in dB; infinite if both are the same."""
         return sqnr_db(self.error, self.signal)
 
 
@@ -63,12 +63,12 @@ class Row:
     """The comparison of one tensor, or of the update direction of one parameter.
 
     Attributes:
-        path: Its path; for an update direction, that of the parameter's state.
-        name: What people call it, such as ``layer.weight: exp_avg``; the path where the parameter is not known.
-        kind: What it is; ``update_direction`` for exp_avg / (sqrt(exp_avg_sq) + eps).
+        path: Its path; for an update direction, the path of the parameter's state.
+        name: Its name for people, such as ``layer.weight: exp_avg``; the path if the parameter is not known.
+        kind: Its kind; ``update_direction`` for exp_avg / (sqrt(exp_avg_sq) + eps).
         first: Dtype or codec in the first file.
-        second: The same in the second one.
-        difference: How far the second is from the first.
+        second: Dtype or codec in the second file.
+        difference: The difference of the second from the first.
     """
 
     path: str
@@ -85,9 +85,9 @@ class Reshaped:
 
     Attributes:
         path: Its path.
-        name: What people call it.
+        name: Its name for people.
         first: Its shape in the first file.
-        second: Its shape in the second one.
+        second: Its shape in the second file.
     """
 
     path: str
@@ -101,12 +101,12 @@ UPDATE_DIRECTION = "update_direction"
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the tensors of a second checkpoint are from those of a first.
+    """The differences of a second checkpoint from a first.
 
     Attributes:
         rows: Tensors that both have, in the first file's order, then update directions.
         only_first: Names of tensors that only the first file has.
-        only_second: Names of those that only the second has.
+        only_second: Names of tensors that only the second file has.
         reshaped: Tensors whose shapes differ.
     """
 
@@ -117,7 +117,7 @@ class Comparison:
 
     @property
     def differing(self) -> tuple[Row, ...]:
-        """The rows of what is not the same."""
+        """The rows of tensors that are not the same."""
         return tuple(row for row in self.rows if row.difference.error != 0)
 
     def by_kind(self) -> dict[str, Difference]:
@@ -130,7 +130,7 @@ class Comparison:
         return totals
 
     def as_primitives(self) -> dict[str, Any]:
-        """Return everything that was found as JSON has it; a ratio that is no finite number is None."""
+        """Return everything as JSON has it; a ratio that is not finite is None."""
         rows = [{key: getattr(row, key) for key in ("path", "name", "kind", "first", "second")} for row in self.rows]
         return {
             "kinds": {kind: _numbers(difference) for kind, difference in self.by_kind().items()},
@@ -150,19 +150,19 @@ def _numbers(difference: Difference) -> dict[str, float | None]:
 def compare(
     first: str | os.PathLike[str], second: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent
 ) -> Comparison:
-    """Compare all tensors of two checkpoints that have the same path, whichever is quantized.
+    """Compare all tensors that have the same path in two checkpoints, quantized or not.
 
     Args:
         first: The file that errors are relative to.
         second: The other file.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             files.
-        progress: Told how many tensors have been compared, and of how many.
+        progress: Called with the number of tensors compared so far, and of all.
 
     Raises:
-        ToolError: If a file cannot be read, or they have no tensor in common.
+        ToolError: If a file cannot be read, or the files have no tensor in common.
         CorruptCheckpointError: If a file is damaged.
-        NewerFormatError: If one was written in a later format than this version reads.
+        NewerFormatError: If a file was written in a later format than this version reads.
 
     Example:
         >>> from q8lightning.tools import compare
@@ -230,7 +230,7 @@ def _differences(a: Tensor, b: Tensor) -> Iterator[Difference]:
 def _difference(one: Tensor, two: Tensor) -> Difference:
     if not one.numel():
         return Difference()
-    gap = (two - one).masked_fill_(one == two, 0)  # infinities that agree
+    gap = (two - one).masked_fill_(one == two, 0)  # infinities that agree have no difference
     return Difference(float(gap.square().sum()), float(one.square().sum()), float(gap.abs().max()))
 
 
@@ -239,7 +239,7 @@ def _sum(differences: Iterator[Difference]) -> Difference:
 
 
 def _update_directions(first: OpenCheckpoint, second: OpenCheckpoint, parameters: Mapping[Keys, str]) -> Iterator[Row]:
-    """Yield by how much Adam would step into another direction, for each parameter that both have moments of."""
+    """Yield the difference of Adam's update direction for each parameter that both have moments of."""
     epsilons = epsilons_of(first.content) if isinstance(first.content, Mapping) else {}
     both = zip(optimizers_in(first.content), optimizers_in(second.content), strict=False)
     for index, (one, two) in enumerate(both):

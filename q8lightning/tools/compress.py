@@ -17,7 +17,7 @@ from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolErro
 from q8lightning.tools.tensors import tensors_in
 
 PRESET_NAMES = tuple(PRESETS)
-"""The policies that have a name."""
+"""The names of policies."""
 
 
 def compress(
@@ -30,27 +30,27 @@ def compress(
     trust: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
-    """Write what the callback would have saved in the place of ``source``; one tensor at a time is in memory.
+    """Write ``source`` as the callback would have saved it; one tensor at a time is in memory.
 
-    Entries of the state dict count as parameters, because a checkpoint does not tell buffers from them. Tensors that
-    are encoded already stay as they are, unless the policy makes them smaller.
+    Entries of the state dict count as parameters, because a checkpoint does not distinguish buffers from them. Tensors
+    that are encoded already stay as they are, unless the policy makes them smaller.
 
     Args:
         source: The file to read.
         target: The file to write.
         policy: ``"resume"``, ``"compact"``, a :class:`~q8lightning.CheckpointPolicy` or a mapping of its arguments.
-        keep: Patterns of paths, such as ``state_dict.*.table``, of tensors to store as they are.
+        keep: Patterns of paths, such as ``state_dict.*.table``. Tensors that match are stored as they are.
         overwrite: Overwrite the target if it exists.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
-        progress: Told how many bytes of values have been encoded, and of how many.
+        progress: Called with the bytes of values encoded so far, and of all.
 
     Raises:
-        ValueError: If the policy is none.
-        ToolError: If nothing becomes smaller, a pattern to keep matches nothing, the file cannot be read, or the target
-            must not be written.
+        ValueError: If the policy is not valid.
+        ToolError: If nothing becomes smaller, a pattern of ``keep`` matches nothing, the file cannot be read, or the
+            target must not be written.
         CorruptCheckpointError: If the source is damaged; nothing is written then.
-        NewerFormatError: If it was written in a later format than this version reads.
+        NewerFormatError: If the source was written in a later format than this version reads.
         OSError: If the target cannot be written.
 
     Example:
@@ -86,7 +86,7 @@ def _compress(
 
 
 def policy_of(policy: str | CheckpointPolicy | Mapping[str, Any]) -> CheckpointPolicy:
-    """Return a policy by its name, its arguments, or itself.
+    """Return the policy for a name, for arguments, or the policy itself.
 
     Raises:
         ValueError: If there is no such preset, or the arguments make no policy.
@@ -100,7 +100,7 @@ def policy_of(policy: str | CheckpointPolicy | Mapping[str, Any]) -> CheckpointP
 
 
 def _check_kept(patterns: Sequence[str], opened: OpenCheckpoint) -> None:
-    """Raise ToolError for a pattern that keeps nothing: it was meant to."""
+    """Raise ToolError for a pattern that matches no tensor."""
     paths = [path_of(keys) for keys, _ in tensors_in(opened.content)]
     for pattern in patterns:
         if not any(Rule(pattern).matches(path, None) for path in paths):

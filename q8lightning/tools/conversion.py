@@ -1,6 +1,7 @@
-"""What converting a checkpoint came to, and the writing that compressing and decompressing have in common."""
+"""Convert a checkpoint tensor by tensor: what compressing and decompressing have in common."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,17 @@ from q8lightning.tools.write_tensor_by_tensor import Store, write_tensor_by_tens
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
         path: The file that was written.
         bytes_before: Size of the file that was read.
         bytes_after: Size of the file that was written.
-        converted: Tensors that were encoded, or decoded; tied ones count once.
-        kept: Tensors that were encoded before and stayed as they were.
-        metrics: What was lost, such as ``{"weights/sqnr_db": 95.3, "update_direction_error": 0.011}``, as the file says
-            it; empty where nothing was encoded.
-        warnings: What is to be said about single tensors.
+        converted: How many tensors were encoded, or decoded; tied ones count once.
+        kept: How many tensors were encoded before and stayed as they were.
+        metrics: What was lost, as the file's summary has it, such as ``{"weights/sqnr_db": 95.3,
+            "update_direction_error": 0.011}``; empty if nothing was encoded.
+        warnings: Warnings about single tensors.
     """
 
     path: Path
@@ -43,19 +44,19 @@ class Conversion:
         return self.bytes_before / self.bytes_after
 
 
-class Converter:
-    """Replaces the tensors of a checkpoint when the writer meets them, and counts what has been done.
+class Converter(ABC):
+    """Replaces the tensors of a checkpoint while it is written, and counts them.
 
     Args:
         opened: The checkpoint.
-        values: What is to be converted; a tensor that occurs twice counts once.
-        progress: Who wants to know how many bytes of values have been converted, and of how many.
+        content: What is written, with the original tensors.
+        values: The tensors to convert; one that occurs twice counts once.
+        progress: Called with the bytes of values converted so far, and of all.
 
     Attributes:
-        content: What is to be written.
-        converted: Tensors that were encoded, or decoded.
-        kept: Tensors that stay encoded as they were.
-        warnings: What is to be said about single tensors.
+        converted: How many tensors were encoded, or decoded.
+        kept: How many tensors stay encoded as they were.
+        warnings: Warnings about single tensors.
     """
 
     def __init__(self, opened: OpenCheckpoint, content: Any, values: Iterable[Value], progress: Progress) -> None:
@@ -69,27 +70,27 @@ class Converter:
         self._bytes = sum(decoded_bytes(value) for value in {id(value): value for value in values}.values())
 
     def advance(self, value: Value) -> None:
-        """Count a value."""
+        """Count a value as done."""
         self._bytes_done += decoded_bytes(value)
         self._progress(self._bytes_done, self._bytes)
 
-    def __call__(self, value: Any, store: Store) -> Any:
-        """Return what to write in the place of an object; see :data:`Replace` of the writer."""
-        raise NotImplementedError
+    @abstractmethod
+    def replace(self, value: Any, store: Store) -> Any:
+        """Return what to write in place of an object; see :data:`Replace` of the writer."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was lost, once everything is written."""
+        """What was lost; complete once everything is written."""
         return {}
 
     def write(
         self, target: Path, check: Callable[[], None] = lambda: None, small: SmallTensors | None = None
     ) -> Conversion:
-        """Write the content, and say what was done.
+        """Write the content and return the result.
 
         Args:
             target: The file.
-            check: Called before the file takes its name.
+            check: Called before the file takes its name; what it raises keeps the file from being written.
             small: Tensors to store together.
 
         Raises:
@@ -99,14 +100,16 @@ class Converter:
         locations = self.opened.locations
 
         def write(file: IO[bytes]) -> None:
-            with verified(self.opened.file):  # or damage would get a new sum, and never be found
-                write_tensor_by_tensor(self.content, file, self, lambda storage: locations.get(storage, "cpu"), small)
+            with verified(self.opened.file):  # otherwise damage would get a new sum and never be found
+                write_tensor_by_tensor(
+                    self.content, file, self.replace, lambda storage: locations.get(storage, "cpu"), small
+                )
             check()
 
         try:
             write_durably(target, write)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(target)) from error  # not every one knows the file
+            raise OSError(error.errno, error.strerror, str(target)) from error  # not every error knows the file
         return Conversion(
             path=target,
             bytes_before=self.opened.file.size,
@@ -122,7 +125,7 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
     """Return the file to write.
 
     Raises:
-        ToolError: If it is the one that is read, or exists and may not be overwritten, or its folder does not.
+        ToolError: If it is the file that is read, it exists and may not be overwritten, or its folder does not exist.
     """
     path = Path(target)
     if path.exists() and os.path.exists(source) and os.path.samefile(source, path):
@@ -132,7 +135,7 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
 
 
 def check_not_there(path: Path, overwrite: bool) -> None:
-    """Raise ToolError for a file that must not be overwritten, or that has no folder to be in."""
+    """Raise ToolError for a file that must not be overwritten, or whose folder does not exist."""
     if path.is_dir():
         raise ToolError(f"{path} is a directory; name the file to write")
     if path.exists() and not overwrite:

@@ -23,9 +23,8 @@ def decompress(
 ) -> Conversion:
     """Write a checkpoint with ordinary tensors, which ``torch.load`` reads without q8lightning.
 
-    One tensor at a time is in memory. What the checkpoint says about its encoding is left out, except what stays true
-    without it: how weights that were trained quantized are, what optimizers' parameters are called, and how often the
-    run was restored from a quantized checkpoint, unless that is never.
+    One tensor at a time is in memory. Of the summary only what stays true is kept: how weights were trained quantized,
+    the names of optimizers' parameters, and how often the run was restored from a quantized checkpoint.
 
     Args:
         source: The file to read.
@@ -33,12 +32,12 @@ def decompress(
         overwrite: Overwrite the target if it exists.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
-        progress: Told how many bytes of values have been decoded, and of how many.
+        progress: Called with the bytes of values decoded so far, and of all.
 
     Raises:
-        ToolError: If nothing in it is encoded, the file cannot be read, or the target must not be written.
+        ToolError: If nothing in the source is encoded, it cannot be read, or the target must not be written.
         CorruptCheckpointError: If the source is damaged; nothing is written then.
-        NewerFormatError: If it was written in a later format than this version reads.
+        NewerFormatError: If the source was written in a later format than this version reads.
         OSError: If the target cannot be written.
 
     Example:
@@ -60,7 +59,7 @@ class _Decoder(Converter):
         super().__init__(opened, _content(opened), payloads, progress)
         self._stored: dict[int, Stored] = {}
 
-    def __call__(self, value: Any, store: Store) -> Any:
+    def replace(self, value: Any, store: Store) -> Any:
         if not isinstance(value, QuantizedTensor):
             return value
         if id(value) not in self._stored:
@@ -71,7 +70,7 @@ class _Decoder(Converter):
 
 
 def _content(opened: OpenCheckpoint) -> Any:
-    """Return what is to be written: the checkpoint, with what stays true of what it says about itself."""
+    """Return the checkpoint with the part of its summary that stays true."""
     if not opened.summary:
         return opened.content
     content = without_summary(opened.content)

@@ -1,4 +1,4 @@
-"""Encode a checkpoint part by part, with the code that encodes whole ones."""
+"""Encode a checkpoint part by part, with the code that encodes whole checkpoints."""
 
 import copy
 import warnings
@@ -34,10 +34,14 @@ from q8lightning.tools.write_tensor_by_tensor import Store, Stored
 
 
 class PartEncoder(Converter):
-    """Replaces the tensors of a checkpoint by payloads when the writer meets them.
+    """Replaces the tensors of a checkpoint by payloads while it is written.
 
-    What is written is the checkpoint, and after everything else the summary, which is complete when the writer gets
-    there.
+    The summary is written last, when it is complete.
+
+    Args:
+        opened: The checkpoint.
+        policy: Says what is encoded, and how.
+        progress: Called with the bytes of values encoded so far, and of all.
     """
 
     def __init__(self, opened: OpenCheckpoint, policy: CheckpointPolicy, progress: Progress) -> None:
@@ -60,10 +64,10 @@ class PartEncoder(Converter):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the summary says was lost, once everything is written."""
+        """What was lost, as the summary has it; complete once everything is written."""
         return dict(self._summary.get("metrics", {}))
 
-    def __call__(self, value: Any, store: Store) -> Any:
+    def replace(self, value: Any, store: Store) -> Any:
         if value is self._summary:
             self._complete()
         part = self._parts.get(id(value))
@@ -78,14 +82,14 @@ class PartEncoder(Converter):
         if isinstance(result, QuantizedTensor):
             self.kept += result is value
             self.converted += result is not value
-            if result.data.untyped_storage().nbytes() > result.nbytes:  # it would be written as a whole
+            if result.data.untyped_storage().nbytes() > result.nbytes:  # a view is written with all of its memory
                 alone = result.replace_data(result.data.clone())
         stored = store(alone, self.opened.location(value))
         part.results = {key: stored if other is result else other for key, other in part.results.items()}
         return stored
 
     def _encode(self, part: Part) -> dict[int, Any]:
-        """Return what takes the place of each tensor of a part, by its id."""
+        """Return what replaces each tensor of a part, by the tensor's id."""
         results: dict[int, Any] = {id(value): value for _, value in part.leaves}
         tensors = self._to_encode(part)
         wanted = [(keys, tensors[id(value)]) for keys, value in part.leaves if id(value) in tensors]
@@ -100,9 +104,9 @@ class PartEncoder(Converter):
         return results
 
     def _to_encode(self, part: Part) -> dict[int, Tensor]:
-        """Return the tensors of a part that the walk must see, decoded, by the id of what is in the checkpoint.
+        """Return the tensors of a part to encode, decoded where they are payloads, by the id of the original.
 
-        If one may change, those that were encoded before are among them: the guard judges two moments together.
+        If any tensor of the part may change, its payloads are encoded again, because the guard judges moments together.
         """
         some_may_change = any(
             not self._is_as_wanted(keys, value)
@@ -119,13 +123,19 @@ class PartEncoder(Converter):
         return tensors
 
     def _is_as_wanted(self, keys: Keys, payload: QuantizedTensor) -> bool:
-        """Whether encoding again would surely change nothing; rules about parameters are left to the walk."""
+        """Whether encoding again surely changes nothing; False if there are rules by parameter, which are not read."""
         rules = self._policy.rules
         named = any(isinstance(rule, Rule) and rule.parameter != "*" for rule in rules)
         return not named and self._policy.codec_for(path_of(keys)) == payload.codec
 
     def _encode_part(self, part: Part, wanted: list[tuple[Keys, Tensor]], results: dict[int, Any]) -> None:
-        """Encode the wanted tensors of a part; set the results that are better than what is there."""
+        """Encode the wanted tensors of a part; keep a payload that does not become smaller.
+
+        Args:
+            part: The part.
+            wanted: The tensors, with the keys that lead to them.
+            results: Gets what replaces each tensor, by the tensor's id.
+        """
         around = containers_around(self.content, wanted)
         codecs = {
             name: WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
@@ -137,7 +147,7 @@ class PartEncoder(Converter):
             encoded, report = encode_and_report(around, self._policy, ModelNames(frozenset(), self._parameters, codecs))
             warn_of_refused([self._named(text) for text in report.refused])
         codes = encoded.pop(SUMMARY_KEY).get(CODES_KEY, {})
-        report.stored_bytes -= _bytes_in(codes)  # counted in the end, when all are known
+        report.stored_bytes -= _bytes_in(codes)  # counted at the end, when all codes are known
         seen = {keys for keys, _ in wanted}
         for keys, value in part.leaves:
             new: Any = reduce(lambda item, key: item[key], keys, encoded) if keys in seen else None
@@ -149,11 +159,11 @@ class PartEncoder(Converter):
                 self._said.keep(keys, value, None if new is None else new.nbytes)
         refused = bool(report.refused)
         self._said.add(report)
-        if report.refused or not refused:  # not what was tried in vain, and is no worse for it
+        if report.refused or not refused:  # no warning of payloads that were tried again and stay
             self.warnings += messages
 
     def _named(self, text: str) -> str:
-        """Return a text that begins with a tensor's path with its name instead."""
+        """Replace the path that a text begins with by the tensor's name."""
         path, *rest = text.partition(" (")
         return "".join([self.opened.names.get(path, path), *rest])
 
@@ -175,14 +185,14 @@ def _bytes_in(codes: Mapping[str, Any]) -> int:
 def _caught(messages: list[str]) -> Iterator[None]:
     """Append the user warnings of the block to ``messages``."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")  # whatever else happens meanwhile, in any thread
+        warnings.simplefilter("ignore")  # warnings of other threads are not ours to report
         warnings.simplefilter("always", UserWarning)
         yield
     messages += [str(warning.message) for warning in caught]
 
 
 def without_summary(content: Mapping[str, Any]) -> Any:
-    """Return a shallow copy of a checkpoint, of the same class, that says nothing about how it was encoded."""
+    """Return a shallow copy of a checkpoint, of the same class, without its summary."""
     without: Any = copy.copy(content)
     without.pop(SUMMARY_KEY, None)
     return without

@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds, without decoding any of it."""
+"""Inspect what a checkpoint holds, without decoding any of it."""
 
 import json
 import os
@@ -19,18 +19,18 @@ class TensorEntry:
     """A tensor of a checkpoint.
 
     Attributes:
-        path: Keys and indices that lead to it, joined by dots; what policies match.
-        name: What people call it: ``layer.weight: exp_avg`` for an optimizer's state whose parameter is known, or else
+        path: Keys and indices that lead to it, joined by dots; policies match it.
+        name: Its name for people: ``layer.weight: exp_avg`` for an optimizer's state whose parameter is known, or else
             the path.
         kind: ``weights``, a moment's key such as ``exp_avg``, or ``other``.
-        shape: Of its values.
-        dtype: Of its values, without ``torch.``.
+        shape: The shape of its values.
+        dtype: The dtype of its values, without ``torch.``.
         codec: Codec, residual stage and block size, such as ``linear+residual/256``; None if it is not encoded.
-        bytes: What it takes in the file; 0 if it is tied to an earlier one.
-        decoded_bytes: What its values take in memory; 0 if it is tied to an earlier one.
-        tied_to: The name of the earlier tensor that it is one with.
-        sqnr_db: What its save lost, as a signal-to-noise ratio in dB, infinite for nothing; None if the file does not
-            say it.
+        bytes: Bytes in the file; 0 if it is tied to an earlier tensor.
+        decoded_bytes: Bytes of its values in memory; 0 if it is tied to an earlier tensor.
+        tied_to: The name of the earlier tensor that it is tied to; None if there is none.
+        sqnr_db: What its save lost, as a signal-to-noise ratio in dB, infinite for nothing; None if the summary does
+            not have it.
     """
 
     path: str
@@ -47,12 +47,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Size:
-    """What the tensors of a kind take together.
+    """The size of all tensors of a kind.
 
     Attributes:
         tensors: How many there are; tied ones count as often as they occur.
-        bytes: What they take in the file.
-        decoded_bytes: What their values take in memory.
+        bytes: Bytes in the file.
+        decoded_bytes: Bytes of their values in memory.
     """
 
     tensors: int
@@ -61,7 +61,7 @@ class Size:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller they are in the file; 1 for nothing."""
+        """How many times smaller they are in the file; 1 for tensors without elements."""
         return self.decoded_bytes / self.bytes if self.bytes else 1.0
 
 
@@ -70,7 +70,7 @@ class StoredOtherwise:
     """A tensor that is not stored as its rule says.
 
     Attributes:
-        name: What people call it; see :class:`TensorEntry`.
+        name: Its name for people; see :class:`TensorEntry`.
         reason: What its rule's codec would have lost, or why it cannot hold the tensor.
         remedy: ``"residual"`` if it has a residual stage instead, ``"raw"`` if it is stored as it is.
     """
@@ -88,14 +88,13 @@ class Inspection:
         path: The file.
         bytes: Its size.
         sections: The keys at the top of the checkpoint.
-        training: What it says of the training, such as ``{"epoch": 1, "global_step": 30}``.
-        summary: What it says about how it was quantized, in primitives; None if it says nothing. A ratio that is no
-            finite number is None in it.
-        was_decoded: Whether a quantized file was loaded and saved again, so that the summary speaks of codes that are
-            there no more.
-        sizes: What the tensors take, by kind; kinds that do not occur are not there.
-        errors: What the save lost, by kind, such as ``{"weights": {"sqnr_db": 95.3}}``; as the file says it.
-        update_direction_error: How far the direction of Adam's update is off, relative; None if the file does not say.
+        training: How far the training was, such as ``{"epoch": 1, "global_step": 30}``.
+        summary: The checkpoint's summary in primitives; None if it has none. A ratio that is not finite is None in it.
+        was_decoded: Whether a quantized file was loaded and saved plain, so that the summary describes codes that are
+            not in this file.
+        sizes: The sizes of the kinds of tensors that occur.
+        errors: What the save lost, by kind, as the summary has it, such as ``{"weights": {"sqnr_db": 95.3}}``.
+        update_direction_error: Relative error of Adam's update direction; None if the summary does not have it.
         exceptions: Tensors that are not stored as their rules say.
         tensors: All tensors, in the order of the checkpoint.
     """
@@ -114,21 +113,21 @@ class Inspection:
 
     @property
     def bytes_without_tensors(self) -> int:
-        """Bytes of the file that are no tensor's."""
+        """Bytes of the file that belong to no tensor."""
         return max(self.bytes - sum(entry.bytes for entry in self.tensors), 0)
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes that the file would have if no tensor of it were encoded, about."""
+        """About how many bytes the file would have if no tensor were encoded."""
         return sum(entry.decoded_bytes for entry in self.tensors) + self.bytes_without_tensors
 
     @property
     def ratio(self) -> float:
-        """How many times larger that is than the file."""
+        """How many times smaller the file is than with no tensor encoded."""
         return self.decoded_bytes / self.bytes
 
     def as_primitives(self) -> dict[str, Any]:
-        """Return everything as JSON has it; a ratio that is no finite number is None."""
+        """Return everything as JSON has it; a ratio that is not finite is None."""
         found = {
             "file": str(self.path),
             "bytes": self.bytes,
@@ -145,7 +144,7 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], *, trust: bool = False) -> Inspection:
-    """Say what a checkpoint holds: format, policy, sizes and every tensor. Nothing is decoded.
+    """Return what a checkpoint holds: format, policy, sizes and every tensor. Nothing is decoded.
 
     Args:
         path: The file, quantized or not.
@@ -154,8 +153,8 @@ def inspect(path: str | os.PathLike[str], *, trust: bool = False) -> Inspection:
 
     Raises:
         ToolError: If there is no such file or it is no checkpoint.
-        CorruptCheckpointError: If it is damaged in a way that keeps it from being read.
-        NewerFormatError: If it was written in a later format than this version reads.
+        CorruptCheckpointError: If the damage keeps the file from being read.
+        NewerFormatError: If the file was written in a later format than this version reads.
 
     Example:
         >>> from q8lightning.tools import inspect
@@ -228,7 +227,7 @@ def _was_decoded(summary: Mapping[str, Any], entries: Sequence[TensorEntry]) -> 
 
 
 def _errors_by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Sort metrics such as ``weights/sqnr_db`` by what they are of; those of the whole have no kind."""
+    """Sort metrics such as ``weights/sqnr_db`` by kind; leave out those of the whole checkpoint."""
     kinds: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         kind, _, figure = name.rpartition("/")
@@ -238,7 +237,7 @@ def _errors_by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]
 
 
 def _exceptions(opened: OpenCheckpoint) -> tuple[StoredOtherwise, ...]:
-    """Return the tensors that would lose too much under their rules, and those that no codec holds."""
+    """Return the tensors that would lose too much by their rules, and those that no codec holds."""
     found = [(path, each["found"], each["remedy"]) for path, each in (opened.summary.get("guarded") or {}).items()]
     for text in opened.summary.get("refused") or ():
         path, _, reason = text.partition(" (")
@@ -247,7 +246,7 @@ def _exceptions(opened: OpenCheckpoint) -> tuple[StoredOtherwise, ...]:
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says about itself in primitives, without the codes of weights."""
+    """Return the summary of a checkpoint in primitives, without the codes of weights."""
     said = dict(summary)
     if isinstance(trained := said.get(CODES_KEY), Mapping):
         said[CODES_KEY] = {
@@ -259,6 +258,6 @@ def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def primitives_of(value: Any) -> Any:
-    """Return what JSON keeps of a value; it has no infinity, such as the SQNR of a tensor that lost nothing."""
-    # No walk of tree.py's: it passes numbers by, and these are what must change.
+    """Return what JSON keeps of a value; infinity becomes None, such as the SQNR of a tensor that lost nothing."""
+    # Not by the walk of tree.py, which skips numbers: these are what must change.
     return json.loads(json.dumps(value, default=str, skipkeys=True), parse_constant=lambda _: None)

@@ -1,4 +1,4 @@
-"""Open a checkpoint without reading more of it than is looked at: memory-mapped, its payloads encoded."""
+"""Open a checkpoint without reading all of it: memory-mapped, with its payloads encoded."""
 
 import os
 import pickle
@@ -18,14 +18,15 @@ from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.loading import keep_encoded, watch_apart
 from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
-from q8lightning.checkpoint.payload import QuantizedTensor, keep_encoded, register_functions, watch_apart
+from q8lightning.checkpoint.payload import QuantizedTensor, register_functions
 from q8lightning.checkpoint.sections import name_of, summary_in
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
 
 Progress = Callable[[int, int], None]
-"""Told how much has been done, and of how much."""
+"""Called with how much has been done, and of how much."""
 
 
 def silent(done: int, total: int) -> None:
@@ -33,7 +34,7 @@ def silent(done: int, total: int) -> None:
 
 
 class ToolError(Exception):
-    """What a user asked for cannot be done; the message is one line that says why and what to do."""
+    """A request of the user that cannot be done; the message says in one line why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class OpenCheckpoint:
     """An open checkpoint.
 
     Attributes:
-        file: The file, open as long as this is there.
-        content: What ``torch.load`` returns, all of it on the CPU, payloads as :class:`QuantizedTensor`.
-        locations: Where each storage was when it was saved, such as ``cuda:0``, by ``_cdata``.
+        file: The file, open as long as this object exists.
+        content: What ``torch.load`` returns, on the CPU, with payloads as :class:`QuantizedTensor`.
+        locations: The device of each storage when it was saved, such as ``cuda:0``, by the storage's ``_cdata``.
     """
 
     file: OpenFile
@@ -57,37 +58,37 @@ class OpenCheckpoint:
 
     @property
     def summary(self) -> Mapping[str, Any]:
-        """What the checkpoint says about how it was quantized, empty if it says nothing."""
+        """The summary of the checkpoint; empty if it has none."""
         return summary_in(self.content)
 
     @cached_property
     def parameters(self) -> Mapping[Keys, str]:
-        """Names of parameters by what precedes the keys of their optimizer states, as far as they are known."""
+        """Names of parameters that are known, by the keys that lead to their optimizer states."""
         return parameters_of_states(self.content)
 
     @cached_property
     def names(self) -> Mapping[str, str]:
-        """How messages name tensors that do not go by their paths, by these."""
+        """Names in messages of optimizer states whose parameters are known, by their paths."""
         return names_of_states(self.content)
 
     def name(self, keys: Keys) -> str:
-        """Return how messages name a tensor that keys lead to."""
+        """Return the name in messages of the tensor that keys lead to."""
         return name_of(keys, self.parameters.get(keys[:-1]))
 
     def values(self, value: Value) -> Tensor:
-        """Return the values of one of its tensors, decoded if need be.
+        """Return the values of one of its tensors, decoded if it is a payload.
 
         Raises:
-            CorruptCheckpointError: If they are not what was saved.
+            CorruptCheckpointError: If they differ from what was saved.
         """
         with explained(self.path):
             return self.decode(value) if isinstance(value, QuantizedTensor) else value
 
     def decode(self, payload: QuantizedTensor) -> Tensor:
-        """Decode a payload; an error names it as a user does.
+        """Decode a payload.
 
         Raises:
-            CorruptCheckpointError: If it is not what was saved.
+            CorruptCheckpointError: If it differs from what was saved; with the tensor's name for people.
         """
         try:
             return payload.decode()
@@ -96,13 +97,15 @@ class OpenCheckpoint:
             raise CorruptCheckpointError(f"the tensor {name}", error.file) from error
 
     def location(self, value: Value) -> str:
-        """Return where a tensor was when it was saved."""
+        """Return the device of a tensor when it was saved."""
         data = value.data if isinstance(value, QuantizedTensor) else value
         return self.locations.get(data.untyped_storage()._cdata, "cpu")
 
 
 def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCheckpoint:
-    """Open a file that ``torch.save`` or the callback wrote. Files of torch's old format (before 1.6) are read whole.
+    """Open a file that ``torch.save`` or the callback wrote.
+
+    Files of torch's old format (before 1.6) are read whole.
 
     Args:
         path: The file.
@@ -111,14 +114,14 @@ def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCh
 
     Raises:
         ToolError: If there is no such file or it cannot be read.
-        CorruptCheckpointError: If it is damaged in a way that keeps it from being read.
+        CorruptCheckpointError: If the damage keeps the file from being read.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
     return read_checkpoint(open_file(path), trust)
 
 
 def open_file(path: str | os.PathLike[str]) -> OpenFile:
-    """Open a file; whatever is to be done with it is done with what this returns, whoever replaces the file meanwhile.
+    """Open a file, so that everything reads the same file even if another one takes its name meanwhile.
 
     Raises:
         ToolError: If there is no such file or it cannot be opened.
@@ -132,7 +135,7 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
 
 
 def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
-    """Read what :func:`open_checkpoint` does, from an open file."""
+    """Return the checkpoint in an open file; see :func:`open_checkpoint`."""
     path = file.path
     locations: dict[int, str] = {}
 
@@ -150,9 +153,9 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
             content = torch.load(file.address, map_location=leave_on_cpu, weights_only=not trust, mmap=mapped)
     except NewerFormatError:
         raise
-    except Exception as error:  # whatever a file that is something else makes torch and pickle raise
-        with verified(file):
-            pass  # it is whole: something else is wrong
+    except Exception as error:  # torch and pickle raise anything for a file that is no checkpoint
+        with verified(file):  # raises if the file is damaged
+            pass
         raise _explain(path, error) from error
     check_version(summary_in(content))
     return OpenCheckpoint(file, content, locations)

@@ -26,8 +26,8 @@ class Part:
     """Tensors that are encoded together.
 
     Attributes:
-        leaves: They, and the keys that lead to them.
-        results: What takes the place of each, by its id; None until the first of them is met.
+        leaves: The tensors, with the keys that lead to them.
+        results: What replaces each tensor, by its id; None until the writer meets the first one.
     """
 
     leaves: list[Found] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Part:
 
 
 def memory_of(value: Value) -> Any:
-    """Return what tensors that share memory have in common, None for those that no policy ever encodes."""
+    """Return a key that tensors share if they share memory; None for a tensor that no policy encodes."""
     if isinstance(value, QuantizedTensor):
         return id(value)
     if value.layout != torch.strided or type(value) not in (Tensor, torch.nn.Parameter):
@@ -49,7 +49,7 @@ def parts_of(found: Sequence[Found]) -> dict[int, Part]:
     Args:
         found: All tensors that have memory in the sense of :func:`memory_of`.
     """
-    leader: dict[Any, Any] = {}  # of each mark, another one of the same part; its own if it speaks for all
+    leader: dict[Any, Any] = {}  # a union-find: marks of one part lead to the same one
 
     def find(mark: Any) -> Any:
         while leader.setdefault(mark, mark) != mark:
@@ -68,13 +68,13 @@ def parts_of(found: Sequence[Found]) -> dict[int, Part]:
 
 
 def containers_around(content: Any, wanted: Sequence[tuple[Keys, Tensor]]) -> Any:
-    """Return the containers around the wanted tensors, with nothing else in them; indices stay what they are.
+    """Return the containers around the wanted tensors, with nothing else in them; keys and indices stay the same.
 
-    This goes down the keys that a walk has found. The walk itself (``tree.rebuild``) would copy what is not wanted.
+    It follows the keys that a walk has found. The walk itself (``tree.rebuild``) would copy what is not wanted.
 
     Args:
         content: The checkpoint.
-        wanted: Tensors, and the keys that lead to them; or a tensor that is all there is, with no keys.
+        wanted: Tensors with the keys that lead to them. If the content itself is a tensor, it has no keys.
     """
     if not wanted[0][0]:
         return wanted[0][1]
@@ -90,7 +90,7 @@ def containers_around(content: Any, wanted: Sequence[tuple[Keys, Tensor]]) -> An
                     options.append((part[key], original["param_groups"]))
             part = part[key]
         _put(part, keys[-1], tensor)
-    for part, groups in options:  # whose options, such as eps, say what the states are for
+    for part, groups in options:  # the states are judged by options of their groups, such as eps
         if "state" not in part:
             continue
         kept = _groups_of(groups, part["state"])
@@ -101,7 +101,7 @@ def containers_around(content: Any, wanted: Sequence[tuple[Keys, Tensor]]) -> An
 
 
 _HOLE: Mapping[Any, Any] = MappingProxyType({})
-"""What is in a list where nothing is wanted."""
+"""An item of a list in whose place nothing is wanted."""
 
 
 def _empty(container: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself that is encoded part by part: what all parts lost and take together."""
+"""Summarize a checkpoint that is encoded part by part."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,32 +11,34 @@ from q8lightning.tools.tensors import decoded_bytes
 
 
 class SummaryOfParts:
-    """Adds up the reports of parts. What was encoded before and stays as it is lost what its file says.
+    """Adds up the reports of parts.
+
+    For payloads that stay as they were, it takes what the summary of their file has.
 
     Args:
-        before: What the file says about how it was encoded; empty if nothing.
+        before: The summary of the file that was read; empty if it has none.
     """
 
     def __init__(self, before: Mapping[str, Any]) -> None:
         self._before = before
         self._report = SaveReport()
         self._kept: dict[str, str] = {}
-        """Kinds of the tensors that stay encoded as they were, by path."""
+        """The kinds of payloads that stay as they were, by path."""
         self._kept_bytes: dict[int, tuple[int, int]] = {}
-        """Bytes of their values and of their codes, by id: tied ones count once."""
+        """The bytes of their values and of their codes, by id, so that tied ones count once."""
 
     @property
     def guarded(self) -> list[Guarded]:
-        """Tensors that lose more than the policy allows under its rules, except those that stay as they were."""
+        """Tensors that would have lost more than the policy allows, without those that stay as they were."""
         return self._report.guarded
 
     def keep(self, keys: Keys, payload: QuantizedTensor, tried: int | None) -> None:
         """Count a payload that stays as it was.
 
         Args:
-            keys: What leads to it.
+            keys: Keys that lead to it.
             payload: The payload.
-            tried: Bytes that the report of its part has for it, which was encoded again in vain; None if it was not.
+            tried: Bytes that the report of its part has for it, if it was encoded again in vain; None if it was not.
         """
         self._kept[path_of(keys)] = kind_of(keys)
         if id(payload) not in self._kept_bytes:
@@ -45,7 +47,7 @@ class SummaryOfParts:
             self._report.stored_bytes += payload.nbytes - (tried or 0)
 
     def add(self, report: SaveReport) -> None:
-        """Add what a part lost; leave out what it says of tensors that were kept, of which it knows before."""
+        """Add the report of a part, without the payloads of it that were kept before."""
         report.tensors = [loss for loss in report.tensors if loss.path not in self._kept]
         encoded = {loss.path for loss in report.tensors}
         report.directions = [each for each in report.directions if not encoded.isdisjoint(moments_of(each.path))]
@@ -57,7 +59,7 @@ class SummaryOfParts:
         """Put everything into the summary of the checkpoint.
 
         Args:
-            summary: Where to.
+            summary: Gets it.
             stored_beside: Bytes of tensors in the summary itself.
         """
         self._report.stored_bytes += stored_beside
@@ -73,7 +75,7 @@ class SummaryOfParts:
         summary.update(said)
 
     def _entries(self, section: str) -> Iterator[tuple[str, Any]]:
-        """Yield what the file says of the tensors that were kept."""
+        """Yield the entries of the file's summary for the payloads that were kept."""
         said = self._before.get(section)
         if isinstance(said, Mapping):
             yield from ((path, said[path]) for path in self._kept if isinstance(said.get(path), Mapping))
@@ -81,7 +83,7 @@ class SummaryOfParts:
     def _metrics(self, kept: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
         """Yield the figures of kinds of which every encoded tensor was kept.
 
-        Those of other kinds are of the tensors that were encoded now: what is known of the others does not add up.
+        For other kinds the figures cover only what was encoded now, because figures of two saves do not add up.
         """
         kinds = set(self._kept.values()) - {loss.kind for loss in self._report.tensors}
         directions = not self._report.directions and any("update_direction_error" in each for each in kept.values())

@@ -1,4 +1,4 @@
-"""The tensors of an open checkpoint: what each is, what it takes, and how it is stored."""
+"""Find the tensors of an open checkpoint, and describe kind, size and storage of each."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from q8lightning.checkpoint.sections import kind_of as kind_by_keys
 from q8lightning.checkpoint.tree import Keys
 
 KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
-"""What a tensor of a checkpoint is: of the model, a moment by its optimizer's name for it, or anything else."""
+"""The kinds of tensors: weights of the model, moments by their optimizer's name for them, and others."""
 
 Value = Tensor | QuantizedTensor
 """A tensor of a checkpoint that was loaded with its payloads encoded."""
 
 
 def tensors_in(content: Any) -> list[tuple[Keys, Value]]:
-    """Return the tensors of a checkpoint, encoded where they are, with the keys that lead to them."""
+    """Return the tensors and payloads of a checkpoint with the keys that lead to them."""
     return [leaf for leaf in tree.leaves(content, tree.PATHS) if isinstance(leaf[1], Value)]
 
 
@@ -32,7 +32,7 @@ def kind_of(keys: Keys, value: Value) -> str:
 
 
 def decoded_bytes(value: Value) -> int:
-    """Return the bytes of a tensor's values as they are in memory when it is loaded."""
+    """Return the bytes of a tensor's values in memory when it is loaded."""
     if isinstance(value, QuantizedTensor):
         return torch.Size(value.shape).numel() * value.dtype.itemsize
     if value.layout == torch.strided:
@@ -48,7 +48,7 @@ def dtype_of(value: Value) -> str:
 
 
 def codec_of(value: Value) -> str | None:
-    """Return how a tensor is encoded, such as ``linear+residual/256``; None if it is not."""
+    """Return the codec of a tensor, such as ``linear+residual/256``; None if it is not encoded."""
     if not isinstance(value, QuantizedTensor):
         return None
     return f"{value.codec.label}/{value.codec.block_size}"

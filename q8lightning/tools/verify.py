@@ -1,4 +1,4 @@
-"""Compare a file with all sums that it has, and decode everything once."""
+"""Verify a checkpoint: compare all its sums, and decode everything once."""
 
 import os
 import zipfile
@@ -14,12 +14,12 @@ from q8lightning.tools.tensors import tensors_in
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of verifying a checkpoint.
 
     Attributes:
         path: The file.
         bytes: Its size.
-        tensors: How many tensors it holds, as far as it could be read; tied ones count as often as they occur.
+        tensors: How many tensors could be read; tied ones count as often as they occur.
         quantized: How many of them are encoded; tied ones count once.
         has_sums: Whether the file has a CRC32 of each of its records.
         damage: What is damaged, such as ``the tensor state_dict.layer.weight``; empty if the file is whole.
@@ -39,7 +39,7 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent) -> Verification:
-    """Check the checksum of every payload, that it decodes to finite values, and the CRC32 of everything else.
+    """Compare the checksum of every payload and the CRC32 of everything else; decode every payload to finite values.
 
     Damage is returned, not raised.
 
@@ -47,7 +47,7 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
         path: The file, quantized or not.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
-        progress: Told how many quantized tensors have been decoded, and of how many.
+        progress: Called with the number of quantized tensors decoded so far, and of all.
 
     Raises:
         ToolError: If there is no such file, or it is no checkpoint at all.
@@ -71,7 +71,7 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
                 damage += _damage(opened, opened.name(keys), payload)
                 progress(index + 1, len(payloads))
     except CorruptCheckpointError as error:
-        if not damage:  # the sums of the file say less exactly where it is
+        if not damage:  # the sums of the file locate damage less exactly
             damage.append(error.what)
     with file.reader() as reader:
         has_sums = zipfile.is_zipfile(reader)
@@ -79,7 +79,7 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
 
 
 def _damage(opened: OpenCheckpoint, name: str, payload: QuantizedTensor) -> list[str]:
-    """Return what is wrong with a payload, nothing if nothing is."""
+    """Return what is wrong with a payload; an empty list if nothing is."""
     try:
         if bool(opened.decode(payload).isfinite().all()):
             return []

@@ -1,8 +1,8 @@
-"""Write a checkpoint tensor by tensor: what ``torch.save`` writes, with one new tensor in memory at a time.
+"""Write a checkpoint as ``torch.save`` does, but with one new tensor in memory at a time.
 
-``torch.save`` pickles everything before it writes the first tensor, so all of them must exist at once. Here the bytes
-of a tensor go to the file when the pickle gets to it, and the pickle, which must know their checksums, goes last.
-Readers find records by the zip's table of contents, so the order is free.
+``torch.save`` pickles everything before it writes the first tensor, so all tensors must exist at once. Here the bytes
+of a tensor are written when the pickle gets to it. The pickle needs their checksums, so it is written last. Readers
+find records by the zip's table of contents, so the order is free.
 """
 
 import io
@@ -22,17 +22,17 @@ from q8lightning.checkpoint.file.zip_writer import ZipWriter
 from q8lightning.checkpoint.payload import QuantizedTensor
 
 PROTOCOL = 2
-"""Of the pickle: that of ``torch.save``, which every reader of weights knows."""
+"""The pickle protocol of ``torch.save``, which every reader of weights knows."""
 
 Store = Callable[["Tensor | QuantizedTensor", str], "Stored"]
-"""Writes a tensor's bytes, for the device that it loads to, and returns what to put in the tensor's place."""
+"""Writes the bytes of a tensor, given the device that it loads to; returns what replaces the tensor."""
 
 Replace = Callable[[Any, Store], Any]
-"""Returns what to write in the place of an object: the object, another one, or what it had stored."""
+"""Returns what is written in place of an object: the object, another one, or a :class:`Stored` from the store."""
 
 
 class Stored:
-    """A tensor or payload whose bytes are in the file already; pickles as that. It takes no memory."""
+    """A tensor or payload whose bytes are in the file already. It pickles as the tensor and takes no memory."""
 
     __slots__ = ("_reduced",)
 
@@ -59,23 +59,23 @@ def write_tensor_by_tensor(
     location: Callable[[int], str],
     small: SmallTensors | None = None,
 ) -> None:
-    """Write ``content`` so that ``torch.load`` reads it, replacing objects as they come.
+    """Write ``content`` so that ``torch.load`` reads it, replacing objects on the way.
 
     Args:
         content: What to write. Storages that several tensors share are written once.
-        file: Where to; binary.
-        replace: Asked for every object that is pickled. An object that it stored twice loads as one if it returns the
-            same :class:`Stored`.
-        location: Where a storage of ``content`` loads to, by ``_cdata``.
-        small: Tensors of ``content`` to store together, in a file that is as small as the callback's; None for one that
-            needs no q8lightning.
+        file: The binary file.
+        replace: Called for every object that is pickled. If it returns the same :class:`Stored` twice, both load as one
+            object.
+        location: Returns where a storage of ``content`` loads to, given its ``_cdata``.
+        small: Tensors of ``content`` to store together, which makes the file as small as the callback's; None for a
+            file that loads without q8lightning.
 
     Raises:
-        SharedMemory: If something else shares memory with one of those.
+        SharedMemory: If something else shares memory with a tensor of ``small``.
     """
     originals = small.originals if small is not None else set[int]()
     with ZipWriter(file, compressed=set[str]() if small is None else {PICKLE}, unwanted=originals) as archive:
-        # No ".format_version", by which torch.save promises that records are in the order of their numbers.
+        # There is no ".format_version": it would promise that records are in the order of their numbers.
         archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         pickler = _Pickler(archive, replace, location, small)
         with _recursing():
@@ -85,7 +85,7 @@ def write_tensor_by_tensor(
 
 @contextmanager
 def _recursing() -> Iterator[None]:
-    """Let containers be as deep as ``torch.save`` takes them: this pickler makes five calls where that makes one."""
+    """Allow containers as deep as ``torch.save`` does: this pickler makes five calls where that makes one."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(5 * limit)
     try:
@@ -95,7 +95,7 @@ def _recursing() -> Iterator[None]:
 
 
 class _Pickler(pickle._Pickler):
-    """The pickler in Python, because the one in C does not let an object be replaced by one that was pickled before."""
+    """The pickler in Python, because the one in C cannot replace an object by one that was pickled before."""
 
     def __init__(
         self, archive: ZipWriter, replace: Replace, location: Callable[[int], str], small: SmallTensors | None
@@ -108,18 +108,18 @@ class _Pickler(pickle._Pickler):
         self._small = small
         self._count = 0
         self._written: dict[int, tuple[UntypedStorage, str, str]] = {}
-        """Storages of the content, which live as long as it, with their record's number and location."""
+        """Storages of the content with the number and the location of their records. The content keeps them alive."""
 
     @property
     def pickled(self) -> bytes:
         return self._buffer.getvalue()
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        """Pickle an object of the content, or what takes its place."""
+        """Pickle an object of the content, or what replaces it."""
         super().save(self._replace(obj, self.store), save_persistent_id)  # type: ignore[misc]  # not in typeshed
 
     def reducer_override(self, obj: Any) -> Any:
-        """Let a small tensor be the view of the storage that it shares with others in the file."""
+        """Pickle a small tensor as a part of the memory that it shares with others in the file."""
         return NotImplemented if self._small is None else self._small.reduce(obj)
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
@@ -137,7 +137,7 @@ class _Pickler(pickle._Pickler):
 
     def store(self, value: Tensor | QuantizedTensor, location: str) -> Stored:
         """Write the bytes of a tensor that is not kept, as they are now."""
-        reduced: Any = value.__reduce_ex__(PROTOCOL)  # never the string that it also may be
+        reduced: Any = value.__reduce_ex__(PROTOCOL)
         function, arguments, *state = reduced
         return Stored((function, tuple(self._store_part(part, location) for part in arguments), *state))
 
@@ -160,7 +160,7 @@ def _untyped(storage: TypedStorage | UntypedStorage) -> UntypedStorage:
 
 
 def _describe(storage: TypedStorage | UntypedStorage, key: str, location: str) -> tuple[Any, ...]:
-    """Return by what a storage is found in the file, as ``torch.serialization._save`` does."""
+    """Return the persistent id by which a storage is found in the file; see ``torch.serialization._save``."""
     if isinstance(storage, UntypedStorage):
         return ("storage", UntypedStorage, key, location, storage.nbytes())
     typed: Any = storage  # its methods have no types

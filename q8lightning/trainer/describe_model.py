@@ -1,4 +1,4 @@
-"""Tell a CheckpointIO at each save what the checkpoint does not say about the model."""
+"""Tell a CheckpointIO what a checkpoint does not say about its model."""
 
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from q8lightning.trainer.model_structure import ModelStructure
 
 
 class Quantizes(Protocol):
-    """What of a callback is told: how weights are quantized by name, and how often the run was restored."""
+    """The part of a callback that is asked: the codecs of weights by name, and how often the run was restored."""
 
     restored: int
 
@@ -19,7 +19,7 @@ class Quantizes(Protocol):
 
 
 class _Names:
-    """The names of a model's parameters, right for as long as the model has this structure."""
+    """The names of a model's parameters, valid while the model has this structure."""
 
     def __init__(self, module: nn.Module) -> None:
         self.structure = ModelStructure(module)
@@ -30,11 +30,11 @@ class _Names:
 
 
 class DescribeModel:
-    """Knows the names of the parameters of a Trainer's model; goes with the Trainer when it is pickled.
+    """Returns the names of a Trainer's parameters, and how they are quantized. It is pickled with the Trainer.
 
     Args:
-        trainer: Whose model.
-        callback: Whose weights are quantized, and how.
+        trainer: The Trainer that has the model.
+        callback: Knows how the weights are quantized.
     """
 
     def __init__(self, trainer: pl.Trainer, callback: Quantizes) -> None:
@@ -43,11 +43,11 @@ class DescribeModel:
         self._names: _Names | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is known by identity, which copies do not have."""
+        """Leave out the names, which are known by the identity of objects that a copy does not have."""
         return self.__dict__ | {"_names": None}
 
     def __call__(self) -> ModelNames:
-        """Return the names of the parameters as they are now, and how they are quantized."""
+        """Return the names as they are now."""
         module, names = self.trainer.lightning_module, self._names
         if names is None or not names.structure.is_that_of(module):
             names = self._names = _Names(module)

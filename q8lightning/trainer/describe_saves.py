@@ -1,6 +1,6 @@
-"""Add to checkpoints that no CheckpointIO encodes how their weights were trained quantized.
+"""Describe how weights were trained quantized in checkpoints that are not encoded.
 
-No hook of a callback could: Lightning calls none when only weights are saved.
+No hook of a callback can do that, because Lightning calls none when only weights are saved.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ class DescribeSave:
     """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every save passes.
 
     Args:
-        trainer: Whose saves.
-        callback: Whose weights are quantized, and how.
-        save: What somebody else put in the place of the strategy's method; None for the method.
+        trainer: The Trainer that saves.
+        callback: Knows how the weights are quantized.
+        save: What somebody else put in place of the strategy's method; None for the method itself.
     """
 
     def __init__(self, trainer: pl.Trainer, callback: Quantizes, save: Callable[..., Any] | None) -> None:
@@ -29,7 +29,7 @@ class DescribeSave:
         self._callback = callback
 
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Save a copy of the checkpoint with the description."""
+        """Save a copy of the checkpoint that has the description."""
         checkpoint = {**checkpoint, **self._describe(checkpoint)}
         if self.save is None:
             strategy = self._trainer.strategy
@@ -47,7 +47,7 @@ class DescribeSave:
 
 
 def describe_saves(trainer: pl.Trainer, callback: Quantizes) -> None:
-    """Describe the weights in every save from now on; also after the run."""
+    """Describe the weights in every save from now on, also after the run."""
     save = vars(trainer.strategy).get("save_checkpoint")
     if isinstance(save, DescribeSave):
         save = save.save

@@ -1,4 +1,4 @@
-"""Lightning's own CheckpointIO, made durable: what a save ends in, unless the user brings something else."""
+"""Write files durably in the place of Lightning's own CheckpointIO."""
 
 import os
 from typing import IO, Any
@@ -15,9 +15,9 @@ from q8lightning.trainer.twins import is_a, is_exactly_a
 class DurableCheckpointIO(TorchCheckpointIO):
     """Lightning's default CheckpointIO, except that local files are flushed to the disk before they get their name.
 
-    A subclass that overrides ``save_checkpoint`` may keep the tensors: what comes from a GPU then gets memory of its
-    own at each save. One that overrides ``load_checkpoint`` may look at them: they are then decoded one by one, while
-    the file is read. What is not overridden is as fast as here.
+    A subclass is as fast unless it overrides a method. One that overrides ``save_checkpoint`` may keep the tensors, so
+    that what comes from a GPU gets memory of its own at each save. One that overrides ``load_checkpoint`` may look at
+    them, so that they are decoded one by one while the file is read.
     """
 
     def save_checkpoint(
@@ -50,7 +50,7 @@ def is_ours(checkpoint_io: CheckpointIO, method: str) -> bool:
 
 
 def make_durable(checkpoint_io: WrappingCheckpointIO) -> None:
-    """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one alone."""
+    """Replace Lightning's plain CheckpointIO at the end of a chain of wrappers; leave any other one there."""
     base = checkpoint_io.checkpoint_io
     if is_a(base, WrappingCheckpointIO):
         make_durable(base)

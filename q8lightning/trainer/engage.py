@@ -1,10 +1,12 @@
 """Engage weights while forward and backward run, and at no other time that anybody could look.
 
-Lightning surrounds forward, backward and the optimizer's step with methods of its precision plugin. They are wrapped on
-the plugin that the Trainer has, so that this holds whatever the strategy, the precision and the kind of optimization.
+Lightning calls methods of its precision plugin around forward, backward and the optimizer's step. They are wrapped on
+the Trainer's plugin, which works for every strategy, precision and kind of optimization.
+
 Between forward and backward, and between two batches, the weights stay engaged if no code of the user runs there (a
-hook of the model or of another callback): then they are quantized once for an optimizer step, also while gradients
-accumulate. If some runs, it sees the masters, and what it left is quantized before the next forward or backward.
+hook of the model or of another callback). They are then quantized once for an optimizer step, also while gradients
+accumulate. Where such code runs, it sees the masters, and what it leaves is quantized before the next forward or
+backward.
 """
 
 import copy
@@ -51,23 +53,23 @@ READERS = ("weight_averaging", "stochastic_weight_avg", "lambda_function", "prun
 
 
 def somebody_runs(hooks: Iterable[str], owners: Iterable[Any]) -> bool:
-    """Tell whether one of ``hooks`` is defined outside of Lightning, or by one of its callbacks that reads weights."""
+    """Whether one of ``hooks`` is defined outside of Lightning, or by a callback of Lightning that reads weights."""
     functions = [getattr(owner, hook, None) for owner in owners for hook in hooks]
     modules = [getattr(function, "__module__", None) or "" for function in functions if function is not None]
     return any(not is_from_lightning(module) or module.rsplit(".", 1)[-1] in READERS for module in modules)
 
 
 class Engagement:
-    """Engages a :class:`FakeQuantizer` around every step of a run, from when it is made until :meth:`close`.
+    """Engages a :class:`FakeQuantizer` around every step of a run, until :meth:`close`.
 
     Args:
         quantizer: What is engaged.
         precision: Lightning's precision plugin; some of its methods are wrapped until :meth:`close`.
         owners: The model and the callbacks, whose hooks may run in between.
         step: Returns the global step while training, None if the schedule does not apply.
-        manual: Whether the model optimizes itself within its training step.
+        manual: Whether the model steps its optimizers itself, within its training step.
         measure: Returns whether statistics are wanted for the step that begins.
-        follow: Called before each step, while the graph of no step is alive, to let the quantizer follow the model.
+        follow: Called before each step, when no graph is alive, to let the quantizer follow the model.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Engagement:
 
     @contextmanager
     def _engaged(self, training: bool = True) -> Iterator[None]:
-        """Engage; what raises leaves the masters in place."""
+        """Engage for the block; if the block raises, put the masters back."""
         self._engage(training)
         try:
             yield
@@ -186,7 +188,7 @@ class Engagement:
     def _around_optimizer_step(
         self, optimizer_step: Callable[..., Any], optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Release as soon as the closure, which runs forward and backward, has returned."""
+        """Release as soon as the closure has returned, which runs forward and backward."""
 
         def closure_then_release() -> Any:
             if self._in_manual_step:
@@ -211,7 +213,7 @@ class Engagement:
 
     @untraced
     def _before_any_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Let optimizers that the Trainer does not step see the masters, or say why they cannot."""
+        """Put the masters back for an optimizer that the Trainer does not step, or raise if that is impossible."""
         if self._in_backward and self._updates_selected(optimizer):
             raise RuntimeError(
                 f"QAT needs optimizer steps outside of backward, but {type(optimizer).__name__} steps inside it, where"
@@ -238,7 +240,7 @@ class Engagement:
 
 
 class _Around:
-    """A method with something around it; a copy, and what is pickled, is the method."""
+    """A method with something around it. It is copied and pickled as the method alone."""
 
     def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
         self._original = original

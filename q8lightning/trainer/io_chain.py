@@ -1,4 +1,4 @@
-"""CheckpointIOs that wrap each other: a Trainer's is the first of a chain."""
+"""Ask a chain of CheckpointIOs that wrap each other, of which a Trainer has the first."""
 
 from collections.abc import Iterator
 
@@ -17,12 +17,12 @@ def chain_of(checkpoint_io: CheckpointIO | None) -> Iterator[CheckpointIO]:
 
 
 def is_async(checkpoint_io: CheckpointIO | None) -> bool:
-    """Whether there is an AsyncCheckpointIO in the chain: nobody knows then when a save is durable."""
+    """Whether there is an AsyncCheckpointIO in the chain, so that nobody knows when a save is durable."""
     return any(is_a(each, AsyncCheckpointIO) for each in chain_of(checkpoint_io))
 
 
 def check_not_async(checkpoint_io: CheckpointIO | None) -> None:
-    """Raise ValueError for an AsyncCheckpointIO in a chain that is to save in the background itself."""
+    """Raise ValueError for an AsyncCheckpointIO in a chain that saves in the background itself."""
     if is_async(checkpoint_io):
         raise ValueError(
             "async_save=True does what AsyncCheckpointIO does, and both cannot keep removals behind saves;"

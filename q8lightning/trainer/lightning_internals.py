@@ -1,7 +1,7 @@
-"""What lies inside Lightning and is relied upon: each use is here, so that a change there is one edit.
+"""Use what is private in Lightning, all in one place.
 
-``system/private_names.py`` lists these names, with what their absence costs; the callback says at its setup which the
-installed Lightning does not have. What is not needed is done without then.
+``system/private_names.py`` lists these names and what is lost without them. The callback's setup warns of those that
+the installed Lightning does not have; what depends on them is then left out.
 """
 
 import lightning.pytorch as pl
@@ -14,14 +14,14 @@ from q8lightning.trainer.twins import is_a
 try:
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
 except ImportError:
-    check_names(["saving"])  # which says what is missing
+    check_names(["saving"])  # warns of what is missing
     raise
 
 __all__ = ["WrappingCheckpointIO", "logged_steps", "logs_next_step", "replace_wrapped", "saves_in_shards"]
 
 
 def replace_wrapped(wrapper: WrappingCheckpointIO, checkpoint_io: CheckpointIO) -> None:
-    """Let a CheckpointIO wrap another one than it does; Lightning lets what is wrapped be given once only."""
+    """Let a CheckpointIO wrap another one; Lightning has no public way to do that."""
     if "_checkpoint_io" in vars(wrapper):
         wrapper._checkpoint_io = checkpoint_io
 
@@ -36,12 +36,12 @@ def saves_in_shards(strategy: Strategy) -> str | None:
 
 
 def logged_steps(trainer: pl.Trainer) -> int:
-    """Return the step at which Lightning logs at this moment: steps of optimizers that step together count once."""
+    """Return the step at which Lightning logs now; steps that several optimizers take together count once."""
     steps: int = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     return steps
 
 
 def logs_next_step(trainer: pl.Trainer) -> bool:
-    """Whether Lightning hands the values of the training step that begins to its loggers."""
+    """Whether Lightning logs the values of the training step that begins."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (trainer.should_stop or (logged_steps(trainer) + 1) % every == 0)

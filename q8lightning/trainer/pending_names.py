@@ -1,4 +1,4 @@
-"""What a Trainer's callbacks hear of files that are still being written: that they are there, and when they are."""
+"""Let a Trainer's callbacks know which files are pending, and tell them when these are durable."""
 
 import os
 from collections import deque
@@ -21,8 +21,8 @@ class _StandIn:
     """Stands in for a method of one Checkpoint callback, and knows what is pending.
 
     Args:
-        callback: Whose method it is.
-        trainer: Whose callback that is.
+        callback: The callback that has the method.
+        trainer: The Trainer that has the callback.
         checkpoint_io: What saves in the background.
     """
 
@@ -32,18 +32,18 @@ class _StandIn:
         current = getattr(callback, self.name)
         again = isinstance(current, _StandIn)
         self.is_own = current.is_own if again else self.name in vars(callback)
-        """Whether the callback had a method of its own there before, and not that of its class."""
+        """Whether the callback itself had such a method before, not only its class."""
         self.method: Callable[..., Any] = current.method if again else current
         self.trainer = trainer
         self.io = checkpoint_io
 
     @property
     def is_lightnings(self) -> bool:
-        """Whether the method is that of ``ModelCheckpoint``, of which it is known what it does."""
+        """Whether the method is that of ``ModelCheckpoint``, so that it is known what it does."""
         return is_from_lightning(self.method.__module__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the callback has nothing pending, and its own method."""
+        """A copy of the callback has nothing pending, so it gets the method."""
         return _itself, (self.method,)
 
 
@@ -53,28 +53,28 @@ class _FileExists(_StandIn):
     name = "file_exists"
 
     def __call__(self, filepath: PathLike, *args: Any, **kwargs: Any) -> bool:
-        """Answer for the moment when all that is pending is done."""
+        """Answer as if all that is pending were done."""
         if self.is_lightnings:
-            # Only one process knows; the method then asks the disk in that one, too.
+            # Only the process that writes knows what is pending. The method asks the disk in that one, too.
             there: bool | None = self.trainer.strategy.broadcast(self.io.exists(filepath))
             if there is not None:
                 return there
         else:
-            self.io.settle(filepath)  # it may ask what it likes
+            self.io.settle(filepath)  # a method of the user's may look anywhere
         return cast("bool", self.method(filepath, *args, **kwargs))
 
 
 class _LinkCheckpoint(_StandIn):
     """Stands in for ``_link_checkpoint``, which makes ``last.ckpt`` a link to a checkpoint that may be pending.
 
-    A private method, but there is nothing else between the save and the link: made too early, the link leads nowhere
-    if the process is killed, and what is pending for its own path undoes it.
+    The method is private, but nothing else runs between the save and the link. A link that is made too early leads
+    nowhere if the process is killed, and a pending save or removal of its own path undoes it.
     """
 
     name = "_link_checkpoint"
 
     def __call__(self, trainer: pl.Trainer, filepath: str, linkpath: str, *args: Any, **kwargs: Any) -> None:
-        """Link behind the saves before."""
+        """Make the link after the saves before it."""
         if self.io.async_save and self.is_lightnings:
             if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
                 self.io.link_checkpoint(filepath, linkpath)
@@ -90,9 +90,9 @@ def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def let_callbacks_know(trainer: pl.Trainer) -> None:
-    """Let every Checkpoint callback that the Trainer has by now find the names of pending files taken.
+    """Let the Checkpoint callbacks of a Trainer see the names of pending files as taken.
 
-    Call it again for callbacks that are added later.
+    It is called again for callbacks that are added later.
     """
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
     if checkpoint_io is None or not checkpoint_io.async_save:
@@ -106,7 +106,7 @@ def let_callbacks_know(trainer: pl.Trainer) -> None:
 
 
 def leave_callbacks_alone(trainer: pl.Trainer) -> None:
-    """Undo :func:`let_callbacks_know` after the last save in the background; there is none if a plugin goes on."""
+    """Undo :func:`let_callbacks_know` after the last save in the background; do nothing if such saves go on."""
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
     if checkpoint_io is not None and checkpoint_io.async_save:
         return
@@ -119,7 +119,7 @@ def leave_callbacks_alone(trainer: pl.Trainer) -> None:
 
 
 def begin_to_tell(checkpoint_io: QuantizedCheckpointIO) -> None:
-    """Note what becomes durable from now on, for :func:`tell_callbacks`; where nobody knows when, nothing does."""
+    """Collect what becomes durable for :func:`tell_callbacks`, unless an AsyncCheckpointIO hides when that is."""
     if checkpoint_io.durable is None and not is_async(checkpoint_io):
         checkpoint_io.durable = deque()
 
@@ -130,12 +130,12 @@ def tell_callbacks(trainer: pl.Trainer) -> None:
     All are called, whatever one of them raises.
 
     Raises:
-        Exception: The first one of a callback. After an exception in the Trainer, which it must not hide, there is a
+        Exception: The first one of a callback. After an exception in the Trainer, which it must not hide, each is a
             warning instead.
     """
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
     if checkpoint_io is None or not checkpoint_io.durable or checkpoint_io.telling:
-        return  # a hook that saves or waits: who called it goes on telling, so that all hear of files in their order
+        return  # a hook has saved or waited: its caller goes on telling, so that all hear of files in order
     failure: Exception | None = None
     checkpoint_io.telling = True
     try:

@@ -1,8 +1,8 @@
-"""Record every save of a Trainer: what it lost is computed where it is known first, and published by who trains.
+"""Record what every save of a Trainer lost, and publish it when it is known.
 
-What a save lost is known when its :class:`SaveReport` is, which is after the save where it goes on in the background.
-The thread that completes the report computes the values; the thread that trains hands them on at the next save, batch
-or end of an epoch, and waits only for whoever decides by one of them.
+It is known when the save's :class:`SaveReport` is complete. In the background that is after the save has returned. The
+thread that completes the report computes the values. The training thread publishes them at the next save, batch or end
+of an epoch. It waits for them only where a callback decides by one of them.
 """
 
 import math
@@ -26,20 +26,20 @@ from q8lightning.trainer.twins import is_a
 from q8lightning.trainer.warm_up import WarmUp
 
 SAME = 1e-6
-"""How close, relatively, two saves of one state measure the same: sums may be added up in another order."""
+"""Relative difference up to which two measurements of one state are the same: sums are added in any order."""
 
 PATIENCE = 600.0
-"""Seconds after which what a save lost is given up: whatever has become of it, the run must end."""
+"""Seconds to wait for what a save lost. The run must end, whatever has become of it."""
 
 
 class _Pending(NamedTuple):
     """A save of which nothing has been published.
 
     Attributes:
-        step: At which Lightning logged when it was made.
-        state: The optimizer's steps by then; None outside of a fit, where nobody knows whether the state is another.
+        step: The step at which Lightning logged then.
+        state: The optimizer's steps by then; None outside of a fit, where nobody knows whether the state has changed.
         seconds: How long it held training.
-        known: What there is to say of it, and the same as tensors; cancelled if it failed.
+        known: What is recorded of it, and the same as tensors; cancelled if the save failed.
     """
 
     step: int
@@ -59,9 +59,10 @@ class _Row(NamedTuple):
 class SaveWatch:
     """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every process calls, and records the save.
 
-    There is no hook after a save. This is the one place that all processes pass, before the barrier that ends every
-    save. The process that encodes publishes what it knows on its loggers; ``callback_metrics``, by which processes
-    decide, get it where all of them meet: here and at the end of an epoch, of a validation and of the fit.
+    Lightning has no hook after a save. All processes pass here, before the barrier that ends every save.
+
+    The process that encodes logs what it knows on its loggers. All processes decide by ``callback_metrics``, so these
+    change only where all of them meet: here, and at the end of an epoch, of a validation and of the fit.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class SaveWatch:
         save: Callable[..., Any] | None,
     ) -> None:
         self.save = save
-        """What somebody else put in the place of the strategy's method; None for the method."""
+        """What somebody else put in place of the strategy's method; None for the method itself."""
         self.fitting = False
-        """Whether hooks of the callback follow in which to publish; otherwise a save waits for what it lost."""
+        """Whether hooks follow in which to publish. Otherwise a save waits until it is known what it lost."""
         self.warm_up: WarmUp | None = None
-        """What loads kernels at the moment, for the first save to wait for."""
+        """What loads kernels at the moment. The first save waits for it."""
         self._trainer = trainer
         self._io = checkpoint_io
         self._recorder = recorder
@@ -86,11 +87,11 @@ class SaveWatch:
         self._last: tuple[int | None, dict[str, float]] = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is pending: who gets a copy has nothing of it."""
+        """Leave out what is pending: a copy has saved nothing."""
         return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save and record; then tell callbacks what is durable by now, when nothing that they raise undoes a save."""
+        """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save."""
         let_callbacks_know(self._trainer)
         self._save_and_record(*args, **kwargs)
         tell_callbacks(self._trainer)
@@ -116,7 +117,7 @@ class SaveWatch:
         self.publish(wait=looks_now or not self.fitting, together=True)
 
     def _described(self, report: "Future[SaveReport]") -> "Future[tuple[Recorded, dict[str, Tensor]]]":
-        """Return what there is to say of a save, computed by the thread that completes its report."""
+        """Return what is recorded of a save; the thread that completes its report computes it."""
         known: Future[tuple[Recorded, dict[str, Tensor]]] = Future()
         report.add_done_callback(partial(_compute, self._recorder, known))
         return known
@@ -150,7 +151,7 @@ class SaveWatch:
                 put(self._trainer, self._recorder, {**tensors, **as_tensors({STALL: row.values[STALL]})})
 
     def _log(self, row: _Row) -> None:
-        """Log a row, but for what an earlier save of the same state has said already."""
+        """Log a row, except what an earlier save of the same state has logged."""
         values, (last, said) = row.values, self._last
         if row.state is None or row.state != last:
             self._last = row.state, dict(values)
@@ -162,7 +163,7 @@ class SaveWatch:
         log(self._trainer, self._recorder, values, row.step)
 
     def _tell_others(self) -> None:
-        """Publish in all processes what the first one has published on its loggers since the last time."""
+        """Publish in all processes what the first one has logged since the last time."""
         trainer, rows = self._trainer, self._untold
         self._untold, self._others_wait = [], False
         with harmless(self._recorder, "telling other processes what a save lost"):
@@ -174,12 +175,12 @@ class SaveWatch:
 
 
 def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
-    """Record every save from now on; also after the run, as the CheckpointIO goes on encoding then.
+    """Record every save from now on, also after the run, when the CheckpointIO goes on encoding.
 
     Args:
-        trainer: Whose saves.
-        checkpoint_io: What encodes them.
-        recorder: What computes and counts; it takes the place of one of an earlier run.
+        trainer: The Trainer that saves.
+        checkpoint_io: What encodes the saves.
+        recorder: Computes and counts; it replaces that of an earlier run.
     """
     save = vars(trainer.strategy).get("save_checkpoint")
     if isinstance(save, SaveWatch):
@@ -189,7 +190,7 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
 
 
 def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
-    """Return what records the saves of a Trainer; None if no setup has seen it."""
+    """Return what records the saves of a Trainer; None before its first setup."""
     save = vars(trainer.strategy).get("save_checkpoint")
     return save if isinstance(save, SaveWatch) else None
 
@@ -203,21 +204,21 @@ def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
 
 
 def begin_to_defer(trainer: pl.Trainer) -> None:
-    """Leave what later saves lose to the hooks that follow, if it is not known at once."""
+    """Let the hooks that follow publish what later saves lose, if it is not known at once."""
     watch = watch_of(trainer)
     if watch is not None:
         watch.fitting = True
 
 
 def publish_known(trainer: pl.Trainer) -> None:
-    """Publish what is known by now; waits for nothing."""
+    """Publish what is known by now, without waiting."""
     watch = watch_of(trainer)
     if watch is not None:
         watch.publish()
 
 
 def publish_before_a_look(trainer: pl.Trainer) -> None:
-    """Publish in all processes what is known before callbacks look; everything, if one of them watches a value."""
+    """Publish in all processes before callbacks look; wait for everything if one of them watches a value."""
     watch = watch_of(trainer)
     if watch is not None:
         watch.publish(wait=is_watched(trainer), together=True)
@@ -227,8 +228,8 @@ def publish_rest(trainer: pl.Trainer, together: bool) -> None:
     """Publish what is left when no hook follows.
 
     Args:
-        trainer: Whose saves.
-        together: Whether all processes get here; not if one of them has failed.
+        trainer: The Trainer that saved.
+        together: Whether all processes get here, which they do not if one of them has failed.
     """
     watch = watch_of(trainer)
     if watch is not None:
@@ -242,7 +243,7 @@ def is_watched(trainer: pl.Trainer) -> bool:
 
 
 def _watches(callback: object) -> bool:
-    """Whether a callback decides by a value that is recorded here."""
+    """Whether a callback monitors a value that is recorded here."""
     return str(getattr(callback, "monitor", None)).startswith(f"{PREFIX}/")
 
 
@@ -259,7 +260,7 @@ def _compute(
     try:
         recorded = recorder.record(_describe(report.result()))
         known.set_result((recorded, as_tensors(recorded.values)))
-    except BaseException as error:  # it is told where the values would be published
+    except BaseException as error:  # raised where the values would be published
         known.set_exception(error)
 
 

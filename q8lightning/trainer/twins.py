@@ -1,7 +1,7 @@
-"""Lightning exists twice, as ``lightning`` and as standalone packages: a class of one has a twin in the other.
+"""Recognize objects of ``lightning`` and of the standalone packages, whose classes are twins.
 
-Both have the same code. Scripts import either, and what they hand to us is of that one. Nothing here imports Lightning:
-who has not imported a package has no objects of it.
+Both have the same code, and scripts import either. Nothing here imports a standalone package: a script that has not
+imported it has no objects of it.
 """
 
 import sys
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def twin_of(cls: type) -> type | None:
-    """Return the class of the standalone package; None if ``cls`` is not Lightning's, or that is not imported."""
+    """Return the twin in the standalone package; None if that is not imported, or ``cls`` is not Lightning's."""
     for package, standalone in STANDALONE.items():
         if cls.__module__.startswith(f"{package}."):
             module = sys.modules.get(standalone + cls.__module__.removeprefix(package))
@@ -34,7 +34,7 @@ def is_exactly_a(instance: object, cls: type[T]) -> TypeGuard[T]:
 
 
 def count_as_twins(cls: type) -> None:
-    """Let ``cls`` pass for a subclass of the twins of its base classes, where these are abstract base classes."""
+    """Register ``cls`` as a subclass of the twins of its base classes, if these are abstract base classes."""
     for base in cls.__mro__:
         twin = twin_of(base)
         if isinstance(twin, ABCMeta) and not issubclass(cls, twin):

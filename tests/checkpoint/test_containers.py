@@ -50,7 +50,7 @@ from q8lightning import (
     keep_encoded,
 )
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
-from q8lightning.checkpoint.payload import collect_encoded
+from q8lightning.checkpoint.loading import collect_encoded
 from q8lightning.quantization.codecs.table import get_codec
 
 EVERYTHING = CheckpointPolicy([Rule("*", "softsign")])

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from support.containers import Bag, Converting, Pair, Row, Stack, Typed, deep, shared
 
 from q8lightning.checkpoint import tree
+from q8lightning.checkpoint.containers import is_container, is_unpickled_plainly
 
 
 class Leaf:
@@ -201,7 +202,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("value", WHOLE.values(), ids=WHOLE)
 def test_what_may_hold_more_than_its_items_is_a_leaf(value: Any) -> None:
-    assert not tree.is_container(value)
+    assert not is_container(value)
     assert [leaf for _, leaf in tree.leaves({"a": [value]})] == [value]
 
 
@@ -209,15 +210,15 @@ def test_so_is_what_mirrors_a_tensor_among_its_attributes() -> None:
     for kind in (Bag, Stack, OrderedDict):
         value = kind()
         value.name = "word"
-        assert tree.is_container(value)
+        assert is_container(value)
         value.tensor = torch.ones(2)
-        assert not tree.is_container(value)
+        assert not is_container(value)
 
 
 def test_what_unpickling_may_have_converted_is_told_from_what_it_has_not() -> None:
     for plain in ({}, [], (), OrderedDict(), defaultdict(list), Counter(), Bag(), Stack(), Pair(1, 2), Typed(1)):
-        assert tree.is_container(plain)
-        assert tree.is_unpickled_plainly(plain)
+        assert is_container(plain)
+        assert is_unpickled_plainly(plain)
     converting = Converting.__new__(Converting)
-    assert tree.is_container(converting)
-    assert not tree.is_unpickled_plainly(converting)
+    assert is_container(converting)
+    assert not is_unpickled_plainly(converting)

@@ -1,4 +1,4 @@
-"""What is exported: ties stay ties, and every file that a Trainer wrote under QAT can be exported.
+"""Exports keep ties, and work from every file that a Trainer wrote under QAT.
 
 =====================  ==========================================================================================
 what is tied           quantized weights, small ones, excluded ones, weights encoded without being trained quantized

@@ -1,4 +1,4 @@
-"""What torchmetrics promises of every metric, for each of ours; the values are NumPy's."""
+"""Every metric keeps the promises of torchmetrics, with the values of NumPy."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def share(batches: list[Batch], rank: int) -> list[Batch]:
 
 
 def work(rank: int, folder: str) -> None:
-    """Be one of the processes, and write what each metric computes there."""
+    """Compute all metrics as one of the processes, and write the values to a file."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     computed: dict[int, Any] = {}
     for index, case in enumerate(CASES):
@@ -56,7 +56,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Any]]:
-    """What two real processes computed, each of its share of the batches."""
+    """The values that two real processes computed, each from its share of the batches."""
     folder = tmp_path_factory.mktemp("processes")
     processes = [forked.start(work, rank, str(folder)) for rank in range(PROCESSES)]
     for process in processes:

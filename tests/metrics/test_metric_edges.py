@@ -1,4 +1,4 @@
-"""Where a ratio has nothing above or below, and what the metrics refuse."""
+"""Ratios with a zero above or below, and arguments that the metrics refuse."""
 
 import math
 from collections.abc import Callable

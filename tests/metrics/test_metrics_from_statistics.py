@@ -1,4 +1,4 @@
-"""What a codec measured while encoding gives the metrics of the decoded tensors, without decoding any."""
+"""Statistics of a codec give the metrics of decoded tensors, without decoding."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def originals() -> list[Tensor]:
 
 
 def test_the_order_is_that_of_the_codecs() -> None:
-    """The metrics must not import it, so this holds the two together."""
+    """The metrics must not import ``ErrorStatistics``, so this test compares both orders."""
     assert ErrorStatistics._fields == ("squared_error", "squares", "max_error", "zeros", "zeroed")
 
 
@@ -54,7 +54,7 @@ class TestFromStatistics:
 
 @pytest.mark.parametrize("case", FROM_STATISTICS, ids=lambda case: case.name)
 def test_counts_as_an_update(case: Case) -> None:
-    """The value is not the one kept from before, both ways may be mixed, and nothing warns of a missing update."""
+    """No cached value is returned, both ways may be mixed, and no warning of a missing update appears."""
     (decoded, x), more = case.batches(torch.float64)[:2]
     metric = case.make()
     metric.update_from_statistics(measure(x, decoded))
@@ -110,7 +110,7 @@ def test_the_direction_from_sums_equals_that_from_tensors() -> None:
 
 
 def test_the_references_are_right_in_a_case_done_by_hand() -> None:
-    """So that package and NumPy do not share a misreading of the formulas."""
+    """Values by hand show that the package and NumPy do not share a misreading of the formulas."""
     decoded, x = (float64(torch.tensor(values)) for values in ([3.0, 4.5, 0.0], [3.0, 4.0, 0.0]))
     assert relative_error(decoded, x) == 0.1
     assert sqnr(decoded, x) == pytest.approx(20.0, rel=1e-15)

@@ -151,7 +151,7 @@ CHANGES: dict[str, tuple[Callable[[Net], None], str | None]] = {
 
 
 class Changing(Trained):
-    """Changes its net at the global step 2, and lets its optimizer know all parameters that there are then."""
+    """Changes its net at the global step 2, and gives its optimizer all parameters of the changed net."""
 
     def __init__(self, change: Callable[[Net], None], call: Call = as_it_is, where: str = "on_train_batch_end") -> None:
         super().__init__(Net(), call=call)
@@ -419,7 +419,7 @@ WAYS: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_compiled_model_that_ran_before_trains_as_an_eager_one(way: str, tmp_path: Path) -> None:
-    """By patterns for the names that it has without ``torch.compile``."""
+    """Patterns match the names that modules have without ``torch.compile``."""
     weights, activations = [WeightRule("net.[02].weight", "int4", 64)], [ActivationRule("net.[02]", "int2")]
     first, second = QATConfig(weights), QATConfig(weights, activations=activations)
     eager, compiled = sequence(), WAYS[way](sequence())

@@ -14,7 +14,7 @@ from q8lightning import QATConfig, QuantizationCallback, WeightRule
 
 
 class Reports(Trained):
-    """Writes, in each process, what it ended with."""
+    """Writes the losses and weights of each process to a file."""
 
     def __init__(self, folder: Path, call: Call = as_it_is) -> None:
         super().__init__(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), call=call)

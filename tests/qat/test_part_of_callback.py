@@ -1,4 +1,4 @@
-"""QAT is a part that the callback has if it was asked for, and none of its code runs if it was not."""
+"""Without ``qat``, no code of QAT runs in the callback."""
 
 import pickle
 import sys

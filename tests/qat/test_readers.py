@@ -1,4 +1,4 @@
-"""Whoever reads a parameter or takes a state dict outside of forward and backward sees the masters."""
+"""Code outside of forward and backward that reads a parameter or takes a state dict sees the masters."""
 
 import copy
 import io
@@ -268,7 +268,7 @@ def test_tied_weights_stay_tied_in_a_state_dict_taken_while_engaged(tmp_path: Pa
 @pytest.mark.parametrize("average", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.5)], ids=["mean", "ema"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_an_average_is_of_the_masters(average: Any, first: bool, tmp_path: Path) -> None:
-    """And validation runs with the quantized average, as with autograd's estimator."""
+    """Validation runs with the quantized average, as with autograd's estimator."""
 
     def train(call: Any, *callbacks: pl.Callback) -> Trained:
         averaging = average()
@@ -441,7 +441,7 @@ def test_a_model_can_be_copied_and_pickled_while_it_trains(tmp_path: Path) -> No
 
 
 class RawOptimizer(Adversaries):
-    """Steps what configure_optimizers returned, not the Trainer's wrappers."""
+    """Steps the optimizers of ``configure_optimizers``, not the Trainer's wrappers."""
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return super().optimizers(use_pl_optimizer=False)

@@ -1,4 +1,4 @@
-"""Which weights are quantized and when is what the configuration says, and a function of the global step."""
+"""The configuration and the global step decide which weights are quantized, and when."""
 
 import csv
 import math

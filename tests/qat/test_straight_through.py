@@ -24,7 +24,7 @@ from q8lightning import QATConfig, QuantizationCallback, WeightRule
 
 
 class ByHand(nn.Module):
-    """What ``functional_call`` cannot stand in for calls ``weight`` for every weight; ``by_hand`` says with what."""
+    """A module that calls ``weight`` for every weight, for cases in which ``functional_call`` cannot replace them."""
 
     by_hand: tuple[str, int] | None = None
 
@@ -48,7 +48,7 @@ class Checkpointed(ByHand):
 
 
 class Tied(ByHand):
-    """An embedding that is the output layer too, and a module that is called twice, under two names."""
+    """An embedding that is the output layer, too, and a module that is called twice, under two names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -238,7 +238,7 @@ def there_and_back(pair: Pair) -> None:
 @exact
 @torch.no_grad()
 def read_at_an_address(pair: Pair) -> None:
-    """As a kernel of somebody's own would."""
+    """A write as by a kernel of the user's."""
     for q, k in pair.parameters_of_both():
         k.mul_(0.9).add_(q, alpha=0.1)
     pointer = ctypes.cast(pair.k[0].weight.data_ptr(), ctypes.POINTER(ctypes.c_float))
@@ -518,7 +518,7 @@ def test_a_write_that_cannot_reach_the_master_stops_the_run(kind: str, where: st
 @pytest.mark.parametrize("where", ["training", "manual", "forward", "validation"])
 @pytest.mark.parametrize("kind", ["moco", "moco_as_published", "clipping", "clipping_without_data", "deep_q"])
 def test_a_write_that_begins_late_stops_the_run(kind: str, where: str, tmp_path: Path) -> None:
-    """At no step that is followed, nor one after which all values are compared."""
+    """The step is neither followed, nor are all values compared after it."""
     calls = []
 
     def late(pair: Pair) -> None:
@@ -547,7 +547,7 @@ def test_a_write_beside_or_in_compiled_code_stops_the_run(kind: str, where: str,
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_write_beside_a_compiled_function_stops_the_run(fresh: bool, after: bool, tmp_path: Path) -> None:
-    """Whether it is compiled in this run or was before; nobody can tell what it reads, or what a write owes to it."""
+    """Compiled code may have read a weight, or computed what is written, whether it was compiled now or before."""
     torch._dynamo.reset()
     function = torch.compile(lambda weight: torch.tanh(weight) * 2, backend="eager", fullgraph=True)
 
@@ -657,7 +657,7 @@ class Reader(Writer):
 def test_reading_is_the_same_in_steps_that_are_followed_and_in_others(
     tmp_path: Path,
 ) -> None:
-    """And nothing is followed longer than it must be if nobody writes."""
+    """Steps are followed no longer than they must be if nothing is written."""
     runs = []
     for followed in (0, 2, 100):
         torch.manual_seed(3)
@@ -687,7 +687,7 @@ class Encoder(Writer):
 def test_attention_evaluates_on_its_fast_path_in_steps_that_are_followed(
     tmp_path: Path,
 ) -> None:
-    """And what is written afterwards in the same step reaches the master."""
+    """A later write in the same step reaches the master."""
     torch.manual_seed(3)
     model = Encoder()
     copies = [copy.deepcopy(model) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What the suites of kernels share."""
+"""Fixtures of the suites of kernels."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from support.devices import KERNELS
 
 @pytest.fixture(params=KERNELS)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where kernels run."""
+    """A device on which kernels run."""
     name: str = request.param
     return name
 

@@ -1,4 +1,4 @@
-"""Codebooks hold the published levels, and what is derived from levels finds the nearest one."""
+"""Codebooks hold the published levels, and their thresholds and tables find the nearest one."""
 
 import math
 import pickle
@@ -301,7 +301,7 @@ def cell_of(y: Tensor, table: CellTable) -> Tensor:
 
 
 def search(y: Tensor, table: CellTable, thresholds: Tensor) -> Tensor:
-    """Find the code as the table is meant to be used: its first code, then ``rounds`` halvings."""
+    """Find the code by the table: its first code, then ``rounds`` halvings."""
     code = table.first.long()[cell_of(y, table)]
     padded = torch.cat([thresholds, torch.full((2**table.rounds,), torch.inf)])
     for step in (2**i for i in reversed(range(table.rounds))):

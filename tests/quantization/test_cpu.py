@@ -1,4 +1,4 @@
-"""The implementation for CPU tensors returns what the reference returns, bit for bit, however it cuts the work up."""
+"""The implementation for CPU tensors returns what the reference returns, bit for bit, however it divides the work."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def random(numel: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(scheme: Scheme, x: Tensor, block_size: int, *dtypes: torch.dtype) -> None:
-    """Encode on both, compare; decode the reference's codes on both (to each dtype, or that of ``x``), compare."""
+    """Compare codes of both backends, and what both decode them to (each dtype, or the dtype of ``x``)."""
     expected = scheme.encode(reference, x, block_size)
     encoded = scheme.encode(cpu, x, block_size)
     assert [part.dtype for part in encoded] == [part.dtype for part in expected]

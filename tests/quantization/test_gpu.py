@@ -1,4 +1,4 @@
-"""What only a GPU can show: millions of values against the reference, graphs, compiled steps, other devices."""
+"""Tests that need a GPU: millions of values against the reference, graphs, compiled steps, other devices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A group of tensors shows the values of the reference, measured, and then its own again, bit for bit."""
+"""A group of tensors shows and measures the values of the reference, and then its own again, bit for bit."""
 
 import warnings
 from collections.abc import Callable
@@ -230,7 +230,7 @@ def test_a_larger_share_keeps_the_blocks_of_a_smaller_one_at_the_same_seed() -> 
 
 
 class NoMemory(TorchFunctionMode):
-    """As on a device that is full, as soon as a tensor is to be copied."""
+    """Raises as a full device does when a tensor is copied."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.clone:
@@ -406,7 +406,7 @@ def test_weights_of_a_recurrent_layer_stay_in_the_one_piece_that_cudnn_wants() -
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_slots_follow_masters_that_were_written_to(launched: bool, launch_device: str) -> None:
-    """Some in place, some pointed elsewhere, some in memory that is shared; the others' slots are not touched."""
+    """Some tensors are in place, some point elsewhere, some share memory; the slots of all others stay."""
     memory = torch.randn(128, device=launch_device)
     live = [torch.nn.Parameter(torch.randn(64, device=launch_device)) for _ in range(3)]
     live += [torch.nn.Parameter(memory[:64]), torch.nn.Parameter(torch.randn(64, device=launch_device).double())]

@@ -56,7 +56,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def _sample(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Normal values whose size changes along the tensor by orders of magnitude, some zeros; (61, 70) not contiguous."""
+    """Normal values of sizes that change along the tensor, and some zeros; (61, 70) is not contiguous."""
     generator = torch.Generator().manual_seed(sum(shape))
     sizes = torch.randint(-3, 3, (shape[0],) + (1,) * (len(shape) - 1), generator=generator)
     x = torch.randn(shape, generator=generator) * 10.0**sizes
@@ -116,7 +116,7 @@ def _edge_blocks(block_size: int) -> Tensor:
 
 
 def _assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Same dtype, shape and bits, the signs of zeros too; any NaN is the same as any other."""
+    """Compare dtype, shape and bits, with the signs of zeros; all NaN are the same."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     actual, expected = actual.cpu().contiguous(), expected.contiguous()
@@ -144,7 +144,7 @@ def _check(device: str, name: str, *arguments: object) -> tuple[Tensor, ...]:
 
 
 def _cases_of(codebook: Codebook) -> Iterator[tuple[tuple[int, ...], int, torch.dtype, bool]]:
-    """A third of the cases, another third for the next codebook; with and without a signed scale in turn."""
+    """A third of the cases for each codebook in turn, with and without a signed scale."""
     first = list(CODEBOOKS.values()).index(codebook)
     for i, case in enumerate(CASES[first % 3 :: 3]):
         shape, block_size, dtype = case.values

@@ -1,4 +1,4 @@
-"""A codec that nobody knows is one class and one row: what it does not override, and all who ask it, work with it.
+"""A new codec is one class and one row of the table, and everything else works with it.
 
 The codec here has other side data than the scales of blocks, no kernel, and no part that could be decoded alone.
 """

@@ -27,7 +27,7 @@ def random(*shape: int) -> Tensor:
 
 
 def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple]:
-    """Every operator's name, with arguments of the shape of ``x``; what is decoded was encoded by the reference."""
+    """Each operator's name with arguments for a tensor like ``x``. The reference has encoded what is decoded."""
     codebook = get_codebook([-1.0, 0.0, 0.5, 1.0])
     return {
         "quantize": (x, "softsign", block_size),
@@ -44,7 +44,7 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
 
 
 def residual_first(x: Tensor, block_size: int) -> tuple[Tensor, ...]:
-    """As the reference returns it, each part in memory of its own."""
+    """The results of the reference, each in memory of its own."""
     return tuple(part.clone() for part in reference.quantize_residual(x, block_size))
 
 

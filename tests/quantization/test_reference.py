@@ -1,4 +1,4 @@
-"""What every codec promises, tested on the specification, ``reference.py``; the other backends are compared with it."""
+"""The specification, ``reference.py``, keeps the promises of every codec. Other suites compare backends with it."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What encoding loses of a large CPU tensor is measured in an eighth of it; whoever judges by that is not misled."""
+"""A CPU measures what encoding loses in an eighth of a large tensor, and the guard is not misled by that."""
 
 import math
 
@@ -36,7 +36,7 @@ def values(numel: int = NUMEL, unsigned: bool = False) -> Tensor:
 
 
 def taken_of(numel: int, codec: Codec) -> Tensor:
-    """The numbers of the elements that are looked at."""
+    """The indices of the elements in the sample."""
     stretches, length = stretches_on_cpu(numel, codec.block_size)
     assert stretches is not None
     return (stretches[:, None] * length + torch.arange(length)).flatten()
@@ -115,7 +115,7 @@ def test_no_tensor_loses_more_in_two_stages_than_its_scales_allow() -> None:
 
 
 def hidden(codec: Codec, plain: float, lossy: Tensor) -> Tensor:
-    """A tensor that loses nothing where a sample is taken, and elsewhere what blocks like ``lossy`` do."""
+    """A tensor that loses nothing in its sample, and elsewhere as much as blocks like ``lossy``."""
     x = lossy.repeat(-(-NUMEL // lossy.numel()))[:NUMEL]
     taken = taken_of(NUMEL, codec)
     x[taken] = plain

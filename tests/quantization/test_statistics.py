@@ -1,4 +1,4 @@
-"""What a quantization loses is measured right, whoever measures it: operators on any device, kernels on the way.
+"""Operators on any device, and kernels while they encode, measure right what a quantization loses.
 
 The oracle is float64 NumPy. Sums of float32 squares are rounded once a value, so a relative 2e-6 is allowed.
 """

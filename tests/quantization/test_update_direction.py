@@ -66,7 +66,7 @@ def close(got: Tensor, pair: Moments) -> bool:
 
 @pytest.fixture
 def in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a CPU look at all elements of as large tensors as a GPU does."""
+    """Lets a CPU measure tensors in whole up to the size at which a GPU does."""
     monkeypatch.setattr(sampling, "WHOLE_ON_CPU", sampling.WHOLE)
 
 
@@ -192,7 +192,7 @@ def test_of_a_large_tensor_one_stretch_in_eight_is_looked_at() -> None:
 
 
 def taken_of(numel: int, device: str, block_size: int) -> tuple[Tensor, float]:
-    """The numbers of the elements that are looked at, and how many each stands for."""
+    """The indices of the elements in the sample, and how many elements each stands for."""
     taken, length = sampling.stretches_of(numel), sampling.STRETCH
     if device == "cpu":
         taken, length = sampling.stretches_on_cpu(numel, block_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, Plan, Side
 from q8lightning.checkpoint.encode.review import Review
-from q8lightning.checkpoint.payload import in_memory_order
+from q8lightning.checkpoint.memory import in_memory_order
 from q8lightning.quantization.many.buffer import kept_index
 from q8lightning.quantization.many.encode import EncodedBuffer
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums

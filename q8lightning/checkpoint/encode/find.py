@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.payload import is_dense
+from q8lightning.checkpoint.memory import has_memory, is_dense
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
@@ -23,7 +23,7 @@ from q8lightning.checkpoint.sections import (
     path_of,
     state_dicts_in,
 )
-from q8lightning.checkpoint.tree import PATHS, Keys, has_memory, tensors
+from q8lightning.checkpoint.tree import PATHS, Keys, tensors
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 

@@ -14,9 +14,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
 from q8lightning.checkpoint.encode.limits import MARGIN
 from q8lightning.checkpoint.encode.refuse import reason_to_refuse
-from q8lightning.checkpoint.payload import QuantizedTensor, encode_tensors, in_memory_order
+from q8lightning.checkpoint.memory import in_memory_order
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
 from q8lightning.checkpoint.sections import SECOND_MOMENTS

@@ -6,7 +6,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.payload import in_memory_order
+from q8lightning.checkpoint.memory import in_memory_order
 from q8lightning.checkpoint.staging.transfer import HostMemory, aligned, take
 
 _VERSION = attrgetter("_version")

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.containers import ATOMS, is_container
+from q8lightning.checkpoint.memory import has_memory, is_ordinary
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
-from q8lightning.checkpoint.tree import ATOMS, has_memory, is_container, is_ordinary, leaves
+from q8lightning.checkpoint.tree import leaves
 
 _PROPERTIES = attrgetter("shape", "dtype", "requires_grad")  # no device: addresses are unique across devices
 

@@ -21,7 +21,7 @@ from q8lightning.checkpoint.sections import epsilons_of
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
-from q8lightning.quantization.many.update_directions import Alike
+from q8lightning.quantization.many.update_directions import MomentLaunch
 
 
 class Member(NamedTuple):
@@ -113,7 +113,7 @@ class DevicePlan:
     numbers: tuple[int, ...]
     packing: EncodePlan
     pairs: tuple[int, ...]
-    launches: tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
+    launches: tuple[tuple[MomentLaunch, tuple[int, ...], tuple[int, ...]], ...]
     loose: tuple[tuple[int, PairPlan], ...]
     limits: Limits
 

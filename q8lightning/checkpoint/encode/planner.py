@@ -12,17 +12,18 @@ from q8lightning.checkpoint.encode.find import Found, Leaf, ModelNames, Pair, fi
 from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
+from q8lightning.checkpoint.memory import has_memory, is_ordinary
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import is_first_stage
 from q8lightning.checkpoint.sections import STATE_DICT, epsilons_of, state_dicts_in
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
-from q8lightning.checkpoint.tree import has_memory, is_ordinary, leaves
+from q8lightning.checkpoint.tree import leaves
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
-from q8lightning.quantization.many.update_directions import Alike
+from q8lightning.quantization.many.update_directions import MomentLaunch
 
 
 def plan_save(
@@ -113,7 +114,7 @@ def _devices(
         )
 
 
-_Launches = tuple[tuple[Alike, tuple[int, ...], tuple[int, ...]], ...]
+_Launches = tuple[tuple[MomentLaunch, tuple[int, ...], tuple[int, ...]], ...]
 
 
 def _launches(
@@ -143,7 +144,7 @@ def _launches(
             tuple(0 if side.member is None else packing.starts[place[side.member]] for side in sides)
             for sides in (first, second)
         ]
-        alike = Alike(tuple(group), (one, two), (starts[0], starts[1]), pairs[group[0]].eps)
+        alike = MomentLaunch(tuple(group), (one, two), (starts[0], starts[1]), pairs[group[0]].eps)
         launches.append((alike, tuple(side.number for side in first), tuple(side.number for side in second)))
     return tuple(launches), tuple(loose)
 

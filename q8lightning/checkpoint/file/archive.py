@@ -1,4 +1,4 @@
-"""The zip around a checkpoint: compare every record with its CRC32 while the file is being loaded.
+"""Compare the records of a zip with their CRC32 while the file is being loaded.
 
 ``torch.save`` writes the CRC32 of each record, ``torch.load`` does not look at it: a flipped bit in a raw tensor, a
 learning rate or a key of the state dict would load without a word.
@@ -18,35 +18,34 @@ from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 
 CHUNK = 2**20
-"""Bytes that are read at a time: they stay in the cache between the reading and the sum."""
+"""Bytes that are read at a time. So few stay in the cache until they are summed."""
 
 THREADS = 4
-"""Reading and CRC32 (about 2.5 GB a second a thread) release Python's lock."""
+"""At most. Reading and CRC32, about 2.4 GB a second a thread, release Python's lock."""
 
 
 _HEADER, _NAME_LENGTH = 30, 26
-"""Bytes of a record's header before its name, and where in it the lengths of the name and of the extra fields are."""
+"""A record's header has so many bytes before its name. There, the lengths of name and extra fields begin."""
 
 _FOLDER = 0x10
-"""An attribute of a record that makes torch take it for a folder and return memory that nobody has written to."""
+"""An attribute of a record. Torch takes such a record for a folder, and returns memory that nobody has written to."""
 
 
 @contextmanager
 def verified(file: OpenFile, through: SummedFile | None = None, payloads: bool = True) -> Iterator[None]:
     """Verify a file in other threads while the block loads it.
 
-    A file that is no zip, or one whose writer was told to leave the sums out (``set_crc32_options(False)``), has
-    nothing to verify.
+    A file that is no zip has nothing to verify. Nor has one that was written without sums
+    (``set_crc32_options(False)``).
 
     Args:
         file: The file.
-        through: What the block reads it through, if it does: long records are then not read once more.
-        payloads: Whether to compare the records of payloads, too. A block that loads payloads compares each with a
-            checksum that is eight times as fast and knows the tensor; their bytes then need not be summed again.
+        through: What the block reads from, if it is known. Long records that were read there are not read again.
+        payloads: Whether to sum the records of payloads. A block that decodes them compares each with a checksum of its
+            own, which is several times as fast and knows the tensor.
 
     Raises:
-        CorruptCheckpointError: If a record is not what was written. An error of the block about a file that is damaged
-            becomes its cause.
+        CorruptCheckpointError: If a record is not what was written. What the block raised is then its cause.
     """
     verification = _Verification(file, through, payloads)
     try:
@@ -65,16 +64,16 @@ def verified(file: OpenFile, through: SummedFile | None = None, payloads: bool =
 
 
 class _Verification:
-    """Threads that share the records of a file. They never keep the process alive."""
+    """Threads that share the records of a file; daemons, which do not keep the process alive."""
 
     def __init__(self, file: OpenFile, through: SummedFile | None, payloads: bool) -> None:
         self._stopped = False
         self._file = file
         self._through = through
         self._long: list[zipfile.ZipInfo] = []
-        """Records that the file sums when they are read."""
+        """Records that are summed where the block reads them."""
         self._elsewhere: set[str] = set()
-        """The names of records whose content is compared when it is decoded."""
+        """Names of records whose content is verified when it is decoded."""
         self._damage: list[str] = []
         self._threads: list[threading.Thread] = []
         try:
@@ -121,7 +120,7 @@ class _Verification:
         return True
 
     def _sum_as_read(self, record: zipfile.ZipInfo) -> int | None:
-        """Return the CRC32 of what the file read where torch looks for the record, None if it did not."""
+        """Return the CRC32 of a record as the block read it; None if it did not read it in one go."""
         if self._through is None or record.compress_type != zipfile.ZIP_STORED:
             return None
         return self._through.sum_of(_start_of(self._file, record), record.file_size)
@@ -136,18 +135,18 @@ class _Verification:
             raise CorruptCheckpointError(self._damage[0], self._file.path) from cause
 
     def stop(self) -> None:
-        """End the threads, whose answer nobody waits for any more."""
+        """End the threads; nobody waits for what they find."""
         self._stopped = True
         for thread in self._threads:
             thread.join()
 
 
 class _DamagedArchive(Exception):
-    """Not even the list of records can be read."""
+    """The list of records cannot be read."""
 
 
 def _start_of(file: OpenFile, record: zipfile.ZipInfo) -> int:
-    """Return where in the file torch looks for the content of a record."""
+    """Return the position at which torch reads the content of a record."""
     lengths = bytearray(4)
     file.read_at(record.header_offset + _NAME_LENGTH, memoryview(lengths))
     name, extra = struct.unpack("<2H", lengths)
@@ -155,9 +154,10 @@ def _start_of(file: OpenFile, record: zipfile.ZipInfo) -> int:
 
 
 def _records(file: OpenFile, payloads: bool) -> tuple[list[zipfile.ZipInfo], set[str]]:
-    """Return the records that have a sum to compare with, none if the file is no zip.
+    """Return the records that have a sum, and the names of those whose sum is not needed.
 
-    Beside them, unless ``payloads``, the names of those that hold only payloads.
+    A file that is no zip has no records. Sums are not needed of records that hold nothing but payloads, unless
+    ``payloads`` says so.
     """
     with file.reader() as reader:
         beginning = reader.read(4)

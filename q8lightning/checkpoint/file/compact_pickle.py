@@ -1,7 +1,7 @@
-"""The pickle of a checkpoint in few objects and a sixth of its bytes, readable as any other.
+"""Pickle a checkpoint in few objects, and compress the pickle to a sixth.
 
-In a model of a million parameters, the headers of its payloads, its keys and what it says about itself would take 1.5%
-of the file.
+Any reader of torch's files reads it. In a model of a million parameters, headers, keys and summary would otherwise take
+1.5% of the file.
 """
 
 import pickle
@@ -11,28 +11,28 @@ from typing import Any
 
 from torch import Tensor
 
+from q8lightning.checkpoint.containers import ATOMS
 from q8lightning.checkpoint.file.parts import Parts
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.tree import ATOMS
 
 PICKLE = "data.pkl"
-"""The record of a file with everything but the values of tensors."""
+"""The name of the record that has everything but the values of tensors."""
 
 WORTHWHILE = 2**20
-"""Bytes of a pickle up to which it is compressed: longer ones only occur where they are nothing beside the tensors."""
+"""Bytes of a pickle up to which it is compressed. Beside the tensors of so large a model, longer ones are nothing."""
 
 _NO_STORAGES = ATOMS | {dict, list, tuple, Tensor, QuantizedTensor, FunctionType, BuiltinFunctionType}
-"""Types of nearly everything that is pickled. Torch would ask each of them whether it is a storage, in Python, which
-takes as long as the pickling itself."""
+"""Types of nearly everything that is pickled. Torch asks of each object, in Python, whether it is a storage. That takes
+as long as pickling it."""
 
 _LEVEL = 3
-"""Of 9. With zlib's default (6) it is a twentieth less in twice the time, with the highest another hundredth less in
-ten times the time."""
+"""Of 9. The pickle is a twentieth smaller with 6, in twice the time, and another hundredth smaller with 9, in ten times
+the time."""
 
 
 def compact_pickle(parts: Parts, small: SmallTensors | None) -> Any:
-    """Return what ``torch.serialization`` takes for the module ``pickle``.
+    """Return what ``torch.serialization`` uses in place of the module ``pickle``.
 
     Args:
         parts: The payloads, which share buffers.
@@ -40,7 +40,7 @@ def compact_pickle(parts: Parts, small: SmallTensors | None) -> Any:
     """
 
     class Pickler(pickle.Pickler):
-        def __init_subclass__(cls) -> None:  # torch makes a class of it, to which it adds its question
+        def __init_subclass__(cls) -> None:  # torch derives a class that asks whether objects are storages
             ask = vars(cls).get("persistent_id")
             if ask is not None:
                 question: Any = lambda self, obj: None if type(obj) in _NO_STORAGES else ask(self, obj)  # noqa: E731
@@ -55,6 +55,6 @@ def compact_pickle(parts: Parts, small: SmallTensors | None) -> Any:
 
 
 def deflate(content: memoryview) -> bytes:
-    """Compress as the records of zip files are: without a header."""
+    """Compress without a header, as records of zip files are."""
     compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
     return compressor.compress(content) + compressor.flush()

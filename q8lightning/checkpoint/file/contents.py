@@ -1,4 +1,4 @@
-"""What the pickle of a checkpoint says of the records beside it, read without running anything of the file."""
+"""Find out from the pickle of a checkpoint what its records hold, without running anything of the file."""
 
 import pickle
 import zipfile
@@ -13,14 +13,14 @@ from q8lightning.checkpoint.sections import name_of
 from q8lightning.checkpoint.tree import PATHS, leaves
 
 WORTHWHILE = 64
-"""Bytes of records for each byte of the pickle: so many are summed while one is read."""
+"""Bytes of records that are summed in the time in which one byte of the pickle is read."""
 
 _DATA = "/data/"
 """Between the folder of all records and the number of a storage."""
 
 
 def describe_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str:
-    """Say what a record holds: the tensors that lie in it, as far as the file still tells."""
+    """Name the tensors that lie in a record; the record itself if the pickle does not tell any more."""
     folder, _, key = record.filename.rpartition(_DATA)
     if folder:
         try:
@@ -35,10 +35,10 @@ def describe_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str:
 
 
 def records_of_payloads(archive: zipfile.ZipFile) -> set[str]:
-    """Return the names of the records of which nothing is loaded but payloads, each of which has a checksum of its own.
+    """Return the names of the records that hold nothing but payloads, each of which has a checksum of its own.
 
-    What lies between two payloads in such a record belongs to no tensor. Nothing is returned where to read the pickle
-    would take longer than to sum all records.
+    What lies between two payloads belongs to no tensor. Nothing is returned where reading the pickle would take longer
+    than summing all records.
     """
     try:
         (whole,) = (each for each in archive.infolist() if each.filename.endswith(f"/{PICKLE}"))
@@ -54,7 +54,7 @@ def records_of_payloads(archive: zipfile.ZipFile) -> set[str]:
 
 
 class _Anything:
-    """Stands for every object of a checkpoint that is neither a container nor a primitive; runs no code of the file."""
+    """Stands for an object that is neither a container nor a primitive, so that no code of the file runs."""
 
     parts: tuple[Any, ...]
 
@@ -65,7 +65,7 @@ class _Anything:
 
     @property
     def shape(self) -> Any:
-        """Of a tensor, as far as its parts say it; None of anything else."""
+        """The shape of a tensor, as far as its parts tell; None for anything else."""
         kind, *rest = self.parts or ("",)
         match rest if type(kind) is str else self.parts:
             case [_Storage(), int(), shape, *_]:  # as torch rebuilds a tensor
@@ -90,7 +90,7 @@ class _Anything:
 
 
 class _Outline(pickle.Unpickler):
-    """Reads the keys and the storages of a checkpoint, and nothing else."""
+    """Reads keys and storages of a checkpoint, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Anything
@@ -100,7 +100,7 @@ class _Outline(pickle.Unpickler):
 
 
 class _PayloadOutline(_Outline):
-    """Counts how often each storage is referred to, and how often by a buffer of payloads."""
+    """Counts the references to each storage, and those by buffers of payloads."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -138,7 +138,7 @@ def _tensors_with(checkpoint: Any, key: str) -> list[str]:
 
 
 class _Holders:
-    """Tells whether objects have a storage in them; each is looked at once, since many may share one."""
+    """Tells whether objects have a storage in them. Each object is looked at once, however many share it."""
 
     def __init__(self, key: str) -> None:
         self._key = key

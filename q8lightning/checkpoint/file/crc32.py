@@ -1,9 +1,9 @@
-"""CRC32 in parts: the sum of a whole from the sums of its stretches, which several threads can compute."""
+"""Combine the CRC32 of stretches, which several threads can compute, to that of the whole."""
 
 from functools import lru_cache
 
 _POLYNOMIAL = 0xEDB88320
-"""Of the CRC32 of zip files; bit 31 is the constant term."""
+"""The one of the CRC32 of zip files. Bit 31 is the constant term."""
 
 _ONE = 1 << 31
 
@@ -26,7 +26,7 @@ def combine(first: int, second: int, length: int) -> int:
 
 @lru_cache(maxsize=64)
 def _shift(length: int) -> int:
-    """Return ``x ** (8 * length)``: what a sum is multiplied with when so many bytes follow."""
+    """Return ``x ** (8 * length)``, by which a sum is multiplied when so many bytes follow."""
     power, square = _ONE, _ONE >> 8
     while length:
         if length & 1:

@@ -1,4 +1,4 @@
-"""Links to checkpoints that are there all the time, while they are turned to a newer one."""
+"""Turn a link to a newer checkpoint so that there is a link at every moment."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ from q8lightning.system.paths import PathLike
 
 
 def link_checkpoint(target: PathLike, path: PathLike) -> None:
-    """Let ``path`` be a relative link to ``target``, in one step; a copy of it where the system has no links.
+    """Make ``path`` a relative link to ``target``, in one step; a copy of it where the system has no links.
 
-    Whatever was at ``path`` is gone afterwards, a folder too.
+    What was at ``path`` is replaced, a folder too.
 
     Raises:
         OSError: If there can be neither a link nor a copy; what was at ``path`` stays, unless it was a folder.

@@ -1,4 +1,4 @@
-"""What the errors of ``torch.load`` mean: a file that was cut off, one of a later format, or none of torch's at all."""
+"""Explain the errors of ``torch.load``: a file was cut off, has a later format, or is none of torch's."""
 
 import os
 import pickletools
@@ -19,18 +19,18 @@ CONTENTS = "the end of the file (cut off or changed)"
 _FOREIGN = "the file (it ends too early, or is none of torch.save: perhaps a page that was fetched instead)"
 
 _BEGINNINGS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
-"""How a zip and a pickle begin, which are all that ``torch.save`` writes."""
+"""The first bytes of zips and pickles. ``torch.save`` writes nothing else."""
 
 _NO_PICKLE = ("Invalid magic number", "invalid load key", "pickle data was truncated")
-"""What torch and pickle say of bytes that ``torch.save`` did not write."""
+"""Parts of messages of torch and pickle about bytes that ``torch.save`` did not write."""
 
 _OPERANDS = {each.code for each in pickletools.opcodes} - {"P"}
-"""What a pickle of torch may consist of. With a P begins a zip, of which no more than that may be left."""
+"""The instructions of pickles. P is left out: it is how a zip begins, of which no more may be left."""
 
 
 @contextmanager
 def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within this context, a checkpoint is loaded; errors say what is wrong with it, and name the file.
+    """Load a checkpoint within this context, and errors say what is wrong with it and name the file.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
@@ -52,7 +52,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def damage_in(error: Exception) -> str | None:
-    """Return what is damaged, as far as an error of ``torch.load`` tells; None if it means something else."""
+    """Return what is damaged according to an error of ``torch.load``; None if it means something else."""
     text = str(error)
     if "PytorchStreamReader" in text:
         return CONTENTS
@@ -67,9 +67,9 @@ def damage_in(error: Exception) -> str | None:
 
 
 def _torch_read_something_else(path: str | os.PathLike[str], error: Exception) -> bool:
-    """Whether an error is that of ``torch.load`` over a file that does not begin as what ``torch.save`` writes.
+    """Whether ``torch.load`` raised an error over a file that does not begin as files of ``torch.save`` do.
 
-    Such a file fails in as many ways as there are instructions of a pickle.
+    Such files fail in as many ways as pickles have instructions.
     """
     frames = traceback.walk_tb(error.__traceback__)
     if not any(frame.f_code is getattr(torch.load, "__code__", None) for frame, _ in frames):
@@ -82,7 +82,7 @@ def _torch_read_something_else(path: str | os.PathLike[str], error: Exception) -
 
 
 def newer_format_in(error: Exception) -> NewerFormatError | None:
-    """Return what it means that ``torch.load(weights_only=True)`` does not know the function of a later version."""
+    """Return the error that says so if ``torch.load`` met a function of a later format version; else None."""
     found = re.search(r"GLOBAL q8lightning\.checkpoint\.payload\.rebuild_v(\d+)", str(error))
     if found is None or int(found[1]) <= FORMAT_VERSION:
         return None

@@ -1,7 +1,7 @@
-"""A file that is opened once and read by whoever needs it: what they read belongs together.
+"""Open a file once and let everybody read it, so that what they read belongs together.
 
-A checkpoint is replaced by giving its name to another file. Whoever opens the name twice may therefore read two files,
-each of them whole, and take the sums of one for those of the other.
+A checkpoint is replaced by giving its name to another file. Whoever opens the name twice may read two files, each of
+them whole, and compare one with the sums of the other.
 """
 
 import errno
@@ -13,12 +13,12 @@ from typing import Any
 
 
 class OpenFile:
-    """A file of this machine; several threads may read it at once.
+    """A file of this machine that several threads may read at once.
 
     It is closed at the end of its context, or with the last reference to it.
 
     Attributes:
-        path: The name by which it was opened, which may be another file's by now.
+        path: The name by which it was opened. It may be another file's by now.
         size: Its bytes.
 
     Raises:
@@ -56,20 +56,20 @@ class OpenFile:
             return self._file.readinto(target) or 0
 
     def reader(self) -> io.BufferedReader:
-        """Return the file to read from, with a position of its own; closing it leaves the file open."""
+        """Return a view with a position of its own. Closing that leaves the file open."""
         return io.BufferedReader(FileView(self))
 
     @property
     def address(self) -> str:
-        """A path that leads to this very file as long as it is open, for whoever must open one to map it.
+        """A path that leads to this very file as long as it is open; to map a file, one must open it by a path.
 
-        Where a system has none, it is the file's name: on Windows, which lets nobody replace an open file.
+        Where the system has no such path, it is the file's name. On Windows nobody can replace an open file.
         """
         address = f"/dev/fd/{self._file.fileno()}"
         return address if os.path.exists(address) else self.path
 
     def has_its_name(self) -> bool:
-        """Whether the name still is this file's."""
+        """Whether the name still leads to this file."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
@@ -77,12 +77,12 @@ class OpenFile:
 
 
 def reads_in_parallel() -> bool:
-    """Whether the system reads at a position, so that threads do not wait for each other."""
+    """Whether the system can read at a given position, so that threads need not take turns."""
     return hasattr(os, "preadv")
 
 
 class FileView(io.RawIOBase):
-    """An open file with a position of its own, for whoever wants a file to read from."""
+    """Reads an open file from a position of its own."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
@@ -112,9 +112,9 @@ class FileView(io.RawIOBase):
         return self._position
 
     def readable(self) -> bool:
-        """Say yes."""
+        """Whether one can read: always."""
         return True
 
     def seekable(self) -> bool:
-        """Say yes."""
+        """Whether one can seek: always."""
         return True

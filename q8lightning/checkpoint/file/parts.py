@@ -1,7 +1,7 @@
-"""Payloads as a file has them: stretches of buffers that many share, with checksums that threads make ahead.
+"""Pickle payloads as stretches of buffers that many share, with checksums that threads make ahead.
 
-Pickling takes its time for each object, and holds Python's lock meanwhile, for which training then waits. Of a payload
-a pickle has one string, the checksum, and where in which buffer its bytes lie; it has the buffer once.
+Pickling takes time for each object and holds Python's lock, for which training waits. A pickle has each buffer once,
+and of a payload only its header, its checksum, and where in the buffer its bytes lie.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,16 @@ from q8lightning.checkpoint.payload import TENSOR, QuantizedTensor, rebuild_v1
 from q8lightning.system.workers import WORTH_THREADS, Workers, count_workers
 
 _BATCHES = 4
-"""For each thread, so that all are done at about the same time."""
+"""Batches of payloads for each thread. With several, all threads end at about the same time."""
 
 
 class _Part(NamedTuple):
-    """Where a payload lies.
+    """A payload in the memory that it shares with others.
 
     Attributes:
         header: What the file says of it.
-        checksum: The one that it was loaded with, None if it was not.
-        buffer: ``[bytes]`` uint8, the memory that it shares with others.
+        checksum: As its file had it, if it was loaded; else None.
+        buffer: ``[bytes]`` uint8, the whole memory.
         start: Where in the buffer it begins.
         content: Its bytes.
     """
@@ -39,7 +39,7 @@ class _Part(NamedTuple):
 
 
 class Parts:
-    """What the payloads on the host pickle as. Within its context, threads compute their checksums.
+    """Knows what payloads on the host pickle as; within its context, threads compute their checksums.
 
     Args:
         payloads: They must not change before the context is left.
@@ -52,7 +52,7 @@ class Parts:
         for payload in payloads:
             data = payload.data
             if type(data) is not Tensor or data.device.type != "cpu" or not data.is_contiguous():
-                continue  # it knows by itself how it pickles
+                continue  # it pickles by itself
             storage, start = data.untyped_storage(), int(data.storage_offset())
             address = storage.data_ptr()
             if address not in buffers:
@@ -69,7 +69,7 @@ class Parts:
         self._batch_bytes = total / (_BATCHES * threads)
 
     def reduce(self, value: Any) -> Any:
-        """Return what a payload pickles as; what a pickler's ``reducer_override`` wants for anything else."""
+        """Return what a payload pickles as; for anything else ``NotImplemented``, as ``reducer_override`` does."""
         part = self._parts.get(id(value))
         if part is None:
             return NotImplemented

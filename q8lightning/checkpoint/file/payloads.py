@@ -1,4 +1,4 @@
-"""All payloads of a checkpoint at once: found, verified in several threads, decoded in few launches."""
+"""Find, verify and decode all payloads of a checkpoint together: in several threads, or in few launches."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.containers import is_unpickled_plainly
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.tree import is_unpickled_plainly, leaves, rebuild
+from q8lightning.checkpoint.tree import leaves, rebuild
 from q8lightning.quantization.many.decode import EncodedItem, batches, bytes_to_decode_on, decode_on, decode_together
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
@@ -24,11 +25,11 @@ def payloads_in(content: Any) -> list[QuantizedTensor]:
 
 @neutral()
 def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | None = None) -> dict[int, Tensor]:
-    """Decode loaded payloads, each verified before.
+    """Verify and decode loaded payloads.
 
     Args:
         payloads: Each once.
-        device: A GPU to decode on, all of them in few launches, if they fit; None for where they are.
+        device: A GPU to decode on, if they fit there; None to decode where they are.
 
     Returns:
         The tensors by the payloads' ids.
@@ -52,7 +53,7 @@ def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | 
 
 
 def _decode_together(payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
-    """Verify and decode what may be decoded in one go; return the tensors by the payloads' ids."""
+    """Verify payloads and decode them in one go; return the tensors by the payloads' ids."""
     for payload in payloads:
         payload.verify()
     values = decode_together([_unpacking(payload) for payload in payloads])
@@ -64,7 +65,7 @@ def _unpacking(payload: QuantizedTensor) -> EncodedItem:
 
 
 def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
-    """Decode on a GPU what its kernels can decode, nothing if it does not fit there beside what the training has."""
+    """Decode on a GPU what its kernels know; nothing if it does not fit beside what training has there."""
     chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
     items = [_unpacking(each) for each in chosen]
     if not items or bytes_to_decode_on(items) > _free_bytes(device):
@@ -77,25 +78,25 @@ def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dic
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Return how many bytes of a GPU may be used: some remain for a training that goes on there."""
+    """Return how many bytes of a GPU may be used. A twentieth remains for training that goes on there."""
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + cached - total // 20
 
 
 class TensorsWantedError(Exception):
-    """A container did something with what was put into it, and has got payloads in the place of tensors."""
+    """A container did something with its items while they were payloads and not yet tensors."""
 
 
 def replace_payloads(content: Any, decoded: Mapping[int, Tensor]) -> Any:
-    """Put tensors in the place of payloads in containers, changing them where they can be changed.
+    """Put tensors in the place of payloads; change containers in place where that is possible.
 
     Args:
-        content: A checkpoint that nobody else has.
+        content: A checkpoint to which nobody else has a reference.
         decoded: The tensors by the payloads' ids.
 
     Raises:
-        TensorsWantedError: If that would not give what unpickling with the tensors would have given.
+        TensorsWantedError: If unpickling with the tensors could have given something else.
     """
 
     def check(container: Any, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fast reading of whole checkpoints: each byte is read once, and everything is read, summed and decoded in parallel."""
+"""Read a whole checkpoint fast: each byte once, and reading, summing and decoding in parallel."""
 
 import gc
 import os
@@ -16,8 +16,9 @@ from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.file.summed_file import SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.loading import collect_encoded, stays_encoded
 from q8lightning.checkpoint.parameter_names import names_of_states
-from q8lightning.checkpoint.payload import QuantizedTensor, collect_encoded, stays_encoded
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES
 from q8lightning.system.workers import MOST, Workers, count_workers
 
@@ -28,14 +29,13 @@ def read_checkpoint(
     verify: bool = True,
     optimizer_device: torch.device | None = None,
 ) -> Any:
-    """Load a checkpoint with all its payloads decoded, as ``load`` would by itself.
+    """Load a checkpoint and decode its payloads; the result is what ``load`` alone would return.
 
     Args:
         path: A file of this machine.
         load: Loads from an open file; ``torch.load`` with its options.
         verify: Compare checksums of payloads, and sums of everything else.
-        optimizer_device: A GPU on which the payloads of optimizer states are decoded, where they then are; None for the
-            host.
+        optimizer_device: A GPU on which optimizer states are decoded and stay; None for the host.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
@@ -62,8 +62,8 @@ def read_checkpoint(
 def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any:
     """Let somebody load a checkpoint by its name, and verify the file meanwhile.
 
-    If another file takes the name meanwhile, nobody knows which of the two was loaded. It is loaded again then; where
-    that happens time and again, at last with the payloads' own checksums alone, and a warning.
+    If another file takes the name meanwhile, nobody knows which of the two was loaded, so it is loaded again. If that
+    happens each of several times, payloads alone are verified, by their own checksums, with a warning.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
@@ -93,13 +93,13 @@ _ATTEMPTS = 5
 def _load_and_decode(
     load: Callable[[IO[bytes]], Any], file: IO[bytes], optimizer_device: torch.device | None
 ) -> tuple[Any] | None:
-    """Load, then decode everything at once; None if an object needs its tensors while it is loaded."""
+    """Load, then decode all payloads together; None if an object needs its tensors while it is unpickled."""
     with collect_encoded() as payloads:
         try:
             content = load(file)
         except Exception:
             if payloads:
-                return None  # perhaps because of one; the other way will tell
+                return None  # perhaps because of a payload: loading the other way will tell
             raise
     try:
         content = replace_payloads(content, _decode(content, payloads, optimizer_device))
@@ -107,12 +107,12 @@ def _load_and_decode(
         return None
     except CorruptCheckpointError as error:
         raise _named(error, content) from error
-    # What still has a payload is an object that is no container.
+    # A payload that is left belongs to an object that is no container.
     return (content,) if _are_gone(payloads) else None
 
 
 def _named(error: CorruptCheckpointError, content: Any) -> CorruptCheckpointError:
-    """Return an error about a payload that names an optimizer's state by its parameter, where that is known."""
+    """Return the error with an optimizer's state named by its parameter, where that is known."""
     path = error.what.removeprefix(_THE_TENSOR)
     name = names_of_states(content).get(path, path)
     return CorruptCheckpointError(_THE_TENSOR + name if error.what.startswith(_THE_TENSOR) else error.what, error.file)
@@ -122,11 +122,11 @@ _THE_TENSOR = "the tensor "
 
 
 def _are_gone(payloads: list[QuantizedTensor]) -> bool:
-    """Empty the list and tell whether nobody else has any of them."""
+    """Empty the list and tell whether nobody else has a reference to any of them."""
     references = [weakref.ref(payload) for payload in payloads]
     payloads.clear()
     if any(reference() is not None for reference in references):
-        gc.collect()  # or is it only a cycle that has them?
+        gc.collect()  # perhaps only a cycle refers to them
     return all(reference() is None for reference in references)
 
 

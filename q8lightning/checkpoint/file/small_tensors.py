@@ -1,8 +1,9 @@
-"""Small tensors, stored together: by itself each would take the file some two hundred bytes beside its own.
+"""Store small tensors together.
 
-They are what no policy quantizes: biases and norms, their moments, steps, statistics. In the file those of one dtype
-and location are one tensor, and the pickle has little more than a number for each; by itself each would take torch's
-unpickler, which is Python, a tenth of a millisecond. Loaded, each has memory of its own, as it had when it was saved.
+They are what no policy quantizes: biases and norms, their moments, steps, statistics. Alone, each would add some two
+hundred bytes to the file, and a tenth of a millisecond to each load, since torch's unpickler is Python. Together, those
+of one dtype and location are one tensor, and the pickle has a number for each. Loaded, each has memory of its own, as
+it had when it was saved.
 """
 
 import math
@@ -13,27 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from q8lightning.checkpoint.payload import ITEM, TENSORS, in_memory_order, is_dense, rebuild_v1
-from q8lightning.checkpoint.tree import has_memory, is_ordinary
+from q8lightning.checkpoint.memory import has_memory, in_memory_order, is_dense, is_ordinary
+from q8lightning.checkpoint.payload import ITEM, TENSORS, rebuild_v1
 
 SMALL = 2**14
-"""Bytes, at most: a float32 tensor that is too small to be quantized."""
+"""Bytes that a small tensor has at most: the largest float32 tensor that no policy quantizes."""
 
 
 class SmallTensors:
-    """Copies of the small tensors on the host in the containers of a checkpoint.
+    """Copies of the small host tensors of a checkpoint, stored together.
 
-    Not of those that share memory with another one in the containers, nor of those that are more than their values.
+    Tensors that share memory with another one are left out, and tensors that are more than their values.
 
     Args:
-        leaves: What the containers hold; of it, the tensors.
+        leaves: The leaves of the checkpoint.
         fewer_than: Leave out tensors of so many elements or more.
-        location: Where a storage loads to.
+        location: Returns where a storage loads to.
 
     Attributes:
-        tags: Where each storage of copies is to load to, by its address.
-        originals: The addresses of what was copied. Whatever else is saved must have none of them: it would not share
-            the memory any more when it is loaded.
+        tags: The location to which each storage of copies loads, by its address.
+        originals: Addresses of what was copied. If anything else that is saved has one of them, the two would no longer
+            share memory when they are loaded.
     """
 
     def __init__(
@@ -58,17 +59,17 @@ class SmallTensors:
             self._places.update({id(tensor): (pool, number) for number, tensor in enumerate(members)})
 
     def reduce(self, value: Any) -> Any:
-        """Return what a small tensor pickles as; what a pickler's ``reducer_override`` wants for anything else."""
+        """Return what a small tensor pickles as; for anything else ``NotImplemented``, as ``reducer_override`` does."""
         place = self._places.get(id(value))
         return NotImplemented if place is None else (rebuild_v1, (ITEM, *place))
 
 
 class _Pool:
-    """Tensors of one dtype and location in one, and what :func:`rebuild_v1` needs to know of each."""
+    """The tensors of one dtype and location in one, with the shape and strides of each."""
 
     def __init__(self, members: list[Tensor]) -> None:
         self.data = torch.cat([in_memory_order(tensor) for tensor in members])
-        # One object for equal tuples: the pickle then has the number of the first.
+        # One object for equal tuples, which the pickle then has once.
         known: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._shapes = [known.setdefault(shape, shape) for shape in (tuple(each.shape) for each in members)]
         self._strides = [

@@ -1,4 +1,4 @@
-"""A file whose long stretches several threads read at once, and sum while they are in the cache."""
+"""Read long stretches of a file by several threads, and sum them while they are in the cache."""
 
 import zlib
 from concurrent.futures import Future
@@ -10,20 +10,20 @@ from q8lightning.quantization.backends.cpu_memory import use_huge_pages
 from q8lightning.system.workers import Workers
 
 LONG = 2**22
-"""Bytes from which on a stretch is read by threads."""
+"""Bytes from which on threads read a stretch."""
 
 _PART = 2**23
-"""Bytes that a thread reads in one go, a multiple of the step."""
+"""Bytes of a stretch that one thread reads, a multiple of the step."""
 
 _STEP = 2**20
-"""Bytes that are summed as soon as they are read."""
+"""Bytes that are read and then summed, small enough for the cache."""
 
 
 class SummedFile(FileView):
-    """A file to read from; give it to ``torch.load``, which reads each record in one go.
+    """A file for ``torch.load``, which reads each record in one go.
 
     Args:
-        file: The file; it stays open when this is closed.
+        file: The file. It stays open when this is closed.
         workers: Threads that read.
         sums: Whether to sum what is read.
     """
@@ -40,7 +40,7 @@ class SummedFile(FileView):
         self._left_out = starts
 
     def sum_of(self, start: int, nbytes: int) -> int | None:
-        """Return the CRC32 of a stretch, as it was when it was read; None if it was not read in one go."""
+        """Return the CRC32 of a stretch as it was read; None if it was not read in one go."""
         return self._sums.get((start, nbytes))
 
     def readinto(self, buffer: Any) -> int:
@@ -67,7 +67,7 @@ class SummedFile(FileView):
             self._sums[start, len(target)] = crc
 
     def _read_part(self, part: memoryview, position: int, wants_sum: bool) -> int:
-        """Fill ``part`` from the file; return its CRC32, or 0 if nobody wants it."""
+        """Fill ``part`` from the file; return its CRC32, 0 if that is not wanted."""
         crc = 0
         for first in range(0, len(part), _STEP):
             step = part[first : first + _STEP]

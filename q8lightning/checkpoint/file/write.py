@@ -1,4 +1,4 @@
-"""Durable writing: a file that is there under its name is whole, whatever happens while it is written."""
+"""Write a file durably: what is there under its name is whole, whatever happens meanwhile."""
 
 import errno
 import os
@@ -23,16 +23,16 @@ if sys.platform != "win32":
     import fcntl
 
 TEMPORARY_SUFFIX = ".q8lightning.tmp"
-"""Files with this ending are being written, or were when their writer was killed; the next save removes those."""
+"""The ending of files that are being written. The next save removes those whose writer was killed."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})?[0-9a-f]{16}" + re.escape(TEMPORARY_SUFFIX))
 _FOREIGN_AGE = 3600.0
-"""Seconds without a write after which another host's file counts as left over: locks may not reach across hosts."""
+"""Seconds without a write after which another host's file counts as left over. Locks may not reach across hosts."""
 
 
 STEPS = ("frozen", "fetched", "opened", "written", "flushed", "renamed", "durable", "removing", "removed")
-"""What happens to a checkpoint, in this order, unless there is nothing to remove.
+"""What happens to a checkpoint, in this order; the last two only where something is removed.
 
 Each is announced as an audit event, ``q8lightning.save`` with the step and the path (see ``sys.addaudithook``).
 """
@@ -40,10 +40,10 @@ Each is announced as an audit event, ``q8lightning.save`` with the step and the 
 
 @neutral()
 def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``checkpoint`` as ``torch.save`` does so that ``path`` holds either its old content or all of the new one.
+    """Write a checkpoint durably, in the format of ``torch.save``; see :func:`write_durably`.
 
-    The content goes to the file without a second copy of it in memory; see :func:`write_durably`. If it holds payloads,
-    and so needs q8lightning to be loaded, then it takes less room than ``torch.save`` would need for the rest.
+    No second copy of the content is made in memory. A checkpoint with payloads, which only q8lightning loads anyway, is
+    written in fewer bytes than ``torch.save`` would use.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
@@ -57,16 +57,16 @@ def write_checkpoint(checkpoint: Any, path: str | os.PathLike[str]) -> None:
 
 
 def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a file so that ``path`` holds either its old content or all of the new one.
+    """Let ``write`` fill a file; at every moment ``path`` holds either its old content or all of the new one.
 
-    The content goes to a temporary file beside the target, from there to the disk while more is written, and is flushed
-    before the file takes the target's name; the folder is flushed last, if its file system can do that. Missing folders
-    are made; temporary files that a killed writer left there are removed.
+    The content goes to a temporary file beside the target. It is flushed to the disk, then the file takes the target's
+    name, then the folder is flushed, if its file system can do that. Missing folders are made. Temporary files that a
+    killed writer left in the folder are removed.
 
     Raises:
         IsADirectoryError: If ``path`` is a directory.
-        OSError: If the file cannot be written; the temporary file is removed and an old target stays as it was, as they
-            are after any other error of ``write``.
+        OSError: If the file cannot be written. After any error of ``write``, the temporary file is removed
+            and an old target is as it was.
     """
     target = Path(path)
     if target.is_dir():
@@ -92,7 +92,7 @@ def write_durably(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Non
 
 @contextmanager
 def _naming(target: Path) -> Iterator[None]:
-    """Let errors of the system, which know the number of a file or the temporary one at best, name the target."""
+    """Let errors of the system name the target; by themselves they know the temporary file at best."""
     try:
         yield
     except OSError as error:
@@ -101,7 +101,7 @@ def _naming(target: Path) -> Iterator[None]:
             error.filename = str(target)
         raise
     except RuntimeError as error:
-        # When a write fails (a full disk), torch's own zip writer reports its own confusion about it.
+        # When a write fails, as on a full disk, torch's zip writer raises an error about its own state.
         if isinstance(error.__context__, OSError):
             raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
         raise
@@ -113,9 +113,9 @@ def announce(step: str, path: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed writers from ``folder``, never one of a writer that lives.
+    """Remove the temporary files of killed writers from ``folder``, but none of a writer that lives.
 
-    A writer holds a lock on its file, which ends with the process that holds it.
+    A writer holds a lock on its file, and the lock ends with its process.
     """
     with suppress(OSError):
         for entry in os.scandir(folder):
@@ -137,7 +137,7 @@ def _remove_unless_locked(path: Path, own_host: bool) -> None:
 
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
-    """Open a new file in the target's folder (with the user's usual permissions); remove it if the block fails."""
+    """Open a new file in the target's folder, with the user's usual permissions; remove it if the block fails."""
     file = _open_locked(target.parent)
     try:
         with file:
@@ -150,7 +150,7 @@ def _temporary_beside(target: Path) -> Iterator[IO[bytes]]:
 
 def _open_locked(folder: Path) -> IO[bytes]:
     while True:
-        # Short enough for wherever a name fits.
+        # A short name fits wherever the target's does.
         file = open(folder / f".{_HOST}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}", "xb")  # noqa: SIM115 (the caller does)
         if sys.platform != "win32":
             with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
@@ -162,14 +162,14 @@ def _open_locked(folder: Path) -> IO[bytes]:
 
 
 _FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
-"""Errors of the disk itself. Any other means that the file system does not flush folders."""
+"""Errors of the disk itself. Any other error means that the file system does not flush folders."""
 
 
 def _flush_directory(directory: Path) -> bool:
-    """Flush a folder, so that a new name in it survives a crash of the system; tell whether that is possible.
+    """Flush a folder, so that a new name in it survives a crash of the system; return whether that is possible.
 
-    Network file systems and those in user space (cifs, FUSE) refuse it in many ways. A folder may also be such as may
-    be written to, but not read.
+    Network file systems and those in user space (cifs, FUSE) refuse it in many ways. A folder may also be one that can
+    be written to and not read.
 
     Raises:
         OSError: If the disk fails.
@@ -191,8 +191,8 @@ def _flush_directory(directory: Path) -> bool:
 
 @cache
 def _warn_of(directory: Path) -> None:
-    """Say of a folder, once in this process, that it cannot be flushed."""
-    advise(  # the file is whole: an exception would report a save that went well as one that failed
+    """Warn once in this process that a folder cannot be flushed."""
+    advise(  # no exception: the save went well
         f"{directory} cannot be flushed to the disk, as on some network file systems: checkpoints there are whole, but"
         " a crash of the machine soon after a save may take the new file's name away; keep more than one checkpoint,"
         " or save to a local disk",

@@ -1,4 +1,4 @@
-"""What is written goes to the disk while more is being written, so that there is little left to wait for at the end."""
+"""Send to the disk what is written while more is being written, so that little is left to wait for at the end."""
 
 import ctypes
 import os
@@ -11,21 +11,21 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 STEP = 2**25
-"""Bytes that are sent to the disk at a time. By itself the kernel begins when a tenth of the memory has to be."""
+"""Bytes that are sent to the disk at a time. The kernel alone begins when a tenth of the memory waits to be written."""
 
 _START = 2
-"""``SYNC_FILE_RANGE_WRITE``: begin to write these pages, do not wait."""
+"""``SYNC_FILE_RANGE_WRITE``: begin to write these pages, and do not wait for them."""
 
 
 class WriteBehind:
-    """A binary file whose content a thread sends to the disk as it grows; small files never have one.
+    """A binary file whose content a thread sends to the disk as it grows. Small files need no thread.
 
-    It changes when the disk works and nothing else: whoever wants the content to be durable still has to flush it, and
-    hears of what went wrong then, or at the next write.
+    It changes nothing but when the disk works. The content is durable once it is flushed. What went wrong is raised by
+    the flush, or by the next write.
 
     Args:
         file: Open for writing, positioned at its end.
-        send: Sends a stretch of a file to the disk: takes its descriptor, where the stretch begins, and its bytes.
+        send: Sends a stretch to the disk. It takes the file's descriptor, the start of the stretch, and its bytes.
     """
 
     def __init__(self, file: IO[bytes], send: Callable[[int, int, int], object] | None = None) -> None:
@@ -41,7 +41,7 @@ class WriteBehind:
         """Write ``data`` (bytes-like).
 
         Raises:
-            OSError: If it cannot be written, or what was written before could not be sent to the disk.
+            OSError: If it cannot be written, or if what was written before could not be sent to the disk.
         """
         written = self._file.write(data)
         self._written += written
@@ -60,7 +60,7 @@ class WriteBehind:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._send, name="q8lightning write-behind", daemon=True)
-        with suppress(RuntimeError):  # no thread to be had: then all is sent at the end
+        with suppress(RuntimeError):  # without a thread, all is sent at the end
             thread.start()
             self._thread = thread
 
@@ -89,7 +89,7 @@ class WriteBehind:
             self._ended = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()  # or it would use the number of a file that is closed
+            self._thread.join()  # before the file is closed, whose descriptor it uses
         if kind is None and self._error is not None:
             raise self._error
 
@@ -97,10 +97,10 @@ class WriteBehind:
 def _send_range(descriptor: int, start: int, nbytes: int) -> None:
     sync_file_range = _sync_file_range()
     if sync_file_range is None:
-        # Waits, for all of the file, and writes the journal each time; still better than all at once.
+        # It waits, for the whole file, and writes the journal each time; still better than all at the end.
         getattr(os, "fdatasync", os.fsync)(descriptor)
     else:
-        # A hint. What the disk refuses is reported by fsync, where this would not know what became of it.
+        # A hint. What the disk refuses is reported by fsync.
         sync_file_range(descriptor, start, nbytes, _START)
 
 

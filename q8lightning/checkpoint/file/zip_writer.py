@@ -1,7 +1,7 @@
-"""The zip file of a checkpoint, as ``torch.save`` lays it out to the byte, or in fewer, but summed while it is written.
+"""Write the zip file of a checkpoint with the bytes of ``torch.save``, or with fewer, and sum while writing.
 
-``torch.save`` computes the CRC32 of a record before it writes it, so that the processor waits for the disk and the disk
-for the processor. Here threads sum a stretch while it and the ones after it are written.
+``torch.save`` computes the CRC32 of a record and then writes it, so that processor and disk wait for each other. Here
+threads sum a stretch while it and those after it are written.
 """
 
 import pickle
@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from inspect import signature
+from functools import cache
 from typing import IO, Any
 
 import torch
@@ -23,22 +23,24 @@ from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import leaves
+from q8lightning.system.advice import advise
+from q8lightning.system.private_names import ZIP_NAMES, is_there
 from q8lightning.system.workers import Workers, count_workers
 
 CHUNK = 2**25
-"""Bytes that are summed and written at a time. Fewer would be no faster, and each takes Python's lock from training."""
+"""Bytes that are summed and written at a time. Fewer would be no faster, and each time takes Python's lock."""
 
 ALONE = 2**22
-"""Bytes up to which a record is summed by the thread that writes it, which takes less time than asking another."""
+"""Bytes up to which the thread that writes a record sums it, which takes less time than asking another one."""
 
 SUMMING_THREADS = 2
-"""One sums about as fast as another writes to the page cache; two are sure to."""
+"""At most. One sums about as fast as another writes to the page cache, two are faster."""
 
 ZIP64_LIMIT = 0xFFFFFFFF
-"""Sizes and offsets from here on are stored in 64 bits."""
+"""Sizes and offsets from here on take 64 bits."""
 
 _ARCHIVE = "archive"
-"""What ``torch.save`` calls the folder of all records in a file that it was given opened."""
+"""The folder of all records, as ``torch.save`` names it when it is given an open file."""
 
 _VERSION = "3"
 """Of torch's format for zip files, the same since torch 1.6."""
@@ -52,18 +54,17 @@ _END64, _END64_LOCATOR, _END = b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06"
 
 
 def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
-    """Write ``obj`` to an open file as ``torch.save`` does, with the same bytes except the file's random-looking id.
+    """Write ``obj`` to an open file with the bytes of ``torch.save``, except for the file's id.
 
-    Where the installed torch has no such inner function as this needs, or an option is set that this does not know,
-    ``torch.save`` itself does it.
+    ``torch.save`` itself writes where the installed torch does not have what this needs, or an option is set that this
+    does not know.
 
     Args:
         obj: What to save.
-        file: Where to.
-        compact: Take less room and time than ``torch.save``, if it has payloads in its containers and only q8lightning
-            loads it anyway: payloads share buffers, small tensors lie together, and the pickle is compressed, as a
-            zip's records may be. If memory that small tensors share with an object that is no container would not be
-            shared any more, they lie apart.
+        file: Open for writing, at the place where the archive begins.
+        compact: Write fewer bytes in less time if there are payloads, which only q8lightning loads anyway. Payloads
+            then share buffers, small tensors are stored together, and the pickle is compressed. Small tensors are
+            stored apart if an object that is no container shares their memory.
 
     Raises:
         OSError: If the file cannot be written.
@@ -77,15 +78,18 @@ def save(obj: Any, file: IO[bytes], compact: bool = False) -> None:
                 if _knows_torch():
                     _save(obj, file, parts if payloads else None, small)
                     return
-            except (UnknownRequest, SharedMemory):
-                file.seek(start)
-                file.truncate()
+            except SharedMemory:
+                pass
+            except UnknownRequest as request:
+                _say_that_torch_writes(str(request))
+            file.seek(start)
+            file.truncate()
     torch.save(obj, file)
 
 
 def _save(obj: Any, file: IO[bytes], parts: Parts | None, small: SmallTensors | None) -> None:
-    # Private: pickles, and calls write_record(name, data, nbytes) for the pickle and then for each storage. The same in
-    # torch 2.6 to 2.13, checked by _knows_torch.
+    # The private function pickles, and calls write_record(name, data, nbytes) for the pickle and then for each storage.
+    # It is the same in torch 2.6 to 2.13; _knows_torch looks.
     serialization: Any = torch.serialization
     module = compact_pickle(parts, small) if parts else pickle
     compressed, unwanted = {PICKLE} if parts else set[str](), small.originals if small else set[int]()
@@ -97,15 +101,23 @@ def _save(obj: Any, file: IO[bytes], parts: Parts | None, small: SmallTensors | 
 
 
 def _knows_torch() -> bool:
+    """Whether torch has what this needs, and no option is set that this does not know."""
     serialization: Any = torch.serialization
-    try:
-        parameters = list(signature(serialization._save).parameters)
-        plain = serialization.get_crc32_options() and not serialization._serialization_tls.skip_data
-        serialization._get_storage_alignment()
-    except (AttributeError, TypeError, ValueError):
+    if not all(map(is_there, ZIP_NAMES)):
         return False
-    known = ["obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record"]
-    return bool(plain and parameters == known)
+    try:
+        return bool(serialization.get_crc32_options() and not serialization._serialization_tls.skip_data)
+    except AttributeError:
+        return False
+
+
+@cache
+def _say_that_torch_writes(request: str) -> None:
+    """Say once what check_names cannot find out: it is not asked for before something is saved."""
+    advise(
+        f"torch {torch.__version__} asks for {request} when it saves, which this q8lightning does not have: torch.save"
+        " writes the files, more slowly and larger; a newer q8lightning may have it"
+    )
 
 
 class UnknownRequest(AttributeError):
@@ -117,14 +129,14 @@ class SharedMemory(Exception):
 
 
 class ZipWriter:
-    """Writes records one after the other; what ``torch.serialization`` knows as a ``PyTorchFileWriter``.
+    """Writes records one after the other, in place of torch's ``PyTorchFileWriter``.
 
-    Leaving its context completes the file, unless an error is on its way; no thread is left in any case.
+    Leaving its context completes the file, unless there was an error, and ends its threads in any case.
 
     Args:
         file: Open for writing, at the place where the archive begins.
-        alignment: The data of every record begins at a multiple of so many bytes, so that it can be memory-mapped.
-        compressed: The names of records to compress, which cannot be memory-mapped.
+        alignment: Content of records begins at multiples of so many bytes, so that it can be memory-mapped.
+        compressed: Names of records to compress. Those cannot be memory-mapped.
         unwanted: Addresses of storages that must not be written.
     """
 
@@ -157,8 +169,8 @@ class ZipWriter:
 
         Args:
             name: Its path in the archive.
-            data: Its content, in host memory; not needed any more when this returns.
-            nbytes: How many bytes of it.
+            data: Its content, in host memory. It may change when this has returned.
+            nbytes: The number of its bytes.
 
         Raises:
             OSError: If the file cannot be written.
@@ -211,7 +223,7 @@ class ZipWriter:
 
     def _write_end(self) -> None:
         self.write_record("version", f"{_VERSION}\n", 2)
-        # Two numbers of 20 digits in which different contents differ; torch derives them from names and sums, too.
+        # Two numbers of 20 digits that tell contents apart. Torch derives them from names and sums, too.
         identity = f"{self._names:020}{self._sums:020}"
         self.write_record(".data/serialization_id", identity, len(identity))
         start, directory, count = self._position, b"".join(self._directory), len(self._directory)

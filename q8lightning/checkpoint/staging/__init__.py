@@ -1,1 +1,1 @@
-"""A checkpoint as it is at one moment, on its way from a device to host memory."""
+"""Copy a checkpoint as it is at one moment, and bring it to host memory."""

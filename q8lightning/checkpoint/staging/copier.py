@@ -1,6 +1,7 @@
-"""Copy a checkpoint as it is at this moment, however training goes on; in host memory once that is fetched.
+"""Copy a checkpoint as it is now; fetch what is on devices to the host later.
 
-Tensors are copied storage by storage, as ``torch.save`` writes them, so that tied tensors and views stay what they are.
+Tensors are copied storage by storage, as ``torch.save`` writes them, so that tied tensors stay tied and views stay
+views.
 """
 
 import copy
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.storage import TypedStorage
 
+from q8lightning.checkpoint.containers import ATOMS
+from q8lightning.checkpoint.memory import is_ordinary
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.staging.stand_in import freeze
 from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
-from q8lightning.checkpoint.tree import ATOMS, is_ordinary, rebuild
+from q8lightning.checkpoint.tree import rebuild
 
 IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
-"""Types of what nobody can change, and what needs no copy."""
+"""Types of objects that nobody can change, so that they need no copy."""
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -26,11 +29,11 @@ _Place = tuple[int, torch.Size, tuple[int, ...]]
 
 
 class Copies(NamedTuple):
-    """What came from devices.
+    """The copies of what was on devices.
 
     Attributes:
-        storages: The copies, by the keys of what they are copies of.
-        tags: Where that was, by the copies' addresses.
+        storages: The copies, by the keys of the originals.
+        tags: The locations of the originals, by the addresses of the copies.
     """
 
     storages: dict[int, UntypedStorage]
@@ -44,12 +47,13 @@ def _locate(tensor: Tensor) -> tuple[int, _Place]:
 
 
 class Copier:
-    """Copies containers, tensors and anything else, each object once, so that what was shared stays shared.
+    """Copies containers, tensors and other objects, each once, so that what was shared stays shared.
 
     Args:
-        live: Copy what training could change; otherwise only what is on a device.
-        known: Tensors that are not copied but stay where they are, for the caller to replace.
-        stand_ins: Let objects be replaced by what pickles as they do now; for whoever does nothing but pickle.
+        live: Copy all that training could change; otherwise only what is on a device.
+        known: Tensors that are not copied, for the caller to replace.
+        stand_ins: Replace objects by stand-ins that pickle as the objects do now. Only for content that is pickled and
+            not used otherwise.
     """
 
     def __init__(self, live: bool, known: Iterable[Tensor] = (), stand_ins: bool = False) -> None:
@@ -60,23 +64,24 @@ class Copier:
         self._on_device: list[tuple[Tensor, int, _Place]] = []
         self._payloads: list[QuantizedTensor] = []
         self._clones: dict[int, UntypedStorage] = {}
-        # What copy.deepcopy knows about, with torch's corner of it: an object in the checkpoint then shares the
-        # copies of its tensors.
+        # The memo of copy.deepcopy, with torch's part of it, so that an object in the checkpoint shares the copies of
+        # its tensors.
         self._memo: dict[Any, Any] = {"torch": self._clones}
         self._pending: list[tuple[Any, Callable[[Any], None]]] = []
-        """What is still to be copied, and who gets the copy: attributes of containers, and what objects consist of."""
+        """What is still to be copied, with the function that takes the copy: attributes of containers, and the parts of
+        objects."""
         self._alive: list[Any] = []
-        """What exists only while it is copied, kept so that nothing else gets its id."""
+        """Objects that exist only while they are copied, kept so that nothing else gets their ids."""
 
     @torch.inference_mode(False)  # another thread fills the copies, and cannot change an inference tensor
     def copy(self, value: Any) -> Any:
-        """Return a copy; of tensors on a device, one that :meth:`fetch` fills.
+        """Return a copy; :meth:`fetch` fills the copies of tensors on a device.
 
         Raises:
-            Exception: If an object cannot be pickled: whatever pickling it raises.
+            Exception: If an object cannot be pickled, what pickling raises.
         """
         result = self._copy(value)
-        known, self._known = self._known, set()  # whoever replaces those looks at items, not at attributes and objects
+        known, self._known = self._known, set()  # the caller replaces items, not attributes and parts of objects
         while self._pending:
             pending, self._pending = self._pending, []
             parts = [part for part, _ in pending]
@@ -89,7 +94,7 @@ class Copier:
         return result
 
     def transfer_of(self, storage: UntypedStorage) -> Transfer:
-        """Return what takes the memory of a storage's device to the host."""
+        """Return the transfer to the host of a storage's device."""
         if storage.device not in self._transfers:
             self._transfers[storage.device] = Transfer(storage.device, torch.serialization.location_tag(storage))
         return self._transfers[storage.device]
@@ -100,7 +105,7 @@ class Copier:
             transfer.start()
 
     def fetch(self, memory: HostMemory | None) -> Copies:
-        """Put everything on the host and let the copies show it."""
+        """Bring everything to the host and fill the copies."""
         for payload in self._payloads:
             storage = payload.data.untyped_storage()
             self._transfers[storage.device].add(storage, private=True)
@@ -130,7 +135,7 @@ class Copier:
             self._pending.append((attributes, vars(copied).update))
 
     def _change(self, value: Any) -> Any:
-        """Return what takes the place of a leaf."""
+        """Return what replaces a leaf."""
         if type(value) in IMMUTABLE or id(value) in self._known:
             return value
         if id(value) in self._memo:
@@ -148,13 +153,13 @@ class Copier:
         if isinstance(value, bytearray | TypedStorage | UntypedStorage):
             return copy.deepcopy(value, self._memo)
         if not self._stand_ins:
-            attempt = ChainMap({}, self._memo)  # what is left of one that fails is no copy of anything
+            attempt = ChainMap({}, self._memo)  # if it fails, its partial copies are thrown away
             try:
                 result = copy.deepcopy(value, attempt)  # type: ignore[arg-type]
             except Exception:
-                pass  # what can be pickled can be saved
+                pass  # an object that cannot be copied may still be pickled
             else:
-                self._alive.append(attempt.maps[0].pop(id(attempt), None))  # where deepcopy keeps what it must
+                self._alive.append(attempt.maps[0].pop(id(attempt), None))  # what deepcopy keeps alive
                 self._memo.update(attempt.maps[0])
                 return result
         frozen = freeze(value)
@@ -168,7 +173,7 @@ class Copier:
     def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
         if _on_host(payload.data):
             return payload
-        payload = payload.replace_data(payload.data)  # the rest is done when it is fetched: nobody changes it
+        payload = payload.replace_data(payload.data)  # fetched later, because nobody changes it
         self.transfer_of(payload.data.untyped_storage())
         self._payloads.append(payload)
         return payload
@@ -179,7 +184,7 @@ class Copier:
             return tensor
         storage, (key, place) = tensor.untyped_storage(), _locate(tensor)
         if on_host and key not in self._clones and storage.nbytes() == tensor.nbytes and tensor.is_contiguous():
-            result = tensor.detach().clone()  # the whole storage, which takes a third of the time of the other way
+            result = tensor.detach().clone()  # the whole storage; this takes a third of the time of the other way
             self._clones[key] = result.untyped_storage()
         else:
             result = torch.empty(0, dtype=tensor.dtype, device="cpu")

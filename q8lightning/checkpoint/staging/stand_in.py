@@ -1,7 +1,7 @@
-"""Objects that training may change, as what they pickle as at this moment.
+"""Freeze objects that training may change, as they would be pickled now.
 
-A deep copy would need an object that can be copied, and may share with it what its ``__deepcopy__`` says. What pickle
-asks an object for is what ``torch.save`` would write now; kept until the file is written, it makes the same bytes.
+A deep copy needs an object that can be copied, and its ``__deepcopy__`` may share parts. What pickle asks an object for
+is exactly what ``torch.save`` would write now. Kept until the file is written, it gives the same bytes.
 """
 
 import copyreg
@@ -11,7 +11,7 @@ from typing import Any
 from torch.serialization import DEFAULT_PROTOCOL
 
 _NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
-"""What pickles as its name."""
+"""Types of objects that pickle as their names."""
 
 
 class StandIn:
@@ -22,16 +22,16 @@ class StandIn:
     _reduced: list[Any]
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # pickle compares it with the class that is made anew
+    def __class__(self) -> Any:  # pickle compares it with the class that it names
         function, arguments = self._reduced[:2]
         makes_anew = function in (copyreg.__newobj__, copyreg.__newobj_ex__)  # type: ignore[attr-defined]
         return arguments[0] if makes_anew else StandIn
 
     def __call__(self) -> None:
-        """Do nothing; an object that pickles as a call of another one wants that to be callable."""
+        """Do nothing; it is here because pickle calls only what is callable."""
 
     def take(self, parts: list[Any]) -> None:
-        """Set what it consists of: what ``__reduce_ex__`` returned, with lists in the place of iterators."""
+        """Set the parts: what ``__reduce_ex__`` returned, with lists in place of iterators."""
         self._reduced = parts
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -44,10 +44,10 @@ class StandIn:
 
 
 def freeze(value: Any) -> tuple[StandIn, list[Any]] | None:
-    """Return a stand-in for an object and what it is to take, once that has been copied; None for a mere name.
+    """Return a stand-in for an object, and the parts that it takes when they are copied; None if it pickles as a name.
 
     Raises:
-        Exception: Whatever the object raises when it is pickled.
+        Exception: What the object raises when it is pickled.
     """
     if isinstance(value, _NAMED):
         return None

@@ -1,4 +1,4 @@
-"""From a device to the host: one pass over the live memory of the device now, the copy to the host later."""
+"""Bring storages from a device to the host: freeze them on the device now, copy them to the host later."""
 
 import mmap
 import weakref
@@ -12,19 +12,20 @@ from torch import Tensor, UntypedStorage
 from q8lightning.system.advice import advise
 
 ALIGNMENT = 64
-"""Every copy starts at a multiple of this many bytes, as ``torch.save`` aligns records."""
+"""Bytes. Each copy starts at a multiple of this, as ``torch.save`` aligns records."""
 
 
 _SPARE = 32
-"""One part in so many is added: the next save may need a little more, and to lock memory takes a second."""
+"""Memory gets one part in so many more than needed: the next save may need a little more, and locking takes a
+second."""
 
 
 class HostMemory:
-    """One stretch of host memory that is kept from save to save, a little larger than the largest needs.
+    """One stretch of host memory that is kept from save to save, a little larger than the largest save needs.
 
-    With a GPU its pages are locked. It is registered memory rather than torch's own pinned memory, which is rounded up
-    to a power of two and cached until the process ends. Its pages are its own: registered memory that shares a page
-    with other memory, or that is freed while it is registered, makes later registrations fail.
+    With a GPU its pages are locked. It is registered memory, because torch's own pinned memory is rounded up to a power
+    of two and cached until the process ends. It shares no page with other memory and is unregistered before it is
+    freed, because otherwise later registrations fail.
     """
 
     def __init__(self) -> None:
@@ -33,23 +34,23 @@ class HostMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """The bytes that are held."""
         return 0 if self._memory is None else self._memory.nbytes
 
     @torch.inference_mode(False)
     def take(self, nbytes: int) -> Tensor:
-        """Return ``[nbytes]`` uint8; what an earlier call returned is no longer valid."""
+        """Return ``[nbytes]`` uint8; the memory of earlier calls is no longer valid."""
         if self._memory is None or self._memory.nbytes < nbytes:
             self.release()
             pages = mmap.mmap(-1, nbytes + nbytes // _SPARE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a wish: huge pages are locked in a fraction of the time
+                with suppress(OSError):  # if possible: huge pages are locked in a fraction of the time
                     pages.madvise(mmap.MADV_HUGEPAGE)
             self._memory = torch.frombuffer(pages, dtype=torch.uint8)
             if _register(self._memory):
-                # Also when nobody calls release: before the memory is unmapped.
+                # If nobody calls release, this runs before the memory is unmapped.
                 self._unregister = weakref.finalize(self, _unregister, self._memory)
-                self._unregister.atexit = False  # CUDA may be torn down by then, and the process returns everything
+                self._unregister.atexit = False  # CUDA may be torn down by then, and the system takes all memory back
         return self._memory[:nbytes]
 
     def release(self) -> None:
@@ -60,13 +61,13 @@ class HostMemory:
 
 
 def _register(memory: Tensor) -> bool:
-    """Lock the pages of ``memory``; where that is not possible, copies to it are slower and nothing else."""
+    """Lock the pages of ``memory``; if that is not possible, only copies to it are slower."""
     if memory.nbytes == 0 or not torch.cuda.is_available():
         return False
     try:
         torch.cuda.check_error(int(_cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
     except RuntimeError as error:
-        with suppress(RuntimeError):  # or the next kernel of anybody would report the error once more
+        with suppress(RuntimeError):  # clears the error, or the next kernel would report it again
             torch.zeros(1, dtype=torch.uint8, device="cuda")
         advise(
             f"cannot lock {memory.nbytes:,} bytes of host memory for checkpoints ({error}); copies from the GPU take"
@@ -85,23 +86,22 @@ def _cuda() -> Any:
 
 
 def take(nbytes: int, memory: HostMemory | None) -> Tensor:
-    """Return ``[nbytes]`` uint8 of a memory that is kept, or new ones."""
+    """Return ``[nbytes]`` uint8 of ``memory``; None for new memory."""
     if memory is None or nbytes == 0:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return memory.take(nbytes)
 
 
 class Transfer:
-    """Takes storages of one device to the host in two steps, so that training waits for the first alone.
+    """Brings storages of one device to the host in two steps, of which training waits only for the first.
 
-    ``start`` runs on the training thread: the memory that training may write to is copied within the device, which is
-    over after one pass, and the moment is marked. ``finish`` runs on the thread that writes: a stream of its own waits
-    for that moment and copies to the host. Between the two, this object keeps everything on the device alive; it lets
-    go when the copies are complete, so that no allocator hands the memory out too early.
+    ``start`` runs on the training thread. It copies memory that training may write to within the device and marks the
+    moment. ``finish`` runs on the thread that writes. On a stream of its own it waits for that moment and copies to the
+    host. In between, this object keeps everything on the device alive, so that no allocator hands the memory out.
 
     Args:
-        device: Where the storages are.
-        location: What ``torch.save`` calls it.
+        device: The device of the storages.
+        location: Its name in files of ``torch.save``.
     """
 
     def __init__(self, device: torch.device, location: str = "cpu") -> None:
@@ -113,11 +113,11 @@ class Transfer:
         self._started: torch.cuda.Event | None = None
 
     def add(self, storage: UntypedStorage, private: bool) -> None:
-        """Have a storage taken along, unless it is already.
+        """Add a storage; each is brought once.
 
         Args:
-            storage: On this device.
-            private: Nobody else writes to it, so that it needs no copy within the device and may be added later.
+            storage: A storage of this device.
+            private: Nobody else writes to it. Then it needs no copy within the device and may be added after ``start``.
         """
         key = storage._cdata
         if key in self._known:
@@ -129,18 +129,18 @@ class Transfer:
             self._live[key] = storage
 
     def add_frozen(self, frozen: Tensor, parts: list[tuple[int, int]]) -> None:
-        """Have a tensor taken along that nobody else has.
+        """Add a tensor that nobody else has, whose parts become storages.
 
         Args:
             frozen: Contiguous, on this device.
-            parts: What it consists of, one after the other: a key for each part, and its bytes.
+            parts: The key and the bytes of each part, one part after the other.
         """
         self._sources.append((_bytes_of(frozen.untyped_storage()), parts))
 
     def start(self) -> None:
-        """Freeze what was added."""
+        """Freeze all that was added so far."""
         if self._live:
-            # Sizes with the largest powers of two first: each copy starts at a multiple of its elements' size.
+            # Sorted by the power of two in their sizes: each copy then starts at a multiple of its elements' size.
             live = sorted(self._live.items(), key=lambda item: -(item[1].nbytes() & -item[1].nbytes()))
             frozen = torch.cat([_bytes_of(storage) for _, storage in live])
             self._sources.append((frozen, [(key, storage.nbytes()) for key, storage in live]))
@@ -150,14 +150,16 @@ class Transfer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory that :meth:`finish` needs."""
+        """The bytes of host memory that :meth:`finish` needs."""
         return sum(aligned(source.nbytes) for source, _ in self._sources)
 
     def finish(self, memory: Tensor) -> dict[int, UntypedStorage]:
-        """Copy to the host, wait until it is done and return the copies by the storages' ``_cdata``.
+        """Copy everything to the host; return the copies by the keys of the originals.
+
+        The key of a storage is its ``_cdata``.
 
         Args:
-            memory: ``[nbytes]`` uint8 on the host; the copies are stretches of it.
+            memory: ``[nbytes]`` uint8 on the host, which the copies lie in.
         """
         stream = None if self._started is None else torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         starts = _starts(source for source, _ in self._sources)

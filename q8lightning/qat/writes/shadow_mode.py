@@ -199,7 +199,7 @@ class ShadowMode(TorchFunctionMode):
         return result
 
     def _run_without_shadows(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Run an operator whose arguments have no shadow: it may still write to a master's memory, or hand taint on."""
+        """Run an operator whose arguments have no shadow: it may write to a master's memory, or pass on taint."""
         targets = targets_of(name, args, kwargs) if self._quantizer.engaged else []
         masters = self._owners.masters_in(targets)
         if masters:

@@ -72,10 +72,8 @@ def has_kernels(tensor: Tensor) -> bool:
     asked = _LAUNCHES.get()
     if tensor.is_cuda:
         return asked is not False and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return asked is True and tensor.dtype in (
-        torch.float32,
-        torch.float16,
-    )  # Triton interprets with NumPy, which lacks bfloat16
+    # Triton interprets with NumPy, which lacks bfloat16.
+    return asked is True and tensor.dtype in (torch.float32, torch.float16)
 
 
 def backend_of(x: Tensor) -> Backend:

@@ -1,11 +1,10 @@
-"""Many tensors that show quantized values together, and then their own again: what QAT engages and releases.
+"""Let many tensors show their quantized values, and then their own again, as QAT engages and releases weights.
 
-A group lays a buffer, once, in which every tensor has a slot of its shape and strides. To engage is to write the
-quantized values there, on a GPU in one launch for each dtype, and to let the tensors point at their slots; to release
-is to let them point at their own memory again. Nothing is copied back, and nothing that happens in between can lose the
-originals (the masters): who writes to a tensor in between writes to its slot, which can be seen
-(:meth:`FakeQuantizeGroup.lost`), and who means the master says so (:meth:`FakeQuantizeGroup.wrote`), so that the slot
-follows.
+A group has a buffer in which every tensor has a slot of its shape and strides. To engage, the quantized values are
+written there, on a GPU in one launch for each dtype, and the tensors point at their slots. To release, the tensors
+point at their own memory again. So the originals (the masters) are never copied, and cannot be lost. A write to an
+engaged tensor changes its slot, which :meth:`FakeQuantizeGroup.lost` finds. Code that writes to a master instead calls
+:meth:`FakeQuantizeGroup.wrote`, and :meth:`FakeQuantizeGroup.settle` renews the slot.
 
 Tensors that lie in memory which others share (the weights that cuDNN's recurrent layers keep in one piece, views) stay
 where they are: their values change places with those of the slot.
@@ -78,9 +77,9 @@ class FakeQuantizeGroup:
             measure: Whether to compute the statistics.
 
         Returns:
-            ``[len(tensors), 5]`` float64 on the tensors' device: what each tensor lost, in the order of
-            :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`; None if not measured. The values are
-            those of ``ops.dequantize(ops.quantize(...))``, bit for bit, with a signed scale for a one-sided codebook.
+            What each tensor lost, ``[len(tensors), 5]`` float64 on the tensors' device, in the order of
+            :class:`~q8lightning.quantization.spec.reference.ErrorStatistics`; None if not measured. The values are bit
+            for bit those of ``ops.dequantize(ops.quantize(...))``, with a signed scale if the codebook is one-sided.
         """
         self.release()
         self._find()
@@ -102,7 +101,7 @@ class FakeQuantizeGroup:
 
     @torch.no_grad()
     def settle(self, share: float = 1.0, seed: int = 0) -> None:
-        """Let the tensors whose masters were written to show the new quantized values.
+        """Quantize the masters again that were written to.
 
         Args:
             share: As for the last :meth:`engage`.
@@ -120,15 +119,15 @@ class FakeQuantizeGroup:
         self._settled()
 
     def wrote(self, index: int) -> None:
-        """Take down that the master of a tensor was written to; what was done to the tensor itself is part of it."""
+        """Note that the master of a tensor was written to. A change of the tensor itself belongs to that write."""
         self.written.add(index)
         self._marks[index] = _mark(self.tensors[index])
 
     def lost(self) -> list[int]:
-        """Return the tensors that somebody wrote to while they show quantized values, which a release undoes.
+        """Return the tensors that were written to while they show quantized values. A release undoes such writes.
 
-        A write moves the version of a tensor, or lets it point at memory with other values; with the same values, it
-        was only moved. What is written in place through ``Tensor.data`` does not show here.
+        A write raises the version of a tensor, or makes it point at memory with other values. If it points at the same
+        values elsewhere, it was only moved. A write in place through ``Tensor.data`` does not show here.
         """
         if not self.engaged:
             return []
@@ -143,7 +142,7 @@ class FakeQuantizeGroup:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Let the tensors show their masters again; nothing happens if they do."""
+        """Let the tensors show their masters again, if they are engaged."""
         if not self.engaged:
             return
         self.engaged = False
@@ -162,23 +161,23 @@ class FakeQuantizeGroup:
         return not self._shared[index] and places == expected and _kind(own) == self._layout[index]
 
     def _settled(self) -> None:
-        """Take down what the tensors are now, to tell later who was written to."""
+        """Mark the tensors as they are now, so that a later write shows."""
         for index in self.written:
             tensor = self.tensors[index]
-            if _version(tensor) is not None:  # a graph that needs the values from before shall say so
+            if _version(tensor) is not None:  # a graph that saved the old values must raise
                 torch.autograd.graph.increment_version(tensor)
         self.written.clear()
         self._marks = [_mark(tensor) for tensor in self.tensors]
 
     def _exchange_shared(self) -> None:
-        """Write the quantized values over those that must stay where they are; their slots keep the masters."""
+        """Write quantized values into tensors that must stay where they are, and their masters into the slots."""
         own, slots = ([each[i] for i, shared in enumerate(self._shared) if shared] for each in (self._own, self._slots))
-        before = [each.clone() for each in own]  # all before the first is written to: they may overlap
+        before = [each.clone() for each in own]  # all of them first, since they may overlap
         torch._foreach_copy_(own, slots)
         torch._foreach_copy_(slots, before)
         for index, shared in enumerate(self._shared):
             if shared:
-                self.masters[index] = self._slots[index].detach()  # what it points at may be changed
+                self.masters[index] = self._slots[index].detach()  # a tensor of its own, whose data may be set
 
     def _find(self) -> None:
         """Look up where the tensors are; lay the buffer if they are not what they were."""
@@ -212,15 +211,15 @@ def _mark(tensor: Tensor) -> tuple[int | None, int]:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written to; None for one that was made in inference mode, where nobody counts."""
+    """Return how often a tensor was written to; None for a tensor of inference mode, which has no counter."""
     try:
         return tensor._version
-    except RuntimeError:  # also after it was given data from elsewhere, when is_inference() is no longer true
+    except RuntimeError:  # is_inference() may be False here: setting the data changes it, and adds no counter
         return None
 
 
 def _same(tensor: Tensor, slot: Tensor) -> bool:
-    """Tell whether a tensor holds the values of a slot, perhaps in another dtype or on another device."""
+    """Tell whether a tensor holds the values of a slot, also in another dtype or on another device."""
     if tensor.shape != slot.shape:
         return False
     there = slot.to(tensor.device, tensor.dtype)
@@ -228,7 +227,7 @@ def _same(tensor: Tensor, slot: Tensor) -> bool:
 
 
 def _slots(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a slot for each tensor, in one buffer for each dtype: nobody can save views of two dtypes at once."""
+    """Return a slot for each tensor, in one buffer for each dtype: torch cannot save one storage under two dtypes."""
     starts: list[int] = []
     ends: dict[torch.dtype, int] = {}
     for tensor in tensors:

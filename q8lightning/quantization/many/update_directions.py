@@ -63,7 +63,7 @@ class Moments(NamedTuple):
         return self[:2]
 
 
-class Alike(NamedTuple):
+class MomentLaunch(NamedTuple):
     """Pairs of moments that one launch measures.
 
     Attributes:
@@ -155,7 +155,7 @@ def _measure_in_a_launch(members: tuple[int, ...], pairs: Sequence[Moments], sum
     if stored:
         buffer.set_(stored[0].untyped_storage())
     first, second = ([pair.moments[i] for pair in pairs] for i in range(2))
-    alike = Alike(members, (first[0].codec, second[0].codec), (_starts(first), _starts(second)), pairs[0].eps)
+    alike = MomentLaunch(members, (first[0].codec, second[0].codec), (_starts(first), _starts(second)), pairs[0].eps)
     alike.measure([each.values for each in first], [each.values for each in second], buffer, sums)
 
 

@@ -17,7 +17,7 @@ from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.file.small_tensors import SMALL, SmallTensors
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.load_locations import located
-from q8lightning.checkpoint.payload import is_dense
+from q8lightning.checkpoint.memory import is_dense
 from q8lightning.checkpoint.tree import leaves
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from q8lightning.quantization.backends.kernels.codecs import codebook
-from q8lightning.quantization.backends.kernels.codecs.of_tile import decode_tile, encode_tile
+from q8lightning.quantization.backends.kernels.codecs.dispatch import decode_tile, encode_tile
 from q8lightning.quantization.backends.kernels.fake_quantize import fake_quantize_tiles, is_chosen
 from q8lightning.quantization.backends.kernels.statistics import (
     add,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from q8lightning.quantization.backends.kernels.bits import rounded
-from q8lightning.quantization.backends.kernels.codecs.of_tile import decode_tile
+from q8lightning.quantization.backends.kernels.codecs.dispatch import decode_tile
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT

@@ -61,7 +61,7 @@ def once(x):
     """Return ``x``, int32, computed by one lane for each row instead of by every lane that needs it."""
     if INTERPRETED:
         return x
-    # The compiler repeats cheap arithmetic in each lane to save an exchange. It may not repeat what is not pure.
+    # The compiler repeats cheap arithmetic in each lane to save an exchange, unless an operation is not pure.
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
 
