@@ -181,7 +181,7 @@ def measure_together(
         if alone:
             _add(piece.totals, chunks, piece.blocks, piece.parts)
             continue
-        if sum(each.blocks.numel() for each in (*pieces, piece)) > CHUNK:
+        if pieces and sum(each.blocks.numel() for each in (*pieces, piece)) > CHUNK:
             _add_together(chunks, pieces)
             pieces.clear()
         pieces.append(piece)

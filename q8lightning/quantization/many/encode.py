@@ -13,9 +13,9 @@ from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, kept_index, lay_out, split
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 from q8lightning.system.ambient import neutral
-from q8lightning.system.workers import share_out
+from q8lightning.system.workers import batches, share_out
 
-_TOGETHER = 2**19
+_TOGETHER = 2**20
 """Elements up to which tensors are encoded by one thread, one after the other, and measured in one go."""
 
 
@@ -109,14 +109,8 @@ class EncodePlan:
         total = sum(tensors[i].numel() for members in self._on_cpu.values() for i in members)
         most = min(_TOGETHER, total // (4 * torch.get_num_threads()))
         for (codec, _), members in self._on_cpu.items():
-            batch, size = list[int](), 0
-            for i in members:
-                if batch and size + tensors[i].numel() > most:
-                    yield codec, batch
-                    batch, size = [], 0
-                batch.append(i)
-                size += tensors[i].numel()
-            yield codec, batch
+            for batch in batches([tensors[i].numel() for i in members], most):
+                yield codec, [members[place] for place in batch]
 
 
 def encode_many(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> EncodedBuffer:
