@@ -54,14 +54,17 @@ def _chunks(
         rows: ``[blocks, ...]`` each.
     """
     numel = elements[0].numel()
-    blocks = numel // block_size
+    blocks, rest = divmod(numel, block_size)
     step = max((CHUNK if torch.get_num_threads() == 1 else SHARED_CHUNK) // block_size, 1)
-    whole = [each[: blocks * block_size].view(-1, block_size) for each in elements] + [each[:blocks] for each in rows]
-    # In one call for all chunks: each slice would take a microsecond.
-    for chunk in zip(*(torch.split(each, step) for each in whole), strict=True) if blocks else ():
-        yield list(chunk[: len(elements)]), list(chunk[len(elements) :])
-    if numel % block_size:
-        yield [each[blocks * block_size :].view(1, -1) for each in elements], [each[blocks:] for each in rows]
+    whole = [(each[:-rest] if rest else each).view(-1, block_size) for each in elements]
+    whole += [each[:-1] if rest else each for each in rows]
+    if 0 < blocks <= step:
+        yield whole[: len(elements)], whole[len(elements) :]
+    elif blocks:  # in one call for all chunks: each slice would take a microsecond
+        for chunk in zip(*(torch.split(each, step) for each in whole), strict=True):
+            yield list(chunk[: len(elements)]), list(chunk[len(elements) :])
+    if rest:
+        yield [each[-rest:].view(1, -1) for each in elements], [each[-1:] for each in rows]
 
 
 def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
