@@ -10,7 +10,7 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.many.buffer import allocate, kept_index, lay_out, split
+from q8lightning.quantization.many.buffer import allocate, clear_gaps, kept_index, lay_out, split
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import batches, share_out
@@ -102,6 +102,7 @@ class EncodePlan:
             jobs.append(partial(_encode_on_cpu, flat, codec, encoded, data))
             sizes.append(sum(each.nbytes for each in flat.values()))
         share_out(jobs, sizes)
+        clear_gaps(encoded.buffer, self._layout)
         return encoded
 
     def _batches(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Codec, list[int]]]:
