@@ -34,11 +34,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from support import forked
 from support.audit import listening
 from support.files import checkpoint
-from support.models import batches, quiet_trainer
+from support.models import batches, in_two_processes, quiet_trainer
 from support.promises import assert_same, load
 from support.steps import Steps
 from torch import Tensor, nn
@@ -394,14 +393,12 @@ def train_in_two_processes(folder: Path) -> None:
         limit_val_batches=0,
         enable_checkpointing=True,
         callbacks=[callback, Notes(callback, saving, folder), saving, every_step(folder / "run", **RISE)],
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
         use_distributed_sampler=False,
+        **in_two_processes(),
     ).fit(Small())
 
 
 def test_two_processes_agree_on_names_wait_together_and_one_is_told(tmp_path: Path) -> None:
-    # In a process of its own: to fork one in which something has been trained can end in a deadlock.
     assert forked.run(train_in_two_processes, tmp_path) == 0
     (names, steps, heard), (other_names, other_steps, other_heard) = (load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     last = [f"epoch=0-step={STEPS}.ckpt", f"epoch=0-step={STEPS}-v1.ckpt"]

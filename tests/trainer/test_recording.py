@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
 from support import forked
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, in_two_processes, quiet_trainer
 from support.promises import load
+from support.recorded import Sees, ours
 from support.steps import Steps
 from torch import Tensor
 
@@ -78,8 +78,7 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def recorded(folder: Path) -> dict[int, dict[str, float]]:
-    rows = {step: {n: v for n, v in row.items() if n.startswith("q8/")} for step, row in rows_of(folder).items()}
-    return {step: row for step, row in rows.items() if row}
+    return {step: ours(row) for step, row in rows_of(folder).items() if ours(row)}
 
 
 def numbers(tensor: Tensor) -> Any:
@@ -172,7 +171,7 @@ def test_nothing_is_logged_if_nothing_is_wanted(tmp_path: Path) -> None:
     qat = QATConfig([WeightRule(codebook="int4")])
     trainer, _ = fitted(tmp_path, QuantizationCallback(log=None, qat=qat))
     assert not recorded(tmp_path)
-    assert not any(name.startswith("q8/") for name in trainer.callback_metrics)
+    assert not ours(trainer.callback_metrics)
     assert load(tmp_path / "step=4.ckpt")["q8lightning"]["metrics"]
 
 
@@ -241,21 +240,6 @@ def test_values_stay_until_the_next_save(tmp_path: Path) -> None:
     assert seen[2] == seen[3] != seen[4] == seen[5]
 
 
-class Report(pl.Callback):
-    """Writes what the process sees."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("q8/")})
-
-    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        weights = {name: x.detach().clone() for name, x in trainer.lightning_module.named_parameters()}
-        torch.save((self.seen, trainer.global_step, weights), self.folder / f"{trainer.global_rank}.pt")
-
-
 def train_in_two_processes(folder: Path, async_save: bool) -> None:
     stop = EarlyStopping("q8/compression_ratio", mode="max", stopping_threshold=1.0, check_on_train_epoch_end=True)
     best = ModelCheckpoint(folder / "best", monitor="q8/weights/sqnr_db", every_n_epochs=1)
@@ -263,19 +247,17 @@ def train_in_two_processes(folder: Path, async_save: bool) -> None:
     fitted(
         folder,
         QuantizationCallback(async_save=async_save, qat=qat),
-        Report(folder),
+        Sees(folder),
         stop,
         best,
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
         limit_train_batches=2,
         max_epochs=5,
+        **in_two_processes(),
     )
 
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_two_processes_see_the_same_values_and_stop_together(async_save: bool, tmp_path: Path) -> None:
-    # In a process of its own: to fork one in which something has been trained can end in a deadlock.
     assert forked.run(train_in_two_processes, tmp_path, async_save) == 0
     (seen, steps, _), (others, other_steps, _) = (load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert steps == other_steps < 10

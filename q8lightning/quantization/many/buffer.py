@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.system.ambient import lasting
 
 ALIGNMENT = 16
@@ -54,10 +53,7 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
 
 def allocate(layout: BufferLayout) -> Tensor:
     """Return a new buffer."""
-    device = layout.gaps.device
-    if device.type == "cpu":
-        return new_tensor(layout.nbytes, torch.uint8)
-    return torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+    return torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
 
 
 def clear_gaps(buffer: Tensor, layout: BufferLayout) -> None:
