@@ -4,14 +4,15 @@
     python benchmarks/ablation.py --device cuda --parameters 1e9
     python benchmarks/ablation.py --only write-behind,zipfile --rounds 15 --output ablation.jsonl
 
-Two checkpoints with AdamW's state: transformer blocks of so many parameters, and 125 small layers with 1,500 tensors
-that are too small to be quantized. Each round measures what a part may change, once with the part and once without, in
-alternating order:
+Three checkpoints with AdamW's state: transformer blocks of so many parameters, 125 small layers with 1,500 tensors that
+are too small to be quantized, and two wide layers in tensors of 17 MB. Each round measures what a part may change, once
+with the part and once without, in alternating order:
 
 - write: a file of what is encoded already, until it is durable; the median of three
 - save: the same with encoding before it; the call returns when the file is durable
 - held, async: a save in the background, how long the call holds training, and until the file is durable
 - load: through the CheckpointIO, from the page cache
+- first load: the same in a process that has just begun, as when a training is resumed
 
 Cells have the medians with and without the part, in ms, and the median of the rounds' ratios: above 1, the part is
 faster. Other work on the machine changes ratios and CPU times little. Parts are replaced from outside; the package has
@@ -24,6 +25,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -65,11 +68,12 @@ from q8lightning.checkpoint.file.open_file import FileView
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.staging import transfer
 from q8lightning.checkpoint.tree import leaves, rebuild
-from q8lightning.quantization.backends import cpu_memory
 
 console = Console(width=160)
-MEASURES = SAVE, WRITE, ASYNC, LOAD, FAIL = "save", "write", "async", "load", "failing load"
+MEASURES = SAVE, WRITE, ASYNC, LOAD, FIRST, FAIL = "save", "write", "async", "load", "first load", "failing load"
 """What a part may change: only that is measured."""
+
+LOADS, ALL = (LOAD, FIRST), (SAVE, ASYNC, LOAD, FIRST)
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ PARTS: dict[str, Part] = {
         "torch.save, with our pickler",
         lambda: patch(zip_writer, save=by_torch),
         (zip_writer, crc32),
-        (SAVE, ASYNC, LOAD),
+        ALL,
     ),
     "zipfile": Part(
         "Python's zipfile", lambda: patch(zip_writer, ZipWriter=ZipfileWriter), (zip_writer.ZipWriter, crc32)
@@ -247,12 +251,12 @@ PARTS: dict[str, Part] = {
     "sum-threads": Part(
         "records summed by the thread that writes", in_one_thread, (crc32, zip_writer.ZipWriter._write_and_sum)
     ),
-    "crc32": Part("no CRC32", partial(without_sums, "crc32"), (), (SAVE, ASYNC, LOAD)),
-    "xxh3": Part("no XXH3", partial(without_sums, "xxh3"), (), (SAVE, ASYNC, LOAD)),
-    "both-sums": Part("no sums at all", partial(without_sums, "crc32", "xxh3"), (), (SAVE, ASYNC, LOAD)),
-    "one-sum": Part("CRC32 of zlib for both", one_sum, (), (SAVE, ASYNC, LOAD)),
-    "one-fast-sum": Part("CRC32 of zlib-ng for both", partial(one_sum, fast=True), (), (SAVE, ASYNC, LOAD)),
-    "fast-crc": Part("CRC32 of zlib-ng or ISA-L", fast_crc, (), (SAVE, ASYNC, LOAD)),
+    "crc32": Part("no CRC32", partial(without_sums, "crc32"), (), ALL),
+    "xxh3": Part("no XXH3", partial(without_sums, "xxh3"), (), ALL),
+    "both-sums": Part("no sums at all", partial(without_sums, "crc32", "xxh3"), (), ALL),
+    "one-sum": Part("CRC32 of zlib for both", one_sum, (), ALL),
+    "one-fast-sum": Part("CRC32 of zlib-ng for both", partial(one_sum, fast=True), (), ALL),
+    "fast-crc": Part("CRC32 of zlib-ng or ISA-L", fast_crc, (), ALL),
     "sums-ahead": Part(
         "checksums by the thread that pickles", lambda: patch(parts, WORTH_THREADS=2**62), (parts.Parts.__enter__,)
     ),
@@ -261,17 +265,11 @@ PARTS: dict[str, Part] = {
         "each small tensor by itself",
         lambda: patch(zip_writer, SmallTensors=lambda _: None),
         (small_tensors,),
-        (SAVE, ASYNC, LOAD),
+        ALL,
     ),
-    "small-pickle": Part("no compression of the pickle", plain_pickle, (compact_pickle.deflate,), (SAVE, ASYNC, LOAD)),
+    "small-pickle": Part("no compression of the pickle", plain_pickle, (compact_pickle.deflate,), ALL),
     "storage-question": Part(
         "torch asks of everything whether it is a storage", lambda: patch(compact_pickle, _NO_STORAGES=frozenset()), ()
-    ),
-    "huge-pages": Part(
-        "memory page by page",
-        lambda: patch(cpu_memory, _madvise=lambda: None),
-        (cpu_memory._madvise, cpu_memory._advise, cpu_memory.use_huge_pages, cpu_memory.new_tensor),
-        (SAVE, ASYNC, LOAD),
     ),
     "kept-memory": Part(
         "new host memory for each save",
@@ -285,19 +283,19 @@ PARTS: dict[str, Part] = {
         device="cuda",
     ),
     "reading-in-threads": Part(
-        "one thread reads, others sum afterwards", lambda: patch(read, SummedFile=PlainFile), (summed_file,), (LOAD,)
+        "one thread reads, others sum afterwards", lambda: patch(read, SummedFile=PlainFile), (summed_file,), LOADS
     ),
     "payloads-hashed-once": Part(
         "CRC32 of payloads' records, too",
         lambda: patch(archive, records_of_payloads=lambda _: set()),
         (contents.records_of_payloads, contents._PayloadOutline),
-        (LOAD,),
+        LOADS,
     ),
     "names-of-damage": Part(
         "the number of the record",
         lambda: patch(archive, describe_record=lambda _, record: f"the record {record.filename}"),
         (contents.describe_record, contents._Anything, contents._tensors_with, contents._Holders),
-        (LOAD, FAIL),
+        (*LOADS, FAIL),
     ),
 }
 
@@ -306,14 +304,15 @@ PARTS: dict[str, Part] = {
 
 
 class Layers(Training):
-    """125 small layers: 125 weights that are quantized, 375 parameters that are not, and their states."""
+    """Layers of one width, with AdamW."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int, width: int) -> None:
         self.device = device
         torch.manual_seed(0)
         with device:
-            self.model = nn.Sequential(*(nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96)) for _ in range(125)))
-            self.batch = torch.randn(8, 96)
+            layers = (nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) for _ in range(count))
+            self.model = nn.Sequential(*layers)
+            self.batch = torch.randn(8, width)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -321,7 +320,10 @@ class Layers(Training):
 class Arm:
     """One side of a comparison: a CheckpointIO of each kind, made and used with the part or without it."""
 
-    def __init__(self, checkpoint: dict[str, Any], device: torch.device, folder: Path, preset: str) -> None:
+    def __init__(
+        self, without: str | None, checkpoint: dict[str, Any], device: torch.device, folder: Path, preset: str
+    ) -> None:
+        self.without = without
         self.checkpoint, self.device, self.path = checkpoint, device, folder / "a.ckpt"
         self.ios = {mode: QuantizedCheckpointIO(checkpoint=preset, async_save=mode == ASYNC) for mode in (SAVE, ASYNC)}
         self.ios[SAVE].optimizer_device = device
@@ -342,7 +344,7 @@ class Arm:
         if what in (SAVE, WRITE, ASYNC):
             self.path.unlink(missing_ok=True)
             os.sync()  # what other files left to be written would be waited for
-        start, cpu = time.perf_counter(), time.process_time()
+        start, cpu, own = time.perf_counter(), time.process_time(), time.thread_time()
         if what == SAVE:
             self.ios[SAVE].save_checkpoint(self.checkpoint, self.path)
             return {"save": _ms(start), "save, CPU": _ms(cpu, time.process_time)}
@@ -353,16 +355,22 @@ class Arm:
             self.ios[ASYNC].save_checkpoint(self.checkpoint, self.path)
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-            held = _ms(start)
+            held, held_cpu = _ms(start), _ms(own, time.thread_time)
             self.ios[ASYNC].wait_until_durable()
-            return {"held": held, "async": _ms(start), "bytes": self.path.stat().st_size}
+            return {"held": held, "held, CPU": held_cpu, "async": _ms(start), "bytes": self.path.stat().st_size}
         if what == LOAD:
             loaded = self.ios[SAVE].load_checkpoint(self.path)
             self._synchronize()
             found = {"load": _ms(start), "load, CPU": _ms(cpu, time.process_time)}
             del loaded
             return found
-        return self._fail()
+        return self._load_elsewhere() if what == FIRST else self._fail()
+
+    def _load_elsewhere(self) -> dict[str, float]:
+        command = [sys.executable, __file__, "--device", str(self.device), "--threads", str(torch.get_num_threads())]
+        command += ["--load", str(self.path), *(() if self.without is None else ("--only", self.without))]
+        wall, cpu = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        return {"first load": wall, "first load, CPU": cpu}
 
     def _fail(self) -> dict[str, float]:
         """Load a file with a flipped bit in the last tensor that is stored as it is."""
@@ -397,23 +405,38 @@ def _ms(start: float, clock: Callable[[], float] = time.perf_counter) -> float:
     return 1e3 * (clock() - start)
 
 
+def load_once(path: Path, device: torch.device, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Load in this process, which has loaded nothing but a tiny file before; print the times."""
+    with context(), tempfile.TemporaryDirectory() as folder:
+        io = QuantizedCheckpointIO()
+        io.optimizer_device = device
+        io.save_checkpoint({"state_dict": {"w": torch.ones(64, 64, device=device)}}, f"{folder}/a.ckpt")
+        io.load_checkpoint(f"{folder}/a.ckpt")
+        start, cpu = time.perf_counter(), time.process_time()
+        io.load_checkpoint(path)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(_ms(start), _ms(cpu, time.process_time))
+
+
 def compare(
-    part: Part, training: Training, folder: Path, preset: str, rounds: int, wanted: Collection[str]
+    name: str, training: Training, folder: Path, preset: str, rounds: int, wanted: Collection[str]
 ) -> dict[str, list[list[float]]]:
     """Return for each thing that is measured the numbers of all rounds, with the part and without it."""
+    part = PARTS[name]
     contexts = (nullcontext, part.replace)
     checkpoint = training.checkpoint()
     arms, found = [], dict[str, list[list[float]]]()
-    for context in contexts:
+    for context, without in zip(contexts, (None, name), strict=True):
         with context():
-            arms.append(Arm(checkpoint, training.device, folder, preset))
+            arms.append(Arm(without, checkpoint, training.device, folder, preset))
     whats = [each for each in (WRITE, *part.changes) if each in wanted and (each != WRITE or SAVE in part.changes)]
     for number in range(rounds + 1):
         for side in (0, 1) if number % 2 else (1, 0):
             with contexts[side]():
                 numbers = arms[side].numbers(whats, first=number == 0)
-            for name, value in numbers.items() if number else ():  # the first round makes ready what is kept
-                found.setdefault(name, [[], []])[side].append(value)
+            for key, value in numbers.items() if number else ():  # the first round makes ready what is kept
+                found.setdefault(key, [[], []])[side].append(value)
     for arm in arms:
         arm.close()
     return found
@@ -442,7 +465,10 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} threads of {model[0].split(': ')[1] if model else platform.machine()}"
 
 
-COLUMNS = ("write", "write, CPU", "save", "save, CPU", "held", "async", "load", "load, CPU", "failing load")
+COLUMNS = (
+    *("write", "write, CPU", "save", "save, CPU", "held", "held, CPU", "async"),
+    *("load", "load, CPU", "first load", "first load, CPU", "failing load"),
+)
 
 
 def main() -> None:
@@ -452,18 +478,24 @@ def main() -> None:
     parser.add_argument("--preset", default="resume")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--models", default="large,small")
+    parser.add_argument("--models", default="blocks,small,wide")
     parser.add_argument("--measures", default=",".join(MEASURES), help=f"some of {', '.join(MEASURES)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=None, help="where files are written; a temporary folder")
     parser.add_argument("--output", type=Path, default=None, help="append JSON lines with all numbers")
+    parser.add_argument("--load", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
+    if arguments.load is not None:
+        replaced = PARTS[arguments.only].replace if arguments.only in PARTS else nullcontext
+        load_once(arguments.load, arguments.device, replaced)
+        return
     table = Table("part", "instead", "lines", "model", *COLUMNS, "file")
-    models = {
-        "large": partial(Training, arguments.device, arguments.parameters),
-        "small": partial(Layers, arguments.device),
+    models: dict[str, Callable[[], Training]] = {
+        "blocks": partial(Training, arguments.device, arguments.parameters),
+        "small": partial(Layers, arguments.device, 125, 96),
+        "wide": partial(Layers, arguments.device, 2, 2048),
     }
     for model in arguments.models.split(","):
         training = models[model]()
@@ -475,7 +507,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 try:
                     found = compare(
-                        part, training, Path(folder), arguments.preset, arguments.rounds, arguments.measures.split(",")
+                        name, training, Path(folder), arguments.preset, arguments.rounds, arguments.measures.split(",")
                     )
                 except Exception as error:  # one part that cannot be replaced here leaves the others
                     console.print(f"{name}, {model}: {type(error).__name__}: {error}", markup=False)

@@ -32,6 +32,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support.models import batches, quiet_trainer
+from support.threads import using_threads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors  # what a default device changes
@@ -124,10 +125,8 @@ def surroundings() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with using_threads(2):
+        yield
 
 
 def assert_same(after: Any, before: Any) -> None:

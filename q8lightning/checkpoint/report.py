@@ -108,7 +108,7 @@ class SaveReport:
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that are stored as they are because no codec can hold them, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
-        original_bytes: Bytes of the tensors of the checkpoint, encoded or not, but for scores of callbacks.
+        original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
     """
 

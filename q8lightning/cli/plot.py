@@ -14,9 +14,7 @@ _LABELS = 60
 
 
 def plot_comparison(result: Comparison, path: Path, title: str) -> None:
-    """Draw the relative error of each tensor: a panel for each kind, a line for each layer, in the model's order.
-
-    Tensors without a difference, or whose error is no number, are not drawn.
+    """Write the picture of a comparison to a file.
 
     Args:
         result: The comparison.
@@ -25,6 +23,14 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
 
     Raises:
         ValueError: If matplotlib does not know the ending.
+    """
+    draw_comparison(result, title).savefig(path, dpi=130)
+
+
+def draw_comparison(result: Comparison, title: str) -> Figure:
+    """Draw the relative error of each tensor: a panel for each kind, a line for each layer, in the model's order.
+
+    Tensors without a difference, or whose error is no number, are not drawn.
     """
     panels = {}
     for kind in (*KINDS, UPDATE_DIRECTION):
@@ -51,7 +57,7 @@ def plot_comparison(result: Comparison, path: Path, title: str) -> None:
     if not panels:
         all_axes[0].set_axis_off()
         all_axes[0].text(0.5, 0.5, "no tensor differs", ha="center", va="center")
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def _layer(row: Row) -> str:

@@ -65,14 +65,19 @@ class QATConfig:
         if all(rule.codebook is None for rule in rules):
             raise ValueError("QATConfig has no rule with a codebook, so nothing is quantized; pass qat=None for that")
         if self.start_step < 0 or self.ramp < 0:
-            raise ValueError(f"start_step and ramp are at least 0, got {self.start_step} and {self.ramp}")
+            raise ValueError(
+                f"start_step and ramp are at least 0, got {self.start_step} and {self.ramp}; write 0 to quantize all"
+                " blocks from the first step on"
+            )
         if self.follow_steps < 0:
             raise ValueError(f"follow_steps is at least 0, got {self.follow_steps}; write 0 to follow no step")
         if self.end_step is not None and self.end_step <= self.start_step:
-            raise ValueError(f"end_step must be after start_step, got {self.end_step} and {self.start_step}")
+            raise ValueError(
+                f"end_step must be after start_step, got {self.end_step} and {self.start_step}; write None for no end"
+            )
         if self.end_step is not None and self.start_step + self.ramp > self.end_step:
             raise ValueError(
-                f"the ramp must end before end_step, got {self.start_step} + {self.ramp} > {self.end_step}"
+                f"the ramp must end before end_step, got {self.start_step} + {self.ramp} > {self.end_step}; shorten it"
             )
 
     @property

@@ -106,7 +106,10 @@ class FreezeRule:
     def __post_init__(self) -> None:
         check_types(self)
         if self.step < 0:
-            raise ValueError(f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}")
+            raise ValueError(
+                f"step must not be negative, got {self.step} in the freeze rule for {self.pattern!r}; write 0 to freeze"
+                " from the first step on"
+            )
 
 
 def _spell_out_codebook(rule: WeightRule | ActivationRule) -> None:

@@ -27,7 +27,7 @@ def _check_buffer(buffer: Tensor, name: str, shape: Sequence[int], dtype: torch.
     if tuple(buffer.shape) != tuple(shape) or buffer.dtype != dtype or buffer.device != device:
         raise ValueError(
             f"{name} must be {dtype} of shape {list(shape)} on {device},"
-            f" got {buffer.dtype} of shape {list(buffer.shape)} on {buffer.device}"
+            f" got {buffer.dtype} of shape {list(buffer.shape)} on {buffer.device}; pass such a tensor, or leave it out"
         )
 
 

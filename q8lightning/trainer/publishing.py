@@ -1,6 +1,6 @@
-"""Hand values to the loggers, to ``trainer.callback_metrics`` and to the end of ``fit``.
+"""Publish values on the loggers, in ``trainer.callback_metrics`` and at the end of ``fit``.
 
-Nothing of it may break what it reports, nor hide the exception that a run dies of: what fails here is a warning.
+Reporting must not break a save or a training, nor hide the exception that a run dies of. An error here is a warning.
 """
 
 import math
@@ -19,14 +19,14 @@ from q8lightning.trainer.twins import is_a
 
 
 def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], step: int) -> None:
-    """Put values into ``callback_metrics`` and, for a step, on every logger."""
+    """Put values into ``callback_metrics`` and log them on every logger for a step."""
     if values:
         put(trainer, recorder, as_tensors(values))
         log(trainer, recorder, values, step)
 
 
 def step_of(trainer: pl.Trainer) -> int:
-    """Return the step at which Lightning logs at this moment."""
+    """Return the step at which Lightning logs now."""
     return logged_steps(trainer)
 
 
@@ -36,13 +36,13 @@ def as_tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
 
 
 def put(trainer: pl.Trainer, recorder: Recorder, tensors: Mapping[str, Tensor]) -> None:
-    """Put values where EarlyStopping and ModelCheckpoint look; they stay until the next ones of the same names."""
+    """Put values into ``callback_metrics``, where EarlyStopping and ModelCheckpoint look, until the next ones."""
     with harmless(recorder, "putting values into trainer.callback_metrics"):
         trainer.callback_metrics.update(tensors)
 
 
 def log(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], step: int) -> None:
-    """Hand values to every logger, but for those that are not finite: several refuse them, and none can draw them."""
+    """Log finite values on every logger; several loggers refuse the others, and none can draw them."""
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     for index, logger in enumerate(trainer.loggers):
         with harmless(recorder, f"logging to {type(logger).__name__}, trainer.loggers[{index}],"):
@@ -52,11 +52,11 @@ def log(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], st
 
 @contextmanager
 def harmless(recorder: Recorder, doing: str) -> Iterator[None]:
-    """Turn an exception into a warning, one a run for what was being done.
+    """Turn an exception of the block into a warning, once a run for each ``doing``.
 
     Args:
-        recorder: Remembers what has been warned of.
-        doing: What may fail, for the message.
+        recorder: Remembers the warnings of the run.
+        doing: What the block does, for the message.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def harmless(recorder: Recorder, doing: str) -> Iterator[None]:
 
 
 def warn_safely(message: str) -> None:
-    """Warn where an exception would do harm; where warnings are errors, log instead."""
+    """Warn on rank zero; if warnings are errors, log instead."""
     try:
         rank_zero_warn(message)
     except Warning:
@@ -80,7 +80,7 @@ def warn_safely(message: str) -> None:
 
 
 def print_totals(trainer: pl.Trainer, recorder: Recorder) -> None:
-    """Print what all saves come to, as the Trainer prints: through rich if it does, not at all without progress bar."""
+    """Print the totals of all saves as the Trainer prints: through rich if it does, nothing without progress bar."""
     with harmless(recorder, "printing what all saves come to"):
         _print(trainer, recorder.totals.lines())
 

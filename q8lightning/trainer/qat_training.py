@@ -1,4 +1,4 @@
-"""Train with quantized weights: the part of the callback that it has if it was given ``qat``."""
+"""Train with quantized weights: the part that a callback with ``qat`` has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from q8lightning.trainer.weight_losses import WeightLosses
 
 
 class _KnownCodecs:
-    """How the weights of a model were quantized in training, known until the model or what was trained changes."""
+    """The codecs of the weights that were trained quantized, valid until the model or the selection changes."""
 
     def __init__(self, trained: TrainedWeights, module: pl.LightningModule) -> None:
         self.trained = trained
@@ -33,30 +33,33 @@ class QATTraining:
     """Selects the weights of each run, engages them around its steps, and knows afterwards how they were quantized.
 
     Args:
-        config: Which weights, and when.
-        recorder: What computes and counts what they lose.
+        config: Says which weights are trained quantized, and when.
+        recorder: Computes what they lose.
     """
 
     def __init__(self, config: QATConfig, recorder: Recorder) -> None:
         self.config = config
         self.trained = TrainedWeights()
-        """The weights of the last run, for whoever saves a checkpoint after it."""
+        """The weights of the last run, for checkpoints that are saved after it."""
         self._recorder = recorder
         self._engagement: Engagement | None = None
         self._known: _KnownCodecs | None = None
         self._losses = WeightLosses(recorder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what hangs on the run that goes on: a copy may be made, or pickled, in the middle of it."""
+        """Leave out what belongs to the run in progress, in the middle of which a copy may be made."""
         return self.__dict__ | {"_engagement": None, "_known": None}
 
     @property
     def statistics(self) -> Mapping[str, ErrorStatistics]:
-        """What each weight lost when it was last measured, at the steps that a logger sees; by parameter name."""
+        """What each weight lost when it was last measured, by parameter name; measured at steps that are logged."""
         return {} if self._engagement is None else self._engagement.quantizer.statistics
 
     def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]:
-        """Return how each weight is quantized by name, none after a step in float; warn of those that were replaced."""
+        """Return the codec of each weight that the last step trained quantized, by name.
+
+        Warns of weights that were replaced since, and leaves them out.
+        """
         pl_module, steps = trainer.lightning_module, trainer.global_step
         if steps and not self.config.active(steps - 1):
             return {}
@@ -125,18 +128,18 @@ class QATTraining:
         self._losses.take(trainer, self.statistics)
 
     def publish(self, trainer: pl.Trainer, wait: bool) -> None:
-        """Publish what the host knows of it; with ``wait`` everything."""
+        """Publish what the host knows of that; with ``wait`` wait for everything."""
         self._losses.publish(trainer, wait)
 
     def select_after_other_processes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out how weights are quantized that processes trained which this one started; they have told nothing."""
+        """Select the weights again if other processes trained them: those told this one nothing."""
         if not self.trained.weights and trainer.state.fn == "fit" and trainer.state.finished:
             quantizer = FakeQuantizer(pl_module, self.config)
             self.trained = TrainedWeights(tuple(quantizer.weights))
             quantizer.close()
 
     def _follow(self, trainer: pl.Trainer, quantizer: FakeQuantizer) -> None:
-        """Let the selection follow a model whose layers were added, removed or replaced, and say what that changed."""
+        """Let the selection follow added, removed or replaced layers, and warn of what that changes."""
         if not quantizer.follow():
             return
         check_optimizers(trainer.optimizers if trainer.state.fn == "fit" else (), quantizer.weights)

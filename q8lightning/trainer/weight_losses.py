@@ -1,4 +1,4 @@
-"""Publish what quantized weights lose, once their device has told it; training waits only for who decides by it."""
+"""Publish what quantized weights lose in training, without waiting for their device."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.trainer.publishing import harmless, publish, step_of
 
 QAT_PREFIX = f"{PREFIX}/qat"
-"""What the names of values begin with that are measured while training, not when a checkpoint is saved."""
+"""The prefix of values that are measured in training, not when a checkpoint is saved."""
 
 
 class _Measured(NamedTuple):
     """What was measured in one step and is on its way to the host.
 
     Attributes:
-        step: At which Lightning logged then.
-        parts: For the weights of each device their names, and ``[weights, 5]`` float64 on the host.
-        copies: One event for each GPU: the copy from there is complete.
+        step: The step at which Lightning logged then.
+        parts: For each device the names of its weights, and ``[weights, 5]`` float64 on the host.
+        copies: For each GPU the event that its copy is complete.
     """
 
     step: int
@@ -31,7 +31,7 @@ class _Measured(NamedTuple):
 
 
 class WeightLosses:
-    """What quantized weights lost in the steps that a logger sees, published in the order of the steps.
+    """Publishes what quantized weights lost, in the order of the steps; it is measured at steps that are logged.
 
     Args:
         recorder: Computes what is published.
@@ -43,7 +43,7 @@ class WeightLosses:
         self._pending: deque[_Measured] = deque()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is pending: who gets a copy has nothing of it."""
+        """Leave out what is pending: a copy has measured nothing."""
         return self.__dict__ | {"_last": {}, "_pending": deque()}
 
     def take(self, trainer: pl.Trainer, statistics: Mapping[str, ErrorStatistics]) -> None:
@@ -55,7 +55,7 @@ class WeightLosses:
             self._pending.append(_copy(statistics, step_of(trainer)))
 
     def publish(self, trainer: pl.Trainer, wait: bool = False) -> None:
-        """Publish what has arrived; with ``wait`` everything."""
+        """Publish what has arrived; with ``wait`` wait for everything."""
         while self._pending and (wait or all(copy.query() for copy in self._pending[0].copies)):
             measured = self._pending.popleft()
             with harmless(self._recorder, "computing what quantized weights lose"):

@@ -36,7 +36,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.parsing import AttributeDict
 from support.containers import Bag, Pair, Row, Stack, Typed, deep, shared
 from support.files import without_identity
-from support.models import Shrink, quiet_trainer
+from support.models import Shrink, quiet_trainer, train_and_save
 from support.promises import load, payloads_of
 from support.steps import Steps
 from torch import Tensor, nn
@@ -309,9 +309,7 @@ def test_a_hook_may_put_anything_in_the_place_of_the_weights(checkpoint: Any, va
             checkpoint["state_dict"] = value
 
     callback = QuantizationCallback(checkpoint=checkpoint, qat={})
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[callback])
-    trainer.fit(Model(nn.Linear(64, 64)))
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Model(nn.Linear(64, 64)), callback, max_steps=1)
     assert torch.load(tmp_path / "a.ckpt")["state_dict"] == value
 
 
@@ -552,9 +550,7 @@ def test_a_hook_that_puts_live_parameters_there_loses_nothing(tmp_path: Path) ->
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint["state_dict"] = dict(self.named_parameters())
 
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback("compact")])
-    trainer.fit(Model(nn.Linear(64, 64)))
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Model(nn.Linear(64, 64)), QuantizationCallback("compact"), max_steps=1)
     assert {"state_dict.net.weight"} == {name for name in payloads_of(tmp_path / "a.ckpt") if "state_dict" in name}
     assert type(load(tmp_path / "a.ckpt")["state_dict"]["net.weight"]) is nn.Parameter
     other = Model(nn.Linear(64, 64))

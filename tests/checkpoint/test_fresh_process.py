@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.files import edit_pickle
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, train_and_save
 from support.promises import assert_same, load, payloads_of
 
 import q8lightning_autoload
@@ -169,9 +169,7 @@ DOORS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a checkpoint, what it loads as, one that names a function of a later format, and a damaged one."""
     folder = tmp_path_factory.mktemp("fresh")
-    trainer = quiet_trainer(folder, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(), Diary()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(folder / "a.ckpt")
+    train_and_save(folder, Autoencoder(), QuantizationCallback(), Diary())
     torch.save(load(folder / "a.ckpt"), folder / "plain.ckpt")
     content = (folder / "a.ckpt").read_bytes()
     (folder / "later.ckpt").write_bytes(content)

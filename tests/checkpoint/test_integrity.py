@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.files import edit_pickle, flip, position_of
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, train_and_save
 from support.promises import assert_same, load, payloads_of, same_bits
 
 from q8lightning import (
@@ -189,9 +189,7 @@ def test_what_is_no_damage_is_not_called_damage(file: Path, tmp_path: Path) -> N
 
 def short_records(folder: Path) -> bytes:
     """The checkpoint of a training, whose records are read one after the other."""
-    trainer = quiet_trainer(folder, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(), Diary()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(folder / "a.ckpt")
+    train_and_save(folder, Autoencoder(), QuantizationCallback(), Diary())
     return (folder / "a.ckpt").read_bytes()
 
 

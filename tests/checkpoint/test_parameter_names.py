@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from support.files import edit_pickle
-from support.models import Autoencoder, Shrink, TwoOptimizers, quiet_trainer
+from support.files import edit_pickle, flip, place_of
+from support.models import Autoencoder, Shrink, TwoOptimizers, train_and_save
 from support.promises import load, payloads_of
 from torch import Tensor, nn
 
@@ -111,9 +111,7 @@ def test_odd_values_are_no_hindrance() -> None:
 
 def trained(module: Any, folder: Path, *callbacks: Any) -> tuple[Path, list[list[str]]]:
     """Return a checkpoint, and for each of its optimizers the names of its parameters."""
-    trainer = quiet_trainer(folder, max_steps=2, limit_val_batches=0, callbacks=list(callbacks))
-    trainer.fit(module)
-    trainer.save_checkpoint(folder / "a.ckpt")
+    trainer = train_and_save(folder, module, *callbacks)
     names = {id(value): name for name, value in module.named_parameters()}
     return folder / "a.ckpt", [
         [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
@@ -168,20 +166,13 @@ def test_names_read_as_the_parameter_and_the_key(tmp_path: Path) -> None:
 # Damage
 
 
-def flip(path: Path, of: Tensor) -> None:
-    content = bytearray(path.read_bytes())
-    at = content.find(of.contiguous().view(torch.uint8).numpy().tobytes())
-    assert at > 0
-    content[at + 5] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("callbacks", [[], [QuantizationCallback()]], ids=["plain", "quantized"])
 def test_a_damaged_state_is_called_by_its_parameter(callbacks: list[Any], tmp_path: Path) -> None:
     """In a plain file only the sum of its record tells, and the file is not loaded to say what is in it."""
     path, _ = trained(Autoencoder(), tmp_path, *callbacks)
     state = payloads_of(path).get("optimizer_states.0.state.4.exp_avg")
-    flip(path, load(path)[OPTIMIZER_STATES][0]["state"][4]["exp_avg"] if state is None else state.data)
+    stored = load(path)[OPTIMIZER_STATES][0]["state"][4]["exp_avg"] if state is None else state.data
+    flip(path, place_of(path, stored))
     with pytest.raises(
         CorruptCheckpointError, match=r"the tensor .*decoder\.weight: exp_avg.* in .*a\.ckpt is damaged"
     ):
@@ -201,6 +192,6 @@ def test_a_damaged_payload_in_a_whole_file_too(tmp_path: Path) -> None:
 def test_without_a_state_dict_damage_is_called_by_its_path(tmp_path: Path) -> None:
     path, _ = trained(Autoencoder(), tmp_path)
     edit_pickle(path, b"state_dict", b"state_dicu")
-    flip(path, load(path)[OPTIMIZER_STATES][0]["state"][4]["exp_avg"])
+    flip(path, place_of(path, load(path)[OPTIMIZER_STATES][0]["state"][4]["exp_avg"]))
     with pytest.raises(CorruptCheckpointError, match=r"the tensor optimizer_states\.0\.state\.4\.exp_avg in "):
         QuantizedCheckpointIO().load_checkpoint(path)

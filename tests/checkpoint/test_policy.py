@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support.models import Autoencoder, TwoOptimizers, quiet_trainer
+from support.models import Autoencoder, TwoOptimizers, train_and_save
 from support.promises import load, payloads_of, same_bits, tensors
 from torch import nn
 
@@ -94,9 +94,7 @@ def test_rules_decide_for_a_whole_training(tmp_path: Path) -> None:
         ],
         min_sqnr_db=None,
     )
-    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Autoencoder(), QuantizationCallback(policy))
     assert codecs_of(tmp_path / "a.ckpt") == {
         "state_dict.encoder.0.weight": ("int8", 64, False),
         "something_extra.floats": (Codebook("custom", tuple(TERNARY)).spec, 4096, False),
@@ -141,9 +139,7 @@ def test_rules_know_the_parameter_that_an_optimizer_state_belongs_to(make: Any, 
         ]
     )
     module = make()
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
-    trainer.fit(module)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = train_and_save(tmp_path, module, QuantizationCallback(policy), max_steps=1)
     (found,) = payloads_of(tmp_path / "a.ckpt")
     assert found == encoded
     payload = payloads_of(tmp_path / "a.ckpt")[found]
@@ -186,10 +182,8 @@ def test_some_sections_no_rule_reaches(section: str, tmp_path: Path) -> None:
 
 def test_a_rule_for_everything_leaves_the_rest_of_a_training_alone(tmp_path: Path) -> None:
     policy = CheckpointPolicy([Rule("*", "softsign")], min_numel=1)
-    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(policy)])
     module = Autoencoder()
-    trainer.fit(module)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, module, QuantizationCallback(policy))
     encoded, after = set(payloads_of(tmp_path / "a.ckpt")), load(tmp_path / "a.ckpt")
     assert "state_dict.encoder.0.bias" in encoded
     for path, tensor in tensors(after):

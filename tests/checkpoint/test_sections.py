@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import WeightAveraging
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, train_and_save
 from support.promises import load
 
 from q8lightning import QuantizationCallback
@@ -33,9 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A checkpoint of everything that Lightning adds to one on a CPU."""
     folder = tmp_path_factory.mktemp("sections")
     callbacks = [WeightAveraging(), QuantizationCallback()]
-    trainer = quiet_trainer(folder, max_steps=2, limit_val_batches=0, callbacks=callbacks)
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(folder / "a.ckpt")
+    train_and_save(folder, Autoencoder(), *callbacks)
     return load(folder / "a.ckpt")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.models import Shrink, quiet_trainer
+from support.models import Shrink, train_and_save
 from support.promises import payloads_of
 from torch import Tensor, nn
 
@@ -74,9 +74,7 @@ def test_a_checkpoint_takes_no_more_than_promised(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     assert parameters >= 1_000_000
     callbacks = [ModelCheckpoint(tmp_path), QuantizationCallback(checkpoint)]
-    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, enable_checkpointing=True, callbacks=callbacks)
-    trainer.fit(module)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, module, *callbacks, enable_checkpointing=True)
     size = (tmp_path / "a.ckpt").stat().st_size / parameters
     if checkpoint is None:
         assert size >= 12, "the model is not what the promise is about"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
-from support.models import Autoencoder, Shrink, quiet_trainer
+from support.models import Autoencoder, Shrink, quiet_trainer, train_and_save
 from support.odd_checkpoints import ODD
 from support.promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, same_memory, stored
 from torch import Tensor, nn
@@ -324,9 +324,7 @@ def test_a_layer_that_was_never_used_does_not_stop_a_save(preset: str, tmp_path:
     module = Shrink(nn.Linear(64, 64))
     module.unused = nn.LazyLinear(64)
     module.configure_optimizers = lambda: torch.optim.AdamW(module.net.parameters())
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(preset)])
-    trainer.fit(module)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, module, QuantizationCallback(preset), max_steps=1)
     with keep_encoded():  # torch does not count an uninitialized parameter among what is safe to load
         checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=False)
     assert isinstance(checkpoint["state_dict"]["net.weight"], QuantizedTensor)

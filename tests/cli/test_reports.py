@@ -14,7 +14,7 @@ from support.models import Autoencoder, TwoOptimizers, quiet_trainer
 from support.promises import load, payloads_of, tensors
 from torch import Tensor, nn
 
-from q8lightning import QuantizationCallback, QuantizedCheckpointIO
+from q8lightning import QuantizationCallback, QuantizedCheckpointIO, tools
 from q8lightning.tools.tensors import KINDS
 
 Run = Callable[..., Any]
@@ -417,19 +417,16 @@ def test_large_tensors_are_compared_in_parts(run: Run, tmp_path: Path) -> None:
     assert_close(row, numpy_errors(a, b))
 
 
-def test_a_plot_shows_every_tensor_that_differs(
-    run: Run, plain: Path, by_callback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
+def test_a_plot_shows_every_tensor_that_differs(run: Run, plain: Path, by_callback: Path, tmp_path: Path) -> None:
+    from q8lightning.cli.plot import draw_comparison
 
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    # A picture does not say what was drawn.
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
-    picture = tmp_path / "plot.png"
+    picture, again = tmp_path / "plot.png", tmp_path / "again.png"
     assert run("compare", plain, by_callback, "--plot", picture).status == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    figure = draw_comparison(tools.compare(plain, by_callback), f"{by_callback} against {plain}")
+    figure.savefig(again, dpi=130)
+    assert picture.read_bytes() == again.read_bytes(), "the file is this figure, which says what was drawn"
+    panels = {axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == ["weights", "exp_avg", "exp_avg_sq", "update direction"]
     found = compared(run, plain, by_callback)["tensors"]
     for kind, axes in panels.items():

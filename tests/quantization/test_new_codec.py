@@ -20,7 +20,7 @@ from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem, batches, decode_on, decode_together
 from q8lightning.quantization.many.encode import encode_many
-from q8lightning.quantization.many.update_directions import Alike, Moments, StoredMoment, update_direction_sums
+from q8lightning.quantization.many.update_directions import MomentLaunch, Moments, StoredMoment, update_direction_sums
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.layout import take_stretches
 from q8lightning.tools.tensors import codec_of
@@ -139,8 +139,8 @@ def test_update_directions_see_what_it_loses(rows: int) -> None:
     packed = encode_many([second, first], [codecs[1], NEW])
     data = {id(x): start for x, start in zip((second, first), (p.storage_offset() for p in packed.data), strict=True)}
     planned = torch.zeros(1, 2, dtype=torch.float64)
-    alike = Alike((0,), codecs, ((data[id(first)],), (data[id(second)],)), 1e-8)
-    alike.measure([first], [second], packed.buffer, planned)
+    launch = MomentLaunch((0,), codecs, ((data[id(first)],), (data[id(second)],)), 1e-8)
+    launch.measure([first], [second], packed.buffer, planned)
     torch.testing.assert_close(planned, sums, rtol=0.0, atol=0.0)
 
 

@@ -30,6 +30,25 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
     return pl.Trainer(**(defaults | options))
 
 
+def train_and_save(
+    folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, max_steps: int = 2, **options: Any
+) -> pl.Trainer:
+    """Train a module for some steps and save ``a.ckpt`` in the folder; return the Trainer."""
+    defaults = {"limit_val_batches": 0, "callbacks": list(callbacks), "max_steps": max_steps}
+    trainer = quiet_trainer(folder, **(defaults | options))
+    trainer.fit(module)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return trainer
+
+
+def in_two_processes() -> dict[str, Any]:
+    """Return the options of a Trainer that trains in two processes, forked from this one.
+
+    Call ``fit`` in a process of its own (``forked.run``): to fork one that has trained before can end in a deadlock.
+    """
+    return {"devices": 2, "strategy": pl.strategies.DDPStrategy(start_method="fork", process_group_backend="gloo")}
+
+
 def trainer_with(strategy: Any, folder: Path) -> pl.Trainer:
     """Return a real Trainer on the CPU that has this strategy.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.threads import using_threads
 
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import encode_many
@@ -15,10 +16,8 @@ from q8lightning.system.workers import MOST, WORTH_THREADS, count_workers, share
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Has torch use two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with using_threads(2):
+        yield
 
 
 def where() -> tuple[str, int]:

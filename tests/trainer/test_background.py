@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from support.calls import calls_of
 from support.files import checkpoint, names
 from support.models import Autoencoder, Diary, quiet_trainer
 from support.promises import assert_same, load, payloads_of, same_bits
@@ -29,7 +30,6 @@ from support.steps import Steps, our_threads
 from torch import Tensor, nn
 
 from q8lightning import BackgroundSaveError, CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode import start
 from q8lightning.checkpoint.encode.run import Run
 
 FULL = OSError(28, "No space left on device")
@@ -173,15 +173,7 @@ def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
     encodings: int,
     async_save: bool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: list[Run] = []
-
-    def run(*arguments: Any) -> Run:
-        made.append(Run(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(start, "Run", run)  # how often it encodes has no other sign
     policy = replace(CheckpointPolicy.of("compact"), min_numel=1)
     trainer = quiet_trainer(
         tmp_path,
@@ -189,8 +181,9 @@ def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
         limit_val_batches=0,
         callbacks=[SavesTwice(tmp_path, change), QuantizationCallback(policy, async_save=async_save)],
     )
-    trainer.fit(BoringModel())
-    assert len(made) == 3 * encodings
+    with calls_of(Run.__init__) as runs:  # how often it encodes has no other sign
+        trainer.fit(BoringModel())
+    assert len(runs) == 3 * encodings
     for step in range(1, 4):
         one, two = (load(tmp_path / f"{name}-{step}.ckpt")["state_dict"] for name in ("one", "two"))
         assert torch.equal(two["layer.weight"], one["layer.weight"] * encodings)

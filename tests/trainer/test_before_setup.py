@@ -16,9 +16,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from support import forked
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, in_two_processes, quiet_trainer
 from support.packages import PACKAGES, package
 from support.promises import assert_kept, load, payloads_of
 
@@ -127,9 +127,8 @@ def start_two_processes_and_save(folder: Path, qat: bool) -> None:
         folder,
         max_steps=2,
         limit_val_batches=0,
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
         callbacks=[QuantizationCallback("compact", qat=config)],
+        **in_two_processes(),
     )
     model: pl.LightningModule = Autoencoder()
     trainer.fit(model)

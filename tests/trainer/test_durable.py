@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from support.calls import calls_of
 from support.files import checkpoint
 from support.models import Shrink, quiet_trainer
 from support.promises import load
@@ -23,9 +24,8 @@ from support.steps import Steps
 from torch import nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.file import read as reader
-from q8lightning.checkpoint.staging.transfer import HostMemory
+from q8lightning.checkpoint.file.read import read_checkpoint
+from q8lightning.checkpoint.staging.copier import Copier
 from q8lightning.trainer.durable_io import DurableCheckpointIO
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -380,21 +380,14 @@ class Changes(DurableCheckpointIO):
 
 
 @pytest.mark.parametrize("kind", [DurableCheckpointIO, Plain, Changes])
-def test_a_subclass_is_as_fast_where_it_changes_nothing(
-    kind: type[DurableCheckpointIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memories: list[HostMemory | None] = []
-    reads: list[str] = []
-    fetch, read = Save.fetch, reader.read_checkpoint
-    # Speed has no other sign that a test could rely on.
-    monkeypatch.setattr(Save, "fetch", lambda self, memory: memories.append(memory) or fetch(self, memory))
-    monkeypatch.setattr(
-        "q8lightning.trainer.load.read_checkpoint", lambda path, *a: reads.append(path) or read(path, *a)
-    )
+def test_a_subclass_is_as_fast_where_it_changes_nothing(kind: type[DurableCheckpointIO], tmp_path: Path) -> None:
     io = QuantizedCheckpointIO(kind())
-    io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")
-    assert bool((io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["weight"] == 3).all())
-    assert [memory is not None for memory in memories] == [kind is not Changes]
+    # Speed has no other sign that a test could rely on.
+    with calls_of(Copier.fetch) as fetches:
+        io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")
+    with calls_of(read_checkpoint) as reads:
+        assert bool((io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["weight"] == 3).all())
+    assert [fetch["memory"] is not None for fetch in fetches] == [kind is not Changes]
     assert len(reads) == (kind is not Changes)
 
 

@@ -16,10 +16,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy
 from support import forked
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, in_two_processes, quiet_trainer
+from support.recorded import Rows, Sees, ours
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint.report import SaveReport
@@ -63,22 +62,6 @@ class Late(QuantizedCheckpointIO):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "withheld": []}
-
-
-class Rows(DummyLogger):
-    """Keeps all rows, ours and Lightning's, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None, **_: Any) -> None:  # type: ignore[override]
-        self.rows.append((step, metrics))
-
-    @property
-    def steps(self) -> list[int | None]:
-        """The steps of rows with our values."""
-        return [step for step, row in self.rows if any(name.startswith("q8/") for name in row)]
 
 
 class At(pl.Callback):
@@ -262,10 +245,10 @@ def test_a_save_of_one_step_that_lost_something_else_says_what(tmp_path: Path) -
 
     rows = Rows()
     fit(tmp_path, QuantizedCheckpointIO(checkpoint="compact"), At({2: weights_only}), logger=rows)
-    ours = [row for _, row in rows.rows if any(name.startswith("q8/") for name in row)]
+    first, second = (row for _, row in rows.rows if ours(row))
     assert rows.steps == [1, 1]
-    assert SQNR in ours[0]
-    assert [*ours[1]] == ["q8/compression_ratio"]
+    assert SQNR in first
+    assert [*second] == ["q8/compression_ratio"]
 
 
 def test_the_same_step_of_a_second_fit_is_a_row_again(tmp_path: Path) -> None:
@@ -279,37 +262,18 @@ def test_the_same_step_of_a_second_fit_is_a_row_again(tmp_path: Path) -> None:
 # Several processes
 
 
-class Sees(pl.Callback):
-    """Writes what the process sees at the end of each epoch, and which rows its logger has got."""
-
-    def __init__(self, folder: Path, rows: Rows) -> None:
-        self.folder, self.rows = folder, rows
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.seen.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("q8/")})
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        last = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("q8/")}
-        torch.save(
-            ([*self.seen, last], trainer.global_step, self.rows.steps), self.folder / f"{trainer.global_rank}.pt"
-        )
-
-
 def train_in_two_processes(folder: Path, watched: bool) -> None:
-    rows, io = Rows(), Late(seconds=0.5)
     stop = EarlyStopping(SQNR, mode="max", stopping_threshold=1.0, check_on_train_epoch_end=True)
     fit(
         folder,
-        io,
+        Late(seconds=0.5),
         At({2: save()}),
-        Sees(folder, rows),
+        Sees(folder),
         *([stop] if watched else []),
-        logger=rows,
-        devices=2,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+        logger=Rows(),
         limit_train_batches=2,
         max_epochs=3,
+        **in_two_processes(),
     )
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from lightning.pytorch.loggers import CSVLogger
 from support.models import Autoencoder, quiet_trainer
 from support.promises import load
+from support.recorded import ours
 from support.steps import Steps
 from torch import Tensor
 
@@ -76,8 +77,7 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def recorded(folder: Path) -> dict[int, dict[str, float]]:
-    rows = {step: {n: v for n, v in row.items() if n.startswith("q8/")} for step, row in rows_of(folder).items()}
-    return {step: row for step, row in rows.items() if row}
+    return {step: ours(row) for step, row in rows_of(folder).items() if ours(row)}
 
 
 def numbers(tensor: Tensor) -> Any:
@@ -170,7 +170,7 @@ def test_nothing_is_logged_if_nothing_is_wanted(tmp_path: Path) -> None:
     qat = QATConfig([WeightRule(codebook="int4")])
     trainer, _ = fitted(tmp_path, QuantizationCallback(log=None, qat=qat))
     assert not recorded(tmp_path)
-    assert not any(name.startswith("q8/") for name in trainer.callback_metrics)
+    assert not ours(trainer.callback_metrics)
     assert load(tmp_path / "step=4.ckpt")["q8lightning"]["metrics"]
 
 

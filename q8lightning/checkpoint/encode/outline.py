@@ -40,11 +40,11 @@ class Outline(NamedTuple):
 
 
 def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], Outline, list[Tensor]]:
-    """Return the sections of a checkpoint that a plan is about, their outline and their tensors, numbered alike.
+    """Return the part of a checkpoint that a plan covers, with the part's outline and its tensors, numbered alike.
 
-    Callbacks, loops and schedulers keep counts and scores: values, and tensors of one element in memory of their own.
-    These are never encoded, and scores are other tensors at every save. A section of nothing else is left out, so that
-    a plan still fits when they change.
+    Callbacks, loops and schedulers keep counts and scores: plain values, and tensors of one element with memory of
+    their own. They are never encoded, and scores are new tensors at every save. A section with nothing else is left
+    out, so that the plan still fits when they change.
     """
     part, scores = {}, set[int]()
     for key, section in checkpoint.items():
@@ -54,7 +54,7 @@ def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], O
         else:
             scores.update(map(Tensor.data_ptr, found))
     outline, tensors = outline_of(part)
-    if not scores.isdisjoint(outline.addresses or ()):  # the model has one too, and they stay the same in the file
+    if not scores.isdisjoint(outline.addresses or ()):  # the model shares a score, which must stay shared in the file
         return checkpoint, *outline_of(checkpoint)
     return part, outline, tensors
 
@@ -63,6 +63,7 @@ _PLANNED = (STATE_DICT, OPTIMIZER_STATES)
 
 
 def _is_score(leaf: Any) -> bool:
+    """Whether a leaf is a tensor of one element that fills its memory."""
     return type(leaf) is Tensor and is_ordinary(leaf) and leaf.untyped_storage().nbytes() == leaf.element_size()
 
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.encode.device_run import DeviceRun
-from q8lightning.checkpoint.encode.fill_report import add_bytes, add_losses
-from q8lightning.checkpoint.encode.originals import Originals
 from q8lightning.checkpoint.encode.plan import Plan
-from q8lightning.checkpoint.encode.review import Review
-from q8lightning.checkpoint.encode.trained_codes import TrainedCodes
+from q8lightning.checkpoint.encode.run_parts.device_run import DeviceRun
+from q8lightning.checkpoint.encode.run_parts.fill_report import add_bytes, add_losses
+from q8lightning.checkpoint.encode.run_parts.originals import Originals
+from q8lightning.checkpoint.encode.run_parts.review import Review
+from q8lightning.checkpoint.encode.run_parts.trained_codes import TrainedCodes
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.staging.transfer import HostMemory

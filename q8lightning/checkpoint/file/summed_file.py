@@ -6,7 +6,6 @@ from typing import Any
 
 from q8lightning.checkpoint.file.crc32 import combine
 from q8lightning.checkpoint.file.open_file import FileView, OpenFile, reads_in_parallel
-from q8lightning.quantization.backends.cpu_memory import use_huge_pages
 from q8lightning.system.workers import Workers
 
 LONG = 2**22
@@ -54,7 +53,6 @@ class SummedFile(FileView):
         return nbytes
 
     def _read_in_parts(self, target: memoryview, start: int) -> None:
-        use_huge_pages(target)
         wants_sum = self._wants_sums and start not in self._left_out
         parts = [target[first : first + _PART] for first in range(0, len(target), _PART)]
         pending: list[Future[int]] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
-from q8lightning.quantization.backends.cpu_memory import new_tensor, scratch
+from q8lightning.quantization.backends.cpu_memory import scratch
 from q8lightning.quantization.backends.cpu_statistics import Totals
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
@@ -79,7 +79,7 @@ def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> b
 
 def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the values of the parts of a flat tensor."""
-    values = new_tensor(parts[0].numel(), dtype)
+    values = torch.empty(parts[0].numel(), dtype=dtype, device="cpu")
     _decode_into(codec, parts, block_size, values)
     return values
 
@@ -150,7 +150,7 @@ def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> N
 def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1) -> Parts:
     """Return parts for a tensor, not yet written."""
     blocks = -(-x.numel() // block_size)
-    codes, *later = (new_tensor(x.numel(), torch.uint8) for _ in range(stages))
+    codes, *later = (torch.empty(x.numel(), dtype=torch.uint8, device="cpu") for _ in range(stages))
     return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
 
 
@@ -248,7 +248,7 @@ def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    values = new_tensor(codes.numel(), dtype)
+    values = torch.empty(codes.numel(), dtype=dtype, device="cpu")
     for (out, first), (factors, zeros) in _chunks(block_size, (values, codes.reshape(-1)), (scale, zero_point)):
         out.copy_(reference.dequantize_affine(first, factors, zeros, out.shape[1], dtype))
     return values.view(codes.shape)

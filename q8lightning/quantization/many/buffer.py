@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.cpu_memory import new_tensor
 from q8lightning.system.ambient import lasting
 
 ALIGNMENT = 16
@@ -54,11 +53,7 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
 
 def allocate(layout: BufferLayout) -> Tensor:
     """Return a new buffer, with zeros in the gaps."""
-    device = layout.gaps.device
-    if device.type == "cpu":
-        buffer = new_tensor(layout.nbytes, torch.uint8)
-    else:
-        buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
     return buffer.index_fill_(0, layout.gaps, 0)  # otherwise old memory would end up in the file
 
 

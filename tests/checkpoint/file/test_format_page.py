@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from support.models import Autoencoder, Diary, TwoOptimizers, quiet_trainer
+from support.models import Autoencoder, Diary, TwoOptimizers, train_and_save
 from support.promises import load, same_bits, tensors
 from torch import Tensor, nn
 
@@ -29,9 +29,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def trained(folder: Path, model: Any, callback: QuantizationCallback) -> Path:
-    trainer = quiet_trainer(folder, max_steps=2, limit_val_batches=0, callbacks=[callback, Diary()])
-    trainer.fit(model)
-    trainer.save_checkpoint(folder / "a.ckpt")
+    train_and_save(folder, model, callback, Diary())
     return folder / "a.ckpt"
 
 

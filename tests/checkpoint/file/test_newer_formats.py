@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.files import edit_pickle
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, train_and_save
 from support.promises import load, same_bits
 from torch import Tensor
 
@@ -101,9 +101,7 @@ def test_a_summary_of_a_later_version_is_refused_by_the_io(tmp_path: Path) -> No
 
 
 def test_a_trainer_says_so_too(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = train_and_save(tmp_path, Autoencoder(), QuantizationCallback(), max_steps=1)
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     checkpoint["q8lightning"]["format_version"] = 2
     torch.save(checkpoint, tmp_path / "a.ckpt")

@@ -7,7 +7,6 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from support.calls import calls_of
 from support.containers import Pair
 from support.files import flip
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, train_and_save
 from support.promises import assert_same, load, payloads, same_bits
 from support.steps import our_threads
+from support.threads import using_threads
 from torch import Tensor
 
 from q8lightning import (
@@ -98,14 +99,11 @@ def load_all(path: Path) -> Any:
     return torch.load(path, weights_only=False)
 
 
-def test_the_io_reads_so_unless_somebody_else_stands_between(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    real = reader.replace_payloads
-    # Both ways give the same, in other times.
-    monkeypatch.setattr(reader, "replace_payloads", lambda *a: seen.append(a) or real(*a))
+def test_the_io_reads_so_unless_somebody_else_stands_between(path: Path) -> None:
     expected = load_all(path)
-    assert_same(QuantizedCheckpointIO().load_checkpoint(path, weights_only=False), expected)
-    assert_same(QuantizedCheckpointIO(verify=False).load_checkpoint(f"file://{path}", weights_only=False), expected)
+    with calls_of(replace_payloads) as seen:  # both ways give the same, in other times
+        assert_same(QuantizedCheckpointIO().load_checkpoint(path, weights_only=False), expected)
+        assert_same(QuantizedCheckpointIO(verify=False).load_checkpoint(f"file://{path}", weights_only=False), expected)
     assert len(seen) == 2
 
     class Other(DurableCheckpointIO):
@@ -114,10 +112,11 @@ def test_the_io_reads_so_unless_somebody_else_stands_between(path: Path, monkeyp
             checkpoint["what it saw"] = type(checkpoint["state_dict"]["a"])
             return checkpoint
 
-    found = QuantizedCheckpointIO(Other()).load_checkpoint(path, weights_only=False)
+    with calls_of(replace_payloads) as seen:
+        found = QuantizedCheckpointIO(Other()).load_checkpoint(path, weights_only=False)
     assert found.pop("what it saw") is Tensor
     assert_same(found, expected)
-    assert len(seen) == 2
+    assert not seen
 
 
 def test_options_reach_torch(path: Path) -> None:
@@ -223,7 +222,7 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
 
     payloads: list[QuantizedTensor] = [Watched(payload(str(index), elements=2**20), note) for index in range(9)]
     payloads.insert(4, Watched(payload("large", elements=2**23), note))
-    with using(3):
+    with using_threads(3):
         decoded = decode_payloads(payloads)
         assert torch.get_num_threads() == 3
         after: list[int] = []
@@ -253,7 +252,7 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
             dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float64)[index % 4]
             tensor = torch.randn(numel, generator=generator).abs().to(dtype)
             payloads.append(QuantizedTensor.encode(tensor.view(2, -1).t() if numel == 4096 else tensor, codec, "x"))
-    with using(2):
+    with using_threads(2):
         sizes = [len(batch) for batch in payload_group.batches([payload_group._unpacking(x) for x in payloads], 2)]
         decoded = decode_payloads(payloads)
     assert sum(sizes) == len(payloads) > len(sizes) > 4
@@ -299,21 +298,14 @@ def test_a_bit_in_a_long_record_is_noticed(where: float, path: Path) -> None:
 def test_long_records_are_read_once_and_short_ones_are_compared_all_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_again: list[int] = []
-    real = zipfile.ZipExtFile.read
+    def longest_read_again() -> int:
+        with calls_of(zipfile.ZipExtFile.read) as again:  # reading twice gives the same, and no audit event tells
+            read(path)
+        return max(call["self"]._orig_file_size for call in again)
 
-    def remember(self: Any, n: int | None = -1) -> bytes:
-        read_again.append(self._orig_file_size)
-        return real(self, n)
-
-    # Reading twice gives the same, and no audit event tells of a read.
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", remember)
-    read(path)
-    assert read_again
-    assert max(read_again) < LONG
-    monkeypatch.setattr(SummedFile, "sum_of", lambda *_: None)  # as if torch had read it in another way
-    read(path)
-    assert max(read_again) >= LONG
+    assert longest_read_again() < LONG
+    monkeypatch.delattr(os, "preadv")  # then records have no sums by the time that they are read
+    assert longest_read_again() >= LONG
 
 
 def hashed_while(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -408,17 +400,6 @@ def test_a_header_that_was_damaged_is_noticed(path: Path) -> None:
     read(path)
 
 
-@contextmanager
-def using(threads: int) -> Iterator[None]:
-    """Have torch use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_without_verification_reaches_the_threads(path: Path) -> None:
     start, _ = long_records(path)[1]
     flip(path, start + PADDING)
@@ -428,7 +409,7 @@ def test_without_verification_reaches_the_threads(path: Path) -> None:
     damaged = [payload(elements=2**22), payload(elements=2**22)]
     damaged[1].checksum = 7
     for threads in (1, 2):
-        with using(threads):
+        with using_threads(threads):
             with without_verification():
                 decode_payloads(damaged)
             with pytest.raises(CorruptCheckpointError, match="the tensor x "):
@@ -502,9 +483,7 @@ def test_a_file_that_becomes_shorter_is_an_error(summed: SummedFile) -> None:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Path:
-    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[QuantizationCallback(), Diary()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Autoencoder(), QuantizationCallback(), Diary())
     return tmp_path / "a.ckpt"
 
 
@@ -516,9 +495,8 @@ class Gpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int = 2**40, error: Exception | None = None) -> None:
         self.items: list[EncodedItem] = []
         self.error = error
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        for question, answer in {"mem_get_info": (free, 0), "memory_reserved": 0, "memory_allocated": 0}.items():
+            monkeypatch.setattr(torch.cuda, question, lambda device, answer=answer: answer)
         monkeypatch.setattr(payload_group, "decode_on", self.unpack)
 
     def unpack(self, device: torch.device, items: list[EncodedItem]) -> list[Tensor]:

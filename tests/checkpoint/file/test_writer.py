@@ -20,7 +20,7 @@ from support import forked
 from support.audit import listening
 from support.disk import Disk
 from support.files import names as names_in
-from support.models import Autoencoder, quiet_trainer
+from support.models import Autoencoder, quiet_trainer, train_and_save
 from support.promises import load, payloads_of, same_bits
 from support.steps import Steps
 
@@ -56,9 +56,7 @@ def test_it_is_flushed_then_renamed_then_the_folder_is_flushed(disk: Disk, tmp_p
 
 
 def test_every_save_of_a_trainer_is_durable(disk: Disk, preset: str, tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(preset)])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train_and_save(tmp_path, Autoencoder(), QuantizationCallback(preset), max_steps=1)
     assert_durable(disk, tmp_path / "a.ckpt")
     assert payloads_of(tmp_path / "a.ckpt")
 
@@ -271,9 +269,7 @@ def test_a_folder_is_no_place_for_a_file(make: Callable[[Path], Any], tmp_path: 
 
 
 def test_a_save_of_a_trainer_that_fails_says_so_and_keeps_the_old_file(tmp_path: Path, disk: Disk) -> None:
-    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback()])
-    trainer.fit(Autoencoder())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = train_and_save(tmp_path, Autoencoder(), QuantizationCallback(), max_steps=1)
     before = (tmp_path / "a.ckpt").read_bytes()
 
     disk.refuse("flush file", errno.EIO)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, Plan, Side
-from q8lightning.checkpoint.encode.review import Review
+from q8lightning.checkpoint.encode.run_parts.review import Review
 from q8lightning.checkpoint.memory import in_memory_order
 from q8lightning.quantization.many.buffer import kept_index
 from q8lightning.quantization.many.encode import EncodedBuffer
