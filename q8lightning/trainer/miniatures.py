@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codecs.weight import WeightCodec
 
@@ -111,8 +112,8 @@ def miniatures_of(
     }
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
-        if parameter.device != device or parameter.numel() < policy.min_numel:
-            continue
+        if not has_memory(parameter) or parameter.device != device or parameter.numel() < policy.min_numel:
+            continue  # has_memory: neither sparse nor a lazy layer's that has no shape yet
         place = places.get(id(parameter))
         weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
         states = () if place is None else tuple(_states_to_come(optimizers[place[0]], parameter))
@@ -140,7 +141,7 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     state = optimizer.state.get(parameter)
     if state:
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and has_memory(value) and value.shape == parameter.shape:
                 yield key, Form.of(value)
         return
     options = getattr(optimizer, "defaults", {})
