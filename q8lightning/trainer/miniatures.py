@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codecs.weight import WeightCodec
 
@@ -112,7 +113,10 @@ def miniatures_of(
     }
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
-        if parameter.device != device or parameter.numel() < policy.min_numel or not _local(parameter).numel():
+        own = _local(parameter)
+        if not has_memory(own) or not own.numel():
+            continue  # sparse, of a lazy layer that has no shape yet, or without a part in this process
+        if own.device != device or parameter.numel() < policy.min_numel:
             continue
         place = places.get(id(parameter))
         weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
@@ -141,7 +145,7 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     state = optimizer.state.get(parameter)
     if state:
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and has_memory(value) and value.shape == parameter.shape:
                 yield key, Form.of(value)
         return
     options = getattr(optimizer, "defaults", {})

@@ -150,7 +150,10 @@ class Copier:
         return result
 
     def _object(self, value: Any) -> Any:
-        if isinstance(value, bytearray | TypedStorage | UntypedStorage):
+        if isinstance(value, TypedStorage):  # its own deep copy warns that it is deprecated
+            untyped = copy.deepcopy(value._untyped_storage, self._memo)
+            return TypedStorage(wrap_storage=untyped, dtype=value.dtype, _internal=True)  # type: ignore[no-untyped-call]
+        if isinstance(value, bytearray | UntypedStorage):
             return copy.deepcopy(value, self._memo)
         if not self._stand_ins:
             attempt = ChainMap({}, self._memo)  # if it fails, its partial copies are thrown away
