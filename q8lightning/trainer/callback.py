@@ -17,11 +17,11 @@ from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.describe_model import in_state_dict
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
 from q8lightning.trainer.lightning_internals import saves_in_shards
+from q8lightning.trainer.model_structure import in_state_dict
 from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
@@ -192,7 +192,8 @@ class QuantizationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a policy that would quantize nothing, now that the model has its parameters."""
         if self.policy is not None:
-            self.policy.check_matches(in_state_dict(name) for name, _ in pl_module.named_parameters())
+            sharded = saves_in_shards(trainer.strategy)
+            self.policy.check_matches(in_state_dict(name, sharded=sharded) for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
         begin_to_defer(trainer)
         quantized: Mapping[str, WeightCodec] = {}
