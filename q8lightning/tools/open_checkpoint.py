@@ -127,7 +127,10 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
         ToolError: If there is no such file or it cannot be opened.
     """
     if Path(path).is_dir():
-        raise ToolError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
+        raise ToolError(
+            f"{path} is a directory; name a checkpoint file, or make one of a checkpoint in shards:"
+            " torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)"
+        )
     try:
         return OpenFile(path)
     except OSError as error:
@@ -167,7 +170,7 @@ def _explain(path: str, error: Exception) -> Exception:
         return newer
     if isinstance(error, OSError):
         return ToolError(f"cannot read {path}: {error.strerror or error}")
-    unknown = re.search(r"GLOBAL (\S+)", str(error))
+    unknown = re.search(r"GLOBAL (\w+(?:\.\w+)+)(?!\S)", str(error))
     if not isinstance(error, pickle.UnpicklingError):
         return ToolError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
     if unknown is None:
