@@ -30,10 +30,11 @@ class CorruptCheckpointError(RuntimeError):
 
     def __init__(self, what: str, file: str | os.PathLike[str] | None = None) -> None:
         where = "" if file is None else f" in {os.fspath(file)}"
+        found = "" if file is not None and save_of(file) else "`q8lightning verify` says which files are whole, and "
         super().__init__(
             f"{what}{where} is damaged: its content is not what was saved. Load another checkpoint or fetch the file"
-            " again; `q8lightning verify` says which files are whole, and where only tensors are damaged, the rest can"
-            " be loaded inside `with q8lightning.without_verification():`"
+            f" again; {found}where only tensors are damaged, the rest can be loaded inside"
+            " `with q8lightning.without_verification():`"
         )
         self.what = what
         self.file = file
@@ -73,6 +74,11 @@ def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
         return  # fake and meta tensors have no content to verify
     if checksum(header, bytes_of(data)) != expected:
         raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
+
+
+def is_verifying() -> bool:
+    """Whether checksums are compared; False inside :func:`without_verification`."""
+    return _VERIFY.get()
 
 
 def shard_name(rank: int, save: str) -> str:

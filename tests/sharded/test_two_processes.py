@@ -31,7 +31,14 @@ from support.sharded_scenarios import assert_same, decoded, loaded, play, result
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from q8lightning import BackgroundSaveError, CheckpointPolicy, CorruptCheckpointError, QuantizationCallback, Rule
+from q8lightning import (
+    BackgroundSaveError,
+    CheckpointPolicy,
+    CorruptCheckpointError,
+    QuantizationCallback,
+    Rule,
+    without_verification,
+)
 from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
 from q8lightning.checkpoint.sharded.shard_file import read_table
@@ -260,9 +267,14 @@ def damaged(folder: Path) -> Any:
             verbose=False,
         )
 
+    def unverified(path: Path) -> str:
+        with without_verification():
+            return load(path, QuantizationCallback())
+
     return {
         "with": {name: load(path, QuantizationCallback()) for name, path in copies.items()},
         "without": {name: load(copies[name]) for name in NOTICED if name in copies},
+        "off": unverified(copies["encoded"]),
     }
 
 
@@ -559,6 +571,12 @@ def test_damage_is_named_and_never_loaded(what: str, folder: Path) -> None:
     for found in results(folder, "damaged", 2):
         assert found["with"][what].startswith(CorruptCheckpointError.__name__)
         assert DAMAGE[what] in found["with"][what]
+
+
+def test_what_is_not_damaged_can_be_loaded(folder: Path) -> None:
+    for found in results(folder, "damaged", 2):
+        assert "without_verification" in found["with"]["encoded"]
+        assert found["off"] == ""
 
 
 @pytest.mark.parametrize("what", NOTICED)
