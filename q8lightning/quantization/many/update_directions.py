@@ -7,6 +7,7 @@ the ratio of error to signal as well as the whole.
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -177,8 +178,9 @@ def _sums_alone(pairs: Sequence[Moments]) -> Tensor:
             jobs.append(partial(_sums_on_cpu, some) if _is_simple(some[0]) else partial(_sums, some[0]))
             sizes.append(sum(x.nbytes for x in (pair.exp_avg.values for pair in some) if x.device.type == "cpu"))
             order += (members[place] for place in batch)
-    measured = torch.cat([each.view(-1, 2) for each in share_out(jobs, sizes)])
-    return measured[torch.tensor(order, device="cpu").argsort().to(measured.device)]
+    rows = torch.cat([each.view(-1, 2) for each in share_out(jobs, sizes)]).unbind()
+    # Sorted on the host: an index that is copied to a GPU would be waited for.
+    return torch.stack([row for _, row in sorted(zip(order, rows, strict=True), key=itemgetter(0))])
 
 
 def _sums(pair: Moments) -> Tensor:
