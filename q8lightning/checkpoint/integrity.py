@@ -115,8 +115,8 @@ def check_save(name: str, save: str | None) -> None:
 def _file_being_loaded() -> str | None:
     """Return the file that a ``torch.load`` of this thread is reading; None if its name is not known.
 
-    Nobody tells the functions that a file calls which file it is. The callers' variables do, so that an error can name
-    the file.
+    The functions that a file calls are not told which file it is. The callers' variables say it, so that an error can
+    name the file.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not getattr(torch.load, "__code__", None):

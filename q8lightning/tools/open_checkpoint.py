@@ -149,7 +149,7 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     def locate_apart(view: Tensor, tensor: Tensor) -> None:
         locations[tensor.untyped_storage()._cdata] = locations.get(view.untyped_storage()._cdata, "cpu")
 
-    register_functions()  # somebody may have cleared torch's list
+    register_functions()  # torch's list may have been cleared
     try:
         with keep_encoded(), watch_apart(locate_apart), file.reader() as reader:
             mapped = zipfile.is_zipfile(reader)
@@ -177,7 +177,7 @@ def _explain(path: str, error: Exception) -> Exception:
         return ToolError(f"{path} is not a checkpoint that torch.load can read")
     return ToolError(
         f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust"
-        " (from Python: trust=True) if you trust whoever wrote the file, because such objects can run code"
+        " (from Python: trust=True) if you trust the author of the file, because such objects can run code"
     )
 
 

@@ -131,7 +131,7 @@ class QuantizationCallback(pl.Callback):
 
         Raises:
             BackgroundSaveError: If a save or removal failed that was not reported yet. It names the path.
-            FileNotFoundError: If there is nothing at ``path`` and nobody is saving it.
+            FileNotFoundError: If there is nothing at ``path``, and no save of it is pending.
             RuntimeError: If the Trainer has an AsyncCheckpointIO.
         """
         trainer = None if self._trainer is None else self._trainer()
@@ -252,7 +252,7 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
 
     def on_train_end(self, *_: Any) -> None:
-        """Stop counting moments: no hook follows before somebody may change the weights."""
+        """Stop counting moments: from now on the weights may change without a hook."""
         self._moments.end()
 
     def _let_go(self, trainer: pl.Trainer) -> None:

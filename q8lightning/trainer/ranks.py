@@ -1,4 +1,4 @@
-"""What one process fails with is raised in all, where they meet: nobody waits for one that has gone.
+"""Raise in all processes what one of them failed with, so that none waits for one that has gone.
 
 Files are the work of one process. What fails there would end it alone, and leave the others in the barrier that follows
 every save, or in the next step. So it is kept until all processes meet: at a save, and at the end of the fit. No step
@@ -113,7 +113,7 @@ class Failures:
         return raised is error
 
     def forget(self) -> list[BaseException]:
-        """Return what is kept, and keep it no more: whoever calls says what becomes of it."""
+        """Return what is kept, and keep it no more. The caller reports it."""
         own, self._kept = self._kept, []
         return own
 

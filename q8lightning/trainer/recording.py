@@ -30,7 +30,7 @@ SAME = 1e-6
 """Relative difference up to which two measurements of one state are the same: sums are added in any order."""
 
 PATIENCE = 600.0
-"""Seconds to wait for what a save lost. The run must end, whatever has become of it."""
+"""Seconds to wait for what a save lost. After that the run ends without it."""
 
 
 class _Pending(NamedTuple):
@@ -38,7 +38,7 @@ class _Pending(NamedTuple):
 
     Attributes:
         step: The step at which Lightning logged then.
-        state: The optimizer's steps by then; None outside of a fit, where nobody knows whether the state has changed.
+        state: The optimizer's steps by then; None outside of a fit, where the state may change between saves.
         seconds: How long it held training.
         known: What is recorded of it, and the same as tensors; cancelled if the save failed.
     """
@@ -74,7 +74,7 @@ class SaveWatch:
         save: Callable[..., Any] | None,
     ) -> None:
         self.save = save
-        """What somebody else put in place of the strategy's method; None for the method itself."""
+        """What other code put in place of the strategy's method; None for the method itself."""
         self.fitting = False
         """Whether hooks follow in which to publish. Otherwise a save waits until it is known what it lost."""
         self.warm_up: WarmUp | None = None

@@ -2,7 +2,7 @@
 
 These strategies hand their states to torch.distributed.checkpoint in ``save_checkpoint`` and take them from it in
 ``load_checkpoint``. Both are replaced on the Trainer's strategy, so that a folder is written encoded, and compared with
-its sums before it is loaded. Whoever loads it without this door gets the same tensors.
+its sums before it is loaded. Without this door, a folder loads as the same tensors.
 """
 
 import os

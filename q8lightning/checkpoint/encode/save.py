@@ -117,7 +117,7 @@ class Save:
         return copies.tags
 
     def _bring(self, tensor: Tensor) -> Fetched:
-        """Have a tensor copied to the host that nobody else writes to; return what gives the copy."""
+        """Have a tensor copied to the host, which nothing changes meanwhile; return what gives the copy."""
         if tensor.device.type == "cpu":
             return lambda _: tensor
         storage = tensor.untyped_storage()

@@ -61,11 +61,11 @@ def read_checkpoint(
 
 
 def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any:
-    """Let somebody load a checkpoint by its name, and verify the file meanwhile.
+    """Let other code load a checkpoint by its name, and verify the file meanwhile.
 
-    If another file takes the name meanwhile, nobody knows which of the two was loaded, so it is loaded again. If that
-    happens each of several times, payloads alone are verified, by their own checksums, with a warning. Inside
-    :func:`without_verification` it is loaded once, and not verified.
+    If another file takes the name meanwhile, it is not known which of the two was loaded. The checkpoint is then loaded
+    again. If that happens each of several times, payloads alone are verified, by their own checksums, with a warning.
+    Inside :func:`without_verification`, the checkpoint is loaded once, and not verified.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
@@ -126,7 +126,7 @@ _THE_TENSOR = "the tensor "
 
 
 def _are_gone(payloads: list[QuantizedTensor]) -> bool:
-    """Empty the list and tell whether nobody else has a reference to any of them."""
+    """Empty the list; return whether no other reference to any of them is left."""
     references = [weakref.ref(payload) for payload in payloads]
     payloads.clear()
     if any(reference() is not None for reference in references):

@@ -1,4 +1,4 @@
-"""Compare a checkpoint in shards with what was written, before anybody loads it."""
+"""Compare a checkpoint in shards with what was written, before it is loaded."""
 
 import os
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
 
 
 def _contents(folder: Path, weights_only: bool | None) -> Mapping[str, Any] | None:
-    """Return which files belong to a checkpoint; None if nobody has noted that."""
+    """Return which files belong to a checkpoint; None if the checkpoint does not say."""
     shards = summary_in(read_meta(folder, weights_only)).get(SHARDS_KEY)
     if not isinstance(shards, Mapping):
         return None
