@@ -304,6 +304,15 @@ WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 """Models, strategies, and options of the Trainer."""
 
 
+def named_policy(folder: Path) -> Any:
+    """A policy that names a weight of a compiled block as a checkpoint does."""
+    callback = QuantizationCallback(CheckpointPolicy([Rule("state_dict.net.blocks.0.up.weight", "linear")]))
+    trainer = trainer_of(folder, max_steps=1, callbacks=[callback])
+    trainer.fit(CompiledModel(), samples())
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return list(read_meta(folder / "a.ckpt")["q8lightning"]["tensors"])
+
+
 def otherwise(folder: Path) -> Any:
     found = {}
     for name, (make, strategy, options) in WAYS.items():
@@ -331,6 +340,7 @@ SCENARIOS = [
     overwritten,
     damaged,
     guarded,
+    named_policy,
     otherwise,
 ]
 
@@ -464,6 +474,10 @@ def test_what_all_have_is_written_once(folder: Path) -> None:
     outside = [table.rank for table in files for chunk in table.chunks if chunk.name.startswith("outside: exp_avg")]
     assert len(outside) == 2
     assert len(set(outside)) == 1  # the moments of a parameter are judged by each other
+
+
+def test_a_policy_names_compiled_weights_as_the_checkpoint_does(folder: Path) -> None:
+    assert results(folder, "named_policy", 2) == [["state_dict.net.blocks.0.up.weight"]] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)
