@@ -30,11 +30,10 @@ class CorruptCheckpointError(RuntimeError):
 
     def __init__(self, what: str, file: str | os.PathLike[str] | None = None) -> None:
         where = "" if file is None else f" in {os.fspath(file)}"
-        found = "" if file is not None and save_of(file) else "`q8lightning verify` says which files are whole, and "
         super().__init__(
             f"{what}{where} is damaged: its content is not what was saved. Load another checkpoint or fetch the file"
-            f" again; {found}where only tensors are damaged, the rest can be loaded inside"
-            " `with q8lightning.without_verification():`"
+            " again; `q8lightning verify` says which files are whole, and where only tensors are damaged, the rest can"
+            " be loaded inside `with q8lightning.without_verification():`"
         )
         self.what = what
         self.file = file

@@ -127,10 +127,7 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
         ToolError: If there is no such file or it cannot be opened.
     """
     if Path(path).is_dir():
-        raise ToolError(
-            f"{path} is a directory; name a checkpoint file, or make one of a checkpoint in shards:"
-            " torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file)"
-        )
+        raise ToolError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
     try:
         return OpenFile(path)
     except OSError as error:
