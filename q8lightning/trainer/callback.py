@@ -32,11 +32,11 @@ from q8lightning.trainer.pending_names import (
 from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
-    begin_to_defer,
+    defer_publishing,
     failures_of,
     is_watched,
     join_others,
-    publish_before_a_look,
+    publish_for_monitors,
     publish_known,
     publish_rest,
     start_warm_up,
@@ -195,7 +195,7 @@ class QuantizationCallback(pl.Callback):
             sharded = saves_in_shards(trainer.strategy)
             self.policy.check_matches(in_state_dict(name, sharded=sharded) for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
-        begin_to_defer(trainer)
+        defer_publishing(trainer)
         quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
@@ -236,7 +236,7 @@ class QuantizationCallback(pl.Callback):
         if self.qat_training is not None:
             self.qat_training.release()
             self.qat_training.publish(trainer, wait=True)
-        publish_before_a_look(trainer)
+        publish_for_monitors(trainer)
 
     on_train_epoch_end = on_validation_epoch_end
 

@@ -36,13 +36,13 @@ class Failures:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.due = False
-        """Whether there may be more to tell than at the last meeting: a save has begun, which every process knows."""
+        """Whether a save has begun since the last meeting. It is the same in every process."""
         self._trainer = trainer
         self._kept: list[BaseException] = []
         self._raised: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept: who gets a copy has not failed."""
+        """Leave out what is kept: a copy belongs to a process that has not failed."""
         return {**self.__dict__, "_kept": [], "_raised": None}
 
     def __bool__(self) -> bool:

@@ -24,7 +24,7 @@ Fetched = Callable[[Copies], Tensor]
 
 
 class Save:
-    """A checkpoint as it was when this was made, however training goes on.
+    """A checkpoint as it was when this was made, also if training has changed its tensors since.
 
     Args:
         run: Encodes the tensors that its plan knows. Saves of the same moment share it.
