@@ -1,4 +1,4 @@
-"""Names of torch, Lightning and torchmetrics that the package relies on although nobody promises them.
+"""The private names of torch, Lightning and torchmetrics that the package relies on.
 
 Here is the whole list: what each is for, and what happens where a version does not have it. What is used of Lightning
 stands in ``trainer/lightning_internals.py`` besides. ``tests/test_private_names.py`` compares the list with the
@@ -145,7 +145,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "whether torch.distributed.optim gave a parameter an optimizer", _FUSED),
     # Who writes to them in a step
     PrivateName("torch.Tensor", "data", "qat", "replaced on nn.Parameter: who asks for a weight's memory"),
-    PrivateName("torch.Tensor", "_version", "qat", "whether somebody wrote to a weight"),
+    PrivateName("torch.Tensor", "_version", "qat", "whether a weight was written to"),
     PrivateName("torch.Tensor", "_base", "qat", "whether a tensor is a view of a parameter"),
     PrivateName("torch.Tensor", "_typed_storage", "qat", "reads no values, and is not followed", "it is followed"),
     PrivateName("torch.nn.Module", "_forward_hooks", "qat", _FAST),

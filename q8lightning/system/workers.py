@@ -108,7 +108,7 @@ def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
     """Call functions that compute with tensors on the CPU, several at a time, each in one thread.
 
     Threads that share an operation wait for each other at its end. Over thousands of operations that takes many times
-    as long if somebody else uses the processor too. Only a job that would keep one thread busy longer than all others
+    as long if other programs use the processor too. Only a job that would keep one thread busy longer than all others
     shares its operations.
 
     Args:

@@ -26,7 +26,7 @@ def install(
         verify: Whether files are compared with their checksums when they are loaded.
 
     Returns:
-        The CheckpointIO, whoever installed it; None if there is none and no policy.
+        The CheckpointIO, also if the user passed it to the Trainer; None if there is none and no policy.
 
     Raises:
         ValueError: If the strategy does not save through a CheckpointIO, or there is one with another policy.
@@ -48,7 +48,7 @@ def install(
     if installed is not None:
         installed.describe_model = DescribeModel(trainer, callback)
         if saves_in_shards(strategy):
-            from q8lightning.trainer.sharded import open_sharded_door  # which imports what nobody else needs
+            from q8lightning.trainer.sharded import open_sharded_door  # imports what other strategies do not need
 
             open_sharded_door(strategy, installed)
     return installed

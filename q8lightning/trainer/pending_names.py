@@ -127,7 +127,7 @@ def begin_to_tell(checkpoint_io: QuantizedCheckpointIO) -> None:
 def tell_callbacks(trainer: pl.Trainer) -> None:
     """Call ``on_checkpoint_durable(path)`` of every callback that has it, for each file that became durable since.
 
-    All are called, whatever one of them raises.
+    All are called, also after one of them has raised.
 
     Raises:
         Exception: The first one of a callback. After an exception in the Trainer, which it must not hide, each is a

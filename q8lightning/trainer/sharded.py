@@ -2,13 +2,14 @@
 
 These strategies hand their states to torch.distributed.checkpoint in ``save_checkpoint`` and take them from it in
 ``load_checkpoint``. Both are replaced on the Trainer's strategy, so that a folder is written encoded, and compared with
-its sums before it is loaded. Whoever loads it without this door gets the same tensors.
+its sums before it is loaded. Without this door, a folder loads as the same tensors.
 """
 
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_exact
+from q8lightning.trainer.model_structure import in_state_dict
 from q8lightning.trainer.twins import is_a
 
 PathLike = str | Path
 
-_COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of parameters, and the states of sharded models leave out."""
+_in_states = partial(in_state_dict, sharded=True)
 
 
 class ShardedDoor:
@@ -148,10 +149,6 @@ def door_of(strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> Sharded
     """Return the door of a strategy to this CheckpointIO, None if there is none."""
     door = getattr(vars(strategy).get("load_checkpoint"), "__self__", None)
     return door if isinstance(door, ShardedDoor) and door.io is checkpoint_io else None
-
-
-def _in_states(name: str) -> str:
-    return name.replace(_COMPILED, "")
 
 
 def _cause(error: CheckpointException) -> BaseException:

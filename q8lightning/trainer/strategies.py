@@ -8,7 +8,7 @@ from q8lightning.trainer.twins import is_a, is_from_lightning
 
 
 def check_saves(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves pass nothing of ours, since nothing would be quantized."""
+    """Raise ValueError for strategies whose saves the package cannot reach, so that nothing would be quantized."""
     if bypasses_io(strategy) or (saves_in_shards(strategy) and not _saves_as_lightning(strategy)):
         raise ValueError(
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"

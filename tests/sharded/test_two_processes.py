@@ -31,7 +31,14 @@ from support.sharded_scenarios import assert_same, decoded, loaded, play, result
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from q8lightning import BackgroundSaveError, CheckpointPolicy, CorruptCheckpointError, QuantizationCallback, Rule
+from q8lightning import (
+    BackgroundSaveError,
+    CheckpointPolicy,
+    CorruptCheckpointError,
+    QuantizationCallback,
+    Rule,
+    without_verification,
+)
 from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
 from q8lightning.checkpoint.sharded.shard_file import read_table
@@ -260,9 +267,14 @@ def damaged(folder: Path) -> Any:
             verbose=False,
         )
 
+    def unverified(path: Path) -> str:
+        with without_verification():
+            return load(path, QuantizationCallback())
+
     return {
         "with": {name: load(path, QuantizationCallback()) for name, path in copies.items()},
         "without": {name: load(copies[name]) for name in NOTICED if name in copies},
+        "off": unverified(copies["encoded"]),
     }
 
 
@@ -292,6 +304,15 @@ WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 """Models, strategies, and options of the Trainer."""
 
 
+def named_policy(folder: Path) -> Any:
+    """A policy that names a weight of a compiled block as a checkpoint does."""
+    callback = QuantizationCallback(CheckpointPolicy([Rule("state_dict.net.blocks.0.up.weight", "linear")]))
+    trainer = trainer_of(folder, max_steps=1, callbacks=[callback])
+    trainer.fit(CompiledModel(), samples())
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return list(read_meta(folder / "a.ckpt")["q8lightning"]["tensors"])
+
+
 def otherwise(folder: Path) -> Any:
     found = {}
     for name, (make, strategy, options) in WAYS.items():
@@ -319,6 +340,7 @@ SCENARIOS = [
     overwritten,
     damaged,
     guarded,
+    named_policy,
     otherwise,
 ]
 
@@ -454,6 +476,10 @@ def test_what_all_have_is_written_once(folder: Path) -> None:
     assert len(set(outside)) == 1  # the moments of a parameter are judged by each other
 
 
+def test_a_policy_names_compiled_weights_as_the_checkpoint_does(folder: Path) -> None:
+    assert results(folder, "named_policy", 2) == [["state_dict.net.blocks.0.up.weight"]] * 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_train_come_back_as_exactly(way: str, folder: Path) -> None:
     found = results(folder, "otherwise", 2)
@@ -559,6 +585,12 @@ def test_damage_is_named_and_never_loaded(what: str, folder: Path) -> None:
     for found in results(folder, "damaged", 2):
         assert found["with"][what].startswith(CorruptCheckpointError.__name__)
         assert DAMAGE[what] in found["with"][what]
+
+
+def test_what_is_not_damaged_can_be_loaded(folder: Path) -> None:
+    for found in results(folder, "damaged", 2):
+        assert "without_verification" in found["with"]["encoded"]
+        assert found["off"] == ""
 
 
 @pytest.mark.parametrize("what", NOTICED)

@@ -32,7 +32,7 @@ class Outline(NamedTuple):
     properties: list[tuple[Any, ...]]
 
     def is_that_of(self, other: "Outline") -> bool:
-        """Whether both are equal; False if nobody can say, as with keys that are tensors."""
+        """Whether both are equal; False if that cannot be told, as with keys that are tensors."""
         try:
             return self.addresses is not None and self == other
         except RuntimeError:

@@ -21,7 +21,7 @@ from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
 from q8lightning.checkpoint.tree import rebuild
 
 IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
-"""Types of objects that nobody can change, so that they need no copy."""
+"""Types of objects that cannot be changed, so that they need no copy."""
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -176,7 +176,7 @@ class Copier:
     def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
         if _on_host(payload.data):
             return payload
-        payload = payload.replace_data(payload.data)  # fetched later, because nobody changes it
+        payload = payload.replace_data(payload.data)  # fetched later, because nothing changes it
         self.transfer_of(payload.data.untyped_storage())
         self._payloads.append(payload)
         return payload
