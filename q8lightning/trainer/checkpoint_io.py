@@ -368,17 +368,17 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             self.base.teardown()
 
-    def wait(self) -> None:
-        """Wait for everything in the background.
+    def wait(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait for everything in the background, or with ``path`` for what changes that path.
 
         Raises:
             BackgroundSaveError: If a save or removal failed that no save has reported yet.
         """
-        self._wait()
+        self._wait(path)
 
-    def _wait(self) -> None:
+    def _wait(self, path: str | os.PathLike[str] | None = None) -> None:
         if self._background is not None:
-            self._background.wait()
+            self._background.wait(path)
 
     def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
         if self._background is None:

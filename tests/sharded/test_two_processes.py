@@ -170,6 +170,26 @@ def failing_at_the_end(folder: Path) -> Any:
         return caught(fitted, folder, *callbacks, steps=2, enable_checkpointing=True)
 
 
+class _Waits(pl.Callback):
+    """Saves after each step and waits for it; keeps what that raises."""
+
+    def __init__(self, folder: Path, callback: QuantizationCallback) -> None:
+        self.folder, self.callback = folder, callback
+        self.raised: list[str] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        path = self.folder / f"{trainer.global_step}.ckpt"
+        self.raised.append(caught(trainer.save_checkpoint, path))
+        self.raised.append(caught(self.callback.wait_until_durable, path))
+
+
+def waiting_for_a_failure(folder: Path) -> Any:
+    callback = QuantizationCallback(async_save=True)
+    waits = _Waits(folder / "a", callback)
+    with mock.patch.object(sharded_save, "write_shards", _FullDisk(1)):
+        return caught(fitted, folder, callback, waits, steps=3), waits.raised
+
+
 def removing_fails(folder: Path) -> Any:
     """Only the first process removes; all of them hear that it could not."""
     found = {}
@@ -315,6 +335,7 @@ SCENARIOS = [
     top_k,
     failing,
     failing_at_the_end,
+    waiting_for_a_failure,
     removing_fails,
     overwritten,
     damaged,
@@ -517,6 +538,14 @@ def test_an_error_of_the_last_save_reaches_all_at_the_end(folder: Path) -> None:
     for found in results(folder, "failing_at_the_end", 2):
         assert "No space left on device" in found
     assert sorted(each.name for each in (folder / "failing_at_the_end" / "a").iterdir()) == ["step=1.ckpt"]
+
+
+def test_whoever_waits_hears_of_a_failure_once_and_saves_again(folder: Path) -> None:
+    for raised_by_fit, raised in results(folder, "waiting_for_a_failure", 2):
+        assert [bool(each) for each in raised] == [False, False, False, True, False, False]
+        assert "No space left on device" in raised[3]
+        assert raised_by_fit == ""
+    assert sorted(each.name for each in (folder / "waiting_for_a_failure" / "a").iterdir()) == ["1.ckpt", "3.ckpt"]
 
 
 @pytest.mark.parametrize("when", ["at the next save", "at the end"])
