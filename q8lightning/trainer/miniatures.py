@@ -36,8 +36,9 @@ class Form(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> "Form":
-        """Return the form of a tensor."""
-        return Form(tensor.dtype, tensor.numel() % ALIGNED == 0, tensor.data_ptr() % ALIGNED == 0)
+        """Return the form of a tensor; of a DTensor, that of the shard which this process has."""
+        own = _local(tensor)
+        return Form(own.dtype, own.numel() % ALIGNED == 0, own.data_ptr() % ALIGNED == 0)
 
     def tensor(self, device: torch.device, lossless: bool, row: int | None = None) -> Tensor:
         """Return a tensor of this form.
@@ -111,7 +112,7 @@ def miniatures_of(
     }
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
-        if parameter.device != device or parameter.numel() < policy.min_numel:
+        if parameter.device != device or parameter.numel() < policy.min_numel or not _local(parameter).numel():
             continue
         place = places.get(id(parameter))
         weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
@@ -123,7 +124,7 @@ def miniatures_of(
             trained = quantized.get(name)
             if trained is not None and trained.axis:
                 trained = None  # no kernel encodes across rows
-            row = None if trained is None or trained.axis != 0 else parameter[0].numel()
+            row = None if trained is None or trained.axis != 0 else parameter.shape[1:].numel()
             way = codec and (codec, weight, trained, row), kept and (codecs, kept)
             found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row))
     return list(found.values())
@@ -149,4 +150,10 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     keys += ["momentum_buffer"] if options.get("momentum") else []
     keys += ["square_avg"] if "alpha" in options else []
     for key in keys:
-        yield key, Form(parameter.dtype, parameter.numel() % ALIGNED == 0, is_aligned=True)
+        yield key, Form.of(parameter)._replace(is_aligned=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this process has; any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
