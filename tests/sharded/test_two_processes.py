@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from q8lightning import BackgroundSaveError, CheckpointPolicy, CorruptCheckpointError, QuantizationCallback, Rule
 from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
+from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.shard_file import read_table
-from q8lightning.trainer import durable_io
+from q8lightning.trainer import durable_io, sharded
 
 RAW = ("state_dict.seen",)
 """Buffers are stored as they are."""
@@ -161,6 +162,25 @@ def failing(folder: Path) -> Any:
             with mock.patch.object(sharded_save, "write_shards", _FullDisk(rank)):
                 callbacks = QuantizationCallback(async_save=is_async), saves(own)
                 found[own.name] = caught(fitted, own, *callbacks, enable_checkpointing=True)
+    return found
+
+
+def failing_before_anything_is_written(folder: Path) -> Any:
+    """One process cannot find out what it has to write."""
+    found = {}
+    for rank in (0, 1):
+        calls = 0
+
+        def fail(*arguments: Any, own: int = rank) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and os.environ["LOCAL_RANK"] == str(own):
+                raise MemoryError("no memory left")
+            return local_shards(*arguments)
+
+        with mock.patch.object(sharded, "local_shards", fail):
+            callbacks = QuantizationCallback(), saves(folder / str(rank))
+            found[rank] = caught(fitted, folder, *callbacks, enable_checkpointing=True)
     return found
 
 
@@ -334,6 +354,7 @@ SCENARIOS = [
     in_the_background,
     top_k,
     failing,
+    failing_before_anything_is_written,
     failing_at_the_end,
     waiting_for_a_failure,
     removing_fails,
@@ -532,6 +553,14 @@ def test_an_error_of_one_process_reaches_all(way: str, rank: int, folder: Path) 
     left = sorted(each.name for each in (folder / "failing" / f"{way}{rank}").iterdir())
     assert left == ["step=1.ckpt"]
     assert check_shards(folder / "failing" / f"{way}{rank}" / "step=1.ckpt")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_before_anything_is_written_reaches_all(rank: int, folder: Path) -> None:
+    for found in results(folder, "failing_before_anything_is_written", 2):
+        assert found[rank] == "MemoryError: no memory left"
+    left = sorted(each.name for each in (folder / "failing_before_anything_is_written" / str(rank)).iterdir())
+    assert left == ["step=1.ckpt"]
 
 
 def test_an_error_of_the_last_save_reaches_all_at_the_end(folder: Path) -> None:
