@@ -21,7 +21,7 @@ from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.write import announce
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
@@ -174,14 +174,16 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         Raises:
             BackgroundSaveError: In all processes, if an earlier save in the background failed in one of them.
         """
-        save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
+        with talking():
+            save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
         known: Future[SaveReport] = Future()
         if ranks.is_first:
             self.reports.append(known)
 
         def write_own() -> None:
             try:
-                report = write(save, self._memory)
+                with talking():
+                    report = write(save, self._memory)
                 self._starter.learn(save)
                 if ranks.is_first:
                     self._warnings.add(report)
@@ -368,17 +370,17 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             self.base.teardown()
 
-    def wait(self) -> None:
-        """Wait for everything in the background.
+    def wait(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait for everything in the background, or with ``path`` for what changes that path.
 
         Raises:
             BackgroundSaveError: If a save or removal failed that no save has reported yet.
         """
-        self._wait()
+        self._wait(path)
 
-    def _wait(self) -> None:
+    def _wait(self, path: str | os.PathLike[str] | None = None) -> None:
         if self._background is not None:
-            self._background.wait()
+            self._background.wait(path)
 
     def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
         if self._background is None:

@@ -50,17 +50,20 @@ class Failures:
         return bool(self._kept)
 
     @contextmanager
-    def kept(self, kind: type[BaseException] = Exception) -> Iterator[None]:
+    def kept(
+        self, kind: type[BaseException] = Exception, unless: Callable[[BaseException], bool] | None = None
+    ) -> Iterator[None]:
         """Keep what is raised in this context for the next meeting; where there is one process, let it through.
 
         Args:
             kind: What is kept. ``BaseException``, an interrupt by the user for instance, only where a meeting follows
                 at once.
+            unless: Which errors are raised at once. The others cannot be met: they wait elsewhere.
         """
         try:
             yield
         except kind as error:
-            if self._trainer.world_size == 1:
+            if self._trainer.world_size == 1 or (unless is not None and unless(error)):
                 raise
             self._kept.append(error)
 

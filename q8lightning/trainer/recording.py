@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from q8lightning.checkpoint.sharded.ranks import is_alone
 from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.lightning_internals import unmark
@@ -96,11 +97,12 @@ class SaveWatch:
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save.
 
-        What fails in one process is raised in all: the others would wait for it in the barrier that follows.
+        What fails in one process is raised in all: the others would wait for it in the barrier that follows. Only one
+        that has left others in the middle of a save in shards raises at once. They hear of it when the process ends.
         """
         trainer, failures = self._trainer, self.failures
         let_callbacks_know(trainer)
-        with failures.kept(BaseException):
+        with failures.kept(BaseException, unless=is_alone):
             unmark(trainer.strategy, checkpoint)
             self._save(checkpoint, *args, **kwargs)
         self._others_wait = trainer.world_size > 1

@@ -30,7 +30,7 @@ from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
 from q8lightning.checkpoint.sharded.local_shards import local_shards
-from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
@@ -70,18 +70,22 @@ class ShardedDoor:
         """
         own = type(self._strategy).save_checkpoint
         if storage_options is not None or is_exact(filepath):
-            self._front.together(self.io.wait)
-            own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
+            with talking():
+                self._front.together(self.io.wait)
+                own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
             return
-        path = self._front.at_first(lambda: os.path.abspath(filepath))
-        planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
-        plan = self._last = agree(planner, state, self._front, self._last)
-        part = local_shards(checkpoint, plan, planner, with_rest=self._front.is_first)
+        with talking():
+            path = self._front.at_first(lambda: os.path.abspath(filepath))
+            planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
+            plan = self._last = agree(planner, state, self._front, self._last)
+            part, names = self._front.together(
+                lambda: (local_shards(checkpoint, plan, planner, self._front.is_first), self._names(checkpoint))
+            )
 
         def write(save: Save, memory: HostMemory) -> SaveReport:
             return ShardedSave(save, plan, part.places, self._back).write(path, memory)
 
-        self.io.save_shards(part.checkpoint, part.shards, filepath, self._names(checkpoint), self._front, write)
+        self.io.save_shards(part.checkpoint, part.shards, filepath, names, self._front, write)
 
     def _names(self, checkpoint: Mapping[str, Any]) -> ModelNames:
         """Return what is known of the model, by the names that the states of sharded models have."""
