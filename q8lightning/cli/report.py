@@ -114,8 +114,9 @@ def _sizes(found: Inspection) -> Table:
         )
     rest = f"{found.bytes_without_tensors:,}"
     made.add_row("not tensors", "", rest, rest, "", "")
+    what = "whole folder" if found.path.is_dir() else "whole file"
     whole = (f"{len(found.tensors):,}", f"{found.bytes:,}", f"{found.decoded_bytes:,}", f"{found.ratio:.2f}x")
-    made.add_row("whole file", *whole)
+    made.add_row(what, *whole)
     return made
 
 

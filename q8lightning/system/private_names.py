@@ -126,6 +126,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "replaced on the Trainer's strategy, so that shards are encoded where they are"),
     PrivateName("torch.distributed.checkpoint.filesystem", "_StorageInfo", "sharded",
                 "where in which file DCP finds a chunk"),
+    PrivateName("torch.serialization", "_get_layout", "tools", "how a folder's .metadata names the layout of tensors"),
     # When weights are quantized in a training step, and who sees them
     PrivateName("lightning.pytorch.plugins.precision.Precision", "train_step_context", "qat", _AROUND),
     PrivateName("lightning.pytorch.plugins.precision.Precision", "val_step_context", "qat", _AROUND),

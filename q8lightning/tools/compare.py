@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
@@ -153,8 +152,8 @@ def compare(
     """Compare all tensors that have the same path in two checkpoints, quantized or not.
 
     Args:
-        first: The file that errors are relative to.
-        second: The other file.
+        first: The file or folder that errors are relative to.
+        second: The other one.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             files.
         progress: Called with the number of tensors compared so far, and of all.
@@ -170,7 +169,7 @@ def compare(
         >>> found.by_kind()["weights"].sqnr_db, found.differing[0].name  # doctest: +SKIP
     """
     one, two = open_checkpoint(first, trust), open_checkpoint(second, trust)
-    with verified(one.file), verified(two.file):
+    with one.verified(), two.verified():
         return _compare(one, two, progress)
 
 

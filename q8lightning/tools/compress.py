@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from q8lightning.checkpoint.file.small_tensors import SmallTensors
+from q8lightning.checkpoint.file.small_tensors import SMALL, SmallTensors
 from q8lightning.checkpoint.file.zip_writer import SharedMemory
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Preset, Rule
 from q8lightning.checkpoint.sections import path_of
-from q8lightning.checkpoint.tree import leaves
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.tree import leaves, rebuild
 from q8lightning.tools.conversion import Conversion, check_target
 from q8lightning.tools.encode_parts import PartEncoder
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
@@ -33,10 +34,11 @@ def compress(
     """Write ``source`` as the callback would have saved it; one tensor at a time is in memory.
 
     Entries of the state dict count as parameters, because a checkpoint does not distinguish buffers from them. Tensors
-    that are encoded already stay as they are, unless the policy makes them smaller.
+    that are encoded already stay as they are, unless the policy makes them smaller. A folder becomes one file; of it,
+    all states of one parameter are in memory at a time.
 
     Args:
-        source: The file to read.
+        source: The file or folder to read.
         target: The file to write.
         policy: ``"resume"``, ``"compact"``, a :class:`~q8lightning.CheckpointPolicy` or a mapping of its arguments.
         keep: Patterns of paths, such as ``state_dict.*.table``. Tensors that match are stored as they are.
@@ -47,8 +49,8 @@ def compress(
 
     Raises:
         ValueError: If the policy is not valid.
-        ToolError: If nothing becomes smaller, a pattern of ``keep`` matches nothing, the file cannot be read, or the
-            target must not be written.
+        ToolError: If nothing of a file becomes smaller, a pattern of ``keep`` matches nothing, the source cannot be
+            read, or the target must not be written.
         CorruptCheckpointError: If the source is damaged; nothing is written then.
         NewerFormatError: If the source was written in a later format than this version reads.
         OSError: If the target cannot be written.
@@ -61,7 +63,7 @@ def compress(
     chosen = policy_of(policy)
     chosen = replace(chosen, rules=[*(Rule(pattern) for pattern in keep), *chosen.rules])
     path = check_target(source, target, overwrite)
-    opened = open_checkpoint(source, trust)
+    opened = _with_small_tensors(open_checkpoint(source, trust))
     if not isinstance(opened.content, Mapping):
         raise ToolError(f"{opened.path} holds {type(opened.content).__name__}, not the dict that a checkpoint is")
     _check_kept(keep, opened)
@@ -79,10 +81,19 @@ def _compress(
     encoder = PartEncoder(opened, policy, progress)
 
     def check() -> None:
-        if not encoder.converted:
+        if not encoder.converted and not (opened.in_shards and encoder.kept):
             raise ToolError(_why_nothing(encoder))
 
     return encoder.write(path, check, small)
+
+
+def _with_small_tensors(opened: OpenCheckpoint) -> OpenCheckpoint:
+    """Read the small tensors of a folder, which are stored together."""
+
+    def read(value: Any) -> Any:
+        return value.read() if isinstance(value, UnreadTensor) and value.decoded_bytes <= SMALL else value
+
+    return replace(opened, content=rebuild(opened.content, read)) if opened.in_shards else opened
 
 
 def policy_of(policy: str | CheckpointPolicy | Mapping[str, Any]) -> CheckpointPolicy:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError
@@ -21,7 +20,7 @@ class Conversion:
 
     Attributes:
         path: The file that was written.
-        bytes_before: Size of the file that was read.
+        bytes_before: Size of the file or folder that was read.
         bytes_after: Size of the file that was written.
         converted: How many tensors were encoded, or decoded; tied ones count once.
         kept: How many tensors were encoded before and stayed as they were.
@@ -100,7 +99,7 @@ class Converter(ABC):
         locations = self.opened.locations
 
         def write(file: IO[bytes]) -> None:
-            with verified(self.opened.file):  # otherwise damage would get a new sum and never be found
+            with self.opened.verified():  # otherwise damage would get a new sum and never be found
                 write_tensor_by_tensor(
                     self.content, file, self.replace, lambda storage: locations.get(storage, "cpu"), small
                 )
@@ -112,7 +111,7 @@ class Converter(ABC):
             raise OSError(error.errno, error.strerror, str(target)) from error  # not every error knows the file
         return Conversion(
             path=target,
-            bytes_before=self.opened.file.size,
+            bytes_before=self.opened.size,
             bytes_after=target.stat().st_size,
             converted=self.converted,
             kept=self.kept,

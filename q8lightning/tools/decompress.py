@@ -3,13 +3,16 @@
 import os
 from typing import Any
 
+from torch import Tensor
+
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, SUMMARY_KEY
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.tools.conversion import Conversion, Converter, check_target
 from q8lightning.tools.encode_parts import without_summary
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
-from q8lightning.tools.tensors import tensors_in
+from q8lightning.tools.tensors import is_encoded, tensors_in
 from q8lightning.tools.write_tensor_by_tensor import Store, Stored
 
 
@@ -23,11 +26,13 @@ def decompress(
 ) -> Conversion:
     """Write a checkpoint with ordinary tensors, which ``torch.load`` reads without q8lightning.
 
-    One tensor at a time is in memory. Of the summary only what stays true is kept: how weights were trained quantized,
-    the names of optimizers' parameters, and how often the run was restored from a quantized checkpoint.
+    A folder becomes one file, as Lightning's own consolidation makes it, also if nothing in it is encoded. A Trainer on
+    one device resumes from it. One tensor at a time is in memory. Of the summary only what stays true is kept: how
+    weights were trained quantized, the names of optimizers' parameters, and how often the run was restored from a
+    quantized checkpoint.
 
     Args:
-        source: The file to read.
+        source: The file or folder to read.
         target: The file to write.
         overwrite: Overwrite the target if it exists.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
@@ -35,7 +40,7 @@ def decompress(
         progress: Called with the bytes of values decoded so far, and of all.
 
     Raises:
-        ToolError: If nothing in the source is encoded, it cannot be read, or the target must not be written.
+        ToolError: If nothing in the source, a file, is encoded, it cannot be read, or the target must not be written.
         CorruptCheckpointError: If the source is damaged; nothing is written then.
         NewerFormatError: If the source was written in a later format than this version reads.
         OSError: If the target cannot be written.
@@ -46,25 +51,25 @@ def decompress(
     """
     path = check_target(source, target, overwrite)
     opened = open_checkpoint(source, trust)
-    if not any(isinstance(value, QuantizedTensor) for _, value in tensors_in(opened.content)):
+    if not opened.in_shards and not any(is_encoded(value) for _, value in tensors_in(opened.content)):
         raise ToolError(f"{opened.path} holds no quantized tensor; it loads without q8lightning as it is")
     return _Decoder(opened, progress).write(path)
 
 
 class _Decoder(Converter):
-    """Replaces payloads by their values."""
+    """Replaces payloads, and tensors that nobody has read, by their values."""
 
     def __init__(self, opened: OpenCheckpoint, progress: Progress) -> None:
-        payloads = [value for _, value in tensors_in(opened.content) if isinstance(value, QuantizedTensor)]
+        payloads = [value for _, value in tensors_in(opened.content) if not isinstance(value, Tensor)]
         super().__init__(opened, _content(opened), payloads, progress)
         self._stored: dict[int, Stored] = {}
 
     def replace(self, value: Any, store: Store) -> Any:
-        if not isinstance(value, QuantizedTensor):
+        if not isinstance(value, QuantizedTensor | UnreadTensor):
             return value
         if id(value) not in self._stored:
             self._stored[id(value)] = store(self.opened.values(value), self.opened.location(value))
-            self.converted += 1
+            self.converted += is_encoded(value)
             self.advance(value)
         return self._stored[id(value)]
 

@@ -4,9 +4,11 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
@@ -23,13 +25,14 @@ from q8lightning.checkpoint.sections import (
     parameter_names_in,
     path_of,
 )
-from q8lightning.checkpoint.tree import Keys, tensors
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.tree import Keys
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.tools.conversion import Converter
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress
 from q8lightning.tools.split import Part, containers_around, memory_of, parts_of
 from q8lightning.tools.summary_of_parts import SummaryOfParts
-from q8lightning.tools.tensors import tensors_in
+from q8lightning.tools.tensors import Value, tensors_in
 from q8lightning.tools.write_tensor_by_tensor import Store, Stored
 
 
@@ -52,6 +55,8 @@ class PartEncoder(Converter):
         self._parameters = parameter_names_in(opened.content)
         self._parts = parts_of(found)
         self._said = SummaryOfParts(opened.summary)
+        self._block_sizes_of_shards: set[str] = set()
+        """Paths of tensors that were read from shards, each encoded by one codec."""
         self._codes: dict[str, Mapping[str, Any]] = dict(opened.summary.get(CODES_KEY, {}))
         self._summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -72,24 +77,44 @@ class PartEncoder(Converter):
             self._complete()
         part = self._parts.get(id(value))
         if part is None:
-            return value
+            return store(value.read(), "cpu") if isinstance(value, UnreadTensor) else value
         if part.results is None:
             part.results = self._encode(part)
         result = part.results[id(value)]
         if isinstance(result, Stored) or (result is value and isinstance(value, Tensor)):
             return result
         alone = result
-        if isinstance(result, QuantizedTensor):
-            self.kept += result is value
-            self.converted += result is not value
-            if result.data.untyped_storage().nbytes() > result.nbytes:  # a view is written with all of its memory
-                alone = result.replace_data(result.data.clone())
+        if isinstance(result, QuantizedTensor) and result.data.untyped_storage().nbytes() > result.nbytes:
+            alone = result.replace_data(result.data.clone())  # a view is written with all of its memory
         stored = store(alone, self.opened.location(value))
         part.results = {key: stored if other is result else other for key, other in part.results.items()}
         return stored
 
     def _encode(self, part: Part) -> dict[int, Any]:
         """Return what replaces each tensor of a part, by the tensor's id."""
+        known = {id(value): self._read(keys, value) for keys, value in part.leaves}
+        results = self._encode_known(Part([(keys, known[id(value)]) for keys, value in part.leaves]))
+        encoded = {id(new): (key, new) for key, new in results.items() if isinstance(new, QuantizedTensor)}
+        self.kept += sum(key == id(new) for key, new in encoded.values())
+        self.converted += sum(key != id(new) for key, new in encoded.values())
+        for value in {id(value): value for _, value in part.leaves}.values():
+            self.advance(value)
+        return {key: results[id(value)] for key, value in known.items()}
+
+    def _read(self, keys: Keys, value: Value) -> Tensor | QuantizedTensor:
+        """Read a tensor of a folder: as one payload if that has the very codes of its shards, or else decoded."""
+        if not isinstance(value, UnreadTensor):
+            return value
+        whole, codecs = value.read(), value.stored.codecs
+        if len(codecs) > 1 or codecs[0] is None:
+            return whole
+        payload = QuantizedTensor.encode(whole, codecs[0], path_of(keys))
+        if not torch.equal(payload.decode(), whole):
+            return whole  # its blocks begin where shards begin
+        self._block_sizes_of_shards.add(path_of(keys))
+        return payload
+
+    def _encode_known(self, part: Part) -> dict[int, Any]:
         results: dict[int, Any] = {id(value): value for _, value in part.leaves}
         tensors = self._to_encode(part)
         wanted = [(keys, tensors[id(value)]) for keys, value in part.leaves if id(value) in tensors]
@@ -99,8 +124,6 @@ class PartEncoder(Converter):
             for keys, value in part.leaves:
                 if isinstance(value, QuantizedTensor):
                     self._said.keep(keys, value, None)
-        for value in {id(value): value for _, value in part.leaves}.values():
-            self.advance(value)
         return results
 
     def _to_encode(self, part: Part) -> dict[int, Tensor]:
@@ -111,7 +134,7 @@ class PartEncoder(Converter):
         some_may_change = any(
             not self._is_as_wanted(keys, value)
             if isinstance(value, QuantizedTensor)
-            else value.numel() >= self._policy.min_numel
+            else torch.Size(value.shape).numel() >= self._policy.min_numel
             for keys, value in part.leaves
         )
         tensors: dict[int, Tensor] = {}
@@ -123,10 +146,16 @@ class PartEncoder(Converter):
         return tensors
 
     def _is_as_wanted(self, keys: Keys, payload: QuantizedTensor) -> bool:
-        """Whether encoding again surely changes nothing; False if there are rules by parameter, which are not read."""
+        """Whether encoding again surely changes nothing; False if there are rules by parameter, which are not read.
+
+        Blocks of a folder may be smaller than the policy's, so that they cross no row. They are not worth a loss.
+        """
         rules = self._policy.rules
         named = any(isinstance(rule, Rule) and rule.parameter != "*" for rule in rules)
-        return not named and self._policy.codec_for(path_of(keys)) == payload.codec
+        codec = self._policy.codec_for(path_of(keys))
+        if codec is not None and path_of(keys) in self._block_sizes_of_shards:
+            codec = replace(codec, block_size=min(codec.block_size, payload.codec.block_size))
+        return not named and codec == payload.codec
 
     def _encode_part(self, part: Part, wanted: list[tuple[Keys, Tensor]], results: dict[int, Any]) -> None:
         """Encode the wanted tensors of a part; keep a payload that does not become smaller.
@@ -155,7 +184,7 @@ class PartEncoder(Converter):
                 results[id(value)] = new
                 if keys[0] == STATE_DICT and keys[-1] in codes:
                     self._codes[keys[-1]] = codes[keys[-1]]
-            else:
+            elif isinstance(value, QuantizedTensor):
                 self._said.keep(keys, value, None if new is None else new.nbytes)
         refused = bool(report.refused)
         self._said.add(report)
@@ -178,7 +207,7 @@ class PartEncoder(Converter):
 
 
 def _bytes_in(codes: Mapping[str, Any]) -> int:
-    return sum(tensor.nbytes for _, tensor in tensors(codes))
+    return sum(value.nbytes for _, value in tensors_in(codes))
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from q8lightning.checkpoint.parameter_names import identity_of
-from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import CODES_KEY, path_of
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, open_checkpoint
-from q8lightning.tools.tensors import KINDS, codec_of, decoded_bytes, dtype_of, kind_of, tensors_in
+from q8lightning.tools.tensors import KINDS, codec_of, decoded_bytes, dtype_of, kind_of, stored_bytes, tensors_in
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def inspect(path: str | os.PathLike[str], *, trust: bool = False) -> Inspection:
     """Return what a checkpoint holds: format, policy, sizes and every tensor. Nothing is decoded.
 
     Args:
-        path: The file, quantized or not.
+        path: The file or folder, quantized or not.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
 
@@ -167,7 +166,7 @@ def inspect(path: str | os.PathLike[str], *, trust: bool = False) -> Inspection:
     metrics = opened.summary.get("metrics") or {}
     return Inspection(
         path=opened.path,
-        bytes=opened.file.size,
+        bytes=opened.size,
         sections=tuple(map(str, content)),
         training={key: content[key] for key in _PROGRESS if key in content},
         summary=_summary(opened.summary) if opened.summary else None,
@@ -202,7 +201,7 @@ def _entries(opened: OpenCheckpoint) -> list[TensorEntry]:
                 shape=tuple(value.shape),
                 dtype=dtype_of(value),
                 codec=codec_of(value),
-                bytes=0 if tied else value.nbytes if isinstance(value, QuantizedTensor) else size,
+                bytes=0 if tied else stored_bytes(value),
                 decoded_bytes=0 if tied else size,
                 tied_to=called if tied else None,
                 sqnr_db=None if sqnr is None else float(sqnr),

@@ -1,14 +1,15 @@
-"""Open a checkpoint without reading all of it: memory-mapped, with its payloads encoded."""
+"""Open a checkpoint without reading all of it: memory-mapped, with its payloads encoded; a folder tensor by tensor."""
 
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,13 @@ from q8lightning.checkpoint.loading import keep_encoded, watch_apart
 from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor, register_functions
 from q8lightning.checkpoint.sections import name_of, summary_in
+from q8lightning.checkpoint.sharded.open_folder import OpenFolder, is_folder
+from q8lightning.checkpoint.sharded.read_codes import with_codes
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called with how much has been done, and of how much."""
@@ -42,19 +48,38 @@ class OpenCheckpoint:
     """An open checkpoint.
 
     Attributes:
-        file: The file, open as long as this object exists.
-        content: What ``torch.load`` returns, on the CPU, with payloads as :class:`QuantizedTensor`.
+        source: The file or folder, open as long as this object exists.
+        content: What ``torch.load`` returns, on the CPU, with payloads as :class:`QuantizedTensor`. Of a folder, the
+            content of the file that it can be decompressed to, with tensors as :class:`UnreadTensor`.
         locations: The device of each storage when it was saved, such as ``cuda:0``, by the storage's ``_cdata``.
     """
 
-    file: OpenFile
+    source: OpenFile | OpenFolder
     content: Any
     locations: Mapping[int, str]
 
     @property
     def path(self) -> Path:
-        """The name of the file."""
-        return Path(self.file.path)
+        """The name of the file or folder."""
+        return Path(self.source.path)
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether it is a folder."""
+        return isinstance(self.source, OpenFolder)
+
+    @property
+    def size(self) -> int:
+        """Its bytes; of a folder, those of all its files."""
+        return self.source.size
+
+    def verified(self) -> AbstractContextManager[None]:
+        """Compare everything with its sums while the block reads it; what is read of a folder always is.
+
+        Raises:
+            CorruptCheckpointError: If something is not what was saved.
+        """
+        return verified(self.source) if isinstance(self.source, OpenFile) else nullcontext()
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -81,15 +106,19 @@ class OpenCheckpoint:
         Raises:
             CorruptCheckpointError: If they differ from what was saved.
         """
+        if isinstance(value, UnreadTensor):
+            return value.read()  # which knows the file
         with explained(self.path):
             return self.decode(value) if isinstance(value, QuantizedTensor) else value
 
-    def decode(self, payload: QuantizedTensor) -> Tensor:
+    def decode(self, payload: QuantizedTensor | UnreadTensor) -> Tensor:
         """Decode a payload.
 
         Raises:
             CorruptCheckpointError: If it differs from what was saved; with the tensor's name for people.
         """
+        if isinstance(payload, UnreadTensor):
+            return payload.read()
         try:
             return payload.decode()
         except CorruptCheckpointError as error:
@@ -97,18 +126,20 @@ class OpenCheckpoint:
             raise CorruptCheckpointError(f"the tensor {name}", error.file) from error
 
     def location(self, value: Value) -> str:
-        """Return the device of a tensor when it was saved."""
+        """Return the device of a tensor when it was saved; the host for a folder, of which DCP does not say it."""
+        if isinstance(value, UnreadTensor):
+            return "cpu"
         data = value.data if isinstance(value, QuantizedTensor) else value
         return self.locations.get(data.untyped_storage()._cdata, "cpu")
 
 
 def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCheckpoint:
-    """Open a file that ``torch.save`` or the callback wrote.
+    """Open a file that ``torch.save`` or the callback wrote, or a folder that a sharded strategy or DCP wrote.
 
     Files of torch's old format (before 1.6) are read whole.
 
     Args:
-        path: The file.
+        path: The file or folder.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
 
@@ -117,7 +148,40 @@ def open_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> OpenCh
         CorruptCheckpointError: If the damage keeps the file from being read.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
+    if Path(path).is_dir():
+        folder = open_folder(path, trust)
+        if folder.lacks:
+            raise folder.lacks[0]
+        return read_folder(folder)
     return read_checkpoint(open_file(path), trust)
+
+
+def open_folder(path: str | os.PathLike[str], trust: bool = False) -> OpenFolder:
+    """Open a folder; see :func:`open_checkpoint`. Files that it lacks are no error.
+
+    Raises:
+        ToolError: If it is no checkpoint or cannot be read.
+        CorruptCheckpointError: If the damage keeps it from being read.
+    """
+    if not is_folder(path):
+        raise ToolError(f"{path} is a directory; name a checkpoint file, or a folder with shards (meta.pt, .metadata)")
+    return _explaining(path, lambda: OpenFolder(path, trust))
+
+
+def read_folder(folder: OpenFolder) -> OpenCheckpoint:
+    """Return the checkpoint in an open folder, with every tensor unread; see :func:`open_checkpoint`."""
+    content = _explaining(folder.path, lambda: with_codes(folder, folder.content()))
+    check_version(summary_in(content))
+    return OpenCheckpoint(folder, content, {})
+
+
+def _explaining(path: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (CorruptCheckpointError, NewerFormatError):
+        raise
+    except Exception as error:  # pickle raises anything
+        raise _explain(os.fspath(path), error) from error
 
 
 def open_file(path: str | os.PathLike[str]) -> OpenFile:
@@ -126,8 +190,6 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
     Raises:
         ToolError: If there is no such file or it cannot be opened.
     """
-    if Path(path).is_dir():
-        raise ToolError(f"{path} is a directory; name a checkpoint file (sharded checkpoints are not supported)")
     try:
         return OpenFile(path)
     except OSError as error:

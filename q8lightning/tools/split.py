@@ -14,6 +14,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import is_optimizer, is_state
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
 
@@ -36,7 +37,7 @@ class Part:
 
 def memory_of(value: Value) -> Any:
     """Return a key that tensors share if they share memory; None for a tensor that no policy encodes."""
-    if isinstance(value, QuantizedTensor):
+    if isinstance(value, QuantizedTensor | UnreadTensor):
         return id(value)
     if value.layout != torch.strided or type(value) not in (Tensor, torch.nn.Parameter):
         return None

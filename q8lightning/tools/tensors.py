@@ -1,6 +1,6 @@
 """Find the tensors of an open checkpoint, and describe kind, size and storage of each."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -9,13 +9,14 @@ from q8lightning.checkpoint import tree
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.sections import kind_of as kind_by_keys
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 
 KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
 """The kinds of tensors: weights of the model, moments by their optimizer's name for them, and others."""
 
-Value = Tensor | QuantizedTensor
-"""A tensor of a checkpoint that was loaded with its payloads encoded."""
+Value = Tensor | QuantizedTensor | UnreadTensor
+"""A tensor of a checkpoint that was loaded with its payloads encoded, or of a folder."""
 
 
 def tensors_in(content: Any) -> list[tuple[Keys, Value]]:
@@ -33,6 +34,8 @@ def kind_of(keys: Keys, value: Value) -> str:
 
 def decoded_bytes(value: Value) -> int:
     """Return the bytes of a tensor's values in memory when it is loaded."""
+    if isinstance(value, UnreadTensor):
+        return value.decoded_bytes
     if isinstance(value, QuantizedTensor):
         return torch.Size(value.shape).numel() * value.dtype.itemsize
     if value.layout == torch.strided:
@@ -48,7 +51,21 @@ def dtype_of(value: Value) -> str:
 
 
 def codec_of(value: Value) -> str | None:
-    """Return the codec of a tensor, such as ``linear+residual/256``; None if it is not encoded."""
-    if not isinstance(value, QuantizedTensor):
+    """Return the codec of a tensor, such as ``linear+residual/256``; None if it is not encoded.
+
+    Of a tensor whose shards are stored in several ways, all of these.
+    """
+    if not is_encoded(value):
         return None
-    return f"{value.codec.label}/{value.codec.block_size}"
+    codecs = value.stored.codecs if isinstance(value, UnreadTensor) else (value.codec,)
+    return ", ".join("raw" if codec is None else f"{codec.label}/{codec.block_size}" for codec in codecs)
+
+
+def stored_bytes(value: Value) -> int:
+    """Return the bytes of a tensor's elements or codes where it is stored."""
+    return decoded_bytes(value) if isinstance(value, Tensor) else value.nbytes
+
+
+def is_encoded(value: Any) -> TypeGuard[QuantizedTensor | UnreadTensor]:
+    """Whether an object is a tensor that is stored encoded."""
+    return isinstance(value, QuantizedTensor) or (isinstance(value, UnreadTensor) and value.is_encoded)

@@ -8,8 +8,17 @@ from pathlib import Path
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, open_file, read_checkpoint, silent
-from q8lightning.tools.tensors import tensors_in
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.tools.open_checkpoint import (
+    OpenCheckpoint,
+    Progress,
+    open_file,
+    open_folder,
+    read_checkpoint,
+    read_folder,
+    silent,
+)
+from q8lightning.tools.tensors import is_encoded, tensors_in
 
 
 @dataclass(frozen=True)
@@ -17,11 +26,11 @@ class Verification:
     """The result of verifying a checkpoint.
 
     Attributes:
-        path: The file.
+        path: The file or folder.
         bytes: Its size.
         tensors: How many tensors could be read; tied ones count as often as they occur.
         quantized: How many of them are encoded; tied ones count once.
-        has_sums: Whether the file has a CRC32 of each of its records.
+        has_sums: Whether the file has a CRC32 of each of its records; a folder has sums of each chunk.
         damage: What is damaged, such as ``the tensor state_dict.layer.weight``; empty if the file is whole.
     """
 
@@ -41,10 +50,11 @@ class Verification:
 def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent) -> Verification:
     """Compare the checksum of every payload and the CRC32 of everything else; decode every payload to finite values.
 
-    Damage is returned, not raised.
+    Of a folder every file is read. Files that it lacks, or that are of another save, count as damage, but nobody can
+    tell of which save the files of plain Lightning are. Damage is returned, not raised.
 
     Args:
-        path: The file, quantized or not.
+        path: The file or folder, quantized or not.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the
             file.
         progress: Called with the number of quantized tensors decoded so far, and of all.
@@ -58,6 +68,8 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
         >>> verify("last.ckpt").is_whole  # doctest: +SKIP
         True
     """
+    if Path(path).is_dir():
+        return _verify_folder(path, trust, progress)
     file = open_file(path)
     counts: dict[str, int] = {}
     damage: list[str] = []
@@ -78,7 +90,35 @@ def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progr
     return Verification(Path(file.path), file.size, **counts, has_sums=has_sums, damage=tuple(damage))
 
 
-def _damage(opened: OpenCheckpoint, name: str, payload: QuantizedTensor) -> list[str]:
+def _verify_folder(path: str | os.PathLike[str], trust: bool, progress: Progress) -> Verification:
+    try:
+        folder = open_folder(path, trust)
+    except CorruptCheckpointError as error:
+        size = sum(each.stat().st_size for each in Path(path).iterdir())
+        return Verification(Path(path), size, damage=(_located(error, path),))
+    damage = [error.what for error in folder.damage()]
+    tensors = quantized = 0
+    try:
+        opened = read_folder(folder)
+        found = tensors_in(opened.content)
+        encoded = [(keys, value) for keys, value in found if is_encoded(value)]
+        tensors, quantized = len(found), len(encoded)
+        for index, (keys, value) in enumerate(encoded if not damage else ()):
+            damage += _damage(opened, opened.name(keys), value)
+            progress(index + 1, len(encoded))
+    except CorruptCheckpointError as error:
+        if not damage:  # everything that was compared with its sum knows more
+            damage.append(_located(error, path))
+    return Verification(folder.path, folder.size, tensors, quantized, damage=tuple(damage))
+
+
+def _located(error: CorruptCheckpointError, path: str | os.PathLike[str]) -> str:
+    """Return what is damaged, with the file of a folder that it is in."""
+    inside = error.file is not None and Path(error.file).parent == Path(path)
+    return f"{error.what} in {Path(error.file).name}" if inside and error.file is not None else error.what
+
+
+def _damage(opened: OpenCheckpoint, name: str, payload: QuantizedTensor | UnreadTensor) -> list[str]:
     """Return what is wrong with a payload; an empty list if nothing is."""
     try:
         if bool(opened.decode(payload).isfinite().all()):

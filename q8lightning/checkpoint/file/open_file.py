@@ -55,9 +55,14 @@ class OpenFile:
             self._file.seek(position)
             return self._file.readinto(target) or 0
 
-    def reader(self) -> io.BufferedReader:
-        """Return a view with a position of its own. Closing that leaves the file open."""
-        return io.BufferedReader(FileView(self))
+    def reader(self, start: int = 0, nbytes: int | None = None) -> io.BufferedReader:
+        """Return a view with a position of its own. Closing that leaves the file open.
+
+        Args:
+            start: Where the view begins.
+            nbytes: How long it is at most; None for all that follows.
+        """
+        return io.BufferedReader(FileView(self, start, nbytes))
 
     @property
     def address(self) -> str:
@@ -82,10 +87,13 @@ def reads_in_parallel() -> bool:
 
 
 class FileView(io.RawIOBase):
-    """Reads an open file from a position of its own."""
+    """Reads an open file, or a part of it, from a position of its own."""
 
-    def __init__(self, file: OpenFile) -> None:
+    def __init__(self, file: OpenFile, start: int = 0, nbytes: int | None = None) -> None:
         self._file = file
+        self._start = min(start, file.size)
+        left = file.size - self._start
+        self._size = left if nbytes is None else min(nbytes, left)
         self._position = 0
 
     @property
@@ -94,14 +102,15 @@ class FileView(io.RawIOBase):
         return self._file.path
 
     def readinto(self, buffer: Any) -> int:
-        """Read from the current position on until ``buffer`` is full or the file ends."""
-        read = self._file.read_at(self._position, memoryview(buffer).cast("B"))
+        """Read from the current position on until ``buffer`` is full or the view ends."""
+        target = memoryview(buffer).cast("B")[: max(self._size - self._position, 0)]
+        read = self._file.read_at(self._start + self._position, target)
         self._position += read
         return read
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to another position."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if start + offset < 0:  # as any file says, and ``zipfile`` expects
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self.name)
         self._position = start + offset

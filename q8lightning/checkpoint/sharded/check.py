@@ -14,7 +14,7 @@ from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifyin
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.sharded.save import META, METADATA, SHARDS_KEY
-from q8lightning.checkpoint.sharded.shard_file import Chunk, damaged_chunks, read_table
+from q8lightning.checkpoint.sharded.shard_file import Chunk, Table, damaged_chunks, read_table
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
@@ -61,38 +61,66 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
         return False
 
     def check_some() -> None:
-        for number, (name, nbytes) in enumerate(shards["files"].items()):
+        for number, name in enumerate(shards["files"]):
             if number % ranks.size == ranks.rank:
-                _check_file(folder / name, nbytes, shards["save"])
+                _check_file(folder / name, shards)
 
     ranks.share(check_some)
     return True
 
 
-def _contents(folder: Path, weights_only: bool | None) -> Mapping[str, Any] | None:
-    """Return which files belong to a checkpoint; None if the checkpoint does not say."""
-    shards = summary_in(read_meta(folder, weights_only)).get(SHARDS_KEY)
-    if not isinstance(shards, Mapping):
-        return None
+def shards_in(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what the content of ``meta.pt`` says of the files of a checkpoint; None if the checkpoint does not say."""
+    shards = summary_in(meta).get(SHARDS_KEY)
+    return shards if isinstance(shards, Mapping) else None
+
+
+def check_metadata(folder: Path, shards: Mapping[str, Any] | None) -> bytes:
+    """Return the content of ``.metadata``, compared with its sum if that is known.
+
+    Raises:
+        CorruptCheckpointError: If it is not what was saved, or not there.
+    """
     metadata = folder / METADATA
     if not metadata.is_file():
         raise _damage(folder, f"it lacks {METADATA}")
-    if xxhash.xxh3_64_intdigest(metadata.read_bytes()) != shards["metadata"]:
+    data = metadata.read_bytes()
+    if shards is not None and xxhash.xxh3_64_intdigest(data) != shards["metadata"]:
         raise _damage(folder, f"{METADATA} is not the one that was saved with {META}")
+    return data
+
+
+def checked_table(file: Path, shards: Mapping[str, Any]) -> Table:
+    """Return the table of a file, if the file belongs to the checkpoint and is as long as it was.
+
+    Raises:
+        CorruptCheckpointError: If it is not.
+        FileNotFoundError: If it is not there.
+    """
+    table = read_table(file)
+    if table.save != shards["save"]:
+        raise _damage(file.parent, f"the shard {file.name} is of another save than {META}")
+    nbytes, found = shards["files"].get(file.name), file.stat().st_size
+    if nbytes not in (None, found):
+        raise _damage(file.parent, f"the shard {file.name} has {found} bytes instead of {nbytes}")
+    return table
+
+
+def _contents(folder: Path, weights_only: bool | None) -> Mapping[str, Any] | None:
+    """Return which files belong to a checkpoint; None if the checkpoint does not say."""
+    shards = shards_in(read_meta(folder, weights_only))
+    if shards is None:
+        return None
+    check_metadata(folder, shards)
     for name in shards["files"]:
         if not (folder / name).is_file():
             raise _damage(folder, f"it lacks the shard {name}")
     return shards
 
 
-def _check_file(file: Path, nbytes: int, save: str) -> None:
-    table = read_table(file)
-    if table.save != save:
-        raise _damage(file.parent, f"the shard {file.name} is of another save than {META}")
-    for chunk in damaged_chunks(file, table):
+def _check_file(file: Path, shards: Mapping[str, Any]) -> None:
+    for chunk in damaged_chunks(file, checked_table(file, shards)):
         raise CorruptCheckpointError(describe_chunk(chunk), file)
-    if file.stat().st_size != nbytes:
-        raise _damage(file.parent, f"the shard {file.name} has {file.stat().st_size} bytes instead of {nbytes}")
 
 
 def describe_chunk(chunk: Chunk) -> str:
