@@ -10,7 +10,7 @@ from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quanti
 from q8lightning.trainer.describe_model import DescribeModel, Quantizes
 from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.pending_names import leave_callbacks_alone
-from q8lightning.trainer.strategies import bypasses_io, check_saves, optimizer_device
+from q8lightning.trainer.strategies import bypasses_io, check_saves, encoding_device
 from q8lightning.trainer.warm_up import WarmUp
 
 
@@ -89,10 +89,11 @@ def warm_up_for(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> Wa
         quantized: How weights that are trained quantized are, by name.
     """
     installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
-    device = optimizer_device(strategy)  # None for sharded strategies, which save from the host
+    device = encoding_device(strategy)
     if installed is None or device is None or device.type != "cuda":
         return None
-    if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+    encodes = trainer.is_global_zero or saves_in_shards(strategy)
+    if trainer.fast_dev_run or not encodes:  # type: ignore[attr-defined]
         return None
     module, optimizers = trainer.lightning_module, strategy.optimizers
     return WarmUp(installed.policy, module, optimizers, device, installed.async_save, quantized)

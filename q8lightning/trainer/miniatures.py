@@ -37,8 +37,9 @@ class Form(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> "Form":
-        """Return the form of a tensor."""
-        return Form(tensor.dtype, tensor.numel() % ALIGNED == 0, tensor.data_ptr() % ALIGNED == 0)
+        """Return the form of a tensor; of a DTensor, that of the shard which this process has."""
+        own = _local(tensor)
+        return Form(own.dtype, own.numel() % ALIGNED == 0, own.data_ptr() % ALIGNED == 0)
 
     def tensor(self, device: torch.device, lossless: bool, row: int | None = None) -> Tensor:
         """Return a tensor of this form.
@@ -112,8 +113,9 @@ def miniatures_of(
     }
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
-        if not has_memory(parameter) or parameter.device != device or parameter.numel() < policy.min_numel:
-            continue  # has_memory: neither sparse nor a lazy layer's that has no shape yet
+        own = _local(parameter)
+        if not has_memory(own) or parameter.device != device or parameter.numel() < policy.min_numel or not own.numel():
+            continue  # without memory: sparse, or of a lazy layer that has no shape yet
         place = places.get(id(parameter))
         weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
         states = () if place is None else tuple(_states_to_come(optimizers[place[0]], parameter))
@@ -124,7 +126,7 @@ def miniatures_of(
             trained = quantized.get(name)
             if trained is not None and trained.axis:
                 trained = None  # no kernel encodes across rows
-            row = None if trained is None or trained.axis != 0 else parameter[0].numel()
+            row = None if trained is None or trained.axis != 0 else parameter.shape[1:].numel()
             way = codec and (codec, weight, trained, row), kept and (codecs, kept)
             found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row))
     return list(found.values())
@@ -141,7 +143,7 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     state = optimizer.state.get(parameter)
     if state:
         for key, value in state.items():
-            if isinstance(value, Tensor) and has_memory(value) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == parameter.shape and has_memory(_local(value)):
                 yield key, Form.of(value)
         return
     options = getattr(optimizer, "defaults", {})
@@ -149,5 +151,12 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     keys += ["max_exp_avg_sq"] if options.get("amsgrad") else []
     keys += ["momentum_buffer"] if options.get("momentum") else []
     keys += ["square_avg"] if "alpha" in options else []
+    dtype, is_whole, _ = Form.of(parameter)
     for key in keys:
-        yield key, Form(parameter.dtype, parameter.numel() % ALIGNED == 0, is_aligned=True)
+        yield key, Form(dtype, is_whole, is_aligned=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this process has; any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -38,8 +38,8 @@ from q8lightning.trainer.twins import is_a
 
 PathLike = str | Path
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile, FSDP and activation checkpointing put into the names of parameters, and states leave out."""
+_COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of parameters, and the states of sharded models leave out."""
 
 
 class ShardedDoor:
@@ -151,9 +151,7 @@ def door_of(strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> Sharded
 
 
 def _in_states(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return name.replace(_COMPILED, "")
 
 
 def _cause(error: CheckpointException) -> BaseException:

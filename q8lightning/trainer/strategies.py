@@ -39,3 +39,9 @@ def bypasses_io(strategy: Strategy) -> bool:
 def optimizer_device(strategy: Strategy) -> torch.device | None:
     """Return the device that optimizer states are loaded to; None if the strategy shards them itself."""
     return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device
+
+
+def encoding_device(strategy: Strategy) -> torch.device | None:
+    """Return the device that encodes what a process saves; None if its states are handed out on the host."""
+    on_host = is_a(strategy, FSDPStrategy) or (is_a(strategy, ModelParallelStrategy) and not saves_in_shards(strategy))
+    return None if on_host else strategy.root_device

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked
+from support.loaded import loaded
 from support.models import batches, quiet_trainer
 from torch import Tensor, nn
 
@@ -222,24 +223,6 @@ def test_what_fails_is_one_warning_and_nobody_waits_for_it() -> None:
 # On a GPU, each in a process in which nothing has been compiled
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def loaded() -> list[str]:
-    """Return a list that gets every kernel which is compiled or loaded from now on."""
-    found: list[str] = []
-
-    def hook(*_: Any, **said: Any) -> None:
-        found.append(said["repr"])
-
-    try:
-        from triton import knobs
-    except ImportError:  # before Triton 3.4
-        from triton.runtime.jit import JITFunction
-
-        JITFunction.cache_hook = hook
-    else:
-        knobs.runtime.jit_cache_hook = hook
-    return found
 
 
 def gpu_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

@@ -177,8 +177,7 @@ def _remove_unless_locked(path: Path, own_host: bool) -> None:
 
 
 def _remove_folder_unless_locked(path: Path, own_host: bool) -> None:
-    if sys.platform == "win32":
-        shutil.rmtree(path, ignore_errors=True)
+    if sys.platform == "win32":  # nothing tells there whether its writer lives
         return
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
