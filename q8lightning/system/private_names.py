@@ -116,7 +116,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 ("obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record")),
     PrivateName("torch.serialization", "_get_storage_alignment", "saving", "where records begin", _SLOW),
     PrivateName("torch.serialization", "_serialization_tls", "saving", "whether storages are left out", _SLOW),
-    PrivateName("torch.storage.TypedStorage", "_untyped_storage", "background", "copies it; tools read it"),
     # What checkpoints in shards pass
     PrivateName("lightning.pytorch.strategies.Strategy", "load_checkpoint", "sharded",
                 "replaced on the Trainer's strategy: every load passes it"),
@@ -162,6 +161,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "modules that were compiled before the fit do not quantize their inputs"),
     # What reads and rewrites checkpoints without a Trainer
     PrivateName("pickle", "_Pickler", "tools", "lets an object be replaced by one that was pickled before"),
+    PrivateName("torch.storage.TypedStorage", "_untyped_storage", "tools", "its memory"),
     PrivateName("torch.storage.TypedStorage", "_pickle_storage_type", "tools", "what files call it"),
     PrivateName("torch.storage.TypedStorage", "_size", "tools", "its elements"),
     PrivateName("torch.Tensor", "_indices", "tools", "the bytes of a sparse tensor"),

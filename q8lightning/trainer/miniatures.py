@@ -145,7 +145,7 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     state = optimizer.state.get(parameter)
     if state:
         for key, value in state.items():
-            if isinstance(value, Tensor) and has_memory(value) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == parameter.shape and has_memory(_local(value)):
                 yield key, Form.of(value)
         return
     options = getattr(optimizer, "defaults", {})
@@ -153,8 +153,9 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     keys += ["max_exp_avg_sq"] if options.get("amsgrad") else []
     keys += ["momentum_buffer"] if options.get("momentum") else []
     keys += ["square_avg"] if "alpha" in options else []
+    dtype, is_whole, _ = Form.of(parameter)
     for key in keys:
-        yield key, Form.of(parameter)._replace(is_aligned=True)
+        yield key, Form(dtype, is_whole, is_aligned=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -166,27 +167,58 @@ class SavesTwice(pl.Callback):
         trainer.save_checkpoint(self.folder / f"two-{trainer.global_step}.ckpt")
 
 
+class SavesAverage(ModelCheckpoint):
+    """Saves twice each time, the second time with other weights in place."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *arguments)
+        pl_module.layer.weight.data.mul_(2)
+        self._save_checkpoint(trainer, f"{self.dirpath}/two-{trainer.global_step}.ckpt")
+
+
+def once_more(folder: Path) -> list[pl.Callback]:
+    """Three files a step: of two ModelCheckpoints, and the last one of the first."""
+    return [
+        ModelCheckpoint(folder, "one-{step}", every_n_train_steps=1, save_top_k=-1, save_last=True),
+        ModelCheckpoint(folder, "two-{step}", every_n_train_steps=1, save_top_k=-1, monitor="step"),
+    ]
+
+
+def average(folder: Path) -> list[pl.Callback]:
+    return [SavesAverage(folder, "one-{step}", every_n_train_steps=1, save_top_k=-1)]
+
+
+SAVES: dict[str, tuple[Callable[[Path], list[pl.Callback]], int, int]] = {
+    "ModelCheckpoints": (once_more, 1, 1),
+    "nothing happens": (lambda folder: [SavesTwice(folder, lambda x: x)], 2, 1),
+    "changed": (lambda folder: [SavesTwice(folder, lambda x: x.mul_(2))], 2, 2),
+    "changed through data": (lambda folder: [SavesTwice(folder, lambda x: x.data.mul_(2))], 2, 2),
+    "changed by numpy": (lambda folder: [SavesTwice(folder, lambda x: np.multiply(x, 2, out=x.numpy()))], 2, 2),
+    "changed by a subclass": (average, 2, 2),
+}
+"""Callbacks that save twice a step, how often that is encoded, and by what factor a weight differs then."""
+
+
 @pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
-@pytest.mark.parametrize(("change", "encodings"), [(lambda x: x, 1), (lambda x: x.mul_(2), 2)], ids=["same", "changed"])
+@pytest.mark.parametrize(("callbacks", "encodings", "factor"), SAVES.values(), ids=SAVES)
 def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
-    change: Callable[[Tensor], object],
-    encodings: int,
-    async_save: bool,
-    tmp_path: Path,
+    callbacks: Callable[[Path], list[pl.Callback]], encodings: int, factor: int, async_save: bool, tmp_path: Path
 ) -> None:
     policy = replace(CheckpointPolicy.of("compact"), min_numel=1)
+    saving = callbacks(tmp_path)
     trainer = quiet_trainer(
         tmp_path,
         max_steps=3,
         limit_val_batches=0,
-        callbacks=[SavesTwice(tmp_path, change), QuantizationCallback(policy, async_save=async_save)],
+        enable_checkpointing=isinstance(saving[0], ModelCheckpoint),
+        callbacks=[*saving, QuantizationCallback(policy, async_save=async_save)],
     )
     with calls_of(Run.__init__) as runs:  # how often it encodes has no other sign
         trainer.fit(BoringModel())
     assert len(runs) == 3 * encodings
     for step in range(1, 4):
-        one, two = (load(tmp_path / f"{name}-{step}.ckpt")["state_dict"] for name in ("one", "two"))
-        assert torch.equal(two["layer.weight"], one["layer.weight"] * encodings)
+        one, two = (load(next(tmp_path.glob(f"{name}-*{step}.ckpt")))["state_dict"] for name in ("one", "two"))
+        assert torch.equal(two["layer.weight"], one["layer.weight"] * factor)
         assert_same({**two, "layer.weight": 0}, {**one, "layer.weight": 0})
 
 
