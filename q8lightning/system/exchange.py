@@ -6,6 +6,9 @@ import shutil
 import sys
 from contextlib import suppress
 
+ASIDE = ".old"
+"""The ending of a folder in which something lies aside."""
+
 _AT_FDCWD, _EXCHANGE = -100, 2
 """What Linux calls the working directory, and the wish to exchange two names."""
 
@@ -13,8 +16,9 @@ _AT_FDCWD, _EXCHANGE = -100, 2
 def put_in_place(new: str, target: str) -> None:
     """Let the folder ``new`` be ``target``; remove what was there.
 
-    On Linux there is always something whole at ``target``. Elsewhere the old folder keeps a name beside it for a moment
-    (the one of ``new`` with ``.old``), where it stays if the process is killed then.
+    On Linux there is always something whole at ``target``. Elsewhere, and on most network file systems, what was there
+    lies for a moment in a folder beside it (the name of ``new`` with ``.old``). If the process is killed then,
+    :func:`finish` does the rest.
 
     Raises:
         OSError: If that cannot be; both stay as they were.
@@ -29,13 +33,35 @@ def put_in_place(new: str, target: str) -> None:
     if _exchange(new, target):
         remove(new)
         return
-    aside = f"{new}.old"
-    os.rename(target, aside)
+    aside = f"{new}{ASIDE}"
+    old = os.path.join(aside, os.path.basename(target))
+    os.mkdir(aside)
     try:
+        os.rename(target, old)
         os.rename(new, target)
     except OSError:
-        os.rename(aside, target)
+        if os.path.lexists(old):
+            os.rename(old, target)
+        os.rmdir(aside)
         raise
+    os.rename(aside, new)  # a name whose rest others remove if this process is killed
+    remove(new)
+
+
+def finish(aside: str) -> None:
+    """Finish what a killed process began with :func:`put_in_place`: the target is the new folder, or the old one.
+
+    Args:
+        aside: What that process left; its name ends in :data:`ASIDE`.
+
+    Raises:
+        OSError: If that cannot be; everything stays as it is.
+    """
+    new = aside.removesuffix(ASIDE)
+    for name in os.listdir(aside):  # one, or none
+        target = os.path.join(os.path.dirname(aside), name)
+        if not os.path.lexists(target):
+            os.rename(new if os.path.lexists(new) else os.path.join(aside, name), target)
     remove(aside)
 
 

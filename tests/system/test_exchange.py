@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from q8lightning.checkpoint.file.write import locked_folder, remove_leftovers, temporary_name
 from q8lightning.system import exchange
 from q8lightning.system.exchange import put_in_place
 
@@ -65,3 +66,40 @@ def test_what_was_there_stays_if_the_second_step_fails(tmp_path: Path, monkeypat
         put_in_place(os.fspath(new), os.fspath(target))
     assert (target / "a").read_text() == "old"
     assert (new / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_the_next_save_finishes_what_a_killed_process_began(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target is never without a name for longer than that, and nothing else is left."""
+    monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
+    new, target = folder(tmp_path / temporary_name(), "new"), folder(tmp_path / "target", "old")
+    rename = os.rename
+
+    def is_killed(one: str, two: str) -> None:
+        if moment == "before" or (moment == "between" and one == os.fspath(new)):
+            os._exit(0)
+        rename(one, two)
+        if moment == "after" and two == os.fspath(target):
+            os._exit(0)
+
+    child = os.fork()
+    if not child:
+        os.rename = is_killed
+        put_in_place(os.fspath(new), os.fspath(target))
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert target.exists() is (moment != "between")
+    remove_leftovers(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["target"]
+    assert (target / "a").read_text() == ("old" if moment == "before" else "new")
+
+
+def test_what_a_living_process_does_is_left_alone(tmp_path: Path) -> None:
+    with locked_folder(tmp_path) as new:
+        aside = new.with_name(f"{new.name}{exchange.ASIDE}")
+        aside.mkdir()
+        folder(aside / "target", "old")
+        remove_leftovers(tmp_path)
+        assert {each.name for each in tmp_path.iterdir()} == {new.name, aside.name}

@@ -19,6 +19,7 @@ from q8lightning.checkpoint.file import zip_writer
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.system.advice import advise
 from q8lightning.system.ambient import neutral
+from q8lightning.system.exchange import ASIDE, finish
 
 if sys.platform != "win32":
     import fcntl
@@ -118,10 +119,38 @@ def remove_leftovers(folder: Path) -> None:
 
     A writer holds a lock on its file or folder, and the lock ends with its process.
     """
+    _finish_exchanges(folder)
     with suppress(OSError):
         for entry in os.scandir(folder):
             if match := _TEMPORARY.fullmatch(entry.name):
                 _remove_unless_locked(Path(entry.path), own_host=match[1] == _HOST)
+
+
+def _finish_exchanges(folder: Path) -> None:
+    """Give a checkpoint its name back that a killed writer had taken away from it for a moment."""
+    with suppress(OSError):
+        for aside in [*folder.glob(f".*{TEMPORARY_SUFFIX}{ASIDE}")]:
+            new = aside.with_suffix("")
+            match = _TEMPORARY.fullmatch(new.name)
+            if match and not _is_locked(new) and (match[1] == _HOST or time.time() - _newest(aside) > _FOREIGN_AGE):
+                finish(os.fspath(aside))
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a folder is there, and its writer lives."""
+    if sys.platform == "win32":
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def temporary_name() -> str:
