@@ -75,6 +75,11 @@ def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
         raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
 
 
+def is_verifying() -> bool:
+    """Whether checksums are compared; False inside :func:`without_verification`."""
+    return _VERIFY.get()
+
+
 def shard_name(rank: int, save: str) -> str:
     """Return the name of the file that a process writes of a checkpoint in shards.
 
@@ -109,8 +114,8 @@ def check_save(name: str, save: str | None) -> None:
 def _file_being_loaded() -> str | None:
     """Return the file that a ``torch.load`` of this thread is reading; None if its name is not known.
 
-    Nobody tells the functions that a file calls which file it is. The callers' variables do, so that an error can name
-    the file.
+    The functions that a file calls are not told which file it is. The callers' variables say it, so that an error can
+    name the file.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not getattr(torch.load, "__code__", None):

@@ -1,4 +1,4 @@
-"""Tensors that are not read before somebody needs them, as Lightning's FSDP loads a whole checkpoint.
+"""Tensors that are not read before they are needed, as Lightning's FSDP loads a whole checkpoint.
 
 It unpickles the file itself, with something else in the place of every tensor, so that each process reads what it
 needs. A payload needs its bytes at once.

@@ -202,7 +202,7 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
     Args:
         text: The header as JSON: ``codec``, ``shape``, ``stride``, ``dtype`` (without ``torch.``) and ``name``.
             ``requires_grad`` and ``parameter`` are there only if they are true. Further keys are ignored, because
-            whatever changes the values is an option of the codec.
+            all that changes the values is an option of the codec.
         checksum: The checksum of the header, the scales and the codes.
         buffer: ``[bytes]`` uint8, in which several payloads may lie.
         start: Where scales and codes begin in the buffer.

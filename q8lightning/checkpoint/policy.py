@@ -120,7 +120,7 @@ class CheckpointPolicy:
         rules = tuple(_rule(f"rules[{index}]", rule) for index, rule in enumerate(self.rules))
         if all(rule.codec is None for rule in rules):
             raise ValueError(
-                f"a checkpoint policy has at least one rule with a codec, got {len(rules)} without;"
+                f"a checkpoint policy has at least one rule with a codec, got {len(rules)} rules and none has one;"
                 ' add Rule("state_dict.*", "softsign"), or pass checkpoint=None to quantize nothing'
             )
         if self.min_numel < 1:

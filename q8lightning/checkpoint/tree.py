@@ -20,7 +20,7 @@ Keys = tuple[Any, ...]
 
 PATHS = 8
 """By how many paths a container is entered where each path may mean something else. There must be a bound, because
-containers that are shared at many levels have more paths than anybody can walk."""
+containers that are shared at many levels have too many paths to walk them all."""
 
 _FLAT = ATOMS | {Tensor}
 

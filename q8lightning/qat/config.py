@@ -18,7 +18,7 @@ class QATConfig:
         exclude: Patterns of parameters that are never quantized.
         exclude_first_and_last: Never quantize the first and the last layer, in the order in which the model registers
             its modules.
-        min_rank: Parameters of a lower rank (biases, norms) are never quantized, whatever the rules say.
+        min_rank: Parameters of a lower rank (biases, norms) are never quantized, also if a rule matches them.
         activations: Rules, or mappings of their arguments, for the inputs of modules.
         start_step: The first global step (count of optimizer steps) that is quantized.
         end_step: The first global step that is not quantized any more; None for never.

@@ -144,7 +144,7 @@ class FakeQuantizer:
         """Let the weights show their quantized values, unless they show the right ones already.
 
         Args:
-            step: The global step, by which the schedule decides. None quantizes everything, whatever the schedule.
+            step: The global step, by which the schedule decides. None quantizes everything.
             training: Whether the ramp applies.
             measure: Whether to compute :attr:`statistics`.
 
@@ -168,7 +168,7 @@ class FakeQuantizer:
         """Put the masters back, bit for bit, if the weights are engaged.
 
         Raises:
-            LostWriteError: If somebody wrote to the quantized values of a weight, or, beside sharded weights, to a
+            LostWriteError: If code wrote to the quantized values of a weight, or, beside sharded weights, to a
                 parameter that is not quantized. The masters are back then, too.
         """
         with self._at_work():
@@ -295,7 +295,7 @@ class FakeQuantizer:
             self.busy = outer
 
     def _before_change(self) -> None:
-        """Have nobody go on with the present values of sharded weights."""
+        """Drop the gathered values of sharded weights, and wait until nothing reads the parts."""
         if self._parts:
             self._gathered.drop()
             wait_for_readers(self._parts)

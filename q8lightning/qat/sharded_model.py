@@ -46,7 +46,7 @@ class Gathered:
 
 
 class OtherParameters:
-    """The parameters that are not quantized, of a model with sharded weights, where nobody follows what steps write.
+    """The parameters that are not quantized, of a model with sharded weights, where writes in steps are not followed.
 
     What a step writes to them may have been computed from quantized values.
 

@@ -1,7 +1,7 @@
 """Quantize distributed weights part by part, as if they were whole: refuse blocks that cross parts, add up statistics.
 
 A process quantizes the part of a weight that it holds, without communication. The result is that of the whole weight
-if no block lies in two parts, whatever the number of processes.
+if no block lies in two parts, by any number of processes.
 """
 
 from collections.abc import Sequence

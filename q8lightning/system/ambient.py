@@ -1,4 +1,4 @@
-"""Compute the same bits whatever states of torch surround the computation.
+"""Compute the same bits under autocast and any handling of denormal numbers.
 
 Torch keeps these states thread by thread. The default device and the default dtype are not handled here, because all
 code of this package names the device and the dtype of the tensors that it makes.

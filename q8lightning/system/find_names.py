@@ -39,7 +39,7 @@ def is_declared(owner: Any, name: str) -> bool:
 
 
 def parameters_of(function: Any) -> tuple[str, ...]:
-    """Return the names of what a function takes, in their order; none of something whose signature nobody knows."""
+    """Return the names of what a function takes, in their order; none if it has no known signature."""
     try:
         return tuple(signature(function).parameters)
     except (TypeError, ValueError):  # no function, or one in C

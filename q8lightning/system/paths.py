@@ -44,7 +44,7 @@ def check_is_there(path: PathLike) -> None:
     """Raise FileNotFoundError if there is nothing at ``path``; accept a path that only a CheckpointIO understands."""
     filesystem, path_there = _resolve(path)
     if filesystem is not None and not filesystem.exists(path_there):
-        message = "there is no such checkpoint, and nobody is saving it"
+        message = "there is no such checkpoint, and no save of it is pending"
         raise FileNotFoundError(errno.ENOENT, message, os.fspath(path))
 
 

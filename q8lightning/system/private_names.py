@@ -1,4 +1,4 @@
-"""Names of torch, Lightning and torchmetrics that the package relies on although nobody promises them.
+"""The private names of torch, Lightning and torchmetrics that the package relies on.
 
 Here is the whole list: what each is for, and what happens where a version does not have it. What is used of Lightning
 stands in ``trainer/lightning_internals.py`` besides. ``tests/test_private_names.py`` compares the list with the
@@ -116,6 +116,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 ("obj", "zip_file", "pickle_module", "pickle_protocol", "_disable_byteorder_record")),
     PrivateName("torch.serialization", "_get_storage_alignment", "saving", "where records begin", _SLOW),
     PrivateName("torch.serialization", "_serialization_tls", "saving", "whether storages are left out", _SLOW),
+    PrivateName("torch.storage.TypedStorage", "_untyped_storage", "background", "copies it; tools read it"),
     # What checkpoints in shards pass
     PrivateName("lightning.pytorch.strategies.Strategy", "load_checkpoint", "sharded",
                 "replaced on the Trainer's strategy: every load passes it"),
@@ -145,7 +146,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "whether torch.distributed.optim gave a parameter an optimizer", _FUSED),
     # Who writes to them in a step
     PrivateName("torch.Tensor", "data", "qat", "replaced on nn.Parameter: who asks for a weight's memory"),
-    PrivateName("torch.Tensor", "_version", "qat", "whether somebody wrote to a weight"),
+    PrivateName("torch.Tensor", "_version", "qat", "whether a weight was written to"),
     PrivateName("torch.Tensor", "_base", "qat", "whether a tensor is a view of a parameter"),
     PrivateName("torch.Tensor", "_typed_storage", "qat", "reads no values, and is not followed", "it is followed"),
     PrivateName("torch.nn.Module", "_forward_hooks", "qat", _FAST),
@@ -161,7 +162,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                 "modules that were compiled before the fit do not quantize their inputs"),
     # What reads and rewrites checkpoints without a Trainer
     PrivateName("pickle", "_Pickler", "tools", "lets an object be replaced by one that was pickled before"),
-    PrivateName("torch.storage.TypedStorage", "_untyped_storage", "tools", "its memory"),
     PrivateName("torch.storage.TypedStorage", "_pickle_storage_type", "tools", "what files call it"),
     PrivateName("torch.storage.TypedStorage", "_size", "tools", "its elements"),
     PrivateName("torch.Tensor", "_indices", "tools", "the bytes of a sparse tensor"),

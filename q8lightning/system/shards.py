@@ -1,6 +1,6 @@
 """Distributed tensors (``DTensor``), of which each process holds a part, and modules that gather them (FSDP2).
 
-Nothing is imported for that: where nobody has imported the packages, there are none.
+Nothing is imported for that: where the packages are not imported, there are none.
 """
 
 import sys

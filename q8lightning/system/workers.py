@@ -3,7 +3,7 @@
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
@@ -108,7 +108,7 @@ def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
     """Call functions that compute with tensors on the CPU, several at a time, each in one thread.
 
     Threads that share an operation wait for each other at its end. Over thousands of operations that takes many times
-    as long if somebody else uses the processor too. Only a job that would keep one thread busy longer than all others
+    as long if other programs use the processor too. Only a job that would keep one thread busy longer than all others
     shares its operations.
 
     Args:
@@ -137,3 +137,16 @@ def share_out(jobs: Sequence[Callable[[], T]], sizes: Sequence[int]) -> list[T]:
     finally:
         torch.set_num_threads(torch.get_num_threads())  # the workers changed what new threads begin with
     return [results[i] for i in range(count)]
+
+
+def batches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of jobs that one thread does in one go, in their order: together at most so large, or one."""
+    batch, total = list[int](), 0
+    for i, size in enumerate(sizes):
+        if batch and total + size > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += size
+    if batch:
+        yield batch

@@ -208,7 +208,7 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     def locate_apart(view: Tensor, tensor: Tensor) -> None:
         locations[tensor.untyped_storage()._cdata] = locations.get(view.untyped_storage()._cdata, "cpu")
 
-    register_functions()  # somebody may have cleared torch's list
+    register_functions()  # torch's list may have been cleared
     try:
         with keep_encoded(), watch_apart(locate_apart), file.reader() as reader:
             mapped = zipfile.is_zipfile(reader)
@@ -229,14 +229,14 @@ def _explain(path: str, error: Exception) -> Exception:
         return newer
     if isinstance(error, OSError):
         return ToolError(f"cannot read {path}: {error.strerror or error}")
-    unknown = re.search(r"GLOBAL (\S+)", str(error))
+    unknown = re.search(r"GLOBAL (\w+(?:\.\w+)+)(?!\S)", str(error))
     if not isinstance(error, pickle.UnpicklingError):
         return ToolError(f"{path} is not a checkpoint that torch.load can read ({_first_line(error)})")
     if unknown is None:
         return ToolError(f"{path} is not a checkpoint that torch.load can read")
     return ToolError(
         f"{path} holds an object of {unknown[1]}, which torch.load(weights_only=True) does not make; pass --trust"
-        " (from Python: trust=True) if you trust whoever wrote the file, because such objects can run code"
+        " (from Python: trust=True) if you trust the author of the file, because such objects can run code"
     )
 
 

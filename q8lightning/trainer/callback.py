@@ -17,11 +17,11 @@ from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.describe_model import in_state_dict
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
 from q8lightning.trainer.lightning_internals import saves_in_shards
+from q8lightning.trainer.model_structure import in_state_dict
 from q8lightning.trainer.moments import Moments
 from q8lightning.trainer.pending_names import (
     begin_to_tell,
@@ -32,11 +32,11 @@ from q8lightning.trainer.pending_names import (
 from q8lightning.trainer.publishing import print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
-    begin_to_defer,
+    defer_publishing,
     failures_of,
     is_watched,
     join_others,
-    publish_before_a_look,
+    publish_for_monitors,
     publish_known,
     publish_rest,
     start_warm_up,
@@ -131,7 +131,7 @@ class QuantizationCallback(pl.Callback):
 
         Raises:
             BackgroundSaveError: If a save or removal failed that was not reported yet. It names the path.
-            FileNotFoundError: If there is nothing at ``path`` and nobody is saving it.
+            FileNotFoundError: If there is nothing at ``path``, and no save of it is pending.
             RuntimeError: If the Trainer has an AsyncCheckpointIO.
         """
         trainer = None if self._trainer is None else self._trainer()
@@ -192,9 +192,10 @@ class QuantizationCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a policy that would quantize nothing, now that the model has its parameters."""
         if self.policy is not None:
-            self.policy.check_matches(in_state_dict(name) for name, _ in pl_module.named_parameters())
+            sharded = saves_in_shards(trainer.strategy)
+            self.policy.check_matches(in_state_dict(name, sharded=sharded) for name, _ in pl_module.named_parameters())
         self.recorder.start_run()
-        begin_to_defer(trainer)
+        defer_publishing(trainer)
         quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
@@ -235,7 +236,7 @@ class QuantizationCallback(pl.Callback):
         if self.qat_training is not None:
             self.qat_training.release()
             self.qat_training.publish(trainer, wait=True)
-        publish_before_a_look(trainer)
+        publish_for_monitors(trainer)
 
     on_train_epoch_end = on_validation_epoch_end
 
@@ -251,7 +252,7 @@ class QuantizationCallback(pl.Callback):
         self._moments.end_one()
 
     def on_train_end(self, *_: Any) -> None:
-        """Stop counting moments: no hook follows before somebody may change the weights."""
+        """Stop counting moments: from now on the weights may change without a hook."""
         self._moments.end()
 
     def _let_go(self, trainer: pl.Trainer) -> None:

@@ -21,7 +21,7 @@ from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.write import announce
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
@@ -41,7 +41,7 @@ _URGENT = ("hpc_ckpt_",)
 """Names of files, by how they begin, that the Trainer saves when SLURM is about to end the process."""
 
 _REPORTS = 8
-"""How many reports of saves are kept for whoever takes them."""
+"""How many reports of saves are kept until they are read."""
 
 _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
@@ -94,8 +94,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """The GPU on which optimizer states are decoded when they are loaded; set by the callback."""
         self.moment: Callable[[], Hashable] | None = None
         """Names the moment of the training; set by the callback. Saves of one moment are encoded once, and the caller
-        calls :meth:`let_go` before training changes what was saved. Where this is None or returns None, nobody does so:
-        each save waits until it is encoded."""
+        calls :meth:`let_go` before training changes what was saved. Where this is None or returns None,
+        :meth:`let_go` is not called, and each save waits until it is encoded."""
         self.waits: list[float] = []
         """Seconds that each save held training until the save before it was written."""
         self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
@@ -104,9 +104,9 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Keeps what removals, links and the end raise in the one process that does them, until all meet; set by the
         callback."""
         self.durable: deque[str] | None = None
-        """Paths of checkpoints that became durable, for the caller to empty; None if nobody does."""
+        """Paths of checkpoints that became durable. The caller takes them out; None if it does not want them."""
         self.telling = False
-        """Whether somebody is emptying it at the moment."""
+        """Whether they are being taken out at the moment."""
         self._warnings = WarningQueue()
         self._background: BackgroundSaves | None = None  # made by the first save: before, a Trainer is pickled to spawn
         self._memory = HostMemory()
@@ -174,14 +174,16 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         Raises:
             BackgroundSaveError: In all processes, if an earlier save in the background failed in one of them.
         """
-        save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
+        with talking():
+            save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
         known: Future[SaveReport] = Future()
         if ranks.is_first:
             self.reports.append(known)
 
         def write_own() -> None:
             try:
-                report = write(save, self._memory)
+                with talking():
+                    report = write(save, self._memory)
                 self._starter.learn(save)
                 if ranks.is_first:
                     self._warnings.add(report)
@@ -328,9 +330,9 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
 
         Raises:
             BackgroundSaveError: If a save or removal failed that no save, load or wait has reported yet. It names the
-                path, and nobody reports it again.
-            FileNotFoundError: If nobody is saving ``path`` and there is nothing: it was never saved, it was removed, or
-                its save failed and that has been reported.
+                path, and is not raised again.
+            FileNotFoundError: If there is nothing at ``path``, and no save of it is pending: it was never saved, it was
+                removed, or its save failed and that has been reported.
             RuntimeError: If an AsyncCheckpointIO does the saving, because it does not say when it is done.
         """
         if is_async(self):
@@ -368,17 +370,17 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             self.base.teardown()
 
-    def wait(self) -> None:
-        """Wait for everything in the background.
+    def wait(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Wait for everything in the background, or with ``path`` for what changes that path.
 
         Raises:
             BackgroundSaveError: If a save or removal failed that no save has reported yet.
         """
-        self._wait()
+        self._wait(path)
 
-    def _wait(self) -> None:
+    def _wait(self, path: str | os.PathLike[str] | None = None) -> None:
         if self._background is not None:
-            self._background.wait()
+            self._background.wait(path)
 
     def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
         if self._background is None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.model_structure import ModelStructure
+from q8lightning.trainer.model_structure import ModelStructure, in_state_dict
 
 
 class Quantizes(Protocol):
@@ -16,17 +16,6 @@ class Quantizes(Protocol):
     restored: int
 
     def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]: ...
-
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What FSDP and activation checkpointing put into the names of parameters, and state dicts leave out."""
-
-
-def in_state_dict(name: str) -> str:
-    """Return what a parameter is called in state dicts."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 class _Names:

@@ -20,7 +20,7 @@ class DescribeSave:
     Args:
         trainer: The Trainer that saves.
         callback: Knows how the weights are quantized.
-        save: What somebody else put in place of the strategy's method; None for the method itself.
+        save: What other code put in place of the strategy's method; None for the method itself.
     """
 
     def __init__(self, trainer: pl.Trainer, callback: Quantizes, save: Callable[..., Any] | None) -> None:

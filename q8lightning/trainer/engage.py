@@ -1,4 +1,4 @@
-"""Engage weights while forward and backward run, and at no other time that anybody could look.
+"""Engage weights while forward and backward run, and release them before other code can look.
 
 Lightning calls methods of its precision plugin around forward, backward and the optimizer's step. They are wrapped on
 the Trainer's plugin, which works for every strategy, precision and kind of optimization.

@@ -10,7 +10,7 @@ from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quanti
 from q8lightning.trainer.describe_model import DescribeModel, Quantizes
 from q8lightning.trainer.lightning_internals import saves_in_shards
 from q8lightning.trainer.pending_names import leave_callbacks_alone
-from q8lightning.trainer.strategies import bypasses_io, check_saves, optimizer_device
+from q8lightning.trainer.strategies import bypasses_io, check_saves, encoding_device
 from q8lightning.trainer.warm_up import WarmUp
 
 
@@ -26,7 +26,7 @@ def install(
         verify: Whether files are compared with their checksums when they are loaded.
 
     Returns:
-        The CheckpointIO, whoever installed it; None if there is none and no policy.
+        The CheckpointIO, also if the user passed it to the Trainer; None if there is none and no policy.
 
     Raises:
         ValueError: If the strategy does not save through a CheckpointIO, or there is one with another policy.
@@ -48,7 +48,7 @@ def install(
     if installed is not None:
         installed.describe_model = DescribeModel(trainer, callback)
         if saves_in_shards(strategy):
-            from q8lightning.trainer.sharded import open_sharded_door  # which imports what nobody else needs
+            from q8lightning.trainer.sharded import open_sharded_door  # imports what other strategies do not need
 
             open_sharded_door(strategy, installed)
     return installed
@@ -89,10 +89,11 @@ def warm_up_for(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> Wa
         quantized: How weights that are trained quantized are, by name.
     """
     installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
-    device = optimizer_device(strategy)  # None for sharded strategies, which save from the host
+    device = encoding_device(strategy)
     if installed is None or device is None or device.type != "cuda":
         return None
-    if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+    encodes = trainer.is_global_zero or saves_in_shards(strategy)
+    if trainer.fast_dev_run or not encodes:  # type: ignore[attr-defined]
         return None
     module, optimizers = trainer.lightning_module, strategy.optimizers
     return WarmUp(installed.policy, module, optimizers, device, installed.async_save, quantized)

@@ -17,7 +17,7 @@ def chain_of(checkpoint_io: CheckpointIO | None) -> Iterator[CheckpointIO]:
 
 
 def is_async(checkpoint_io: CheckpointIO | None) -> bool:
-    """Whether there is an AsyncCheckpointIO in the chain, so that nobody knows when a save is durable."""
+    """Whether there is an AsyncCheckpointIO in the chain, which does not say when a save is durable."""
     return any(is_a(each, AsyncCheckpointIO) for each in chain_of(checkpoint_io))
 
 

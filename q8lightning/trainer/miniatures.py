@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codecs.weight import WeightCodec
 
@@ -36,8 +37,9 @@ class Form(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> "Form":
-        """Return the form of a tensor."""
-        return Form(tensor.dtype, tensor.numel() % ALIGNED == 0, tensor.data_ptr() % ALIGNED == 0)
+        """Return the form of a tensor; of a DTensor, that of the shard which this process has."""
+        own = _local(tensor)
+        return Form(own.dtype, own.numel() % ALIGNED == 0, own.data_ptr() % ALIGNED == 0)
 
     def tensor(self, device: torch.device, lossless: bool, row: int | None = None) -> Tensor:
         """Return a tensor of this form.
@@ -111,7 +113,10 @@ def miniatures_of(
     }
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
-        if parameter.device != device or parameter.numel() < policy.min_numel:
+        own = _local(parameter)
+        if not has_memory(own) or not own.numel():
+            continue  # sparse, of a lazy layer that has no shape yet, or without a part in this process
+        if own.device != device or parameter.numel() < policy.min_numel:
             continue
         place = places.get(id(parameter))
         weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
@@ -123,7 +128,7 @@ def miniatures_of(
             trained = quantized.get(name)
             if trained is not None and trained.axis:
                 trained = None  # no kernel encodes across rows
-            row = None if trained is None or trained.axis != 0 else parameter[0].numel()
+            row = None if trained is None or trained.axis != 0 else parameter.shape[1:].numel()
             way = codec and (codec, weight, trained, row), kept and (codecs, kept)
             found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row))
     return list(found.values())
@@ -140,7 +145,7 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     state = optimizer.state.get(parameter)
     if state:
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and has_memory(value) and value.shape == parameter.shape:
                 yield key, Form.of(value)
         return
     options = getattr(optimizer, "defaults", {})
@@ -149,4 +154,10 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     keys += ["momentum_buffer"] if options.get("momentum") else []
     keys += ["square_avg"] if "alpha" in options else []
     for key in keys:
-        yield key, Form(parameter.dtype, parameter.numel() % ALIGNED == 0, is_aligned=True)
+        yield key, Form.of(parameter)._replace(is_aligned=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this process has; any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

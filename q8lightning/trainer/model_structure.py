@@ -1,4 +1,4 @@
-"""Notice cheaply that the names of a model's parameters have changed."""
+"""The names of a model's parameters: whether they have changed, and what they are in state dicts."""
 
 import weakref
 from itertools import chain
@@ -38,3 +38,22 @@ def _parts(modules: list[nn.Module]) -> tuple[list[str], list[int]]:
     """Return the names and the ids of all parameters and modules in modules, in order."""
     places = [place for each in modules for place in (each._parameters, each._modules)]
     return [*chain.from_iterable(places)], [*map(id, chain.from_iterable(place.values() for place in places))]
+
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What FSDP and activation checkpointing put into the names of parameters. State dicts leave it out."""
+
+_COMPILED = "_orig_mod."
+"""What ``torch.compile(module)`` puts into the names of parameters. Only states of sharded models leave it out."""
+
+
+def in_state_dict(name: str, *, sharded: bool = False) -> str:
+    """Return what a parameter is called in state dicts.
+
+    Args:
+        name: What the model calls it, in ``named_parameters``.
+        sharded: Whether the state dict is of a strategy that saves in shards.
+    """
+    for wrapper in (*_WRAPPERS, _COMPILED) if sharded else _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

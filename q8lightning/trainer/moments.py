@@ -2,7 +2,7 @@
 
 
 class Moments:
-    """Counts the hooks of a fit in which somebody else may run; a CheckpointIO asks it for the moment."""
+    """Names the moments of a fit, between which other code may change the state; asked by the CheckpointIO."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -21,5 +21,5 @@ class Moments:
         self._count += 1
 
     def end(self) -> None:
-        """End the fit: no hook follows before somebody else may change anything."""
+        """End the fit: from now on the state may change without a hook."""
         self._fitting = False

@@ -127,7 +127,7 @@ def begin_to_tell(checkpoint_io: QuantizedCheckpointIO) -> None:
 def tell_callbacks(trainer: pl.Trainer) -> None:
     """Call ``on_checkpoint_durable(path)`` of every callback that has it, for each file that became durable since.
 
-    All are called, whatever one of them raises.
+    All are called, also after one of them has raised.
 
     Raises:
         Exception: The first one of a callback. After an exception in the Trainer, which it must not hide, each is a
@@ -155,7 +155,9 @@ def tell_callbacks(trainer: pl.Trainer) -> None:
 
 
 def wait_until_durable(trainer: pl.Trainer, path: PathLike | None, failures: Failures) -> None:
-    """Let every process wait for what the first one writes, then tell the callbacks.
+    """Let every process wait for what it writes, then tell the callbacks.
+
+    Of a whole checkpoint the first one writes all. Of one in shards each writes a part, and hears of any that fails.
 
     Raises:
         Exception: In every process, what :meth:`QuantizedCheckpointIO.wait_until_durable` or a callback raises in the
@@ -163,11 +165,13 @@ def wait_until_durable(trainer: pl.Trainer, path: PathLike | None, failures: Fai
     """
     checkpoint_io = find_quantized_io(trainer.strategy.checkpoint_io)
     with failures.kept(BaseException):
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
             if checkpoint_io is not None:
-                checkpoint_io.wait_until_durable(path)
-            elif path is not None:
-                check_is_there(path)
+                checkpoint_io.wait(path)
+        elif checkpoint_io is not None:
+            checkpoint_io.wait_until_durable(path)
+        elif path is not None:
+            check_is_there(path)
         tell_callbacks(trainer)
     failures.meet()
 

@@ -47,7 +47,7 @@ class QATTraining:
         self._losses = WeightLosses(recorder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to the run in progress, in the middle of which a copy may be made."""
+        """Leave out what belongs to the run in progress: a copy may be made in the middle of it."""
         return self.__dict__ | {"_engagement": None, "_known": None}
 
     @property

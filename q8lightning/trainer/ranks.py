@@ -1,4 +1,4 @@
-"""What one process fails with is raised in all, where they meet: nobody waits for one that has gone.
+"""Raise in all processes what one of them failed with, so that none waits for one that has gone.
 
 Files are the work of one process. What fails there would end it alone, and leave the others in the barrier that follows
 every save, or in the next step. So it is kept until all processes meet: at a save, and at the end of the fit. No step
@@ -36,13 +36,13 @@ class Failures:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.due = False
-        """Whether there may be more to tell than at the last meeting: a save has begun, which every process knows."""
+        """Whether a save has begun since the last meeting. It is the same in every process."""
         self._trainer = trainer
         self._kept: list[BaseException] = []
         self._raised: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept: who gets a copy has not failed."""
+        """Leave out what is kept: a copy belongs to a process that has not failed."""
         return {**self.__dict__, "_kept": [], "_raised": None}
 
     def __bool__(self) -> bool:
@@ -50,17 +50,20 @@ class Failures:
         return bool(self._kept)
 
     @contextmanager
-    def kept(self, kind: type[BaseException] = Exception) -> Iterator[None]:
+    def kept(
+        self, kind: type[BaseException] = Exception, unless: Callable[[BaseException], bool] | None = None
+    ) -> Iterator[None]:
         """Keep what is raised in this context for the next meeting; where there is one process, let it through.
 
         Args:
             kind: What is kept. ``BaseException``, an interrupt by the user for instance, only where a meeting follows
                 at once.
+            unless: Which errors are raised at once. The others cannot be met: they wait elsewhere.
         """
         try:
             yield
         except kind as error:
-            if self._trainer.world_size == 1:
+            if self._trainer.world_size == 1 or (unless is not None and unless(error)):
                 raise
             self._kept.append(error)
 
@@ -113,7 +116,7 @@ class Failures:
         return raised is error
 
     def forget(self) -> list[BaseException]:
-        """Return what is kept, and keep it no more: whoever calls says what becomes of it."""
+        """Return what is kept, and keep it no more. The caller reports it."""
         own, self._kept = self._kept, []
         return own
 

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from q8lightning.checkpoint.sharded.ranks import is_alone
 from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 from q8lightning.trainer.lightning_internals import unmark
@@ -30,15 +31,15 @@ SAME = 1e-6
 """Relative difference up to which two measurements of one state are the same: sums are added in any order."""
 
 PATIENCE = 600.0
-"""Seconds to wait for what a save lost. The run must end, whatever has become of it."""
+"""Seconds to wait for what a save lost. After that the run ends without it."""
 
 
 class _Pending(NamedTuple):
-    """A save of which nothing has been published.
+    """A save that has not been published.
 
     Attributes:
         step: The step at which Lightning logged then.
-        state: The optimizer's steps by then; None outside of a fit, where nobody knows whether the state has changed.
+        state: The optimizer's steps by then; None outside of a fit, where the state may change between saves.
         seconds: How long it held training.
         known: What is recorded of it, and the same as tensors; cancelled if the save failed.
     """
@@ -74,7 +75,7 @@ class SaveWatch:
         save: Callable[..., Any] | None,
     ) -> None:
         self.save = save
-        """What somebody else put in place of the strategy's method; None for the method itself."""
+        """What other code put in place of the strategy's method; None for the method itself."""
         self.fitting = False
         """Whether hooks follow in which to publish. Otherwise a save waits until it is known what it lost."""
         self.warm_up: WarmUp | None = None
@@ -96,12 +97,12 @@ class SaveWatch:
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save.
 
-
-        What fails in one process is raised in all: the others would wait for it in the barrier that follows.
+        What fails in one process is raised in all: the others would wait for it in the barrier that follows. Only one
+        that has left others in the middle of a save in shards raises at once. They hear of it when the process ends.
         """
         trainer, failures = self._trainer, self.failures
         let_callbacks_know(trainer)
-        with failures.kept(BaseException):
+        with failures.kept(BaseException, unless=is_alone):
             unmark(trainer.strategy, checkpoint)
             self._save(checkpoint, *args, **kwargs)
         self._others_wait = trainer.world_size > 1
@@ -117,8 +118,8 @@ class SaveWatch:
     def join(self, error: BaseException) -> None:
         """Tell the processes that are in a save that this one failed before it got here.
 
-        Nothing happens unless ``error`` comes from making the checkpoint. Nor does it if the strategy has messages of
-        its own in a save: this process would have to answer them.
+        That is so if ``error`` comes from making the checkpoint. A strategy with messages of its own in a save is left
+        out, because this process would have to answer them.
         """
         trainer = self._trainer
         is_silent = self.save is None and saves_silently(trainer.strategy)
@@ -239,7 +240,7 @@ def join_others(trainer: pl.Trainer, error: BaseException) -> None:
         watch.join(error)
 
 
-def begin_to_defer(trainer: pl.Trainer) -> None:
+def defer_publishing(trainer: pl.Trainer) -> None:
     """Let the hooks that follow publish what later saves lose, if it is not known at once."""
     watch = watch_of(trainer)
     if watch is not None:
@@ -253,8 +254,8 @@ def publish_known(trainer: pl.Trainer) -> None:
         watch.publish()
 
 
-def publish_before_a_look(trainer: pl.Trainer) -> None:
-    """Publish in all processes before callbacks look; wait for everything if one of them watches a value."""
+def publish_for_monitors(trainer: pl.Trainer) -> None:
+    """Publish in all processes, before callbacks read what they monitor; wait for all values if one monitors ours."""
     watch = watch_of(trainer)
     if watch is not None:
         watch.publish(wait=is_watched(trainer), together=True)

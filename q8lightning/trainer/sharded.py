@@ -2,13 +2,14 @@
 
 These strategies hand their states to torch.distributed.checkpoint in ``save_checkpoint`` and take them from it in
 ``load_checkpoint``. Both are replaced on the Trainer's strategy, so that a folder is written encoded, and compared with
-its sums before it is loaded. Whoever loads it without this door gets the same tensors.
+its sums before it is loaded. Without this door, a folder loads as the same tensors.
 """
 
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,17 @@ from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
 from q8lightning.checkpoint.sharded.local_shards import local_shards
-from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_exact
+from q8lightning.trainer.model_structure import in_state_dict
 from q8lightning.trainer.twins import is_a
 
 PathLike = str | Path
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile, FSDP and activation checkpointing put into the names of parameters, and states leave out."""
+_in_states = partial(in_state_dict, sharded=True)
 
 
 class ShardedDoor:
@@ -69,18 +70,22 @@ class ShardedDoor:
         """
         own = type(self._strategy).save_checkpoint
         if storage_options is not None or is_exact(filepath):
-            self._front.together(self.io.wait)
-            own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
+            with talking():
+                self._front.together(self.io.wait)
+                own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
             return
-        path = self._front.at_first(lambda: os.path.abspath(filepath))
-        planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
-        plan = self._last = agree(planner, state, self._front, self._last)
-        part = local_shards(checkpoint, plan, planner, with_rest=self._front.is_first)
+        with talking():
+            path = self._front.at_first(lambda: os.path.abspath(filepath))
+            planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
+            plan = self._last = agree(planner, state, self._front, self._last)
+            part, names = self._front.together(
+                lambda: (local_shards(checkpoint, plan, planner, self._front.is_first), self._names(checkpoint))
+            )
 
         def write(save: Save, memory: HostMemory) -> SaveReport:
             return ShardedSave(save, plan, part.places, self._back).write(path, memory)
 
-        self.io.save_shards(part.checkpoint, part.shards, filepath, self._names(checkpoint), self._front, write)
+        self.io.save_shards(part.checkpoint, part.shards, filepath, names, self._front, write)
 
     def _names(self, checkpoint: Mapping[str, Any]) -> ModelNames:
         """Return what is known of the model, by the names that the states of sharded models have."""
@@ -148,12 +153,6 @@ def door_of(strategy: Strategy, checkpoint_io: QuantizedCheckpointIO) -> Sharded
     """Return the door of a strategy to this CheckpointIO, None if there is none."""
     door = getattr(vars(strategy).get("load_checkpoint"), "__self__", None)
     return door if isinstance(door, ShardedDoor) and door.io is checkpoint_io else None
-
-
-def _in_states(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _cause(error: CheckpointException) -> BaseException:

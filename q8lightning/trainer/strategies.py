@@ -8,7 +8,7 @@ from q8lightning.trainer.twins import is_a, is_from_lightning
 
 
 def check_saves(strategy: Strategy) -> None:
-    """Raise ValueError for strategies whose saves pass nothing of ours, since nothing would be quantized."""
+    """Raise ValueError for strategies whose saves the package cannot reach, so that nothing would be quantized."""
     if bypasses_io(strategy) or (saves_in_shards(strategy) and not _saves_as_lightning(strategy)):
         raise ValueError(
             f"{type(strategy).__name__} writes its checkpoints without the Trainer's CheckpointIO, so they cannot be"
@@ -39,3 +39,9 @@ def bypasses_io(strategy: Strategy) -> bool:
 def optimizer_device(strategy: Strategy) -> torch.device | None:
     """Return the device that optimizer states are loaded to; None if the strategy shards them itself."""
     return None if is_a(strategy, FSDPStrategy, ModelParallelStrategy) else strategy.root_device
+
+
+def encoding_device(strategy: Strategy) -> torch.device | None:
+    """Return the device that encodes what a process saves; None if its states are handed out on the host."""
+    on_host = is_a(strategy, FSDPStrategy) or (is_a(strategy, ModelParallelStrategy) and not saves_in_shards(strategy))
+    return None if on_host else strategy.root_device

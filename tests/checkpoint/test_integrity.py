@@ -155,6 +155,16 @@ def test_verification_can_be_switched_off(file: Path) -> None:
         load(file)
 
 
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_what_the_error_says_to_do_works_at_every_door(door: Callable[[Path], Any], file: Path) -> None:
+    flip(file, position_in_payload(file, WEIGHT, 5))
+    flip(file, position_of(file, ".data/serialization_id"))
+    with pytest.raises(CorruptCheckpointError, match="without_verification"):
+        door(file)
+    with without_verification():
+        door(file)
+
+
 def test_a_file_without_sums_is_read(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:

@@ -33,9 +33,23 @@ def files(plain: Path, packed: Path, tmp_path: Path) -> dict[str, Path]:
     """Files of every kind, by name; ``new`` does not exist."""
     made = {
         name: tmp_path / name
-        for name in ("text", "empty", "short", "truncated", "zip", "object", "foreign", "newer", "later", "old", "yaml")
+        for name in (
+            "text",
+            "script",
+            "empty",
+            "short",
+            "truncated",
+            "zip",
+            "object",
+            "foreign",
+            "newer",
+            "later",
+            "old",
+            "yaml",
+        )
     }
     made["text"].write_text("epoch,loss\n1,2\n" * 100)
+    made["script"].write_text("cd runs\nls\n")  # which is a pickle that asks for the class "d runs.ls"
     made["empty"].write_bytes(b"")
     made["short"].write_bytes(b"PK")
     made["truncated"].write_bytes(packed.read_bytes()[:-5000])
@@ -75,6 +89,7 @@ WRONG = {
     "inspect missing": (1, "cannot open {missing}: No such file"),
     "inspect folder": (1, "{folder} is a directory; name a checkpoint file"),
     "inspect text": (1, "{text} is not a checkpoint that torch.load can read"),
+    "inspect script": (1, "{script} is not a checkpoint that torch.load can read"),
     "inspect empty": (1, "the file (0 bytes are left) in {empty} is damaged"),
     "inspect short": (1, "the file (2 bytes are left) in {short} is damaged"),
     "inspect truncated": (1, "the end of the file (cut off or changed) in {truncated} is damaged"),

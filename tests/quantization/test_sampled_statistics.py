@@ -155,3 +155,18 @@ def test_what_is_reported_of_weights_that_cannot_lose_much_is_the_estimate() -> 
     _, statistics = packed(x, get_codec("softsign", 256))
     assert report.tensors[0].statistics == tuple(statistics.tolist())
     assert not report.guarded
+
+
+@each_codec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_that_are_measured_together_lose_what_each_loses_alone(codec: Codec, dtype: torch.dtype) -> None:
+    sizes = (WHOLE_ON_CPU, 4096, 5003, 50_000, WHOLE_ON_CPU + 1, NUMEL, 8192, 70_001)
+    tensors = [values(numel, codec.unsigned).to(dtype) for numel in sizes]
+    tensors[3][7] = math.nan
+    together = encode_many(tensors, [codec] * len(tensors), measure=True)
+    assert together.statistics is not None
+    assert together.failed.tolist() == [i == 3 for i in range(len(tensors))]
+    for x, data, statistics in zip(tensors, together.data, together.statistics, strict=True):
+        alone, expected = packed(x, codec)
+        assert torch.equal(data, alone)
+        torch.testing.assert_close(statistics, expected, rtol=1e-12, atol=0.0, equal_nan=True)

@@ -228,6 +228,20 @@ def test_a_cpu_looks_at_all_of_it_where_the_sample_has_no_direction() -> None:
     assert close(update_direction_sums([pair])[0], pair)
 
 
+def test_pairs_that_a_cpu_measures_together_have_the_sums_of_each_alone() -> None:
+    pairs = []
+    for numel in (4096, 5001, 300_000, 1, 8192, 33, 70_000, 0, 300_001):
+        exp_avg, exp_avg_sq = moments_of(numel, torch.float32, "cpu")
+        pairs.append(Moments(stored(exp_avg, FIRST), stored(exp_avg_sq, SECOND), EPS))
+        pairs.append(Moments(stored(exp_avg, FIRST), stored(exp_avg_sq, None), EPS))
+    exp_avg, exp_avg_sq = moments_of(300_000, torch.float32, "cpu")
+    exp_avg[:-8] = 0.0  # no direction in the sample
+    pairs.insert(4, Moments(stored(exp_avg, FIRST), stored(exp_avg_sq, SECOND), EPS))
+    together = update_direction_sums(pairs)
+    for sums, pair in zip(together, pairs, strict=True):
+        torch.testing.assert_close(sums, update_direction_sums([pair])[0], rtol=1e-12, atol=0.0)
+
+
 def test_a_cpu_takes_sixteen_stretches_or_more_and_none_across_a_block() -> None:
     for block_size in (32, 128, 4096):
         for numel in range(sampling.WHOLE_ON_CPU - 1, 2 * sampling.WHOLE, 77_777):

@@ -31,11 +31,19 @@ from support.sharded_scenarios import assert_same, decoded, loaded, play, result
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from q8lightning import BackgroundSaveError, CheckpointPolicy, CorruptCheckpointError, QuantizationCallback, Rule
+from q8lightning import (
+    BackgroundSaveError,
+    CheckpointPolicy,
+    CorruptCheckpointError,
+    QuantizationCallback,
+    Rule,
+    without_verification,
+)
 from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
+from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.shard_file import read_table
-from q8lightning.trainer import durable_io
+from q8lightning.trainer import durable_io, sharded
 
 RAW = ("state_dict.seen",)
 """Buffers are stored as they are."""
@@ -164,10 +172,49 @@ def failing(folder: Path) -> Any:
     return found
 
 
+def failing_before_anything_is_written(folder: Path) -> Any:
+    """One process cannot find out what it has to write."""
+    found = {}
+    for rank in (0, 1):
+        calls = 0
+
+        def fail(*arguments: Any, own: int = rank) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and os.environ["LOCAL_RANK"] == str(own):
+                raise MemoryError("no memory left")
+            return local_shards(*arguments)
+
+        with mock.patch.object(sharded, "local_shards", fail):
+            callbacks = QuantizationCallback(), saves(folder / str(rank))
+            found[rank] = caught(fitted, folder, *callbacks, enable_checkpointing=True)
+    return found
+
+
 def failing_at_the_end(folder: Path) -> Any:
     with mock.patch.object(sharded_save, "write_shards", _FullDisk(1)):
         callbacks = QuantizationCallback(async_save=True), saves(folder / "a")
         return caught(fitted, folder, *callbacks, steps=2, enable_checkpointing=True)
+
+
+class _Waits(pl.Callback):
+    """Saves after each step and waits for it; keeps what that raises."""
+
+    def __init__(self, folder: Path, callback: QuantizationCallback) -> None:
+        self.folder, self.callback = folder, callback
+        self.raised: list[str] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        path = self.folder / f"{trainer.global_step}.ckpt"
+        self.raised.append(caught(trainer.save_checkpoint, path))
+        self.raised.append(caught(self.callback.wait_until_durable, path))
+
+
+def waiting_for_a_failure(folder: Path) -> Any:
+    callback = QuantizationCallback(async_save=True)
+    waits = _Waits(folder / "a", callback)
+    with mock.patch.object(sharded_save, "write_shards", _FullDisk(1)):
+        return caught(fitted, folder, callback, waits, steps=3), waits.raised
 
 
 def removing_fails(folder: Path) -> Any:
@@ -260,9 +307,14 @@ def damaged(folder: Path) -> Any:
             verbose=False,
         )
 
+    def unverified(path: Path) -> str:
+        with without_verification():
+            return load(path, QuantizationCallback())
+
     return {
         "with": {name: load(path, QuantizationCallback()) for name, path in copies.items()},
         "without": {name: load(copies[name]) for name in NOTICED if name in copies},
+        "off": unverified(copies["encoded"]),
     }
 
 
@@ -292,6 +344,15 @@ WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 """Models, strategies, and options of the Trainer."""
 
 
+def named_policy(folder: Path) -> Any:
+    """A policy that names a weight of a compiled block as a checkpoint does."""
+    callback = QuantizationCallback(CheckpointPolicy([Rule("state_dict.net.blocks.0.up.weight", "linear")]))
+    trainer = trainer_of(folder, max_steps=1, callbacks=[callback])
+    trainer.fit(CompiledModel(), samples())
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return list(read_meta(folder / "a.ckpt")["q8lightning"]["tensors"])
+
+
 def otherwise(folder: Path) -> Any:
     found = {}
     for name, (make, strategy, options) in WAYS.items():
@@ -314,11 +375,14 @@ SCENARIOS = [
     in_the_background,
     top_k,
     failing,
+    failing_before_anything_is_written,
     failing_at_the_end,
+    waiting_for_a_failure,
     removing_fails,
     overwritten,
     damaged,
     guarded,
+    named_policy,
     otherwise,
 ]
 
@@ -454,6 +518,10 @@ def test_what_all_have_is_written_once(folder: Path) -> None:
     assert len(set(outside)) == 1  # the moments of a parameter are judged by each other
 
 
+def test_a_policy_names_compiled_weights_as_the_checkpoint_does(folder: Path) -> None:
+    assert results(folder, "named_policy", 2) == [["state_dict.net.blocks.0.up.weight"]] * 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_train_come_back_as_exactly(way: str, folder: Path) -> None:
     found = results(folder, "otherwise", 2)
@@ -513,10 +581,26 @@ def test_an_error_of_one_process_reaches_all(way: str, rank: int, folder: Path) 
     assert check_shards(folder / "failing" / f"{way}{rank}" / "step=1.ckpt")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_before_anything_is_written_reaches_all(rank: int, folder: Path) -> None:
+    for found in results(folder, "failing_before_anything_is_written", 2):
+        assert found[rank] == "MemoryError: no memory left"
+    left = sorted(each.name for each in (folder / "failing_before_anything_is_written" / str(rank)).iterdir())
+    assert left == ["step=1.ckpt"]
+
+
 def test_an_error_of_the_last_save_reaches_all_at_the_end(folder: Path) -> None:
     for found in results(folder, "failing_at_the_end", 2):
         assert "No space left on device" in found
     assert sorted(each.name for each in (folder / "failing_at_the_end" / "a").iterdir()) == ["step=1.ckpt"]
+
+
+def test_whoever_waits_hears_of_a_failure_once_and_saves_again(folder: Path) -> None:
+    for raised_by_fit, raised in results(folder, "waiting_for_a_failure", 2):
+        assert [bool(each) for each in raised] == [False, False, False, True, False, False]
+        assert "No space left on device" in raised[3]
+        assert raised_by_fit == ""
+    assert sorted(each.name for each in (folder / "waiting_for_a_failure" / "a").iterdir()) == ["1.ckpt", "3.ckpt"]
 
 
 @pytest.mark.parametrize("when", ["at the next save", "at the end"])
@@ -559,6 +643,12 @@ def test_damage_is_named_and_never_loaded(what: str, folder: Path) -> None:
     for found in results(folder, "damaged", 2):
         assert found["with"][what].startswith(CorruptCheckpointError.__name__)
         assert DAMAGE[what] in found["with"][what]
+
+
+def test_what_is_not_damaged_can_be_loaded(folder: Path) -> None:
+    for found in results(folder, "damaged", 2):
+        assert "without_verification" in found["with"]["encoded"]
+        assert found["off"] == ""
 
 
 @pytest.mark.parametrize("what", NOTICED)

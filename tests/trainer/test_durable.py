@@ -64,7 +64,7 @@ def test_a_file_that_is_there_is_not_waited_for(io: QuantizedCheckpointIO, steps
 @pytest.mark.parametrize("place", ["{}", "file://{}", "memory://{}"])
 def test_what_nobody_saves_is_there_or_missing(place: str, io: QuantizedCheckpointIO, tmp_path: Path) -> None:
     path = place.format(tmp_path / "a.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"nobody is saving it.*a\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"no save of it is pending.*a\.ckpt"):
         io.wait_until_durable(path)
     io.save_checkpoint(checkpoint(), path)
     io.wait_until_durable(path)

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked
+from support.loaded import loaded
 from support.models import batches, quiet_trainer
 from torch import Tensor, nn
 
@@ -139,6 +140,16 @@ def test_miniatures_are_encoded_in_all_the_ways_that_the_model_is(begun: bool, n
     assert bool(ways) or name == "first moments of one"
 
 
+def test_parameters_without_memory_need_no_miniatures() -> None:
+    """Those of lazy layers have no shape yet when the fit starts, and sparse ones no address."""
+    module = nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 128))
+    module.graph = nn.Parameter(torch.eye(100).to_sparse())
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    optimizer.state[module.graph]["momentum_buffer"] = torch.eye(100).to_sparse()
+    optimizer.state[module[1].weight]["momentum_buffer"] = torch.zeros(128, 64).to_sparse()
+    assert [each.name for each in miniatures_of(POLICIES["resume"], module, [optimizer], CPU)] == ["1.weight"]
+
+
 def test_a_form_has_the_alignment_of_the_tensor_it_is_taken_from() -> None:
     memory = torch.zeros(9000, dtype=torch.bfloat16)
     for tensor in (memory, memory[1:], memory[8:5008], memory[3:5011], memory[:4097]):
@@ -196,9 +207,9 @@ def test_nothing_is_loaded_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_what_fails_is_one_warning_and_nobody_waits_for_it() -> None:
-    """There is no such device."""
-    module = Parts().to("meta")
-    warm_up = WarmUp(POLICIES["resume"], module, [module.configure_optimizers()], torch.device("meta"), True)
+    """A CPU has no streams."""
+    module = Parts()
+    warm_up = WarmUp(POLICIES["resume"], module, [module.configure_optimizers()], CPU, True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warm_up.start()
@@ -212,24 +223,6 @@ def test_what_fails_is_one_warning_and_nobody_waits_for_it() -> None:
 # On a GPU, each in a process in which nothing has been compiled
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def loaded() -> list[str]:
-    """Return a list that gets every kernel which is compiled or loaded from now on."""
-    found: list[str] = []
-
-    def hook(*_: Any, **said: Any) -> None:
-        found.append(said["repr"])
-
-    try:
-        from triton import knobs
-    except ImportError:  # before Triton 3.4
-        from triton.runtime.jit import JITFunction
-
-        JITFunction.cache_hook = hook
-    else:
-        knobs.runtime.jit_cache_hook = hook
-    return found
 
 
 def gpu_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

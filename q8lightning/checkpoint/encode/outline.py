@@ -32,7 +32,7 @@ class Outline(NamedTuple):
     properties: list[tuple[Any, ...]]
 
     def is_that_of(self, other: "Outline") -> bool:
-        """Whether both are equal; False if nobody can say, as with keys that are tensors."""
+        """Whether both are equal; False if that cannot be told, as with keys that are tensors."""
         try:
             return self.addresses is not None and self == other
         except RuntimeError:
@@ -54,7 +54,8 @@ def outline_to_plan(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], O
         else:
             scores.update(map(Tensor.data_ptr, found))
     outline, tensors = outline_of(part)
-    if not scores.isdisjoint(outline.addresses or ()):  # the model shares a score, which must stay shared in the file
+    if not scores.isdisjoint(map(Tensor.data_ptr, filter(has_memory, tensors))):
+        # The model shares a score, which must stay shared in the file.
         return checkpoint, *outline_of(checkpoint)
     return part, outline, tensors
 

@@ -1,4 +1,4 @@
-"""Refuse tensors that a codec cannot hold: not finite, negative without codes, or of too coarse a dtype."""
+"""Refuse tensors that a codec cannot hold: values not finite, values without a code, or too coarse a dtype."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from q8lightning.quantization.spec.reference import SMALLEST_NORMAL
 def is_held_if_finite(dtype: torch.dtype, codec: Codec) -> bool:
     """Whether finite scales show that the codec holds a tensor of this dtype, without a look at its values."""
     misread = codec.unsigned and not codec.marks_negative
-    return not (misread or dtype == torch.float64 or not codec.is_stable_in(dtype))
+    return not misread and dtype != torch.float64 and codec.is_stable_in(dtype)
 
 
 def reason_to_refuse(tensor: Tensor, payload: QuantizedTensor, is_finite: bool) -> str | None:

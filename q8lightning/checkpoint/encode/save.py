@@ -24,7 +24,7 @@ Fetched = Callable[[Copies], Tensor]
 
 
 class Save:
-    """A checkpoint as it was when this was made, however training goes on.
+    """A checkpoint as it was when this was made, also if training has changed its tensors since.
 
     Args:
         run: Encodes the tensors that its plan knows. Saves of the same moment share it.
@@ -117,7 +117,7 @@ class Save:
         return copies.tags
 
     def _bring(self, tensor: Tensor) -> Fetched:
-        """Have a tensor copied to the host that nobody else writes to; return what gives the copy."""
+        """Have a tensor copied to the host, which nothing changes meanwhile; return what gives the copy."""
         if tensor.device.type == "cpu":
             return lambda _: tensor
         storage = tensor.untyped_storage()

@@ -46,7 +46,7 @@ class SaveStarter:
             checkpoint: What is saved; left as it is.
             policy: Says what is encoded, and how.
             names: What is known of the model.
-            moment: Equal for saves between which nothing changes the tensors; None if nobody knows that.
+            moment: Equal for saves between which nothing changes the tensors; None if that is not known.
             live: Training goes on before the save is fetched.
             stand_ins: See :class:`~q8lightning.checkpoint.staging.copier.Copier`.
             wait_for_room: Called before anything is encoded, to wait until there is memory for it.

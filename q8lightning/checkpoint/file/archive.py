@@ -135,7 +135,7 @@ class _Verification:
             raise CorruptCheckpointError(self._damage[0], self._file.path) from cause
 
     def stop(self) -> None:
-        """End the threads; nobody waits for what they find."""
+        """End the threads without waiting for what they find."""
         self._stopped = True
         for thread in self._threads:
             thread.join()

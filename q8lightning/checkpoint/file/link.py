@@ -19,7 +19,7 @@ def link_checkpoint(target: PathLike, path: PathLike) -> None:
     folder, name = os.path.split(os.path.abspath(path))
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
-    temporary = os.path.join(folder, f".{name}{TEMPORARY_SUFFIX}")  # one that a kill left is in nobody's way
+    temporary = os.path.join(folder, f".{name}{TEMPORARY_SUFFIX}")  # one that a killed process left is replaced
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     try:

@@ -36,7 +36,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         CorruptCheckpointError: If the content is not what was saved.
         NewerFormatError: If the file was written in a later format than this version reads.
     """
-    register_functions()  # somebody may have cleared torch's list
+    register_functions()  # torch's list may have been cleared
     try:
         yield
     except CorruptCheckpointError as error:

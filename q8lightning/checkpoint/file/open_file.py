@@ -1,7 +1,7 @@
-"""Open a file once and let everybody read it, so that what they read belongs together.
+"""Open a file once for all its readers, so that what they read belongs together.
 
-A checkpoint is replaced by giving its name to another file. Whoever opens the name twice may read two files, each of
-them whole, and compare one with the sums of the other.
+A checkpoint is replaced by giving its name to another file. A reader that opens the name twice may read
+two files, each of them whole, and compare one with the sums of the other.
 """
 
 import errno
@@ -68,7 +68,7 @@ class OpenFile:
     def address(self) -> str:
         """A path that leads to this very file as long as it is open; to map a file, one must open it by a path.
 
-        Where the system has no such path, it is the file's name. On Windows nobody can replace an open file.
+        Where the system has no such path, it is the file's name. On Windows an open file cannot be replaced.
         """
         address = f"/dev/fd/{self._file.fileno()}"
         return address if os.path.exists(address) else self.path

@@ -72,7 +72,7 @@ def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dic
         return {}
     try:
         values = decode_on(device, items)
-    except torch.OutOfMemoryError:  # somebody else was faster
+    except torch.OutOfMemoryError:  # another process was faster
         return {}
     return {id(payload): payload.as_decoded(each) for payload, each in zip(chosen, values, strict=True)}
 
@@ -92,7 +92,7 @@ def replace_payloads(content: Any, decoded: Mapping[int, Tensor]) -> Any:
     """Put tensors in the place of payloads; change containers in place where that is possible.
 
     Args:
-        content: A checkpoint to which nobody else has a reference.
+        content: A checkpoint to which there is no other reference.
         decoded: The tensors by the payloads' ids.
 
     Raises:

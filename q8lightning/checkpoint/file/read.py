@@ -15,7 +15,7 @@ from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
 from q8lightning.checkpoint.file.summed_file import SummedFile
-from q8lightning.checkpoint.integrity import CorruptCheckpointError, without_verification
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying, without_verification
 from q8lightning.checkpoint.loading import collect_encoded, stays_encoded
 from q8lightning.checkpoint.parameter_names import names_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor
@@ -34,13 +34,14 @@ def read_checkpoint(
     Args:
         path: A file of this machine.
         load: Loads from an open file; ``torch.load`` with its options.
-        verify: Compare checksums of payloads, and sums of everything else.
+        verify: Compare checksums of payloads, and sums of everything else; not inside :func:`without_verification`.
         optimizer_device: A GPU on which optimizer states are decoded and stay; None for the host.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
         OSError: If there is no such file or it cannot be read.
     """
+    verify = verify and is_verifying()
     with ExitStack() as stack:
         if not verify:
             stack.enter_context(without_verification())
@@ -60,14 +61,17 @@ def read_checkpoint(
 
 
 def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any:
-    """Let somebody load a checkpoint by its name, and verify the file meanwhile.
+    """Let other code load a checkpoint by its name, and verify the file meanwhile.
 
-    If another file takes the name meanwhile, nobody knows which of the two was loaded, so it is loaded again. If that
-    happens each of several times, payloads alone are verified, by their own checksums, with a warning.
+    If another file takes the name meanwhile, it is not known which of the two was loaded. The checkpoint is then loaded
+    again. If that happens each of several times, payloads alone are verified, by their own checksums, with a warning.
+    Inside :func:`without_verification`, the checkpoint is loaded once, and not verified.
 
     Raises:
         CorruptCheckpointError: If the content is not what was saved.
     """
+    if not is_verifying():
+        return load()
     for _ in range(_ATTEMPTS):
         with OpenFile(path) as file:
             try:
@@ -122,7 +126,7 @@ _THE_TENSOR = "the tensor "
 
 
 def _are_gone(payloads: list[QuantizedTensor]) -> bool:
-    """Empty the list and tell whether nobody else has a reference to any of them."""
+    """Empty the list; return whether no other reference to any of them is left."""
     references = [weakref.ref(payload) for payload in payloads]
     payloads.clear()
     if any(reference() is not None for reference in references):

@@ -1,4 +1,4 @@
-"""Write a file durably: what is there under its name is whole, whatever happens meanwhile."""
+"""Write a file durably: what is there under its name is whole, also after a crash."""
 
 import errno
 import os
@@ -140,7 +140,7 @@ def locked_folder(parent: Path) -> Iterator[Path]:
             return
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
+            with suppress(OSError):  # file systems without locks: leftovers are not removed there either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not folder.exists():  # taken for a leftover in the moment before it was locked
                 continue
@@ -177,8 +177,7 @@ def _remove_unless_locked(path: Path, own_host: bool) -> None:
 
 
 def _remove_folder_unless_locked(path: Path, own_host: bool) -> None:
-    if sys.platform == "win32":
-        shutil.rmtree(path, ignore_errors=True)
+    if sys.platform == "win32":  # nothing tells there whether its writer lives
         return
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
@@ -212,7 +211,7 @@ def _open_locked(folder: Path) -> IO[bytes]:
     while True:
         file = open(folder / temporary_name(), "xb")  # noqa: SIM115 (the caller does)
         if sys.platform != "win32":
-            with suppress(OSError):  # file systems without locks: then nobody removes leftovers either
+            with suppress(OSError):  # file systems without locks: leftovers are not removed there either
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not os.path.exists(file.name):  # taken for a leftover in the moment before it was locked
                 file.close()

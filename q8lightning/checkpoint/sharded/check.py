@@ -1,4 +1,4 @@
-"""Compare a checkpoint in shards with what was written, before anybody loads it."""
+"""Compare a checkpoint in shards with what was written, before it is loaded."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import xxhash
 
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
-from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.sharded.save import META, METADATA, SHARDS_KEY
@@ -47,7 +47,8 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
         weights_only: How ``meta.pt`` is loaded, as ``torch.load`` has it.
 
     Returns:
-        Whether there is anything to compare: not in what plain Lightning wrote.
+        Whether anything was compared: not in what plain Lightning wrote, nor when the first process calls this inside
+        :func:`~q8lightning.checkpoint.integrity.without_verification`.
 
     Raises:
         CorruptCheckpointError: In all processes, if a file is missing, of another save, or not what was written; it
@@ -55,7 +56,7 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
         FileNotFoundError: If there is no such checkpoint.
     """
     ranks, folder = ranks or Ranks(), Path(path)
-    shards = ranks.at_first(lambda: _contents(folder, weights_only))
+    shards = ranks.at_first(lambda: _contents(folder, weights_only) if is_verifying() else None)
     if shards is None:
         return False
 
@@ -69,7 +70,7 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
 
 
 def shards_in(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what the content of ``meta.pt`` says of the files of a checkpoint; None if nobody has noted that."""
+    """Return what the content of ``meta.pt`` says of the files of a checkpoint; None if the checkpoint does not say."""
     shards = summary_in(meta).get(SHARDS_KEY)
     return shards if isinstance(shards, Mapping) else None
 
@@ -106,7 +107,7 @@ def checked_table(file: Path, shards: Mapping[str, Any]) -> Table:
 
 
 def _contents(folder: Path, weights_only: bool | None) -> Mapping[str, Any] | None:
-    """Return which files belong to a checkpoint; None if nobody has noted that."""
+    """Return which files belong to a checkpoint; None if the checkpoint does not say."""
     shards = shards_in(read_meta(folder, weights_only))
     if shards is None:
         return None

@@ -1,7 +1,8 @@
 """The processes that save together: what one of them finds out, or fails with, all of them know."""
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -10,12 +11,35 @@ import torch.distributed as dist
 T = TypeVar("T")
 R = TypeVar("R")
 
+_TOLD, _ALONE = "_q8lightning_told", "_q8lightning_alone"
+"""Marks of errors."""
+
 
 class Outcome(NamedTuple):
     """What became of one process's part of a step: a value, or an error."""
 
     value: object = None
     error: BaseException | None = None
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Mark what is raised in this context and by no method of :class:`Ranks`: see :func:`is_alone`."""
+    try:
+        yield
+    except BaseException as error:
+        if not getattr(error, _TOLD, False):
+            _mark(error, _ALONE)
+        raise
+
+
+def is_alone(error: BaseException) -> bool:
+    """Whether a process left the others with an error while they talk, and they wait for it there.
+
+    An interrupt by the user for instance, or another process that is gone. They cannot be told of it any more. If the
+    process ends, they are.
+    """
+    return getattr(error, _ALONE, False)
 
 
 class Ranks:
@@ -55,7 +79,8 @@ class Ranks:
         outcomes = [own]
         if self._group is not None:
             outcomes = [Outcome()] * self.size
-            dist.all_gather_object(outcomes, _portable(own), group=self._group)
+            with _rather(own.error):
+                dist.all_gather_object(outcomes, _portable(own), group=self._group)
             outcomes[self.rank] = own
         return cast("list[T]", _values(outcomes))
 
@@ -66,7 +91,9 @@ class Ranks:
             BaseException: In every process, the first one's that failed.
         """
         own = _attempt(make)
-        if not self.smallest(own.error is None):
+        with _rather(own.error):
+            all_made = self.smallest(own.error is None)
+        if not all_made:
             self.share(lambda: _values([Outcome(error=own.error)]))  # values need not be such as can be sent
         return cast("T", _values([own])[0])
 
@@ -79,7 +106,8 @@ class Ranks:
         own = _attempt(make) if self.is_first else Outcome()
         if self._group is not None:
             told = [_portable(own)]
-            dist.broadcast_object_list(told, src=0, group=self._group)
+            with _rather(own.error):
+                dist.broadcast_object_list(told, src=0, group=self._group)
             own = own if self.is_first else told[0]
         return cast("T", _values([own])[0])
 
@@ -100,9 +128,7 @@ class Ranks:
             told = one_for_all if own.error else [Outcome(each) for each in cast("list[R]", own.value)]
         received: list[Outcome | None] = [None]
         dist.scatter_object_list(received, told, src=0, group=self._group)
-        if own.error is not None:
-            raise own.error
-        return cast("R", _values([cast("Outcome", received[0])])[0])
+        return cast("R", _values([own if own.error else cast("Outcome", received[0])])[0])
 
     def smallest(self, number: int) -> int:
         """Return the smallest of the processes' numbers."""
@@ -120,6 +146,22 @@ def _attempt(make: Callable[[], object]) -> Outcome:
         return Outcome(error=error)
 
 
+@contextmanager
+def _rather(own: BaseException | None) -> Iterator[None]:
+    """Raise this process's own error in the place of one about others that are gone."""
+    try:
+        yield
+    except Exception as error:
+        if own is not None:
+            raise own from error
+        raise
+
+
+def _mark(error: BaseException, mark: str) -> None:
+    with suppress(AttributeError):  # of a class that takes none
+        setattr(error, mark, True)
+
+
 def _portable(outcome: Outcome) -> Outcome:
     """Return an outcome that can be sent: an error that cannot be pickled is told in words."""
     if outcome.error is None:
@@ -134,5 +176,6 @@ def _portable(outcome: Outcome) -> Outcome:
 def _values(outcomes: Sequence[Outcome]) -> list[object]:
     for outcome in outcomes:
         if outcome.error is not None:
+            _mark(outcome.error, _TOLD)
             raise outcome.error
     return [outcome.value for outcome in outcomes]

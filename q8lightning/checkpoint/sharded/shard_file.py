@@ -1,8 +1,8 @@
 """The file of one process: chunks that DCP reads, and after them a table of what they are.
 
 Each chunk is what ``torch.save`` writes for one shard, encoded or as it is, or for one value that is no tensor.
-DCP finds chunks by their offsets, which are in ``.metadata``. Nobody reads the table but whoever compares the file with
-it: JSON, its checksum and its length (8 bytes each, little-endian), and :data:`MAGIC`.
+DCP finds chunks by their offsets, which are in ``.metadata``. Only the comparison of a file with its
+sums reads the table: JSON, its checksum and its length (8 bytes each, little-endian), and :data:`MAGIC`.
 """
 
 import json

@@ -21,7 +21,7 @@ from q8lightning.checkpoint.staging.transfer import HostMemory, Transfer, take
 from q8lightning.checkpoint.tree import rebuild
 
 IMMUTABLE = ATOMS | {bytes, complex, torch.dtype, torch.device, torch.Size}
-"""Types of objects that nobody can change, so that they need no copy."""
+"""Types of objects that cannot be changed, so that they need no copy."""
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -150,7 +150,10 @@ class Copier:
         return result
 
     def _object(self, value: Any) -> Any:
-        if isinstance(value, bytearray | TypedStorage | UntypedStorage):
+        if isinstance(value, TypedStorage):  # its own deep copy warns that it is deprecated
+            untyped = copy.deepcopy(value._untyped_storage, self._memo)
+            return TypedStorage(wrap_storage=untyped, dtype=value.dtype, _internal=True)  # type: ignore[no-untyped-call]
+        if isinstance(value, bytearray | UntypedStorage):
             return copy.deepcopy(value, self._memo)
         if not self._stand_ins:
             attempt = ChainMap({}, self._memo)  # if it fails, its partial copies are thrown away
@@ -173,7 +176,7 @@ class Copier:
     def _payload(self, payload: QuantizedTensor) -> QuantizedTensor:
         if _on_host(payload.data):
             return payload
-        payload = payload.replace_data(payload.data)  # fetched later, because nobody changes it
+        payload = payload.replace_data(payload.data)  # fetched later, because nothing changes it
         self.transfer_of(payload.data.untyped_storage())
         self._payloads.append(payload)
         return payload

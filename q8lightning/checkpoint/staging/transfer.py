@@ -48,7 +48,7 @@ class HostMemory:
                     pages.madvise(mmap.MADV_HUGEPAGE)
             self._memory = torch.frombuffer(pages, dtype=torch.uint8)
             if _register(self._memory):
-                # If nobody calls release, this runs before the memory is unmapped.
+                # Without a call of release, this runs before the memory is unmapped.
                 self._unregister = weakref.finalize(self, _unregister, self._memory)
                 self._unregister.atexit = False  # CUDA may be torn down by then, and the system takes all memory back
         return self._memory[:nbytes]
@@ -117,7 +117,8 @@ class Transfer:
 
         Args:
             storage: A storage of this device.
-            private: Nobody else writes to it. Then it needs no copy within the device and may be added after ``start``.
+            private: Nothing else writes to it. It then needs no copy within the device, and may be added after
+                ``start``.
         """
         key = storage._cdata
         if key in self._known:
@@ -129,7 +130,7 @@ class Transfer:
             self._live[key] = storage
 
     def add_frozen(self, frozen: Tensor, parts: list[tuple[int, int]]) -> None:
-        """Add a tensor that nobody else has, whose parts become storages.
+        """Add a tensor to which there is no other reference, whose parts become storages.
 
         Args:
             frozen: Contiguous, on this device.

@@ -1,7 +1,7 @@
 """Let writes to quantized weights reach the masters, with the values that they would have without QAT.
 
 While weights are engaged, the user reads their quantized values, but what the user writes belongs to the masters. So
-whatever is computed from weights is computed twice: with quantized values, which the user sees, and with masters. The
+all that is computed from weights is computed twice: with quantized values, which the user sees, and with masters. The
 second result is the *shadow* of the first. A write to a weight changes its master, and takes the shadows of its
 arguments; the weight is quantized again when it is read next.
 

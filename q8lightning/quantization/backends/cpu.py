@@ -8,13 +8,14 @@ is allocated once a call: fresh memory for every intermediate would cost more th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
 from q8lightning.quantization.backends.cpu_memory import scratch
-from q8lightning.quantization.backends.cpu_statistics import Totals
+from q8lightning.quantization.backends.cpu_statistics import Totals, add_pieces
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 from q8lightning.quantization.spec.layout import KernelCodec
@@ -53,14 +54,17 @@ def _chunks(
         rows: ``[blocks, ...]`` each.
     """
     numel = elements[0].numel()
-    blocks = numel // block_size
+    blocks, rest = divmod(numel, block_size)
     step = max((CHUNK if torch.get_num_threads() == 1 else SHARED_CHUNK) // block_size, 1)
-    whole = [each[: blocks * block_size].view(-1, block_size) for each in elements] + [each[:blocks] for each in rows]
-    # In one call for all chunks: each slice would take a microsecond.
-    for chunk in zip(*(torch.split(each, step) for each in whole), strict=True) if blocks else ():
-        yield list(chunk[: len(elements)]), list(chunk[len(elements) :])
-    if numel % block_size:
-        yield [each[blocks * block_size :].view(1, -1) for each in elements], [each[blocks:] for each in rows]
+    whole = [(each[:-rest] if rest else each).view(-1, block_size) for each in elements]
+    whole += [each[:-1] if rest else each for each in rows]
+    if 0 < blocks <= step:
+        yield whole[: len(elements)], whole[len(elements) :]
+    elif blocks:  # in one call for all chunks: each slice would take a microsecond
+        for chunk in zip(*(torch.split(each, step) for each in whole), strict=True):
+            yield list(chunk[: len(elements)]), list(chunk[len(elements) :])
+    if rest:
+        yield [each[-rest:].view(1, -1) for each in elements], [each[-1:] for each in rows]
 
 
 def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
@@ -112,26 +116,6 @@ def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Part
     totals.write(statistics)
 
 
-def _measure_sample(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
-    """As :func:`_measure_whole`, for large tensors from an eighth of them."""
-    taken, stretch = stretches_on_cpu(flat.numel(), block_size)
-    if taken is None:
-        _measure_whole(codec, flat, block_size, parts, statistics)
-        return
-    totals = Totals()
-    rows = [_stretches(part, stretch // block_size if index == 1 else stretch) for index, part in enumerate(parts)]
-    original = _stretches(flat, stretch)
-    for some in torch.split(taken, max(CHUNK // stretch, 1)):
-        chunk = tuple(part.index_select(0, some).flatten(0, 1) for part in rows)
-        _add(totals, codec, original.index_select(0, some).view(-1, block_size), chunk)
-    totals.write(statistics, flat.numel() / (len(taken) * stretch))
-
-
-def _stretches(x: Tensor, length: int) -> Tensor:
-    """Return the whole stretches of so many rows of ``x``, ``[stretches, length, ...]``."""
-    return x[: x.shape[0] // length * length].view(-1, length, *x.shape[1:])
-
-
 def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> None:
     """Add what a chunk has lost."""
     if original.dtype == torch.float64 or not _is_finite(parts[1]):
@@ -154,7 +138,7 @@ def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1
     return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
 
 
-def encode_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor | None = None) -> bool:
+def encode_into(x: Tensor, codec: KernelCodec, parts: Parts) -> bool:
     """Encode a flat tensor into memory that is there.
 
     Args:
@@ -162,17 +146,11 @@ def encode_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor 
         codec: How; one that :func:`knows`.
         parts: What is written: codes ``[numel]`` uint8; scales ``[blocks]`` float32, for the log codec ``[blocks, 2]``;
             residual codes, if there are any, as the codes.
-        statistics: ``[5]`` float64 for what is lost, if that is wanted; of large tensors it is measured in an eighth.
 
     Returns:
         Whether all scales are finite.
     """
-    chunks, block_size, flat = CHUNK_CODECS[codec.kernel](codec), codec.layout.block_size, x.detach()
-    finite = _encode(chunks, flat, block_size, parts)
-    if statistics is not None:
-        measure = _measure_sample if finite else _measure_whole
-        measure(chunks, flat, block_size, parts, statistics)
-    return finite
+    return _encode(CHUNK_CODECS[codec.kernel](codec), x.detach(), codec.layout.block_size, parts)
 
 
 def decode_into(codec: KernelCodec, parts: Parts, values: Tensor) -> None:
@@ -185,6 +163,83 @@ def measure_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor
     """Measure in whole what :func:`encode_into` has lost."""
     chunks = CHUNK_CODECS[codec.kernel](codec)
     _measure_whole(chunks, x.detach(), codec.layout.block_size, parts, statistics)
+
+
+def measure_together(
+    tensors: Sequence[Tensor], codec: KernelCodec, parts: Sequence[Parts], statistics: Sequence[Tensor]
+) -> None:
+    """Measure what :func:`encode_into` has lost of tensors that it could encode: of large ones, in an eighth.
+
+    Args:
+        tensors: ``[numel]`` each, of one dtype.
+        codec: How all of them are encoded.
+        parts: What each was encoded to.
+        statistics: ``[5]`` float64 for what is lost of each, to be written.
+    """
+    chunks, block_size = CHUNK_CODECS[codec.kernel](codec), codec.layout.block_size
+    totals = [Totals() for _ in tensors]
+    pieces: list[_Piece] = []
+    for piece in (each for one in zip(totals, tensors, parts, strict=True) for each in _pieces(*one, block_size)):
+        alone = piece.blocks.dtype == torch.float64 or piece.blocks.shape[1] != block_size
+        if alone:
+            _add(piece.totals, chunks, piece.blocks, piece.parts)
+            continue
+        if pieces and sum(each.blocks.numel() for each in (*pieces, piece)) > CHUNK:
+            _add_together(chunks, pieces)
+            pieces.clear()
+        pieces.append(piece)
+    if pieces:
+        _add_together(chunks, pieces)
+    for x, total, each in zip(tensors, totals, statistics, strict=True):
+        taken, length = stretches_on_cpu(x.numel(), block_size)
+        total.write(each, 1.0 if taken is None else x.numel() / (len(taken) * length))
+
+
+class _Piece(NamedTuple):
+    """Some of what is measured of a tensor.
+
+    Attributes:
+        totals: Of the tensor.
+        blocks: ``[rows, width]``, originals.
+        parts: What they are encoded to.
+    """
+
+    totals: Totals
+    blocks: Tensor
+    parts: Parts
+
+
+def _pieces(totals: Totals, x: Tensor, parts: Parts, block_size: int) -> Iterator[_Piece]:
+    """Yield what is measured of a tensor, at most a chunk at a time."""
+    taken, length = stretches_on_cpu(x.numel(), block_size)
+    if taken is None:
+        codes, scale, *later = parts
+        for (blocks, first, *others), (factors,) in _chunks(block_size, (x.detach(), codes, *later), (scale,)):
+            yield _Piece(totals, blocks, (first, factors, *others))
+        return
+    width = length // block_size
+    stretches = [_rows(each, width if i == 2 else length) for i, each in enumerate((x.detach(), *parts))]
+    for some in torch.split(taken, max(CHUNK // length, 1)):
+        blocks, codes, scale, *later = (each.index_select(0, some) for each in stretches)
+        rows = [each.view(-1, block_size) for each in (blocks, codes, *later)]
+        yield _Piece(totals, rows[0], (rows[1], scale.flatten(0, 1), *rows[2:]))
+
+
+def _rows(x: Tensor, length: int) -> Tensor:
+    """Return the whole stretches of so many rows of ``x``, ``[stretches, length, ...]``."""
+    return x[: x.shape[0] // length * length].view(-1, length, *x.shape[1:])
+
+
+def _add_together(codec: ChunkCodec, pieces: Sequence[_Piece]) -> None:
+    """Add what several pieces of one dtype and width have lost, in one pass over all of them."""
+    rows = [len(piece.blocks) for piece in pieces]
+    memory = scratch(sum(rows), pieces[0].blocks.shape[1])
+    decoded, dtype = memory.floats[3], pieces[0].blocks.dtype
+    codec.decode(tuple(map(torch.cat, zip(*(piece.parts for piece in pieces), strict=True))), decoded, memory)
+    if dtype != torch.float32:
+        decoded.copy_(decoded.to(dtype))
+    original = torch.cat([piece.blocks for piece in pieces], out=memory.floats[4])
+    add_pieces([piece.totals for piece in pieces], rows, original, decoded, memory)
 
 
 def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, statistics: Tensor | None) -> Parts:

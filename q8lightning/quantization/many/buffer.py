@@ -52,9 +52,16 @@ def lay_out(sizes: tuple[tuple[int, int], ...], device: torch.device) -> BufferL
 
 
 def allocate(layout: BufferLayout) -> Tensor:
-    """Return a new buffer, with zeros in the gaps."""
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
-    return buffer.index_fill_(0, layout.gaps, 0)  # otherwise old memory would end up in the file
+    """Return a new buffer."""
+    return torch.empty(layout.nbytes, dtype=torch.uint8, device=layout.gaps.device)
+
+
+def clear_gaps(buffer: Tensor, layout: BufferLayout) -> None:
+    """Write zeros to the gaps of a buffer: otherwise old memory would end up in the file.
+
+    Called when the data is there: to touch new memory first takes long, and several threads write the data.
+    """
+    buffer.index_fill_(0, layout.gaps, 0)
 
 
 def split(buffer: Tensor, cuts: list[int]) -> list[Tensor]:
@@ -74,6 +81,7 @@ def copy_together(data: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     layout = lay_out(tuple((0, each.nbytes) for each in data), data[0].device)
     buffer = allocate(layout)
     torch._foreach_copy_(split(buffer, layout.cuts), list(data))
+    clear_gaps(buffer, layout)
     return buffer, layout.cuts
 
 

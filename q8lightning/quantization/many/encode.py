@@ -1,6 +1,6 @@
 """Encode many tensors into one buffer, on a GPU in one launch for each dtype and codec."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +10,13 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.many.buffer import allocate, kept_index, lay_out, split
+from q8lightning.quantization.many.buffer import allocate, clear_gaps, kept_index, lay_out, split
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 from q8lightning.system.ambient import neutral
-from q8lightning.system.workers import share_out
+from q8lightning.system.workers import batches, share_out
+
+_TOGETHER = 2**20
+"""Elements up to which tensors are encoded by one thread, one after the other, and measured in one go."""
 
 
 class EncodedBuffer(NamedTuple):
@@ -56,10 +59,13 @@ class EncodePlan:
         self.codecs = tuple(codecs)
         self._layout = lay_out(sizes, tensors[0].device)
         self._alone: list[tuple[int, Codec]] = []
+        self._on_cpu: dict[tuple[Codec, torch.dtype], list[int]] = {}
         groups: dict[Codec, list[int]] = {}
         for index, (tensor, codec) in enumerate(zip(tensors, codecs, strict=True)):
             if has_kernels(tensor) and codec.kernel is not None:
                 groups.setdefault(codec, []).append(index)
+            elif tensor.device.type == "cpu" and cpu.knows(codec.kernel):
+                self._on_cpu.setdefault((codec, tensor.dtype), []).append(index)
             else:
                 self._alone.append((index, codec))
         self._groups = {codec: tuple(members) for codec, members in groups.items()}
@@ -84,14 +90,28 @@ class EncodePlan:
         for codec, members in self._groups.items():
             starts = tuple(self.starts[i] for i in members)
             _encode_in_launches([tensors[i] for i in members], codec, starts, encoded, members)
-        data = encoded.data if self._alone else []
-        jobs = []
-        for index, codec in self._alone:
-            flat = tensors[index].detach().as_strided((tensors[index].numel(),), (1,))
-            on_cpu = device.type == "cpu" and cpu.knows(codec.kernel)
-            jobs.append(partial(_encode_on_cpu if on_cpu else _encode, flat, codec, encoded, data[index], index))
-        share_out(jobs, [tensors[index].nbytes if device.type == "cpu" else 0 for index, _ in self._alone])
+        data = encoded.data if self._alone or self._on_cpu else []
+        flat = {i: tensors[i].detach().as_strided((tensors[i].numel(),), (1,)) for i, _ in self._alone}
+        share_out(
+            [partial(_encode, flat[i], codec, encoded, data[i], i) for i, codec in self._alone],
+            [each.nbytes if device.type == "cpu" else 0 for each in flat.values()],
+        )
+        jobs, sizes = [], []
+        for codec, batch in self._batches(tensors):
+            flat = {i: tensors[i].detach().as_strided((tensors[i].numel(),), (1,)) for i in batch}
+            jobs.append(partial(_encode_on_cpu, flat, codec, encoded, data))
+            sizes.append(sum(each.nbytes for each in flat.values()))
+        share_out(jobs, sizes)
+        clear_gaps(encoded.buffer, self._layout)
         return encoded
+
+    def _batches(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Codec, list[int]]]:
+        """Yield what one thread of a CPU encodes and measures at a time, such that several have enough to do."""
+        total = sum(tensors[i].numel() for members in self._on_cpu.values() for i in members)
+        most = min(_TOGETHER, total // (4 * torch.get_num_threads()))
+        for (codec, _), members in self._on_cpu.items():
+            for batch in batches([tensors[i].numel() for i in members], most):
+                yield codec, [members[place] for place in batch]
 
 
 def encode_many(tensors: Sequence[Tensor], codecs: Sequence[Codec], measure: bool = False) -> EncodedBuffer:
@@ -119,12 +139,21 @@ def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
     return statistics
 
 
-def _encode_on_cpu(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, index: int) -> None:
-    """Encode without the operator, which takes new memory, and time that counts for small tensors."""
-    statistics = None if encoded.statistics is None else encoded.statistics[index]
+def _encode_on_cpu(flat: dict[int, Tensor], codec: Codec, encoded: EncodedBuffer, data: Sequence[Tensor]) -> None:
+    """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
     assert codec.kernel is not None
-    if not cpu.encode_into(flat, codec.kernel, codec.split(data, flat.numel()), statistics):
-        encoded.failed[index] = 1
+    parts = {i: codec.split(data[i], x.numel()) for i, x in flat.items()}
+    statistics, held = encoded.statistics, list[int]()
+    for i, x in flat.items():
+        if cpu.encode_into(x, codec.kernel, parts[i]):
+            held.append(i)
+            continue
+        encoded.failed[i] = 1
+        if statistics is not None:
+            cpu.measure_into(x, codec.kernel, parts[i], statistics[i])
+    if statistics is not None:
+        tensors, lost = [flat[i] for i in held], [statistics[i] for i in held]
+        cpu.measure_together(tensors, codec.kernel, [parts[i] for i in held], lost)
 
 
 def _encode(flat: Tensor, codec: Codec, encoded: EncodedBuffer, data: Tensor, index: int) -> None:

@@ -7,6 +7,7 @@ the ratio of error to signal as well as the whole.
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,14 @@ from q8lightning.quantization.many.buffer import kept_index
 from q8lightning.quantization.spec.layout import take_stretches
 from q8lightning.quantization.spec.sampling import STRETCH, stretches_of, stretches_on_cpu, weight_of
 from q8lightning.system.ambient import neutral
-from q8lightning.system.workers import share_out
+from q8lightning.system.workers import batches, share_out
 
 CHUNK = {"cpu": 2**16, "cuda": 2**24}
 """Elements that are decoded and compared at a time. They fit into the caches of a CPU; on a GPU, scratch stays under
 half a gigabyte."""
+
+_TOGETHER = 2**20
+"""Elements up to which a thread of a CPU measures pairs in one go."""
 
 _Part = slice | Tensor
 """Stretches of a tensor: a range, or their numbers."""
@@ -131,9 +135,7 @@ def update_direction_sums(pairs: Sequence[Moments]) -> Tensor:
     for likeness, members in alike.items():
         chosen = [pairs[index] for index in members]
         if likeness is None:
-            sizes = [pair.exp_avg.values.nbytes if sums.device.type == "cpu" else 0 for pair in chosen]
-            each = share_out([partial(_sums_on_cpu if _is_simple(pair) else _sums, pair) for pair in chosen], sizes)
-            sums[kept_index(tuple(members), sums.device)] = torch.stack(each)
+            sums[kept_index(tuple(members), sums.device)] = _sums_alone(chosen)
         else:
             _measure_in_a_launch(tuple(members), chosen, sums)
     return sums
@@ -163,6 +165,24 @@ def _starts(moments: list[StoredMoment]) -> tuple[int, ...]:
     return tuple(0 if each.data is None else int(each.data.storage_offset()) for each in moments)
 
 
+def _sums_alone(pairs: Sequence[Moments]) -> Tensor:
+    """Measure pairs that no launch takes; on a CPU in several threads, small ones together."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault((*(each.codec for each in pair.moments), pair.eps) if _is_simple(pair) else i, []).append(i)
+    most = min(_TOGETHER, sum(pair.exp_avg.values.numel() for pair in pairs) // (4 * torch.get_num_threads()))
+    jobs, sizes, order = [], [], list[int]()
+    for members in groups.values():
+        for batch in batches([pairs[i].exp_avg.values.numel() for i in members], most):
+            some = [pairs[members[place]] for place in batch]
+            jobs.append(partial(_sums_on_cpu, some) if _is_simple(some[0]) else partial(_sums, some[0]))
+            sizes.append(sum(x.nbytes for x in (pair.exp_avg.values for pair in some) if x.device.type == "cpu"))
+            order += (members[place] for place in batch)
+    rows = torch.cat([each.view(-1, 2) for each in share_out(jobs, sizes)]).unbind()
+    # Sorted on the host: an index that is copied to a GPU would be waited for.
+    return torch.stack([row for _, row in sorted(zip(order, rows, strict=True), key=itemgetter(0))])
+
+
 def _sums(pair: Moments) -> Tensor:
     exp_avg, exp_avg_sq, eps = pair
     sums = torch.zeros(2, dtype=torch.float64, device=exp_avg.values.device)
@@ -186,44 +206,100 @@ def _is_simple(pair: Moments) -> bool:
     )
 
 
-def _sums_on_cpu(pair: Moments) -> Tensor:
-    """As :func:`_sums`, in memory that is used again, and from a sample of smaller tensors, too."""
-    numel = pair.exp_avg.values.numel()
-    block_size = max(1 if each.codec is None else each.codec.block_size for each in pair.moments)
-    taken, length = stretches_on_cpu(numel, block_size)
-    if taken is not None:
-        error, squares = _add_up(pair, torch.split(taken, max(CHUNK["cpu"] // length, 1)), length)
-        if squares:
-            weight = numel / (len(taken) * length)
-            return torch.tensor([error * weight, squares * weight], dtype=torch.float64, device="cpu")
-    count = max(CHUNK["cpu"] // STRETCH, 1)
-    parts = [slice(start, start + count) for start in range(0, -(-numel // STRETCH), count)]
-    return torch.tensor(_add_up(pair, parts, STRETCH), dtype=torch.float64, device="cpu")
+class _Piece(NamedTuple):
+    """Some of a pair of moments.
+
+    Attributes:
+        pair: Its number.
+        part: Which stretches.
+        length: Elements of a stretch.
+        numel: Elements of all these stretches.
+    """
+
+    pair: int
+    part: _Part
+    length: int
+    numel: int
 
 
-def _add_up(pair: Moments, parts: Sequence[_Part], length: int) -> tuple[float, float]:
-    """Return both sums over parts of a pair, whose stretches have so many elements."""
-    error = squares = 0.0
-    for part in parts:
-        first, second = (take_stretches(each.values, part, length) for each in pair.moments)
-        memory = scratch(1, first.numel())
-        spare, direction, _, stored_first, stored_second, *_ = (each.view(-1) for each in memory.floats)
-        for moment, values, out in zip(pair.moments, (first, second), (stored_first, stored_second), strict=True):
-            kernel = None if moment.codec is None else moment.codec.kernel
-            if kernel is None or moment.data is None:
-                out.copy_(values)
-            else:  # this overwrites the first three of the memory
-                encoded = kernel.layout.split(moment.data, moment.values.numel())
-                cpu.decode_into(kernel, kernel.layout.take(encoded, part, length), out)
-        root = torch.sqrt(second, out=spare).add_(pair.eps)
-        torch.div(first, root, out=direction)
-        stored_first.div_(stored_second.sqrt_().add_(pair.eps)).sub_(direction)
-        one, two = memory.doubles
-        one.copy_(stored_first)
-        two.copy_(direction)
-        error += float(torch.dot(one, one))
-        squares += float(torch.dot(two, two))
-    return error, squares
+def _sums_on_cpu(pairs: Sequence[Moments]) -> Tensor:
+    """As :func:`_sums` of several pairs that differ in their values only, from samples of smaller tensors, too.
+
+    Returns:
+        ``[pairs, 2]`` float64.
+    """
+    block_size = max(1 if each.codec is None else each.codec.block_size for each in pairs[0].moments)
+    sums, weights = [[0.0, 0.0] for _ in pairs], [1.0 for _ in pairs]
+    pieces: list[_Piece] = []
+    for i, pair in enumerate(pairs):
+        numel = pair.exp_avg.values.numel()
+        taken, length = stretches_on_cpu(numel, block_size)
+        if taken is None:
+            pieces += _whole(i, numel)
+            continue
+        weights[i] = numel / (len(taken) * length)
+        pieces += (
+            _Piece(i, some, length, len(some) * length) for some in torch.split(taken, max(CHUNK["cpu"] // length, 1))
+        )
+    _add_up(pairs, pieces, block_size, sums)
+    unseen = [
+        i for i, (weight, (_, squares)) in enumerate(zip(weights, sums, strict=True)) if weight > 1 and not squares
+    ]
+    for i in unseen:
+        sums[i], weights[i] = [0.0, 0.0], 1.0
+    _add_up(pairs, [each for i in unseen for each in _whole(i, pairs[i].exp_avg.values.numel())], block_size, sums)
+    return torch.tensor(
+        [[weight * each for each in two] for weight, two in zip(weights, sums, strict=True)],
+        dtype=torch.float64,
+        device="cpu",
+    )
+
+
+def _whole(pair: int, numel: int) -> Iterator[_Piece]:
+    """Yield all of a pair, a chunk at a time."""
+    step = max(CHUNK["cpu"] // STRETCH, 1)
+    for start in range(0, -(-numel // STRETCH), step):
+        yield _Piece(pair, slice(start, start + step), STRETCH, min(step * STRETCH, numel - start * STRETCH))
+
+
+def _add_up(pairs: Sequence[Moments], pieces: Sequence[_Piece], block_size: int, sums: list[list[float]]) -> None:
+    """Add what is found in these pieces to the sums of their pairs, small pieces together."""
+    batch: list[_Piece] = []
+    for i, piece in enumerate(pieces):
+        batch.append(piece)
+        following = pieces[i + 1].numel if i + 1 < len(pieces) else CHUNK["cpu"]
+        # Behind a short block, the next piece's blocks would begin at the wrong place.
+        if piece.numel % block_size or sum(each.numel for each in batch) + following > CHUNK["cpu"]:
+            for each, (error, squares) in zip(batch, _compare(pairs, batch), strict=True):
+                sums[each.pair][0] += error
+                sums[each.pair][1] += squares
+            batch.clear()
+
+
+def _compare(pairs: Sequence[Moments], pieces: Sequence[_Piece]) -> list[tuple[float, float]]:
+    """Return the two sums of each piece."""
+    memory = scratch(1, sum(piece.numel for piece in pieces))
+    spare, direction, _, *stored = (each.view(-1) for each in memory.floats)
+    originals = []
+    for side, out in zip(range(2), stored, strict=False):
+        moments = [pairs[piece.pair].moments[side] for piece in pieces]
+        places = [piece[1:3] for piece in pieces]
+        values = [take_stretches(each.values, *place) for each, place in zip(moments, places, strict=True)]
+        originals.append(torch.cat(values))
+        kernel = None if moments[0].codec is None else moments[0].codec.kernel
+        if kernel is None:
+            out.copy_(originals[side])
+            continue
+        encoded = [kernel.layout.split(each.data, each.values.numel()) for each in moments if each.data is not None]
+        taken = [kernel.layout.take(each, *place) for each, place in zip(encoded, places, strict=True)]
+        cpu.decode_into(kernel, tuple(map(torch.cat, zip(*taken, strict=True))), out)  # overwrites the first three
+    (first, second), (stored_first, stored_second, *_) = originals, stored
+    torch.div(first, torch.sqrt(second, out=spare).add_(pairs[0].eps), out=direction)
+    stored_first.div_(stored_second.sqrt_().add_(pairs[0].eps)).sub_(direction)
+    one, two = memory.doubles
+    sizes = [piece.numel for piece in pieces]
+    errors, directions = torch.split(one.copy_(stored_first), sizes), torch.split(two.copy_(direction), sizes)
+    return [(float(e.dot(e)), float(d.dot(d))) for e, d in zip(errors, directions, strict=True)]
 
 
 def _parts(values: Tensor) -> list[_Part]:

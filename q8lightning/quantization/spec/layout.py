@@ -89,7 +89,7 @@ def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:
     if isinstance(which, slice):
         return x[which.start * length : which.stop * length]
     whole = x[: x.shape[0] // length * length]
-    return whole.view(-1, length, *x.shape[1:])[which].flatten(0, 1)
+    return whole.view(-1, length, *x.shape[1:]).index_select(0, which).flatten(0, 1)
 
 
 MIN_BLOCK_SIZE = 32

@@ -405,9 +405,14 @@ def test_scores_of_callbacks_and_counts_of_loops_need_no_new_plan(
         assert len(loaded["lr_schedulers"][0]["history"]) == count
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["", "beside a sparse buffer"])
 @pytest.mark.parametrize("what", ["the tensor", "a view", "an object that holds it"])
-def test_a_score_that_the_model_has_too_stays_the_same_tensor(what: str, device: str, tmp_path: Path) -> None:
+def test_a_score_that_the_model_has_too_stays_the_same_tensor(
+    what: str, sparse: bool, device: str, tmp_path: Path
+) -> None:
     training, io = Training(device), QuantizedCheckpointIO(checkpoint=RESUME, async_save=True)
+    if sparse:
+        training.model.register_buffer("graph", torch.eye(3, device=device).to_sparse())
     scale = training.model.scale.data
     score: Any = {"the tensor": scale, "a view": scale.view(1), "an object that holds it": Remark(scale)}[what]
     for _ in range(2):

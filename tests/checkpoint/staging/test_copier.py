@@ -5,6 +5,7 @@ Copies from a device are tested here with the CPU in its place, and on a GPU in 
 
 import copy
 import gc
+import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
@@ -130,6 +131,32 @@ def test_whatever_torch_can_save_is_saved_in_the_background(make: Any, tmp_path:
         io.finish()
     assert (tmp_path / "a").stat().st_size <= (tmp_path / "b").stat().st_size  # clones of some are more compact
     assert list(torch.load(tmp_path / "a", weights_only=False)) == [*checkpoint, "q8lightning"]
+
+
+@pytest.fixture
+def storages_warn() -> Iterator[None]:
+    """Have torch warn of a ``TypedStorage`` whenever it is used, and not only the first time in a process."""
+    torch.storage._set_always_warn_typed_storage_removal(True)
+    yield
+    torch.storage._set_always_warn_typed_storage_removal(False)
+
+
+@pytest.mark.usefixtures("storages_warn")
+def test_tensors_that_pickle_their_storage_are_saved_without_a_word(tmp_path: Path) -> None:
+    remembers = torch.ones(3)
+    remembers.origin = "here"  # type: ignore[attr-defined]
+    checkpoint = {"a": torch.ones(2, dtype=torch.complex64).conj(), "b": remembers, "c": remembers[1:]}
+    io = QuantizedCheckpointIO(async_save=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        io.save_checkpoint(checkpoint, tmp_path / "a")
+        remembers.zero_()
+        io.finish()
+    loaded = torch.load(tmp_path / "a", weights_only=False)
+    assert loaded["a"].is_conj()
+    assert loaded["b"].origin == "here"
+    assert loaded["b"].tolist() == [1, 1, 1]
+    assert loaded["b"].untyped_storage().data_ptr() == loaded["c"].untyped_storage().data_ptr()
 
 
 # From a device: the CPU stands in for it

@@ -1,7 +1,10 @@
 """A process that is killed in a save leaves what was there before, whole and listed, and nothing that stays."""
 
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +145,30 @@ def resumed(rank: int, folder: Path) -> None:
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = trainer_of(folder, max_steps=2, callbacks=[QuantizationCallback(), saves], enable_checkpointing=True)
     trainer.fit(ShardedModel(), samples(), ckpt_path=str(folder / "step=1.ckpt"))
+
+
+def interrupted(rank: int, folder: Path) -> None:
+    """Train; in the second save one process writes slowly, and the one that waits for it is interrupted."""
+    saves, write = 0, sharded_save.write_shards
+
+    def write_slowly(*arguments: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        if saves == 2 and rank == 0:
+            time.sleep(2)
+        elif saves == 2:
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return write(*arguments)
+
+    sharded_save.write_shards = write_slowly
+    fitted(folder, 3, False, save_top_k=-1, filename="{step}")
+
+
+def test_an_interrupt_in_a_save_ends_all_processes(tmp_path: Path) -> None:
+    """The interrupt arrives between two messages, so that nobody can be told of it but by the end of the process."""
+    forked.prepare()
+    ended = processes.run_to_the_end(interrupted, 2, tmp_path, limit=30)
+    assert [each.exitcode for each in ended] == [1, 1]
+    assert "KeyboardInterrupt" in ended[1].error
+    assert visible(tmp_path) == {"step=1.ckpt": 1}
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
