@@ -17,6 +17,7 @@ Reading a file of codes needs nothing but torch::
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ from q8lightning.checkpoint.loading import keep_encoded
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
 from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
+from q8lightning.checkpoint.sharded.open_folder import OpenFolder, is_folder
+from q8lightning.checkpoint.sharded.read_codes import codes_in
+from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.quantization.spec.packed_bits import pack_bits
 from q8lightning.system.ambient import neutral
 
@@ -46,7 +50,8 @@ def export_quantized(
     """Write the quantized weights of a checkpoint that was saved during QAT, without what only training needs.
 
     Args:
-        checkpoint: The checkpoint.
+        checkpoint: The checkpoint, a file or the folder of a sharded one. Of a folder, every weight is read and written
+            whole.
         path: The file to write.
         format: ``"float"`` writes a Lightning checkpoint with the very weights that the forward pass used, which
             ``load_from_checkpoint`` and ``torch.load`` read without this package. ``"codes"`` writes packed codes,
@@ -62,8 +67,12 @@ def export_quantized(
     """
     if format not in ("float", "codes"):
         raise ValueError(f'format is "float" or "codes", got {format!r}')
-    with explained(checkpoint), keep_encoded():
-        loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
+    folder = OpenFolder(checkpoint, trust=not weights_only) if is_folder(checkpoint) else None
+    if folder is not None:
+        loaded = folder.content()
+    else:
+        with explained(checkpoint), keep_encoded():
+            loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
     check_version(loaded.get(SUMMARY_KEY))
     entries = summary_in(loaded).get(CODES_KEY)
     if not entries:
@@ -71,8 +80,8 @@ def export_quantized(
             f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
             " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
         )
-    with explained(checkpoint):
-        state = _exported_state(loaded[STATE_DICT], entries, format)
+    with explained(checkpoint) if folder is None else nullcontext():  # which knows its files
+        state = _exported_state(loaded[STATE_DICT], entries, format, folder)
     if format == "codes":
         write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
         return
@@ -80,13 +89,15 @@ def export_quantized(
     write_checkpoint(plain | {STATE_DICT: state}, Path(path))
 
 
-def _exported_state(loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str) -> dict[str, Any]:
+def _exported_state(
+    loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str, folder: OpenFolder | None
+) -> dict[str, Any]:
     tied: dict[Any, Any] = {}
     state: dict[str, Any] = {}
     for name, value in loaded.items():
         identity = _identity(value)
         if identity not in tied:
-            tied[identity] = _exported(name, value, entries.get(name), format)
+            tied[identity] = _exported(name, value, entries.get(name), format, folder)
         state[name] = tied[identity]
     return state
 
@@ -98,12 +109,14 @@ def _identity(value: Any) -> Any:
     return id(value)
 
 
-def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str) -> Any:
+def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str, folder: OpenFolder | None) -> Any:
     if isinstance(value, QuantizedTensor):
         value.verify()  # decoding would do so, but codes are read without it
+    if entry is None and isinstance(value, UnreadTensor):
+        return value.read()
     if entry is None:
         return value.decode() if isinstance(value, QuantizedTensor) else value
-    codes = read_codes(value, entry)
+    codes = read_codes(value, entry) if folder is None else codes_in(folder, name)
     if not bool(codes[2].isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity, which has no codes; export a checkpoint from before it did")
     return _plain_codes(codes) if format == "codes" else _values(codes)

@@ -96,7 +96,7 @@ def _verify_folder(path: str | os.PathLike[str], trust: bool, progress: Progress
     except CorruptCheckpointError as error:
         size = sum(each.stat().st_size for each in Path(path).iterdir())
         return Verification(Path(path), size, damage=(_located(error, path),))
-    damage = [error.what for error in folder.damage()]
+    damage = [_located(error, path) for error in folder.damage()]
     tensors = quantized = 0
     try:
         opened = read_folder(folder)

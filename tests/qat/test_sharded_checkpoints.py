@@ -1,5 +1,6 @@
 """Checkpoints in shards hold the masters and the codes that the forward pass used, whatever the number of processes."""
 
+import textwrap
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,9 +17,11 @@ from support.straight_through import Trained, quantized
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import q8lightning.export.quantized
 from q8lightning import CorruptCheckpointError, QATConfig, QuantizationCallback, WeightRule, export_quantized
 from q8lightning.checkpoint.sharded.check import check_shards
 from q8lightning.checkpoint.sharded.read_codes import codes_of_shards
+from q8lightning.tools import compress, decompress
 
 POLICIES = (None, "resume", "compact")
 CONFIGS = {
@@ -119,6 +122,44 @@ def test_a_whole_checkpoint_of_sharded_weights_is_exported_as_they_were_used(tmp
         if master.ndim == 2:
             expected = torch.stack([quantized(torch.from_numpy(row), "int4", 64) for row in master])
             assert torch.equal(state[f"net.{name}"], expected), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_folder_and_the_files_made_of_it_are_exported_as_they_were_used(
+    config: str, policy: Any, tmp_path: Path
+) -> None:
+    """With codes beside encoded masters, with codes that are their first stage, and with codes that follow."""
+    folder, found = saved()
+    named = f"{config}-{policy}"
+    decompress(folder / named, tmp_path / "one.ckpt")
+    compress(folder / named, tmp_path / "small.ckpt", "compact")
+    for source in (folder / named, tmp_path / "one.ckpt", tmp_path / "small.ckpt"):
+        export_quantized(source, tmp_path / "float.pt", format="float")
+        export_quantized(source, tmp_path / "codes.pt", format="codes")
+        content = torch.load(tmp_path / "float.pt", weights_only=True)
+        assert "optimizer_states" not in content
+        assert content["global_step"] == 3
+        by_codes = codes_read_back(tmp_path / "codes.pt")
+        for name, master in found[named].items():
+            value, key = torch.from_numpy(master), f"net.{name}"
+            if config == "int4" and value.ndim == 2:
+                value = torch.stack([quantized(row, "int4", 64) for row in value])
+            elif name == "3.weight":
+                value = quantized(value, "linear", 64)
+            elif source.name == "small.ckpt" or policy is not None:
+                assert torch.allclose(content["state_dict"][key], value, atol=0.02), (source, name)
+                continue
+            assert torch.equal(content["state_dict"][key], value), (source, name)
+            assert torch.equal(by_codes[key], value), (source, name)
+
+
+def codes_read_back(path: Path) -> dict[str, Tensor]:
+    """Read exported codes as the head of the module says that one can."""
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(textwrap.dedent(q8lightning.export.quantized.__doc__.split("::\n\n", 1)[1]), namespace)
+    state: dict[str, Tensor] = namespace["load_codes"](path)
+    return state
 
 
 def test_codes_are_stored_only_where_they_do_not_follow() -> None:

@@ -181,11 +181,9 @@ class OpenFolder:
         yield from self.lacks
         for file in self._files.values():
             chunks = file.chunks if self.has_table else self._chunks_in(file.path.name)
-            yield from (
-                CorruptCheckpointError(f"{describe_chunk(each)} in {file.path.name}", self.path)
-                for each in chunks
-                if not file.is_whole(each)
-            )
+            for each in chunks:
+                if not file.is_whole(each):
+                    yield CorruptCheckpointError(describe_chunk(each), file.path)
 
     def _names(self) -> list[str]:
         """Return the names by which DCP knows what is in the folder, in the order of the states that were saved."""
