@@ -11,7 +11,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 R = TypeVar("R")
 
-_TOLD, _ALONE = "_q8lightning_told", "_q8lightning_alone"
+_TOLD, _ALONE = "q8lightning_told", "q8lightning_alone"
 """Marks of errors."""
 
 
