@@ -57,7 +57,7 @@ def decompress(
 
 
 class _Decoder(Converter):
-    """Replaces payloads, and tensors that nobody has read, by their values."""
+    """Replaces payloads, and tensors that have not been read, by their values."""
 
     def __init__(self, opened: OpenCheckpoint, progress: Progress) -> None:
         payloads = [value for _, value in tensors_in(opened.content) if not isinstance(value, Tensor)]

@@ -50,8 +50,8 @@ class Verification:
 def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent) -> Verification:
     """Compare the checksum of every payload and the CRC32 of everything else; decode every payload to finite values.
 
-    Of a folder every file is read. Files that it lacks, or that are of another save, count as damage, but nobody can
-    tell of which save the files of plain Lightning are. Damage is returned, not raised.
+    Of a folder every file is read. Files that it lacks, or that are of another save, count as damage; those of plain
+    Lightning do not tell of which save they are. Damage is returned, not raised.
 
     Args:
         path: The file or folder, quantized or not.

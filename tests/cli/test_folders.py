@@ -19,7 +19,7 @@ from support.sharded_scenarios import decoded, play, results, save_plain, shards
 from torch import nn
 from torch.distributed.checkpoint import save as dcp_save
 
-from q8lightning import CorruptCheckpointError, QuantizationCallback
+from q8lightning import CorruptCheckpointError, QuantizationCallback, without_verification
 from q8lightning.checkpoint.sharded.shard_file import read_table
 from q8lightning.tools import ToolError, compare, compress, decompress, inspect, verify
 
@@ -251,6 +251,15 @@ def test_damage_of_a_folder_is_named(what: str, folder: Path, tmp_path: Path, ru
     for command in ("decompress", "compress"):
         assert run(command, copy, tmp_path / "one").status == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["copy"]
+
+
+def test_the_rest_of_a_damaged_folder_can_be_had(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "ours", tmp_path / "copy")
+    _flip_in(copy, f"state_dict.{UP}")
+    with without_verification():
+        decompress(copy, tmp_path / "one")
+    differing = [row.path for row in compare(folder / "ours", tmp_path / "one").differing]
+    assert differing == [f"state_dict.{UP}"]
 
 
 def test_all_damage_is_told(folder: Path, tmp_path: Path) -> None:

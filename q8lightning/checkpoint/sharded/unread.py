@@ -1,4 +1,4 @@
-"""A tensor of a folder that nobody has read: what is known of it, and how to read it."""
+"""A tensor of a folder that has not been read: what is known of it, and how to read it."""
 
 from collections.abc import Callable
 from functools import cached_property
