@@ -4,6 +4,7 @@ A kernel is compiled for the codec, the dtype and the alignment of its tensors, 
 small tensor for each of these needs the same kernels as the real ones.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.encode.find import Shard
 from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.tree import tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
 
 NUMEL = 4096
@@ -52,7 +55,7 @@ class Form(NamedTuple):
         skip = 0 if self.is_aligned else 1
         rows = ALIGNED * max(NUMEL // (ALIGNED * (row or 1)), 1) + (0 if self.is_whole else 1)
         numel = skip + rows * (row or 1)
-        values = torch.ones(numel, device=device) if lossless else torch.linspace(0.01, 1.0, numel, device=device)
+        values = torch.linspace(1.0 if lossless else 0.01, 1.0, numel, dtype=torch.float32, device=device)
         flat = values.to(self.dtype)[skip:]
         return flat if row is None else flat.view(rows, row)
 
@@ -67,6 +70,7 @@ class Miniature(NamedTuple):
         states: The keys and forms of what the optimizer keeps for it, or will; empty if all of it is stored as it is.
         trained: The codec by which it is trained quantized, if kernels encode that; None otherwise.
         row: The elements of a channel, if that codec's blocks end with channels; None otherwise.
+        shard: What its tensors are a part of in this process; None if they are whole.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Miniature(NamedTuple):
     states: tuple[tuple[str, Form], ...]
     trained: WeightCodec | None = None
     row: int | None = None
+    shard: Shard | None = None
 
     def checkpoint(self, device: torch.device, lossless: bool = True) -> dict[str, Any]:
         """Return a checkpoint of this parameter alone; see :meth:`Form.tensor`."""
@@ -88,6 +93,10 @@ class Miniature(NamedTuple):
             nothing: dict[str, Any] = {"state": {}, "param_groups": []}
             result["optimizer_states"] = [nothing] * optimizer + [{"state": state, "param_groups": groups}]
         return result
+
+    def shards(self, checkpoint: dict[str, Any]) -> dict[int, Shard]:
+        """Return what the tensors of :meth:`checkpoint` are a part of, by their ids."""
+        return {} if self.shard is None else {id(tensor): self.shard for _, tensor in tensors(checkpoint)}
 
 
 def miniatures_of(
@@ -119,7 +128,7 @@ def miniatures_of(
         if own.device != device or parameter.numel() < policy.min_numel:
             continue
         place = places.get(id(parameter))
-        weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
+        weight, codec, shard = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name), _shard_of(parameter)
         states = () if place is None else tuple(_states_to_come(optimizers[place[0]], parameter))
         path = "" if place is None else "optimizer_states.{}.state.{}".format(*place)
         codecs = tuple(policy.codec_for(f"{path}.{key}", name) for key, _ in states)
@@ -129,8 +138,9 @@ def miniatures_of(
             if trained is not None and trained.axis:
                 trained = None  # no kernel encodes across rows
             row = None if trained is None or trained.axis != 0 else parameter.shape[1:].numel()
-            way = codec and (codec, weight, trained, row), kept and (codecs, kept)
-            found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row))
+            aligned = [each and shard and shard.aligned(each) for each in (codec, *codecs)]
+            way = codec and (codec, weight, trained, row), kept and (codecs, kept), tuple(aligned)
+            found.setdefault(way, Miniature(name, weight if codec else None, place, kept, trained, row, shard))
     return list(found.values())
 
 
@@ -156,6 +166,15 @@ def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iter
     dtype, is_whole, _ = Form.of(parameter)
     for key in keys:
         yield key, Form(dtype, is_whole, is_aligned=True)
+
+
+def _shard_of(parameter: Tensor) -> Shard | None:
+    """Return what the part of a DTensor that this process has is a part of; None for any other tensor."""
+    own = _local(parameter)
+    if own is parameter:
+        return None
+    rows = (each.shape[1:].numel() if each.ndim > 1 else 0 for each in (parameter, own))
+    return Shard(parameter.numel(), math.gcd(*rows))
 
 
 def _local(tensor: Tensor) -> Tensor:

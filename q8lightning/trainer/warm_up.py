@@ -17,20 +17,25 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from torch import nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sharded.ranks import Ranks
+from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
-from q8lightning.trainer.miniatures import miniatures_of, parameters_of
+from q8lightning.trainer.miniatures import Miniature, miniatures_of, parameters_of
 
 LEAVE = 5.0
 """Seconds that the end of the process waits, so that nothing is compiled while the process is torn down."""
+
+
+_NAME = "warm-up.ckpt"
 
 
 class WarmUp:
@@ -94,7 +99,7 @@ class WarmUp:
                     for miniature in self._miniatures:
                         if self._stop.is_set():
                             return
-                        self._save(policy, miniature.checkpoint(self._device, lossless))
+                        self._save(policy, miniature, lossless)
                     self._ready.set()  # the first policy is the one of real saves
         except BaseException as error:
             advise(
@@ -105,13 +110,13 @@ class WarmUp:
             self._ready.set()
             atexit.unregister(self._leave)
 
-    def _save(self, policy: CheckpointPolicy, checkpoint: dict[str, Any]) -> None:
-        io = _Silent(_Nowhere(), policy, self._async_save)
-        io.describe_model = lambda: self._names
+    def _save(self, policy: CheckpointPolicy, miniature: Miniature, lossless: bool) -> None:
+        checkpoint = miniature.checkpoint(self._device, lossless)
+        io = _Silent(checkpoint=policy, async_save=self._async_save)
         try:
             for _ in range(2):  # the second save runs the plan of the first, as all later ones do
-                io.save_checkpoint(checkpoint, "warm-up.ckpt")
-                io.settle("warm-up.ckpt")
+                io.save_shards(checkpoint, miniature.shards(checkpoint), _NAME, self._names, Ranks(), _write_nothing)
+                io.settle(_NAME)
         finally:
             io.finish()
             torch.cuda.current_stream().synchronize()  # kept tables are complete before another stream reads them
@@ -120,6 +125,11 @@ class WarmUp:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(LEAVE)
+
+
+def _write_nothing(save: Save, memory: HostMemory) -> SaveReport:
+    with save.fetch(memory):
+        return save.report
 
 
 def guarded(policy: CheckpointPolicy) -> list[tuple[CheckpointPolicy, bool]]:
@@ -158,24 +168,11 @@ def _leave_captures_alone() -> None:
 class _Silent(QuantizedCheckpointIO):
     """Gives no warnings, because nothing of the user's is saved."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._warnings = _NoWarnings()
 
 
 class _NoWarnings(WarningQueue):
     def add(self, report: SaveReport) -> None:
-        pass
-
-
-class _Nowhere(CheckpointIO):
-    """Takes checkpoints and writes none."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        pass
-
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        raise FileNotFoundError(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
         pass

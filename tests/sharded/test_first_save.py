@@ -15,26 +15,37 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback
+from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.trainer.miniatures import ALIGNED, Form, miniatures_of
 from q8lightning.trainer.recording import watch_of
 
 
 class Look(pl.Callback):
-    """Keeps the miniatures of a model and the shards that they stand for."""
+    """Keeps the miniatures of a model and the shards that they stand for, with the blocks of both."""
 
     def __init__(self) -> None:
-        self.forms: set[Form] = set()
-        self.shards: set[Form] = set()
+        self.forms: set[tuple[Form, int]] = set()
+        self.shards: set[tuple[Form, int]] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         policy = CheckpointPolicy.of("resume")
         for each in miniatures_of(policy, pl_module, trainer.optimizers, torch.device("cpu")):
             assert each.weight is not None
-            self.forms.add(each.weight)
+            self.forms.add(
+                (each.weight, RULE.block_size if each.shard is None else each.shard.aligned(RULE).block_size)
+            )
         for parameter in pl_module.parameters():
             local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
             if parameter.numel() >= policy.min_numel and local.numel():
-                self.shards.add(Form(local.dtype, local.numel() % ALIGNED == 0, local.data_ptr() % ALIGNED == 0))
+                form = Form(local.dtype, local.numel() % ALIGNED == 0, local.data_ptr() % ALIGNED == 0)
+                self.shards.add((form, BLOCKS.get(tuple(parameter.shape[1:]), RULE.block_size)))
+
+
+RULE = get_codec("linear", 128, residual=True)
+"""Of weights, in the preset that is looked at."""
+
+BLOCKS = {(96,): 32}
+"""Of shards whose rows have no room for those of the rule; rows of 67 or 72 have room for none."""
 
 
 class Uneven(ShardedModel):
@@ -45,7 +56,7 @@ class Uneven(ShardedModel):
         self.net.more = nn.Linear(72, 66)
 
 
-def choose(rank: int, folder: Path) -> tuple[set[Form], set[Form]]:
+def choose(rank: int, folder: Path) -> tuple[set[tuple[Form, int]], set[tuple[Form, int]]]:
     look = Look()
     trainer_of(folder, max_steps=1, callbacks=[look]).fit(Uneven(), samples())
     return look.forms, look.shards
@@ -54,7 +65,8 @@ def choose(rank: int, folder: Path) -> tuple[set[Form], set[Form]]:
 def test_miniatures_stand_for_the_shards_of_a_process(tmp_path: Path) -> None:
     for forms, shards in processes.run(choose, 2, tmp_path):
         assert forms == shards
-        assert {form.is_whole for form in forms} == {True, False}
+        assert {form.is_whole for form, _ in forms} == {True, False}
+        assert {block_size for _, block_size in forms} == {128, 32}
 
 
 class SavesWarm(pl.Callback):

@@ -82,4 +82,4 @@ def _as_in_a_file(folder: OpenFolder, name: str, entry: Mapping[str, Any]) -> di
 
 def _scales_of(codec: WeightCodec, rows: Tensor) -> Tensor:
     """Return a tensor with the shape of a weight's scales, without content."""
-    return torch.empty(rows.shape[0], -(-rows.shape[1] // codec.block_size), device="meta")
+    return torch.empty(rows.shape[0], -(-rows.shape[1] // codec.block_size), dtype=torch.float32, device="meta")
