@@ -1,0 +1,154 @@
+"""The ways to store a state that are compared, and what a file of each would bring back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q8lightning.checkpoint.encode.checkpoint import encode_and_report
+from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
+from q8lightning.checkpoint.file.payloads import decode_payloads, payloads_in
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
+from q8lightning.checkpoint.sections import path_of
+from q8lightning.checkpoint.tree import rebuild, tensors
+from resuming.training import Checkpoint
+
+Options = Mapping[str, Any]
+"""Arguments of a rule, without its pattern."""
+
+OPTIMIZERS = "optimizer_states"
+WEIGHTS, FIRST, SECOND = "state_dict.*", f"{OPTIMIZERS}.*.exp_avg", f"{OPTIMIZERS}.*.exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to store a state.
+
+    Attributes:
+        name: Its name in records and tables.
+        group: ``floor`` for a plain copy, ``preset``, ``frontier`` for a whole state under another policy, ``part`` if
+            only a part of the state is encoded, ``warning`` for what nobody should do.
+        policy: What is encoded, and how; None for a plain copy.
+        guarded: Whether it is saved as the callback saves, with the guard that stores better what would lose too much.
+            Otherwise the codecs of the policy are used whatever they lose.
+        weights: The dtype that weights are rounded to; None if they are not.
+    """
+
+    name: str
+    group: str
+    policy: CheckpointPolicy | None = None
+    guarded: bool = True
+    weights: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as a file has it.
+
+    Attributes:
+        content: The checkpoint; encoded tensors are payloads.
+        metrics: What was lost, as the callback logs it; empty if that was not measured.
+        guarded: How many tensors the guard stored better than the policy says.
+    """
+
+    content: Checkpoint
+    metrics: Mapping[str, float]
+    guarded: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and tensors; tied ones count once."""
+        seen: dict[Any, int] = {}
+
+        def count(leaf: Any) -> Any:
+            if isinstance(leaf, QuantizedTensor):
+                seen[id(leaf)] = leaf.nbytes
+            elif isinstance(leaf, Tensor):
+                seen[leaf.data_ptr(), leaf.dtype] = leaf.nbytes
+            return leaf
+
+        rebuild(self.content, count)
+        return sum(seen.values())
+
+    def load(self) -> Checkpoint:
+        """Return the checkpoint as loading it returns it. It shares with the original what is not encoded."""
+        payloads = payloads_in(self.content)
+        device = payloads[0].data.device if payloads else None
+        decoded = decode_payloads(payloads, device if device is not None and device.type == "cuda" else None)
+        loaded: Checkpoint = rebuild(self.content, lambda leaf: decoded.get(id(leaf), leaf))
+        return loaded
+
+
+def store(checkpoint: Checkpoint, variant: Variant) -> Stored:
+    """Store a checkpoint, which stays as it is, through the code that saves run."""
+    if variant.weights is not None:
+        weights = {name: tensor.to(variant.weights) for name, tensor in checkpoint["state_dict"].items()}
+        checkpoint = {**checkpoint, "state_dict": weights}
+    if variant.policy is None:
+        return Stored(checkpoint, {}, 0)
+    if variant.guarded:
+        content, report = encode_and_report(checkpoint, variant.policy)
+        return Stored(content, report.metrics, len(report.guarded) + len(report.refused))
+    return Stored(_encode_all(checkpoint, variant.policy), {}, 0)
+
+
+def _encode_all(checkpoint: Checkpoint, policy: CheckpointPolicy) -> Checkpoint:
+    """Encode what the policy names, whatever that loses."""
+    items = [
+        (tensor, codec, path_of(keys))
+        for keys, tensor in tensors(checkpoint)
+        if tensor.numel() >= policy.min_numel and (codec := policy.codec_for(path_of(keys)))
+    ]
+    payloads = encode_tensors(items).payloads
+    places = {id(tensor): payload for (tensor, _, _), payload in zip(items, payloads, strict=True)}
+    encoded: Checkpoint = rebuild(checkpoint, lambda leaf: places.get(id(leaf), leaf))
+    return encoded
+
+
+def policy(
+    weights: Options | None = None, first: Options | None = None, second: Options | None = None
+) -> CheckpointPolicy:
+    """Return a policy with a codec for each part of a state that has options, and without limits."""
+    parts = {WEIGHTS: weights, FIRST: first, SECOND: second}
+    rules = [Rule(pattern, **options) for pattern, options in parts.items() if options]
+    return CheckpointPolicy(rules, min_sqnr_db=None, max_update_direction_error=None)
+
+
+_EIGHT = {"codec": "softsign", "block_size": 256}
+_RESIDUAL = {"codec": "linear", "block_size": 256, "residual": True}
+_FIRST = {"codec": "softsign", "block_size": 128}
+_SECOND = {"codec": "log", "block_size": 128}
+_LINEAR = {"codec": "linear", "block_size": 128}
+_MAP, _UNSIGNED_MAP = {"codec": "dynamic", "block_size": 256}, {"codec": "dynamic_unsigned", "block_size": 256}
+
+PLAIN = Variant("plain", "floor")
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("plain again", "floor"),
+    *(Variant(name, "preset", preset) for name, preset in PRESETS.items()),
+    Variant("8+8 / 8 / 8", "frontier", policy(_RESIDUAL, _FIRST, _SECOND)),
+    Variant("8 / 8 / 8", "frontier", policy(_EIGHT, _FIRST, _SECOND)),
+    Variant("linear uint8 second moments", "warning", policy(second=_LINEAR), guarded=False),
+    Variant("bitsandbytes' maps", "warning", policy(_MAP, _MAP, _UNSIGNED_MAP), guarded=False),
+    Variant("weights in bfloat16", "part", weights=torch.bfloat16),
+    Variant("weights: linear 8+8", "part", policy(_RESIDUAL)),
+    Variant("weights: softsign 8", "part", policy(_EIGHT)),
+    Variant("exp_avg: softsign 8", "part", policy(first=_FIRST)),
+    Variant("exp_avg_sq: log 8", "part", policy(second=_SECOND)),
+    Variant("bitsandbytes' maps, moments only", "part", policy(first=_MAP, second=_UNSIGNED_MAP), guarded=False),
+    Variant("plain once more", "floor"),
+)
+"""What is compared with the plain resume, the most important first. Bits are those of weights (with a residual), first
+moments and second moments."""
+
+RESTORED_OFTEN = tuple(each for each in VARIANTS if each.group == "preset")
+"""What is restored ten and a hundred times."""
+
+
+def variants(only: str | None) -> list[Variant]:
+    """Return the variants whose name contains one of some texts, separated by commas; all of them for None."""
+    wanted = None if only is None else [each.strip() for each in only.split(",")]
+    return [each for each in VARIANTS if wanted is None or any(text in each.name for text in wanted)]
