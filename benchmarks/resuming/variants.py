@@ -117,10 +117,26 @@ def policy(
     return CheckpointPolicy(rules, min_sqnr_db=None, max_update_direction_error=None)
 
 
-_EIGHT = {"codec": "softsign", "block_size": 256}
-_RESIDUAL = {"codec": "linear", "block_size": 256, "residual": True}
-_FIRST = {"codec": "softsign", "block_size": 128}
-_SECOND = {"codec": "log", "block_size": 128}
+def _weights(bits: int, residual_bits: int = 0) -> Options:
+    codec = "linear" if residual_bits else "softsign"
+    return {"codec": codec, "block_size": 256, "bits": bits, "residual_bits": residual_bits}
+
+
+def _first(bits: int) -> Options:
+    return {"codec": "softsign", "block_size": 128, "bits": bits}
+
+
+def _second(bits: int) -> Options:
+    return {"codec": "log", "block_size": 128, "bits": bits}
+
+
+def whole(bits: int, residual_bits: int, first: int, second: int) -> Variant:
+    """Return a variant for a whole state, named by the bits of weights and their residual, first and second moments."""
+    name = f"{bits}+{residual_bits}" if residual_bits else str(bits)
+    encoded = policy(_weights(bits, residual_bits), _first(first), _second(second))
+    return Variant(f"{name} / {first} / {second}", "frontier", encoded)
+
+
 _LINEAR = {"codec": "linear", "block_size": 128}
 _MAP, _UNSIGNED_MAP = {"codec": "dynamic", "block_size": 256}, {"codec": "dynamic_unsigned", "block_size": 256}
 
@@ -129,20 +145,24 @@ PLAIN = Variant("plain", "floor")
 VARIANTS: tuple[Variant, ...] = (
     Variant("plain again", "floor"),
     *(Variant(name, "preset", preset) for name, preset in PRESETS.items()),
-    Variant("8+8 / 8 / 8", "frontier", policy(_RESIDUAL, _FIRST, _SECOND)),
-    Variant("8 / 8 / 8", "frontier", policy(_EIGHT, _FIRST, _SECOND)),
+    whole(8, 4, 6, 6),
+    whole(8, 3, 5, 4),
+    whole(8, 0, 4, 4),
+    whole(8, 0, 8, 8),
+    Variant("plain once more", "floor"),
+    whole(8, 2, 5, 4),
+    whole(8, 6, 7, 6),
     Variant("linear uint8 second moments", "warning", policy(second=_LINEAR), guarded=False),
     Variant("bitsandbytes' maps", "warning", policy(_MAP, _MAP, _UNSIGNED_MAP), guarded=False),
-    Variant("weights in bfloat16", "part", weights=torch.bfloat16),
-    Variant("weights: linear 8+8", "part", policy(_RESIDUAL)),
-    Variant("weights: softsign 8", "part", policy(_EIGHT)),
-    Variant("exp_avg: softsign 8", "part", policy(first=_FIRST)),
-    Variant("exp_avg_sq: log 8", "part", policy(second=_SECOND)),
-    Variant("bitsandbytes' maps, moments only", "part", policy(first=_MAP, second=_UNSIGNED_MAP), guarded=False),
-    Variant("plain once more", "floor"),
+    Variant("weights: bfloat16", "part", weights=torch.bfloat16),
+    *(Variant(f"weights: linear 8+{bits}", "part", policy(_weights(8, bits))) for bits in (4, 2)),
+    Variant("weights: softsign 8", "part", policy(_weights(8))),
+    *(Variant(f"exp_avg: softsign {bits}", "part", policy(first=_first(bits))) for bits in (6, 4, 8, 5)),
+    *(Variant(f"exp_avg_sq: log {bits}", "part", policy(second=_second(bits))) for bits in (5, 4, 8, 6)),
+    Variant("moments: bitsandbytes' maps", "part", policy(first=_MAP, second=_UNSIGNED_MAP), guarded=False),
 )
-"""What is compared with the plain resume, the most important first. Bits are those of weights (with a residual), first
-moments and second moments."""
+"""What is compared with the plain resume, the most important first. Today's presets are 8+4 / 6 / 5, 8 / 5 / 4 and
+8+8 / 8 / 8."""
 
 RESTORED_OFTEN = tuple(each for each in VARIANTS if each.group == "preset")
 """What is restored ten and a hundred times."""
