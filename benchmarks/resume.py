@@ -77,6 +77,9 @@ class Run:
         scenario: Its name.
         seed: Of weights and batches.
         beta2: Of AdamW.
+
+    Attributes:
+        checkpoints: The states that were kept, by step.
     """
 
     def __init__(self, settings: Settings, scenario: str, seed: int, beta2: float) -> None:
@@ -91,7 +94,7 @@ class Run:
             "parameters": self._training.parameters,
             "machine": machine(settings),
         }
-        self._kept: dict[int, Checkpoint] = {}
+        self.checkpoints: dict[int, Checkpoint] = {}
         self._plain: dict[int, Tensor] = {}
 
     def train(self) -> None:
@@ -99,15 +102,15 @@ class Run:
         done = 0
         for step in sorted(self._settings.checkpoints):
             self._training.run(done, step - done)
-            self._kept[step], done = copy_of(self._training.checkpoint()), step
-        for step in self._kept:
+            self.checkpoints[step], done = copy_of(self._training.checkpoint()), step
+        for step in self.checkpoints:
             self._plain[step] = self._losses(Job(PLAIN, step))
 
     def resume(self, job: Job) -> Record:
         """Resume, and compare the losses with those of the plain resume."""
         start = time.perf_counter()
         plain, losses = self._plain[job.checkpoint], self._losses(job)
-        stored = store(self._kept[job.checkpoint], job.variant)
+        stored = store(self.checkpoints[job.checkpoint], job.variant)
         gap = losses - plain
         return {
             **self._said,
@@ -129,7 +132,7 @@ class Run:
 
     def _losses(self, job: Job) -> Tensor:
         steps = self._settings.steps
-        self._training.load(self._kept[job.checkpoint])
+        self._training.load(self.checkpoints[job.checkpoint])
         return self._training.run(
             job.checkpoint,
             steps,

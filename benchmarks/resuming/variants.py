@@ -85,8 +85,12 @@ class Stored:
 def store(checkpoint: Checkpoint, variant: Variant) -> Stored:
     """Store a checkpoint, which stays as it is, through the code that saves run."""
     if variant.weights is not None:
-        weights = {name: tensor.to(variant.weights) for name, tensor in checkpoint["state_dict"].items()}
-        checkpoint = {**checkpoint, "state_dict": weights}
+        once: dict[int, Tensor] = {}  # tied weights stay tied
+        rounded = {
+            name: once.setdefault(tensor.data_ptr(), tensor.to(variant.weights))
+            for name, tensor in checkpoint["state_dict"].items()
+        }
+        checkpoint = {**checkpoint, "state_dict": rounded}
     if variant.policy is None:
         return Stored(checkpoint, {}, 0)
     if variant.guarded:
@@ -96,15 +100,18 @@ def store(checkpoint: Checkpoint, variant: Variant) -> Stored:
 
 
 def _encode_all(checkpoint: Checkpoint, policy: CheckpointPolicy) -> Checkpoint:
-    """Encode what the policy names, whatever that loses."""
-    items = [
-        (tensor, codec, path_of(keys))
+    """Encode what the policy names, whatever that loses; tied tensors become one payload."""
+    items = {
+        tensor.data_ptr(): (tensor, codec, path_of(keys))
         for keys, tensor in tensors(checkpoint)
         if tensor.numel() >= policy.min_numel and (codec := policy.codec_for(path_of(keys)))
-    ]
-    payloads = encode_tensors(items).payloads
-    places = {id(tensor): payload for (tensor, _, _), payload in zip(items, payloads, strict=True)}
-    encoded: Checkpoint = rebuild(checkpoint, lambda leaf: places.get(id(leaf), leaf))
+    }
+    payloads = dict(zip(items, encode_tensors(list(items.values())).payloads, strict=True))
+
+    def change(leaf: Any) -> Any:
+        return payloads.get(leaf.data_ptr(), leaf) if isinstance(leaf, Tensor) else leaf
+
+    encoded: Checkpoint = rebuild(checkpoint, change)
     return encoded
 
 
@@ -146,11 +153,15 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("plain again", "floor"),
     *(Variant(name, "preset", preset) for name, preset in PRESETS.items()),
     whole(8, 4, 6, 6),
+    whole(8, 4, 5, 6),
+    whole(8, 3, 5, 5),
     whole(8, 3, 5, 4),
+    whole(8, 0, 4, 5),
+    whole(8, 0, 5, 5),
     whole(8, 0, 4, 4),
     whole(8, 0, 8, 8),
     Variant("plain once more", "floor"),
-    whole(8, 2, 5, 4),
+    whole(8, 3, 6, 6),
     whole(8, 6, 7, 6),
     Variant("linear uint8 second moments", "warning", policy(second=_LINEAR), guarded=False),
     Variant("bitsandbytes' maps", "warning", policy(_MAP, _MAP, _UNSIGNED_MAP), guarded=False),
