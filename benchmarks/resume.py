@@ -27,7 +27,7 @@ import torch
 from resuming.report import draw, tables
 from resuming.scenarios import SCENARIOS, Settings
 from resuming.training import Checkpoint, Training, copy_of
-from resuming.variants import PLAIN, RESTORED_OFTEN, Stored, Variant, store, variants
+from resuming.variants import FIRST_OF_ALL, LATER, PLAIN, RESTORED_OFTEN, Stored, Variant, is_wanted, store
 from torch import Tensor
 
 Record = dict[str, Any]
@@ -53,20 +53,13 @@ def jobs(settings: Settings, only: str | None, often: tuple[int, ...]) -> Iterat
 
     Those that restore often go on from the middle checkpoint.
     """
-    chosen = variants(only)
-    first = [each for each in chosen if each.group in ("floor", "preset", "frontier")]
+    first, later, often_restored = (
+        [variant for variant in group if is_wanted(variant, only)] for group in (FIRST_OF_ALL, LATER, RESTORED_OFTEN)
+    )
     middle = settings.checkpoints[len(settings.checkpoints) // 2]
-    for variant in first:
-        for checkpoint in settings.checkpoints:
-            yield Job(variant, checkpoint)
-    for restores in often:
-        for variant in first:
-            if variant in RESTORED_OFTEN:
-                yield Job(variant, middle, restores)
-    for variant in chosen:
-        if variant not in first:
-            for checkpoint in settings.checkpoints:
-                yield Job(variant, checkpoint)
+    yield from (Job(variant, checkpoint) for variant in first for checkpoint in settings.checkpoints)
+    yield from (Job(variant, middle, restores) for restores in often for variant in often_restored)
+    yield from (Job(variant, checkpoint) for variant in later for checkpoint in settings.checkpoints)
 
 
 class Run:

@@ -7,6 +7,9 @@ from typing import Any
 
 Record = dict[str, Any]
 
+GROUPS = ("floor", "preset", "frontier", "warning", "part")
+"""The groups of variants, in the order of tables."""
+
 COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "bytes a parameter": lambda rows: f"{median(row['bytes_a_parameter'] for row in rows):.2f}",
     "first batch": lambda rows: _number(median(abs(row["first_batch"]) for row in rows)),
@@ -62,8 +65,9 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def variants_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records of each variant that was restored once; all plain resumes are one."""
+    """Return the records of each variant that was restored once, by group and size; all plain resumes are one."""
     once = [row | {"variant": _named(row)} for row in records if row["restores"] == 1]
+    once.sort(key=lambda row: (GROUPS.index(row["group"]), -row["bytes_a_parameter"]))
     return grouped(once, "variant")
 
 

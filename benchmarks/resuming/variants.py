@@ -149,37 +149,42 @@ _MAP, _UNSIGNED_MAP = {"codec": "dynamic", "block_size": 256}, {"codec": "dynami
 
 PLAIN = Variant("plain", "floor")
 
-VARIANTS: tuple[Variant, ...] = (
+FIRST_OF_ALL: tuple[Variant, ...] = (
     Variant("plain again", "floor"),
     *(Variant(name, "preset", preset) for name, preset in PRESETS.items()),
     whole(8, 4, 6, 6),
-    whole(8, 4, 5, 6),
-    whole(8, 3, 5, 5),
     whole(8, 3, 5, 4),
-    whole(8, 0, 4, 5),
-    whole(8, 0, 5, 5),
     whole(8, 0, 4, 4),
     whole(8, 0, 8, 8),
-    Variant("plain once more", "floor"),
-    whole(8, 3, 6, 6),
-    whole(8, 6, 7, 6),
     Variant("linear uint8 second moments", "warning", policy(second=_LINEAR), guarded=False),
     Variant("bitsandbytes' maps", "warning", policy(_MAP, _MAP, _UNSIGNED_MAP), guarded=False),
     Variant("weights: bfloat16", "part", weights=torch.bfloat16),
+)
+"""What is compared with the plain resume, the most important first. Today's presets are 8+4 / 6 / 5, 8 / 5 / 4 and
+8+8 / 8 / 8."""
+
+LATER: tuple[Variant, ...] = (
     *(Variant(f"weights: linear 8+{bits}", "part", policy(_weights(8, bits))) for bits in (4, 2)),
     Variant("weights: softsign 8", "part", policy(_weights(8))),
     *(Variant(f"exp_avg: softsign {bits}", "part", policy(first=_first(bits))) for bits in (6, 4, 8, 5)),
     *(Variant(f"exp_avg_sq: log {bits}", "part", policy(second=_second(bits))) for bits in (5, 4, 8, 6)),
+    Variant("plain once more", "floor"),
+    whole(8, 3, 6, 6),
+    whole(8, 0, 5, 5),
+    whole(8, 4, 5, 6),
+    whole(8, 3, 5, 5),
+    whole(8, 0, 4, 5),
+    whole(8, 6, 7, 6),
     Variant("moments: bitsandbytes' maps", "part", policy(first=_MAP, second=_UNSIGNED_MAP), guarded=False),
 )
-"""What is compared with the plain resume, the most important first. Today's presets are 8+4 / 6 / 5, 8 / 5 / 4 and
-8+8 / 8 / 8."""
+"""What is compared if there is time, after the restores of :data:`RESTORED_OFTEN`."""
+
+VARIANTS = (*FIRST_OF_ALL, *LATER)
 
 RESTORED_OFTEN = tuple(each for each in VARIANTS if each.group == "preset")
 """What is restored ten and a hundred times."""
 
 
-def variants(only: str | None) -> list[Variant]:
-    """Return the variants whose name contains one of some texts, separated by commas; all of them for None."""
-    wanted = None if only is None else [each.strip() for each in only.split(",")]
-    return [each for each in VARIANTS if wanted is None or any(text in each.name for text in wanted)]
+def is_wanted(variant: Variant, only: str | None) -> bool:
+    """Whether the name of a variant contains one of some texts, separated by commas; any does for None."""
+    return only is None or any(text.strip() in variant.name for text in only.split(","))
