@@ -115,13 +115,17 @@ def _encode_all(checkpoint: Checkpoint, policy: CheckpointPolicy) -> Checkpoint:
     return encoded
 
 
+def rules(weights: Options | None = None, first: Options | None = None, second: Options | None = None) -> list[Rule]:
+    """Return a rule for each part of a state that has options."""
+    parts = {WEIGHTS: weights, FIRST: first, SECOND: second}
+    return [Rule(pattern, **options) for pattern, options in parts.items() if options]
+
+
 def policy(
     weights: Options | None = None, first: Options | None = None, second: Options | None = None
 ) -> CheckpointPolicy:
-    """Return a policy with a codec for each part of a state that has options, and without limits."""
-    parts = {WEIGHTS: weights, FIRST: first, SECOND: second}
-    rules = [Rule(pattern, **options) for pattern, options in parts.items() if options]
-    return CheckpointPolicy(rules, min_sqnr_db=None, max_update_direction_error=None)
+    """Return a policy without limits, to see what a codec does."""
+    return CheckpointPolicy(rules(weights, first, second), min_sqnr_db=None, max_update_direction_error=None)
 
 
 def _weights(bits: int, residual_bits: int = 0) -> Options:
@@ -138,9 +142,12 @@ def _second(bits: int) -> Options:
 
 
 def whole(bits: int, residual_bits: int, first: int, second: int) -> Variant:
-    """Return a variant for a whole state, named by the bits of weights and their residual, first and second moments."""
+    """Return a variant for a whole state, named by the bits of weights and their residual, first and second moments.
+
+    It has the limits that a policy has by default, as the presets have.
+    """
     name = f"{bits}+{residual_bits}" if residual_bits else str(bits)
-    encoded = policy(_weights(bits, residual_bits), _first(first), _second(second))
+    encoded = CheckpointPolicy(rules(_weights(bits, residual_bits), _first(first), _second(second)))
     return Variant(f"{name} / {first} / {second}", "frontier", encoded)
 
 
