@@ -16,11 +16,13 @@ COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "mean": lambda rows: _number(median(row["mean"] for row in rows)),
     "RMS": lambda rows: _number(median(row["rms"] for row in rows)),
     "RMS, lowest to highest": lambda rows: f"{_number(lowest(rows))} to {_number(highest(rows))}",
+    "to the floor": lambda rows: _times([row["to_floor"] for row in rows if row.get("to_floor")]),
     "direction": lambda rows: _percent([row["direction_error"] for row in rows if "direction_error" in row]),
     "guarded": lambda rows: str(max(row["guarded"] for row in rows)),
 }
-"""The columns of a table, each from the records of one variant. ``guarded`` is how many tensors a save stored better
-than its policy says, at most."""
+"""The columns of a table, each from the records of one variant. ``to the floor`` is how many times as large the RMS gap
+is as that of the plain resume from the same checkpoint; ``guarded`` how many tensors a save stored better than its
+policy says, at most."""
 
 
 def lowest(rows: Sequence[Record]) -> float:
@@ -41,10 +43,28 @@ def _percent(values: Sequence[float]) -> str:
     return f"{median(values):.2%}" if values else ""
 
 
+def _times(values: Sequence[float]) -> str:
+    return f"{median(values):.2f}" if values else ""
+
+
+def with_floors(records: Sequence[Record]) -> list[Record]:
+    """Return records with the ratio of their RMS gap to that of the plain resumes from the same checkpoint."""
+
+    def place(row: Record) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("scenario", "seed", "beta2", "checkpoint"))
+
+    floors: dict[tuple[Any, ...], list[float]] = {}
+    for row in records:
+        if row["group"] == "floor":
+            floors.setdefault(place(row), []).append(row["rms"])
+    means = {where: sum(values) / len(values) for where, values in floors.items()}
+    return [row | {"to_floor": row["rms"] / floor if (floor := means.get(place(row))) else None} for row in records]
+
+
 def tables(records: Sequence[Record]) -> str:
     """Return Markdown: for each scenario tables of medians over all runs, and by beta2 and checkpoint."""
     parts = []
-    for scenario, own in grouped(records, "scenario").items():
+    for scenario, own in grouped(with_floors(records), "scenario").items():
         first = own[0]
         seeds, betas, steps = (sorted({row[key] for row in own}) for key in ("seed", "beta2", "checkpoint"))
         parts.append(
