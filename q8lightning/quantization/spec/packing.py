@@ -66,7 +66,7 @@ def unpack(packed: Tensor, bits: int, block_size: int, numel: int) -> Tensor:
 
 def _plane(fields: Tensor, width: int) -> Tensor:
     """Return the bytes of fields, ``[blocks, block_size]`` uint8 below ``2**width``."""
-    together = fields.view(fields.shape[0], -1, 8 // width)
+    together = fields.view(fields.shape[0], fields.shape[1] * width // 8, 8 // width)
     return (together << _shifts(width, fields.device)).sum(dim=2, dtype=torch.uint8)
 
 
