@@ -141,20 +141,22 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def _draw(axes: Any, records: Sequence[Record]) -> None:
+    """Draw one scenario; labels stand on the right of their points, and those of presets on the left."""
     for name, rows in variants_of(records).items():
         group, middle = rows[0]["group"], median(row["rms"] for row in rows)
-        if group == "floor":
-            if middle > 0:
-                axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain")
-                axes.axhline(middle, color="0.5", linestyle="--", linewidth=1)
-            continue
+        if group == "floor" and middle > 0:
+            axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain, lowest to highest")
+            axes.axhline(middle, color="0.5", linestyle="--", linewidth=1, label="its median: the floor")
         if group not in ("preset", "frontier") and name != "bitsandbytes' maps":
             continue
-        size, color = rows[0]["bytes_a_parameter"], COLORS[group]
+        size, color = median(row["bytes_a_parameter"] for row in rows), COLORS[group]
         bars = [[middle - lowest(rows)], [highest(rows) - middle]]
         axes.errorbar(size, middle, yerr=bars, fmt="o", color=color, markersize=5, linewidth=1, capsize=2)
-        axes.annotate(name.strip("`"), (size, middle), (5, 4), textcoords="offset points", fontsize=7, color=color)
+        where = {"xytext": (-6, -3), "ha": "right"} if group == "preset" else {"xytext": (6, -3)}
+        label = name.strip("`")
+        axes.annotate(label, (size, middle), textcoords="offset points", fontsize=6, color=color, **where)
     axes.set_yscale("log")
+    axes.set_xlim(1.9, 4.6)
     axes.grid(alpha=0.3)
     axes.set_xlabel("bytes a parameter (plain: 12)", fontsize=8)
     axes.set_ylabel("RMS gap of the loss to a plain resume", fontsize=8)
