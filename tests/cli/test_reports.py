@@ -361,6 +361,42 @@ def test_kinds_and_update_directions_equal_numpys(run: Run, plain: Path, by_call
     assert_close(found["kinds"]["update_direction"], numpy_errors(*whole))
 
 
+def test_compare_tells_the_bytes_a_parameter(run: Run, plain: Path, by_callback: Path) -> None:
+    content, payloads = load(plain), payloads_of(by_callback)
+    floats = [each for each in content["state_dict"].values() if each.is_floating_point()]
+    count = sum(each.numel() for each in floats)
+    found = compared(run, plain, by_callback)["bytes_a_parameter"]
+    assert found["first"]["parameters"] == found["second"]["parameters"] == count
+    assert found["first"]["kinds"]["weights"] == pytest.approx(4.0)
+    assert found["first"]["whole"] == pytest.approx(plain.stat().st_size / count)
+    assert found["second"]["whole"] == pytest.approx(by_callback.stat().st_size / count)
+    stored = sum(
+        payloads[p].nbytes if (p := f"state_dict.{name}") in payloads else each.nbytes
+        for name, each in content["state_dict"].items()
+        if each.is_floating_point()
+    )
+    assert found["second"]["kinds"]["weights"] == pytest.approx(stored / count)
+    lines = run("compare", plain, by_callback).out.splitlines()
+    assert any(line.split()[:4] == ["weights", "4.00", "->", f"{stored / count:.2f}"] for line in lines)
+    whole = [f"{path.stat().st_size / count:.2f}" for path in (plain, by_callback)]
+    assert any(line.split() == ["whole", whole[0], "->", whole[1]] for line in lines)
+    (direction,) = (line for line in lines if line.startswith("update_direction"))
+    assert "->" not in direction
+
+
+def test_bytes_of_tied_weights_count_once_and_without_weights_there_are_none(run: Run, tmp_path: Path) -> None:
+    weight = torch.randn(50, 40)
+    torch.save({"state_dict": {"a": weight, "b": weight, "n": torch.arange(9)}}, tmp_path / "tied")
+    torch.save({"state_dict": {"a": weight, "n": torch.arange(9)}}, tmp_path / "one")
+    torch.save({"a": weight}, tmp_path / "bare")
+    found = compared(run, tmp_path / "tied", tmp_path / "one")["bytes_a_parameter"]
+    assert found["first"]["parameters"] == found["second"]["parameters"] == 2000
+    assert found["first"]["kinds"] == found["second"]["kinds"] == {"weights": 4.0, "other": 0.036}
+    found = compared(run, tmp_path / "bare", tmp_path / "bare")["bytes_a_parameter"]
+    assert found["first"] == {"parameters": 0, "kinds": {}, "whole": None}
+    assert "whole" not in run("compare", tmp_path / "bare", tmp_path / "bare").out
+
+
 def test_the_update_direction_has_the_optimizers_eps(run: Run, tmp_path: Path) -> None:
     m, v = torch.randn(50), torch.rand(50)
     for name, scale in (("a", 1.0), ("b", 1.5)):
