@@ -18,10 +18,10 @@ from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
 from q8lightning.checkpoint.encode.limits import MARGIN
 from q8lightning.checkpoint.encode.refuse import reason_to_refuse
 from q8lightning.checkpoint.memory import in_memory_order
+from q8lightning.checkpoint.optimizer_states import SECOND_MOMENTS
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
-from q8lightning.checkpoint.sections import SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import is_sampled, measure
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
@@ -90,6 +90,7 @@ def guard(
     candidates: Sequence[Candidate],
     pairs: Sequence[CandidatePair],
     by_sqnr: Iterable[Candidate],
+    alone: Iterable[Candidate],
     policy: CheckpointPolicy,
     report: SaveReport,
 ) -> None:
@@ -99,6 +100,7 @@ def guard(
         candidates: The tensors to judge, those of the pairs included. Their payloads and statistics are set.
         pairs: Moments that belong together, with all other pairs of the same first moment.
         by_sqnr: The candidates that ``min_sqnr_db`` applies to.
+        alone: First moments of no pair. ``max_update_direction_error`` applies to their own error.
         policy: Its limits count, not its rules.
         report: Gets what was guarded.
     """
@@ -115,11 +117,19 @@ def guard(
         if limit is not None and any(relative_error(pair.squared_error, pair.squares) > limit / 2 for pair in alike):
             _hold_moments(alike, limit, report)
     if policy.min_sqnr_db is not None:
-        limit = 10 ** (-policy.min_sqnr_db / 20)
-        left = [each for each in by_sqnr if each.payload is not None]
-        finer = _encode_finer([each for each in left if _is_close(_sqnr_error(None, each.statistics), limit)])
-        for candidate in left:
-            _hold(candidate, limit, _sqnr_error, _as_sqnr, report, finer)
+        _hold_errors(by_sqnr, 10 ** (-policy.min_sqnr_db / 20), _as_sqnr, report)
+    if limit is not None:
+        _hold_errors(alone, limit, _as_direction, report)
+
+
+def _hold_errors(
+    candidates: Iterable[Candidate], limit: float, describe: Callable[[float], str], report: SaveReport
+) -> None:
+    """Hold candidates to a limit of their own relative errors."""
+    left = [each for each in candidates if each.payload is not None]
+    finer = _encode_finer([each for each in left if _is_close(_own_error(None, each.statistics), limit)])
+    for candidate in left:
+        _hold(candidate, limit, _own_error, describe, report, finer)
 
 
 _Error = Callable[[QuantizedTensor, tuple[float, ...]], float]
@@ -134,7 +144,7 @@ def _is_close(error: float, limit: float) -> bool:
     return error > limit * (1 - MARGIN)
 
 
-def _sqnr_error(_: QuantizedTensor | None, statistics: tuple[float, ...]) -> float:
+def _own_error(_: QuantizedTensor | None, statistics: tuple[float, ...]) -> float:
     return relative_error(*statistics[:2])
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.sections import SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import EncodedBuffer, is_sampled, measure
 from q8lightning.system.ambient import neutral
@@ -27,11 +27,14 @@ class Limits(NamedTuple):
     Attributes:
         second_moments: ``[any]`` int64, the places of second moments. None of their elements may become zero.
         by_sqnr: ``[any]`` int64, the places of members that ``min_sqnr_db`` applies to.
+        alone: ``[any]`` int64, the places of first moments of no pair. The optimizer steps by them, so that
+            ``max_update_direction_error`` applies to their own error.
         policy: Its limits count, not its rules.
     """
 
     second_moments: Tensor
     by_sqnr: Tensor
+    alone: Tensor
     policy: CheckpointPolicy
 
     @classmethod
@@ -40,14 +43,25 @@ class Limits(NamedTuple):
 
         Args:
             kinds: The kind of each member.
-            in_pairs: The places of members that are moments of a pair. ``max_update_direction_error`` applies to them.
+            in_pairs: The places of members that are moments of a pair. ``max_update_direction_error`` applies to what
+                they give together.
             policy: Its limits count, not its rules.
         """
-        by_direction = in_pairs if policy.max_update_direction_error is not None else frozenset[int]()
+        no_limit = policy.max_update_direction_error is None
+        by_direction = frozenset[int]() if no_limit else in_pairs
         second = [i for i, kind in enumerate(kinds) if kind in SECOND_MOMENTS]
         others = [i for i, kind in enumerate(kinds) if kind not in SECOND_MOMENTS and i not in by_direction]
-        first, rest = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, others))
-        return cls(first, rest, policy)
+        alone = [] if no_limit else [i for i in others if kinds[i] in FIRST_MOMENTS]
+        by_sqnr = [i for i in others if i not in alone]
+        one, two, three = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, by_sqnr, alone))
+        return cls(one, two, three, policy)
+
+    @property
+    def of_errors(self) -> tuple[tuple[Tensor, float], ...]:
+        """The limits of members' own relative errors: places, and the largest error."""
+        sqnr, direction = self.policy.min_sqnr_db, self.policy.max_update_direction_error
+        by_sqnr = [] if sqnr is None else [(self.by_sqnr, 10 ** (-sqnr / 20))]
+        return (*by_sqnr, *([] if direction is None else [(self.alone, direction)]))
 
     @neutral()
     def measure_in_whole(self, values: Sequence[Tensor], codecs: Sequence[Codec], packed: EncodedBuffer) -> None:
@@ -64,13 +78,12 @@ class Limits(NamedTuple):
         data = packed.data
         sampled = [is_sampled(each, codec) for each, codec in zip(values, codecs, strict=True)]
         unsure = [i for i in self.second_moments.tolist() if sampled[i] and not codecs[i].keeps_nonzero]
-        if self.policy.min_sqnr_db is not None:
-            limit = 10 ** (-self.policy.min_sqnr_db / 20) * (1 - MARGIN)
-            for i in self.by_sqnr.tolist():
+        for places, limit in self.of_errors:
+            for i in places.tolist():
                 if not sampled[i]:
                     continue
                 parts = codecs[i].split(data[i], values[i].numel())
-                if not codecs[i].relative_error_bound(values[i], parts) <= limit:
+                if not codecs[i].relative_error_bound(values[i], parts) <= limit * (1 - MARGIN):
                     unsure.append(i)
         jobs = [partial(measure, values[i], codecs[i], data[i]) for i in unsure]
         for i, statistics in zip(unsure, share_out(jobs, [values[i].nbytes for i in unsure]), strict=True):
@@ -83,11 +96,10 @@ class Limits(NamedTuple):
             statistics: ``[members, 5]`` float64 on the CPU, what each member loses.
             directions: ``[pairs, 2]`` float64 on the CPU, the sums of :func:`update_direction_sums`.
         """
-        limit, min_sqnr = self.policy.max_update_direction_error, self.policy.min_sqnr_db
+        limit = self.policy.max_update_direction_error
         members: list[int] = self.second_moments[statistics[self.second_moments, 4] != 0].tolist()
-        if min_sqnr is not None:
-            beyond = _beyond(statistics[self.by_sqnr, :2], 10 ** (-min_sqnr / 20) * (1 - MARGIN))
-            members += self.by_sqnr[beyond].tolist()
+        for places, largest in self.of_errors:
+            members += places[_beyond(statistics[places, :2], largest * (1 - MARGIN))].tolist()
         # Half the limit: if one moment alone exceeds the limit, both together hardly lose less than it.
         pairs: list[int] = [] if limit is None else _beyond(directions, limit / 2).nonzero().view(-1).tolist()
         return members, pairs
