@@ -7,8 +7,8 @@
 A GPT of 110,000 parameters reads Python's own help. After 60 steps its state is saved under each preset and loaded,
 and training goes on for 20 steps on the same data. The gap is the root mean square of the differences between these
 losses and those of a resume from a plain checkpoint. On a CPU that has no noise: a plain resume goes on as if nothing
-had happened, which the script checks. ``states`` is the gap under ``resume`` where weights are stored as they are, so it
-is what the optimizer's states cost alone.
+had happened, which the script checks. ``states`` is the gap under ``resume`` where weights are stored as they are, so
+it is what the optimizer's states cost alone.
 
 LBFGS and Rprop need the same gradient again and again, so they see one batch. SparseAdam trains an embedding of pairs
 of characters, which has sparse gradients. Muon takes the matrices of the blocks, and AdamW all the rest.
@@ -179,17 +179,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
-        text = PythonDocs(CONTEXT, BATCH).train
+    text = PythonDocs(CONTEXT, BATCH).train
     data = [torch.stack([text[i * BATCH + j] for j in range(BATCH)]) for i in range(STEPS + AFTER)]
     console = Console(width=180)
-    heads = (
-        "optimizer",
-        "state",
-        "under resume",
-        "what it is, or why not",
-        *(f"gap {name}" for name in PRESETS),
-        "states",
-    )
+    heads = ("optimizer", "state", "under resume", "what it is, or why not", *PRESETS, "states")
     table = Table(*heads, title=where())
     if options.markdown:
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")

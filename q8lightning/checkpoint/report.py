@@ -127,6 +127,8 @@ class SaveReport:
         kept: States of optimizers that are kept as they are, although the policy encodes others.
         original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
+        parameters: Elements of the model's parameters, of tied ones once; of all floats in the state dict if names are
+            not known.
     """
 
     tensors: list[TensorLoss] = field(default_factory=list)
@@ -137,6 +139,7 @@ class SaveReport:
     kept: list[Kept] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
+    parameters: int = 0
 
     def __iadd__(self, other: "SaveReport") -> "SaveReport":
         """Add the report of another part of the same checkpoint."""
@@ -147,6 +150,7 @@ class SaveReport:
         self.kept += other.kept
         self.original_bytes += other.original_bytes
         self.stored_bytes += other.stored_bytes
+        self.parameters += other.parameters
         return self
 
     @property

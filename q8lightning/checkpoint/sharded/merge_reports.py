@@ -37,6 +37,7 @@ def merge_reports(reports: Sequence[SaveReport]) -> SaveReport:
         kept=list({each.key: each for report in reversed(reports) for each in report.kept}.values()),
         original_bytes=sum(report.original_bytes for report in reports),
         stored_bytes=sum(report.stored_bytes for report in reports),
+        parameters=sum(report.parameters for report in reports),
     )
 
 

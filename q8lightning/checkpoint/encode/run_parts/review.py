@@ -78,15 +78,11 @@ class Review:
             i: pair for i, pair in pairs.items() if not self.overwritten & {side.number for side in plan.pairs[i][:2]}
         }
         usable_candidates = [each for number, each in candidates.items() if number not in self.overwritten]
-        by_sqnr, alone = (
-            [each for i in places.tolist() if (each := candidates.get(device.numbers[i])) in usable_candidates]
-            for places in (device.limits.by_sqnr, device.limits.alone)
-        )
+        alone = [candidates.get(device.numbers[i]) for i in device.limits.alone.tolist()]
         guard(
             usable_candidates,
             list(usable.values()),
-            by_sqnr,
-            alone,
+            [each for each in alone if each is not None and each in usable_candidates],
             plan.policy,
             report,
         )
