@@ -17,7 +17,9 @@ import lightning.pytorch as pl
 import torch
 from char_lm import CharLM, PythonDocs
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress import ProgressBar
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -38,10 +40,31 @@ class Losses(pl.Callback):
         self.values.append(float(outputs["loss"]))
 
 
+class Bar(ProgressBar):
+    """Counts the steps of this fit. Lightning's bars count the batches of an epoch, also those before a resume."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first = trainer.global_step
+        figures = TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
+        self.bar = Progress(BarColumn(), *figures, console=console)
+        self.task = self.bar.add_task("", total=trainer.max_steps - self.first, loss="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        loss = f"loss {float(outputs['loss']):.3f}"
+        self.bar.update(self.task, completed=trainer.global_step - self.first, loss=loss)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.bar.stop()
+
+
 def trainer(steps: int, folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         max_steps=steps,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Bar()] if options.get("enable_progress_bar", True) else list(callbacks),
         default_root_dir=folder,
         logger=False,
         accelerator="auto",
