@@ -16,7 +16,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor, rebuild_v1
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.tools import ToolError, inspect
 
-CODECS = {"linear": ("linear", 256, True), "log": ("log", 128)}
+CODECS = {"linear": get_codec("linear", 256, residual_bits=4), "log": get_codec("log", 128, bits=5)}
 
 
 class Calls:
@@ -31,7 +31,7 @@ class Calls:
 
 def forged(codec: str = "linear", text: str | None = None, **entries: Any) -> tuple[str, int, Tensor]:
     """Return the arguments of a payload of 4,096 elements with another header, and a checksum that fits it."""
-    payload = QuantizedTensor.encode(torch.rand(64, 64), get_codec(*CODECS[codec]), "state_dict.weight")
+    payload = QuantizedTensor.encode(torch.rand(64, 64), CODECS[codec], "state_dict.weight")
     header = json.loads(payload.header)
     for key, value in entries.items():
         (header["codec"] if key in header["codec"] and key != "name" else header)[key] = value
@@ -95,7 +95,7 @@ def test_a_forged_call_is_an_error_and_does_nothing_else(name: str, tmp_path: Pa
 def test_functions_that_are_not_ours_are_not_called(tmp_path: Path) -> None:
     path, proof = tmp_path / "hostile.ckpt", tmp_path / "proof"
     torch.save({"weight": Calls(os.system, f"touch {proof}")}, path)
-    with pytest.raises(Exception, match="Unsupported global"):
+    with pytest.raises(Exception, match=r"(posix|nt)\.system"):
         torch.load(path, weights_only=True)
     with pytest.raises(ToolError, match="system"):
         inspect(path)
