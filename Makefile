@@ -46,7 +46,7 @@ doctest: $(READY)  ## the examples in docstrings
 
 site: $(READY)  ## the documentation in build/site; a warning is an error
 	@echo "== site"
-	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/site
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --write-all --quiet -b html docs build/site
 
 unit: $(READY)  ## the tests on all cores, with the kernels interpreted on the CPU
 	@echo "== tests (kernels interpreted)"

@@ -13,7 +13,7 @@ author = "the q8lightning developers"
 copyright = "the q8lightning developers, Apache-2.0"
 version = release = q8lightning.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["records/*.jsonl"]
 
 # Pages are Markdown as GitHub shows it; headings can be linked to as there.
@@ -23,7 +23,6 @@ myst_heading_anchors = 4
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
