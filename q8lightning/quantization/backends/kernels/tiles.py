@@ -65,16 +65,19 @@ def store_codes(
     if BITS == 8:
         store(pointer, elements, code, mask)
     else:
-        # Four codes are a word of a thread, since it loads four values at a time. Planes are computed from words.
+        _lay_out_as_bytes(pointer + elements, code)
+        # Four codes are a word of a thread. Planes are computed from words.
         code = tl.reshape(tl.where(mask, code, 0), (ROWS, BLOCK // 4, 4))
         word = tl.sum(code << (tl.arange(0, 4) * 8)[None, None, :], axis=2)
         place, mask = tl.arange(0, BLOCK // 4)[None, :], row_mask[:, None]
-        block = _one_by_one(pointer) + tl.arange(0, ROWS)[:, None] * (BLOCK * BITS // 8)
+        offsets = tl.arange(0, ROWS)[:, None] * (BLOCK * BITS // 8)
+        block = _in_words(pointer, 4) + offsets
         if BITS & 4:
             pairs = word & 0x0F0F0F0F
             pairs |= pairs >> 4
             if ALIGNED:
-                _store(_as_words(block) + place, (pairs & 0xFF) | ((pairs >> 8) & 0xFF00), mask, tl.uint16)
+                plane = _as_words(_in_words(pointer, 8) + offsets) + place
+                _store(plane, (pairs & 0xFF) | ((pairs >> 8) & 0xFF00), mask, tl.uint16)
             else:
                 _store(block + place * 2, pairs & 0xFF, mask, tl.uint8)
                 _store(block + place * 2 + 1, pairs >> 16, mask, tl.uint8)
@@ -88,8 +91,8 @@ def store_codes(
             four |= four >> 7
             four |= four >> 14
             low, high = tl.split(tl.reshape(four & 15, (ROWS, BLOCK // 8, 2)))
-            plane = block + BLOCK * (BITS - 1) // 8 + tl.arange(0, BLOCK // 8)[None, :]
-            _store(plane, low | (high << 4), mask, tl.uint8)
+            plane = _in_words(pointer, 2) + offsets + BLOCK * (BITS - 1) // 8
+            _store(plane + tl.arange(0, BLOCK // 8)[None, :], low | (high << 4), mask, tl.uint8)
 
 
 @triton.jit
@@ -115,7 +118,7 @@ def load_codes(
         code = load_code(pointer, elements, mask)
     else:
         BLOCK: tl.constexpr = ROW * PARTS
-        block = _one_by_one(pointer) + ((tile_rows // PARTS) * (BLOCK * BITS // 8))[:, None]
+        block = _in_words(pointer, 1) + ((tile_rows // PARTS) * (BLOCK * BITS // 8))[:, None]
         part = (tile_rows % PARTS)[:, None] * ROW
         place, rows = tl.arange(0, ROW // 4)[None, :], row_mask[:, None]
         word = tl.zeros((elements.shape[0], ROW // 4), tl.int32)
@@ -142,16 +145,28 @@ def load_codes(
 
 
 @triton.jit
-def _one_by_one(pointer):
-    """Return a pointer of whose alignment the compiler knows nothing.
+def _in_words(pointer, BYTES: tl.constexpr):
+    """Return a pointer that the compiler takes as aligned to so many bytes only.
 
-    Each thread then loads and stores the packed codes of the four values that it has. Left alone, the compiler moves 16
-    bytes at once and exchanges codes between threads, which takes longer.
+    Each thread then moves the packed codes of the values that it has. Left alone, the compiler moves 16 bytes at once
+    and exchanges codes between threads, which takes longer.
     """
     if INTERPRETED:
         return pointer
     zero = tl.inline_asm_elementwise("mov.b64 $0, 0;", "=l", [], dtype=tl.int64, is_pure=True, pack=1)
-    return pointer + zero
+    return pointer + tl.multiple_of(zero, BYTES)
+
+
+@triton.jit
+def _lay_out_as_bytes(pointers, code):
+    """Have each thread hold 16 values in a row, as it does for codes that are bytes.
+
+    The compiler does so for a store of bytes; this one stores nothing. With the four in a row of a thread that only
+    loads float32, more threads share a block, and each of them computes what the block needs.
+    """
+    if not INTERPRETED:
+        nothing = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        tl.store(pointers, code.to(tl.uint8), mask=nothing != 0)
 
 
 @triton.jit
