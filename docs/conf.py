@@ -2,6 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +38,22 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 OTHERS = "torch", "torchmetrics", "lightning", "numpy", "collections", "contextlib", "concurrent", "os", "pathlib"
 nitpick_ignore_regex = [("py:.*", rf"({'|'.join(OTHERS)})\b.*")]
+
+# Formulas are MathML, which browsers draw themselves; a page loads nothing from elsewhere.
+html_math_renderer = "mathml"
+
+
+def setup(app: Any) -> None:
+    def render(as_block: bool) -> Any:
+        def visit(page: Any, node: Any) -> None:
+            formula = tex2mathml(node.astext(), as_block=as_block)
+            page.body.append(f'<div style="padding: 0.5em 0">{formula}</div>' if as_block else formula)
+            raise nodes.SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", render(False), render(True))
+
 
 html_theme = "furo"
 html_title = f"q8lightning {version}"

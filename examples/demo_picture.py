@@ -31,12 +31,18 @@ def draw(path: Path, sizes: dict[str, dict[str, int]], losses: dict[str, list[fl
     left.set_xlabel("one checkpoint, MB")
     left.legend(loc="lower right", frameon=False)
 
-    for width, (name, values) in zip((5, 3, 2, 1), losses.items(), strict=False):
-        label = name if name == "plain" else f"{name}: off by {gaps[name]:.0e}"
-        right.plot(range(1, len(values) + 1), values, linewidth=width, label=label, alpha=0.4 if width == 5 else 1)
+    for number, (name, values) in enumerate(losses.items()):
+        steps = range(1, len(values) + 1)
+        if name == "plain":
+            right.plot(steps, values, linewidth=5, color="#c8c8c8", label=name)
+        else:  # dashes in turns, so that every line is seen where all lie on one another
+            dashes = (6 * number, (6, 6 * (len(losses) - 2)))
+            right.plot(steps, values, linewidth=1.6, linestyle=dashes, label=f"{name}: off by {gaps[name]:.0e}")
+    low, high = right.get_ylim()
+    right.set_ylim(low, high + 0.25 * (high - low))
     right.set_xlabel("steps after the resume")
     right.set_ylabel("training loss")
-    right.legend(loc="upper right", frameon=False)
+    right.legend(loc="upper center", ncols=2, frameon=False, handlelength=2.4, columnspacing=1.2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)

@@ -94,7 +94,7 @@ def save_each_way(run: pl.Trainer, folder: Path) -> dict[str, Path]:
         run.strategy.checkpoint_io = checkpoint_io
         paths[name] = folder / f"{name}.ckpt"
         run.save_checkpoint(paths[name])
-    return paths
+    return dict(sorted(paths.items(), key=lambda item: -item[1].stat().st_size))
 
 
 def resume(path: Path, steps: int, folder: Path) -> list[float]:
