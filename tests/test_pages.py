@@ -9,6 +9,7 @@ from support import pages
 
 import q8lightning
 from q8lightning import keep_encoded, metrics, tools
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.metrics import functional
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HOME = "https://github.com/q8lightning/q8lightning/blob/main/"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "policies", "resuming"])
+@pytest.mark.parametrize("name", ["index", "quickstart", "policies", "resuming"])
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pages.run(ROOT / "docs" / f"{name}.md")
@@ -25,6 +26,20 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
         with keep_encoded():
             state = torch.load(path, weights_only=True)["state_dict"]
         assert type(state["encoder.0.weight"]).__name__ == "QuantizedTensor"
+
+
+def test_the_table_of_presets_says_what_they_are() -> None:
+    page = (ROOT / "docs" / "policies.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)`, (.*?) bits \| `(\w+)`, (\d) bits \| `(\w+)`, (\d) bits", page, re.MULTILINE
+    )
+    kinds = "state_dict.a", "optimizer_states.0.state.0.exp_avg", "optimizer_states.0.state.0.exp_avg_sq"
+    for preset, *said in rows:
+        codecs = [PRESETS[preset].codec_for(kind) for kind in kinds]
+        assert [codec.name for codec in codecs] == said[::2]
+        stages = [[codec.bits, codec.residual_bits] for codec in codecs]
+        assert [" + ".join(str(bits) for bits in stage if bits) for stage in stages] == said[1::2]
+    assert {preset for preset, *_ in rows} == set(PRESETS)
 
 
 def anchors(page: Path) -> set[str]:
