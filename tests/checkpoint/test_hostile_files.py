@@ -11,6 +11,7 @@ import torch
 from support.audit import listening
 from torch import Tensor
 
+from q8lightning import CorruptCheckpointError, keep_encoded
 from q8lightning.checkpoint.integrity import checksum
 from q8lightning.checkpoint.payload import QuantizedTensor, rebuild_v1
 from q8lightning.quantization.codecs.table import get_codec
@@ -90,6 +91,18 @@ def test_a_forged_call_is_an_error_and_does_nothing_else(name: str, tmp_path: Pa
     opened = {str(arguments[0]) for event, arguments in seen if event == "open"}
     assert not [event for event, _ in seen if event.startswith(FORBIDDEN)]
     assert {name for name in opened if not name.endswith(".py")} <= {str(path)}  # tracebacks read sources
+
+
+SIZES = ["a shape larger than its codes", "a huge shape", "a shape smaller than its codes", "a negative length"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_codes_that_are_not_as_many_as_the_shape_says_are_refused_before_a_kernel_reads_them(
+    name: str, tmp_path: Path
+) -> None:
+    torch.save({"weight": Calls(rebuild_v1, *HOSTILE[name]())}, tmp_path / "hostile.ckpt")
+    with keep_encoded(), pytest.raises(CorruptCheckpointError, match="the tensor state_dict"):
+        torch.load(tmp_path / "hostile.ckpt", weights_only=True)
 
 
 def test_functions_that_are_not_ours_are_not_called(tmp_path: Path) -> None:
