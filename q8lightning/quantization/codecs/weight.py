@@ -22,8 +22,7 @@ class WeightCodec:
     row gives one scale a channel.
 
     Args:
-        codebook: The name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec` of the codebook; an alias
-            becomes the name.
+        codebook: The name or ``Codebook.spec`` of the codebook; an alias becomes the name.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
         axis: The axis of the channels, negative from the end, or None.
 
