@@ -109,7 +109,7 @@ def save(numel: int, repeats: int) -> None:
     for codec in (
         get_codec("linear", 256),
         get_codec("softsign", 128),
-        get_codec("linear", 128, residual=True),
+        get_codec("linear", 128, residual_bits=8),
         get_codec("log", 128),
     ):
         tensors = second if codec.unsigned else x

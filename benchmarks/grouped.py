@@ -24,7 +24,7 @@ from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup
 from q8lightning.quantization.spec.codebook import BUILTIN
 
 PRESETS = {
-    "resume": (get_codec("linear", 256, residual=True), get_codec("softsign", 128), get_codec("log", 128)),
+    "resume": (get_codec("linear", 256, residual_bits=8), get_codec("softsign", 128), get_codec("log", 128)),
     "compact": (get_codec("softsign", 256), get_codec("softsign", 128), get_codec("log", 128)),
 }
 

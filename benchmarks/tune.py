@@ -85,7 +85,7 @@ def many_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
         starts = tuple(range(0, x.nbytes, x.nbytes // count))
         lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
         return lambda: many.fake_quantize(tensors, values, starts, book, block, statistics=lost)
-    codec = get_codec("linear", block, residual=True) if name.endswith("residual") else get_codec("softsign", block)
+    codec = get_codec("linear", block, residual_bits=8) if name.endswith("residual") else get_codec("softsign", block)
     if "cells" in name:
         codec = get_codec("dynamic", block)
     if "log" in name:

@@ -22,13 +22,13 @@ CODECS = [
     *map(get_codec, BUILTIN),
     get_codec(CUSTOM.spec, 64),
     get_codec("log"),
-    get_codec("linear", 64, residual=True),
+    get_codec("linear", 64, residual_bits=8),
     get_codec("log", 128),
 ]
 
 
 def codec_id(codec: Codec) -> str:
-    return f"{codec.name[:12]}-{codec.block_size}" + ("-residual" if codec.residual else "")
+    return f"{codec.name[:12]}-{codec.block_size}" + ("-residual" if codec.residual_bits else "")
 
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
@@ -52,7 +52,7 @@ def worst_error(codec: Codec, x: Tensor) -> oracle.Array:
             octaves = np.log2(largest / np.min(value[value > 0], initial=np.inf))
         # Half a step, at least one in 128 octaves, and a thousandth for the grid's margin and its approximations.
         return value * (np.exp2(np.maximum(octaves / 254, 1 / 32) / 2 + 1e-3) - 1) + rounding
-    if codec.residual:
+    if codec.residual_bits:
         return largest / 127 / 253 / 2 + rounding
     levels = CUSTOM.levels if codec.name == CUSTOM.spec else BUILTIN[codec.name].levels
     gaps = np.diff(levels)  # the largest element is exact; the one of the other sign is as far off as levels are short
@@ -82,7 +82,7 @@ def test_the_parts_are_codes_scales_and_residual(codec: Codec) -> None:
     blocks = -(-700 // codec.block_size)
     assert (codes.dtype, codes.shape) == (torch.uint8, (7, 100))
     assert (scales.dtype, scales.shape) == (torch.float32, (blocks, 2) if codec.name == "log" else (blocks,))
-    assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * codec.residual
+    assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * bool(codec.residual_bits)
 
 
 @every_codec
@@ -94,7 +94,7 @@ def test_encoded_bytes_are_the_bytes_of_the_parts(codec: Codec) -> None:
 
 def test_the_presets_cost_what_the_design_says() -> None:
     numel = 2**20
-    weight, moment = get_codec("linear", 256, residual=True), get_codec("softsign", 128)
+    weight, moment = get_codec("linear", 256, residual_bits=8), get_codec("softsign", 128)
     second = get_codec("log", 128)
     resume = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
     compact = sum(codec.encoded_bytes(numel) for codec in (get_codec("softsign", 256), moment, second)) / numel
@@ -144,7 +144,7 @@ def test_the_parts_of_a_parameter_hold_no_graph() -> None:
 
 def test_the_first_stage_of_a_residual_is_the_linear_codec() -> None:
     x = admissible(get_codec("linear"), 1000).float()
-    codes, scales, _ = get_codec("linear", 256, residual=True).encode(x)
+    codes, scales, _ = get_codec("linear", 256, residual_bits=8).encode(x)
     assert all(map(oracle.same_bits, (codes, scales), get_codec("linear", 256).encode(x)))
 
 
@@ -160,7 +160,7 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
 @pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", "log", "int1"])
 def test_a_residual_anywhere_but_on_linear_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"residual stage needs the codec linear, got '{name}'"):
-        get_codec(name, residual=True)
+        get_codec(name, residual_bits=8)
 
 
 @pytest.mark.parametrize("levels", [(-0.5, 0.0, 0.5), (0.0, 0.999), (-0.999, 0.0)], ids=str)
@@ -183,7 +183,7 @@ def test_type_checkers_know_the_names_of_the_table() -> None:
 
 def test_what_files_say_of_a_codec_makes_it_again() -> None:
     for codec in CODECS:
-        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * codec.residual]
+        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * bool(codec.residual_bits)]
         assert get_codec(codec.entry["name"], codec.entry["block_size"], "residual_bits" in codec.entry) == codec
 
 
@@ -195,7 +195,7 @@ def test_a_codec_is_a_value() -> None:
                 get_codec("linear"),
                 get_codec("linear", 256),
                 get_codec("linear", 128),
-                get_codec("linear", residual=True),
+                get_codec("linear", residual_bits=8),
             }
         )
         == 3
@@ -217,7 +217,7 @@ import torch
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 x = torch.linspace(0, 1, 100)
-for codec in (get_codec("linear"), get_codec("dynamic"), get_codec("linear", residual=True), get_codec("log")):
+for codec in (get_codec("linear"), get_codec("dynamic"), get_codec("linear", residual_bits=8), get_codec("log")):
     assert (codec.decode(codec.encode(x), x.dtype) - x).abs().max() < 0.05
 """
 

@@ -22,7 +22,7 @@ from q8lightning.quantization.backends.kernels import launch, many, work_list
 
 CODECS = [
     get_codec("softsign", 128),
-    get_codec("linear", 256, residual=True),
+    get_codec("linear", 256, residual_bits=8),
     get_codec("log", 128),
     get_codec("dynamic", 64),
     get_codec("fp8_e4m3", 2048),

@@ -116,7 +116,7 @@ def test_it_is_decoded_on_a_device_beside_those_that_kernels_know() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     items = [
         EncodedItem(encode_many([_moment(9)], [codec]).data[0], codec, 576, torch.float32)
-        for codec in (NEW, get_codec("linear", 64, residual=True), NEW)
+        for codec in (NEW, get_codec("linear", 64, residual_bits=8), NEW)
     ]
     for item, values in zip(items, decode_on(torch.device("cpu"), items), strict=True):
         assert torch.equal(values, item.codec.decode(item.parts, torch.float32))

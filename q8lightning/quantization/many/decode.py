@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, lay_out, split
+from q8lightning.system.ambient import neutral
 
 _TOGETHER = 2**19
 """The most elements that are decoded together on a CPU. Threads that call operators on far fewer wait for Python's lock
@@ -31,8 +33,8 @@ class EncodedItem(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Its parts, as :meth:`Codec.encode` returned them."""
-        return self.codec.split(self.data, self.numel)
+        """Its parts with packed codes, as views of the data."""
+        return self.codec.layout.views(self.data, self.numel)
 
 
 def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
@@ -68,10 +70,20 @@ def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
     """
     codec, dtype = items[0].codec, items[0].dtype
     if len(items) == 1:
-        return [codec.decode(items[0].parts, dtype)]
+        return [_decode(codec, items[0].parts, items[0].numel, dtype)]
     parts = tuple(torch.cat(part) for part in zip(*(item.parts for item in items), strict=True))
-    values = codec.decode(parts, dtype)
+    values = _decode(codec, parts, sum(item.numel for item in items), dtype)
     return [each.clone() for each in torch.split(values, [item.numel for item in items])]
+
+
+@neutral()
+def _decode(codec: Codec, parts: tuple[Tensor, ...], numel: int, dtype: torch.dtype) -> Tensor:
+    """Return the values of packed parts, ``[numel]``; a CPU unpacks them chunk by chunk."""
+    if parts[0].device.type == "cpu" and codec.kernel is not None and cpu.knows(codec.kernel):
+        values = torch.empty(numel, dtype=dtype, device="cpu")
+        cpu.decode_into(codec.kernel, parts, values)
+        return values
+    return codec.decode(codec.layout.unpack(parts, numel), dtype)
 
 
 def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor]:

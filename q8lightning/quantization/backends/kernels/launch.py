@@ -11,6 +11,7 @@ from q8lightning.quantization.backends.kernels import bits
 from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import Tables
 from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.layout import Layout
 
 
 class Settings(NamedTuple):
@@ -217,3 +218,9 @@ def in_pairs(x: Tensor) -> bool:
 def search_constants(tables: Tables) -> dict[str, int | str]:
     """Return the constants with which ``codecs/codebook.py`` searches for a code."""
     return {"SEARCH": tables.search, "SHIFT": tables.shift, "BITS": tables.bits}
+
+
+def bits_constants(layout: Layout) -> dict[str, int]:
+    """Return the constants with which kernels pack codes; the codes of a second stage have 0 bits if there is none."""
+    first, *rest = layout.bits
+    return {"BITS": first, "REST_BITS": sum(rest)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels.launch import decoded_row, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.launch import bits_constants, decoded_row, in_pairs, search_constants
 from q8lightning.quantization.backends.kernels.many_kernels import (
     decode_kernel,
     encode_kernel,
@@ -66,7 +66,10 @@ def encode(
     settings = f"many {codec.kernel}" if tables.closed_form else "many in cells"
     if statistics is not None:
         settings = f"measured {settings}"
-    constants = {"CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables)}
+    constants = {
+        "CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables),
+        **bits_constants(layout),
+    }  # fmt: skip
     for launch in launches(describe(tensors, starts), layout, layout.block_size, settings, buffer.device):
         parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
         constants |= {"ROWS": launch.rows, "BLOCK": layout.block_size}
@@ -89,6 +92,7 @@ def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], co
             decode_kernel, launch, launch.programs,
             values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
             ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=tables.level_search,
+            **bits_constants(codec.layout),
         )  # fmt: skip
 
 
