@@ -24,7 +24,7 @@ def check_all(source: Source, format: str, reason: Reason, remedy: str) -> None:
     wrong = [(weight, why) for weight in source.quantized if (why := reason(weight)) is not None]
     if not wrong:
         return
-    lines = [f"{weight.original} ({weight.rule()}; shape {tuple(weight.shape)}): {why}" for weight, why in wrong[:3]]
+    lines = [f"{weight.original} ({weight.rule}; shape {tuple(weight.shape)}): {why}" for weight, why in wrong[:3]]
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ExportError(
         f'format="{format}" cannot hold {len(wrong)} of {len(source.quantized)} quantized weights: {"; ".join(lines)}'

@@ -25,7 +25,7 @@ import torch
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.export import codes, floats, safetensors
+from q8lightning.export import codes, floats, gguf, safetensors
 from q8lightning.export.errors import ExportError
 from q8lightning.export.naming import Naming, Rename
 from q8lightning.export.options import Options, as_mapping
@@ -34,13 +34,14 @@ from q8lightning.system.ambient import neutral
 from q8lightning.system.arguments import did_you_mean
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_checkpoint
 
-Format = Literal["float", "codes", "safetensors"]
+Format = Literal["float", "codes", "safetensors", "gguf"]
 """The formats, by their names."""
 
 _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "float": floats.write,
     "codes": codes.write,
     "safetensors": safetensors.write,
+    "gguf": gguf.write,
 }
 """What writes a format. It refuses what the format cannot hold before it writes anything."""
 
@@ -75,6 +76,7 @@ def export_quantized(
             - ``"codes"``: packed codes, scales and levels of the quantized weights, and all other tensors as they are.
               The end of ``docs/qat.md`` and the head of :mod:`q8lightning.export.quantized` show a reader.
             - ``"safetensors"``: the same floats for every library that reads safetensors, such as transformers.
+            - ``"gguf"``: codes as Q4_0 and Q8_0, and floats, for llama.cpp.
         weights_only: As for ``torch.load``. Pass False for a checkpoint of your own that holds other objects.
         prefix: Export only the tensors whose name begins with it, without it. A LightningModule that keeps its model
             as ``self.net`` has the prefix ``"net."``.

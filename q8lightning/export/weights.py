@@ -88,14 +88,15 @@ class Weight:
             return codec.block_size if self.is_contiguous and not self.is_transposed else None
         return self.group if self.group and self.row % self.group == 0 else None
 
+    @property
     def rule(self) -> str:
-        """Return the rule that it was trained with, for messages."""
-        codec = self.codec
-        if codec is None:
+        """The rule that it was trained with, for messages."""
+        if self.codec is None:
             return "not quantized"
-        name = codec.book.name if codec.book.name != "custom" else "levels of your own"
-        axis = "" if codec.axis is None else f", axis={codec.axis}"
-        return f"{name}, block_size={codec.block_size}{axis}"
+        book, size = self.codec.book, self.codec.block_size
+        axis = "" if self.codec.axis is None else f", axis={self.codec.axis}"
+        scales = "" if book.scale_dtype == "float32" else f', scale_dtype="{book.scale_dtype}"'
+        return f"{book.name}, block_size={size}{axis}{scales}"
 
     def values(self) -> Tensor:
         """Return its values, of its shape and dtype: for a weight that was trained quantized, those on its grid.
