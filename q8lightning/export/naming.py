@@ -1,4 +1,4 @@
-"""What a target calls the tensors of a checkpoint, and which it holds transposed."""
+"""What a target calls the tensors of a checkpoint, and which it holds transposed, or as floats."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,18 +21,19 @@ class Naming:
         rename: Applied to what is left of a name.
         transpose: Patterns of names in the checkpoint of matrices that the target holds transposed, such as
             transformers' ``Conv1D``.
+        as_floats: Patterns of names in the checkpoint of weights whose codes are not written, only their values.
     """
 
     prefix: str = ""
     rename: Rename | None = None
     transpose: Sequence[str] = ()
+    as_floats: Sequence[str] = ()
 
     def names(self, originals: Iterable[str]) -> dict[str, str]:
         """Return the target's name of each tensor that is exported, by its name in the checkpoint.
 
         Raises:
-            ExportError: If no name has the prefix, or two tensors would have the same name, or a pattern of
-                ``transpose`` matches none.
+            ExportError: If no name has the prefix, or two tensors would have the same name, or a pattern matches none.
         """
         every = list(originals)
         kept = [name for name in every if name.startswith(self.prefix) and name != self.prefix]
@@ -40,9 +41,10 @@ class Naming:
             raise ExportError(
                 f"no tensor's name begins with prefix={self.prefix!r}; the first one is {every[0] if every else None!r}"
             )
-        for pattern in self.transpose:
-            if not any(fnmatchcase(name, pattern) for name in kept):
-                raise ExportError(f"transpose={pattern!r} matches no tensor; names are such as {kept[0]!r}")
+        for what, patterns in (("transpose", self.transpose), ("as_floats", self.as_floats)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in kept):
+                    raise ExportError(f"{what}={pattern!r} matches no tensor; names are such as {kept[0]!r}")
         renamed = {name: self._renamed(name.removeprefix(self.prefix)) for name in kept}
         first: dict[str, str] = {}
         for name, new in renamed.items():
@@ -54,6 +56,10 @@ class Naming:
     def is_transposed(self, original: str) -> bool:
         """Whether the target holds the transpose of a matrix, given by its name in the checkpoint."""
         return any(fnmatchcase(original, pattern) for pattern in self.transpose)
+
+    def is_float(self, original: str) -> bool:
+        """Whether the codes of a weight, given by its name in the checkpoint, are not written."""
+        return any(fnmatchcase(original, pattern) for pattern in self.as_floats)
 
     def _renamed(self, name: str) -> str:
         if self.rename is None:

@@ -25,7 +25,7 @@ import torch
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.export import codes, floats, gguf, safetensors
+from q8lightning.export import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors
 from q8lightning.export.errors import ExportError
 from q8lightning.export.naming import Naming, Rename
 from q8lightning.export.options import Options, as_mapping
@@ -34,7 +34,7 @@ from q8lightning.system.ambient import neutral
 from q8lightning.system.arguments import did_you_mean
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_checkpoint
 
-Format = Literal["float", "codes", "safetensors", "gguf"]
+Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors"]
 """The formats, by their names."""
 
 _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
@@ -42,6 +42,8 @@ _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "codes": codes.write,
     "safetensors": safetensors.write,
     "gguf": gguf.write,
+    "bitsandbytes": bitsandbytes.write,
+    "compressed-tensors": compressed_tensors.write,
 }
 """What writes a format. It refuses what the format cannot hold before it writes anything."""
 
@@ -56,6 +58,7 @@ def export_quantized(
     prefix: str = "",
     rename: Rename | None = None,
     transpose: Sequence[str] = (),
+    as_floats: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     config: Any = None,
     metadata: Mapping[str, Any] | None = None,
@@ -77,6 +80,8 @@ def export_quantized(
               The end of ``docs/qat.md`` and the head of :mod:`q8lightning.export.quantized` show a reader.
             - ``"safetensors"``: the same floats for every library that reads safetensors, such as transformers.
             - ``"gguf"``: codes as Q4_0 and Q8_0, and floats, for llama.cpp.
+            - ``"bitsandbytes"``: a folder whose linear layers transformers loads as NF4 or LLM.int8().
+            - ``"compressed-tensors"``: a folder for vLLM and transformers, with codes of 2 to 8 bits in groups.
         weights_only: As for ``torch.load``. Pass False for a checkpoint of your own that holds other objects.
         prefix: Export only the tensors whose name begins with it, without it. A LightningModule that keeps its model
             as ``self.net`` has the prefix ``"net."``.
@@ -84,6 +89,8 @@ def export_quantized(
             from name to name.
         transpose: Patterns of names in the checkpoint of matrices that the target holds transposed, such as those of
             transformers' ``Conv1D``.
+        as_floats: Patterns of names in the checkpoint of weights that are written as the floats that the forward pass
+            used, not as codes: those of modules that the target does not quantize, such as embeddings.
         dtype: What floats become that were not trained quantized; None to leave them as they are.
         config: For formats that are folders: the model's configuration, a mapping, the path of a JSON file, or an
             object with ``to_dict()`` as transformers has it. ``quantization_config`` is added.
@@ -106,8 +113,12 @@ def export_quantized(
     if dtype is not None and not dtype.is_floating_point:
         raise ExportError(f"dtype is a float dtype such as torch.bfloat16, got {dtype}; leave it out to keep them")
     opened = _open(checkpoint, trust=not weights_only)
-    source = Source(opened, Naming(prefix, rename, tuple(transpose)), dtype)
+    source = Source(opened, Naming(prefix, rename, _listed(transpose), _listed(as_floats)), dtype)
     _WRITERS[format](source, Path(path), Options(as_mapping(config), dict(metadata or {}), round_scales))
+
+
+def _listed(patterns: Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _open(checkpoint: str | os.PathLike[str], trust: bool) -> OpenCheckpoint:

@@ -10,7 +10,7 @@ from torch import Tensor
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
-from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT
+from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, STATE_DICT
 from q8lightning.checkpoint.sharded.open_folder import OpenFolder
 from q8lightning.checkpoint.sharded.read_codes import codes_in
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
@@ -31,7 +31,8 @@ class Weight:
         tied: What the target calls it besides.
         shape: Its shape in the target.
         dtype: Of its values in the checkpoint.
-        codec: How it was trained quantized; None if it was not.
+        codec: How it was trained quantized, and is written; None if it was not, or is written as floats.
+        trained: How it was trained quantized; None if it was not.
         is_transposed: Whether the target holds the transpose of the checkpoint's matrix.
         is_contiguous: Whether its elements lie in row-major order in the checkpoint.
         value: What the checkpoint holds.
@@ -44,6 +45,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     codec: WeightCodec | None
+    trained: WeightCodec | None
     is_transposed: bool
     is_contiguous: bool
     value: Value
@@ -105,7 +107,7 @@ class Weight:
             ExportError: If a weight that was trained quantized is not finite.
             CorruptCheckpointError: If the checkpoint is damaged.
         """
-        if self.codec is None:
+        if self.trained is None:
             found = self.source.opened.values(self.value)
         else:
             codec, codes, scales, like = self.codes()
@@ -151,6 +153,7 @@ class Source:
     Attributes:
         opened: The checkpoint.
         codes: The descriptions of the weights that were trained quantized, by their names in the checkpoint.
+        inputs: How inputs of modules were trained quantized, by the modules' names in the checkpoint.
         weights: The weights, each once, in the order of the state dict.
         others: Names in the target of entries that are no tensors, by their names in the checkpoint.
         order: All names in the target, in the order of the state dict.
@@ -163,6 +166,7 @@ class Source:
         self.opened = opened
         self.dtype = dtype
         self.codes: Mapping[str, Mapping[str, Any]] = opened.summary.get(CODES_KEY) or {}
+        self.inputs: Mapping[str, Mapping[str, Any]] = opened.summary.get(INPUTS_KEY) or {}
         if not self.codes:
             raise ExportError(
                 f"{opened.path} says nothing of quantized weights; export a checkpoint that a Trainer with"
@@ -184,7 +188,7 @@ class Source:
 
     @property
     def quantized(self) -> list[Weight]:
-        """The weights that were trained quantized."""
+        """The weights that are written as codes."""
         return [weight for weight in self.weights if weight.codec is not None]
 
     @property
@@ -192,9 +196,15 @@ class Source:
         """Further names of tied weights in the target, each with the name that the weight is written under."""
         return {name: weight.name for weight in self.weights for name in weight.tied}
 
+    def inputs_of(self, weight: Weight) -> Mapping[str, Any] | None:
+        """Return how the inputs of a weight's module were trained quantized; None if they were not."""
+        module = weight.original.rpartition(".")[0]
+        found: Mapping[str, Any] | None = self.inputs.get(module)
+        return found
+
     def kept_dtype(self, weight: Weight) -> torch.dtype:
         """Return the dtype of a weight's values in an export that does not hold its codes."""
-        if weight.codec is None and self.dtype is not None and weight.dtype.is_floating_point:
+        if weight.trained is None and self.dtype is not None and weight.dtype.is_floating_point:
             return self.dtype
         return weight.dtype
 
@@ -206,6 +216,7 @@ class Source:
         original = tied[0]
         value, entry = state[original], self.codes.get(original)
         shape = tuple(value.shape)
+        trained = None if entry is None else WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
         transposed = naming.is_transposed(original)
         if transposed and len(shape) != 2:
             raise ExportError(f"transpose matches {original} of shape {shape}; only matrices have a transpose")
@@ -218,7 +229,8 @@ class Source:
             tied=tuple(names[each] for each in tied[1:]),
             shape=shape[::-1] if transposed else shape,
             dtype=value.dtype,
-            codec=None if entry is None else WeightCodec(entry["codebook"], entry["block_size"], entry["axis"]),
+            codec=None if naming.is_float(original) else trained,
+            trained=trained,
             is_transposed=transposed,
             is_contiguous=strides is None or _is_contiguous(shape, tuple(strides)),
             value=value,
