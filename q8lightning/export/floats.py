@@ -24,13 +24,13 @@ def write(source: Source, path: Path, options: Options) -> None:
     write_state(source, path, plain, lambda weight: values_of(source, weight))
 
 
-def write_state(source: Source, path: Path, content: Mapping[str, Any], entry: Callable[[Weight], Any]) -> None:
+def write_state(source: Source, path: Path, content: Mapping[str, Any] | None, entry: Callable[[Weight], Any]) -> None:
     """Write a file for ``torch.load``, whose state dict has an entry for each weight; tied ones share it.
 
     Args:
         source: The weights.
         path: The file.
-        content: What is in the file beside the state dict.
+        content: What is in the file beside the state dict; None if the file is the state dict.
         entry: Returns the entry of a weight; :func:`later` for one that is read when it is written.
     """
     opened = source.opened
@@ -39,6 +39,7 @@ def write_state(source: Source, path: Path, content: Mapping[str, Any], entry: C
         state |= dict.fromkeys((weight.name, *weight.tied), entry(weight))
     state |= {name: opened.content[STATE_DICT][original] for original, name in source.others.items()}
     order = {name: state[name] for name in source.order}
+    whole = order if content is None else {**content, STATE_DICT: order}
     stored: dict[int, Any] = {}
 
     def replace(value: Any, store: Store) -> Any:
@@ -53,9 +54,7 @@ def write_state(source: Source, path: Path, content: Mapping[str, Any], entry: C
 
     def write_file(file: IO[bytes]) -> None:
         with opened.verified():  # otherwise damage would get a new sum and never be found
-            write_tensor_by_tensor(
-                {**content, STATE_DICT: order}, file, replace, lambda storage: opened.locations.get(storage, "cpu")
-            )
+            write_tensor_by_tensor(whole, file, replace, lambda storage: opened.locations.get(storage, "cpu"))
 
     write_durably(path, write_file)
 
@@ -68,7 +67,7 @@ def later(write: Later) -> Any:
 def values_of(source: Source, weight: Weight) -> Any:
     """Return an entry for the values of a weight. What stays as it is keeps sharing memory with others."""
     dtype = source.kept_dtype(weight)
-    if weight.codec is None and dtype == weight.dtype and not weight.is_transposed:
+    if weight.trained is None and dtype == weight.dtype and not weight.is_transposed:
         return weight.value
     return later(lambda store: store(weight.values().detach().to(dtype), source.opened.location(weight.value)))
 

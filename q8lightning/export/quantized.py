@@ -25,7 +25,7 @@ import torch
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.export import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors
+from q8lightning.export import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors, torchao
 from q8lightning.export.errors import ExportError
 from q8lightning.export.naming import Naming, Rename
 from q8lightning.export.options import Options, as_mapping
@@ -34,7 +34,7 @@ from q8lightning.system.ambient import neutral
 from q8lightning.system.arguments import did_you_mean
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_checkpoint
 
-Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors"]
+Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors", "torchao"]
 """The formats, by their names."""
 
 _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
@@ -44,6 +44,7 @@ _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "gguf": gguf.write,
     "bitsandbytes": bitsandbytes.write,
     "compressed-tensors": compressed_tensors.write,
+    "torchao": torchao.write,
 }
 """What writes a format. It refuses what the format cannot hold before it writes anything."""
 
@@ -82,6 +83,7 @@ def export_quantized(
             - ``"gguf"``: codes as Q4_0 and Q8_0, and floats, for llama.cpp.
             - ``"bitsandbytes"``: a folder whose linear layers transformers loads as NF4 or LLM.int8().
             - ``"compressed-tensors"``: a folder for vLLM and transformers, with codes of 2 to 8 bits in groups.
+            - ``"torchao"``: a state dict with torchao's weight-only tensors of 2 to 8 bits.
         weights_only: As for ``torch.load``. Pass False for a checkpoint of your own that holds other objects.
         prefix: Export only the tensors whose name begins with it, without it. A LightningModule that keeps its model
             as ``self.net`` has the prefix ``"net."``.
