@@ -190,9 +190,12 @@ def print_verifications(console: Console, found: Mapping[Path, Verification | st
 
 def print_comparison(console: Console, result: Comparison, top: int | None) -> None:
     """Print the differences by kind and by tensor; with ``top`` only so many tensors, the largest errors first."""
-    made = table("kind", *_ERRORS)
+    sizes = result.first, result.second
+    made = table("kind", "bytes a parameter", *_ERRORS)
     for kind, difference in result.by_kind().items():
-        made.add_row(kind, *_errors(difference))
+        made.add_row(kind, _from_to([each.kinds.get(kind) for each in sizes]), *_errors(difference))
+    if any(size.parameters for size in sizes):
+        made.add_row("whole", _from_to([each.whole for each in sizes]))
     console.print(made)
     shown = list(result.differing)
     if top is not None:
@@ -212,6 +215,12 @@ def print_comparison(console: Console, result: Comparison, top: int | None) -> N
     for each in result.reshaped:
         shapes = f"{each.first} and {each.second}"
         console.print(f"different shapes: {each.name}: {shapes}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _from_to(values: Sequence[float | None]) -> str:
+    """Return the number of each file; empty if neither has one."""
+    said = ["none" if value is None else f"{value:.2f}" for value in values]
+    return "" if set(said) == {"none"} else " -> ".join(said)
 
 
 _ERRORS = ("relative error", "SQNR dB", "max error")

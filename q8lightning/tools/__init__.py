@@ -8,9 +8,11 @@ from q8lightning.tools.conversion import Conversion
 from q8lightning.tools.decompress import decompress
 from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorEntry, inspect
 from q8lightning.tools.open_checkpoint import ToolError
+from q8lightning.tools.tensors import BytesAParameter
 from q8lightning.tools.verify import Verification, verify
 
 __all__ = [
+    "BytesAParameter",
     "Comparison",
     "Conversion",
     "CorruptCheckpointError",

@@ -49,9 +49,9 @@ class RowsAndColumns(Codec):
         return matrix.view(codes.shape).to(dtype)
 
     def decode_stretches(
-        self, parts: tuple[Tensor, ...], which: slice | Tensor, length: int, dtype: torch.dtype
+        self, data: Tensor, numel: int, which: slice | Tensor, length: int, dtype: torch.dtype
     ) -> Tensor:
-        return take_stretches(self.decode(parts, dtype), which, length)
+        return take_stretches(self.decode(self.split(data, numel), dtype), which, length)
 
     def scale_bytes(self, numel: int) -> int:
         return 4 * (numel // self.block_size + self.block_size)
@@ -145,8 +145,8 @@ def test_update_directions_see_what_it_loses(rows: int) -> None:
 
 
 def test_a_rule_names_it_and_a_file_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {("rows_and_columns", False): RowsAndColumns}
-    monkeypatch.setattr(table, "CODECS", MappingProxyType({**table.CODECS, **row}))
+    row = {"rows_and_columns": lambda block_size, bits: RowsAndColumns(block_size)}
+    monkeypatch.setattr(table, "MAKERS", MappingProxyType({**table.MAKERS, **row}))
     policy = CheckpointPolicy([Rule("state_dict.*", "rows_and_columns", block_size=64)])
     io, weight = QuantizedCheckpointIO(checkpoint=policy), _moment(128).view(128, 64)
     io.save_checkpoint({"state_dict": {"w": weight}}, tmp_path / "first.ckpt")

@@ -23,6 +23,9 @@ CODECS = [
     get_codec("log", 128),
     get_codec("int4", 64),
     get_codec("dynamic", 4096),
+    get_codec("softsign", 128, 6),
+    get_codec("linear", 256, residual_bits=4),
+    get_codec("log", 128, 5),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 NUMEL = 600_003

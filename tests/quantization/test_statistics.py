@@ -21,8 +21,11 @@ CODECS = [
     get_codec("linear", 64),
     get_codec("softsign", 256),
     get_codec("dynamic", 128),
-    get_codec("linear", 128, True),
+    get_codec("linear", 128, None, 8),
     get_codec("log", 64),
+    get_codec("softsign", 128, 5),
+    get_codec("linear", 256, None, 4),
+    get_codec("log", 64, 4),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (0, 1, 33, 4096, 70_001)

@@ -33,8 +33,8 @@ class EncodedItem(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Its parts with packed codes, as views of the data."""
-        return self.codec.layout.views(self.data, self.numel)
+        """Its parts, as :meth:`Codec.encode` returned them."""
+        return self.codec.split(self.data, self.numel)
 
 
 def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
@@ -59,6 +59,7 @@ def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
     yield from open_batches.values()
 
 
+@neutral()
 def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
     """Decode one item, or join several and decode them in one call.
 
@@ -69,21 +70,18 @@ def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
         ``[numel]`` values for each item, in memory of its own, on the item's device.
     """
     codec, dtype = items[0].codec, items[0].dtype
+    if items[0].data.device.type != "cpu" or codec.kernel is None or not cpu.knows(codec.kernel):
+        values = codec.decode(_joined([item.parts for item in items]), dtype)
+    else:  # unpacks codes chunk by chunk
+        values = torch.empty(sum(item.numel for item in items), dtype=dtype, device="cpu")
+        cpu.decode_into(codec.kernel, _joined([codec.layout.views(item.data, item.numel) for item in items]), values)
     if len(items) == 1:
-        return [_decode(codec, items[0].parts, items[0].numel, dtype)]
-    parts = tuple(torch.cat(part) for part in zip(*(item.parts for item in items), strict=True))
-    values = _decode(codec, parts, sum(item.numel for item in items), dtype)
+        return [values]
     return [each.clone() for each in torch.split(values, [item.numel for item in items])]
 
 
-@neutral()
-def _decode(codec: Codec, parts: tuple[Tensor, ...], numel: int, dtype: torch.dtype) -> Tensor:
-    """Return the values of packed parts, ``[numel]``; a CPU unpacks them chunk by chunk."""
-    if parts[0].device.type == "cpu" and codec.kernel is not None and cpu.knows(codec.kernel):
-        values = torch.empty(numel, dtype=dtype, device="cpu")
-        cpu.decode_into(codec.kernel, parts, values)
-        return values
-    return codec.decode(codec.layout.unpack(parts, numel), dtype)
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor]:

@@ -27,7 +27,12 @@ from q8lightning.quantization.backends.kernels.update_direction import update_di
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch, describe, launches
 from q8lightning.quantization.spec.block_choice import limit_of
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.layout import KernelCodec
+from q8lightning.quantization.spec.layout import KernelCodec, Layout
+
+
+def _packed(layout: Layout) -> str:
+    """Return the word in the names of settings for kernels that pack codes."""
+    return "" if layout.is_bytes else "packed "
 
 
 def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
@@ -63,7 +68,7 @@ def encode(
         statistics: ``[tensors, 5]`` float64 to be written, or None. Rows of empty tensors are not written.
     """
     tables, layout = tables_of(codec.codebook, buffer.device), codec.layout
-    settings = f"many {codec.kernel}" if tables.closed_form else "many in cells"
+    settings = f"many {_packed(layout)}{codec.kernel}" if tables.closed_form else "many in cells"
     if statistics is not None:
         settings = f"measured {settings}"
     constants = {
@@ -85,7 +90,7 @@ def encode(
 def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None:
     """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
     tables, block_size = tables_of(codec.codebook, buffer.device), codec.layout.block_size
-    settings = f"many decode {codec.kernel}"
+    settings = f"many decode {_packed(codec.layout)}{codec.kernel}"
     row = decoded_row(settings, block_size)
     for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
         _run(
