@@ -16,6 +16,7 @@ A file of ``codes`` needs nothing but torch to be read::
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,6 +37,8 @@ from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_ch
 
 Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors", "torchao"]
 """The formats, by their names."""
+
+FORMATS: tuple[str, ...] = get_args(Format)
 
 _WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "float": floats.write,
@@ -60,7 +63,7 @@ def export_quantized(
     rename: Rename | None = None,
     transpose: Sequence[str] = (),
     as_floats: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     config: Any = None,
     metadata: Mapping[str, Any] | None = None,
     round_scales: bool = False,
@@ -93,7 +96,8 @@ def export_quantized(
             transformers' ``Conv1D``.
         as_floats: Patterns of names in the checkpoint of weights that are written as the floats that the forward pass
             used, not as codes: those of modules that the target does not quantize, such as embeddings.
-        dtype: What floats become that were not trained quantized; None to leave them as they are.
+        dtype: What floats become that were not trained quantized, such as ``torch.bfloat16`` or ``"bfloat16"``; None to
+            leave them as they are.
         config: For formats that are folders: the model's configuration, a mapping, the path of a JSON file, or an
             object with ``to_dict()`` as transformers has it. ``quantization_config`` is added.
         metadata: For formats that have a place: keys and values of your own.
@@ -109,14 +113,34 @@ def export_quantized(
         CorruptCheckpointError: If the checkpoint is damaged.
         NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
-    if format not in get_args(Format):
-        hint = did_you_mean(str(format), get_args(Format))
-        raise ExportError(f"format is one of {', '.join(get_args(Format))}, got {format!r}{hint}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ExportError(f"dtype is a float dtype such as torch.bfloat16, got {dtype}; leave it out to keep them")
+    if format not in FORMATS:
+        raise ExportError(f"format is one of {', '.join(FORMATS)}, got {format!r}{did_you_mean(str(format), FORMATS)}")
     opened = _open(checkpoint, trust=not weights_only)
-    source = Source(opened, Naming(prefix, rename, _listed(transpose), _listed(as_floats)), dtype)
+    source = Source(opened, Naming(prefix, rename, _listed(transpose), _listed(as_floats)), _float_dtype(dtype))
+    if source.inputs and not _holds_inputs(source, format):
+        warnings.warn(
+            f"the inputs of {len(source.inputs)} modules were trained quantized, and {format!r} has no place for that:"
+            ' what loads it computes with other inputs. "compressed-tensors" has a place',
+            stacklevel=3,
+        )
     _WRITERS[format](source, Path(path), Options(as_mapping(config), dict(metadata or {}), round_scales))
+
+
+def _holds_inputs(source: Source, format: str) -> bool:
+    """Whether a format says, or always does, what was done with inputs; LLM.int8() quantizes those of each token."""
+    if format == "bitsandbytes":
+        rules = {(each["codebook"], each["per"]) for each in source.inputs.values()}
+        return rules == {("linear", "token")} and all(
+            weight.codec is not None and weight.codec.book.name == "linear" for weight in source.quantized
+        )
+    return format == "compressed-tensors"
+
+
+def _float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ExportError(f"dtype is a float dtype such as torch.bfloat16, got {dtype}; leave it out to keep them")
+    return found
 
 
 def _listed(patterns: Sequence[str]) -> tuple[str, ...]:
