@@ -118,9 +118,10 @@ def export_quantized(
     opened = _open(checkpoint, trust=not weights_only)
     source = Source(opened, Naming(prefix, rename, _listed(transpose), _listed(as_floats)), _float_dtype(dtype))
     if source.inputs and not _holds_inputs(source, format):
+        some = ", ".join(list(source.inputs)[:3]) + (", ..." if len(source.inputs) > 3 else "")
         warnings.warn(
-            f"the inputs of {len(source.inputs)} modules were trained quantized, and {format!r} has no place for that:"
-            ' what loads it computes with other inputs. "compressed-tensors" has a place',
+            f"the inputs of {some} were trained quantized, and {format!r} has no place for that: what loads it computes"
+            ' with other inputs. "compressed-tensors" has a place',
             stacklevel=3,
         )
     _WRITERS[format](source, Path(path), Options(as_mapping(config), dict(metadata or {}), round_scales))
