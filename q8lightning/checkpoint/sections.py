@@ -52,6 +52,9 @@ the codes of weights are tensors."""
 CODES_KEY = "qat"
 """The key in the summary for the weights that are trained quantized; see ``qat_codes.py``."""
 
+INPUTS_KEY = "qat_inputs"
+"""The key in the summary for the modules whose inputs are trained quantized, each with its codebook and ``per``."""
+
 PARAMETERS_KEY = "parameters"
 """The key in the summary for the names of each optimizer's parameters, in the order of its groups."""
 

@@ -19,6 +19,7 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.sections import (
     CODES_KEY,
+    INPUTS_KEY,
     PARAMETERS_KEY,
     STATE_DICT,
     SUMMARY_KEY,
@@ -63,8 +64,9 @@ class PartEncoder(Converter):
             "policy": policy.as_primitives(),
             "restored": opened.summary.get("restored", 0),
         }
-        if PARAMETERS_KEY in opened.summary:
-            self._summary[PARAMETERS_KEY] = opened.summary[PARAMETERS_KEY]
+        for key in (INPUTS_KEY, PARAMETERS_KEY):
+            if key in opened.summary:
+                self._summary[key] = opened.summary[key]
         content[SUMMARY_KEY] = self._summary
 
     @property

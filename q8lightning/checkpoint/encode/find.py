@@ -44,12 +44,14 @@ class ModelNames:
             state) is not encoded. If it holds none of these names, as when a hook renames them, they do not count.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
         quantized: The codecs of weights that are trained quantized, by name.
+        inputs: How inputs of modules are trained quantized, by the modules' names.
         restored: How often the run was restored from a quantized checkpoint.
     """
 
     parameters: frozenset[str] = frozenset()
     optimizer_parameters: tuple[tuple[str, ...], ...] = ()
     quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     restored: int = 0
 
     def is_same_model(self, other: "ModelNames") -> bool:
