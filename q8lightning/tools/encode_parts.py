@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_refused
+from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_kept, warn_of_refused
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
@@ -202,6 +202,7 @@ class PartEncoder(Converter):
         said: list[str] = []
         with _caught(said):
             warn_of_guarded(each._replace(name=self._named(each.path)) for each in self._said.guarded)
+            warn_of_kept(each._replace(name=self._named(each.name)) for each in self._said.kept_states)
         self.warnings[:0] = said
         self._said.complete(self._summary, _bytes_in(self._codes))
         if self._codes:

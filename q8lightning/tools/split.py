@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import is_optimizer, is_state
+from q8lightning.checkpoint.sections import is_in_state, is_optimizer
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
@@ -58,7 +58,7 @@ def parts_of(found: Sequence[Found]) -> dict[int, Part]:
         return mark
 
     for keys, value in found:
-        if is_state(keys):
+        if is_in_state(keys):
             leader[find(keys[:4])] = find(memory_of(value))
     parts: dict[Any, Part] = {}
     by_tensor: dict[int, Part] = {}

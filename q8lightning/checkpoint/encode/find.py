@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.memory import has_memory, is_dense
+from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM, UNKNOWN, is_exact, state_of
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.report import Kept
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
-    FIRST_OF_ADAM,
-    SECONDS_OF_ADAM,
+    OPTIMIZER_STATES,
     epsilons_of,
+    is_in_state,
     is_state,
     kind_of,
     name_of,
+    options_in,
     parameter_names_in,
     parameter_of,
     path_of,
@@ -104,6 +107,7 @@ class Leaf(NamedTuple):
         codec: The codec that the policy selects for it; None to store it as it is.
         storage: Equal for tensors that share memory; None for a tensor without memory (see ``has_memory``).
         refused: Why it cannot be encoded although the policy selects it, if the user should hear of it.
+        kept: Why a state of an optimizer is kept as it is, although the policy selects it or says nothing of it.
     """
 
     keys: Keys
@@ -113,6 +117,7 @@ class Leaf(NamedTuple):
     codec: Codec | None
     storage: tuple[torch.device, int] | None
     refused: str | None = None
+    kept: str | None = None
 
     @property
     def name(self) -> str:
@@ -202,6 +207,17 @@ def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: Che
     ]
 
 
+def kept_states(leaves: Iterable[Leaf]) -> tuple[Kept, ...]:
+    """Return what the user should hear of states that are kept as they are, once for each key."""
+    found: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        if leaf.kept is not None:
+            inner = leaf.keys[4:]
+            key = inner[0] if isinstance(inner[-1], int) else inner[-1]
+            found.setdefault(f"{key}.*" if isinstance(inner[-1], int) else str(key), []).append(leaf)
+    return tuple(Kept(key, alike[0].name, len(alike), str(alike[0].kept)) for key, alike in found.items())
+
+
 def is_encodable(tensor: Tensor) -> bool:
     """Whether codecs encode such a tensor: a dense float tensor with at least one dimension."""
     return (
@@ -216,11 +232,13 @@ def _leaves_of(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard]
 ) -> Iterator[Leaf]:
     """Yield all tensors of a checkpoint in its order, each with the codec that it gets."""
+    options = options_in(checkpoint)
+    tells = policy.may_encode(OPTIMIZER_STATES)
     known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
     for keys, tensor in tensors(checkpoint, PATHS):
         path = path_of(keys)
         parameter = parameter_of(keys, names.optimizer_parameters)
-        wanted = storage = refused = None
+        wanted = storage = refused = kept = None
         if has_memory(tensor):
             storage = tensor.device, tensor.untyped_storage().data_ptr()
             shard = shards.get(id(tensor))
@@ -232,12 +250,18 @@ def _leaves_of(
                 wanted = policy.codec_for(path, parameter)
                 if wanted is not None and shard is not None:
                     wanted = shard.aligned(wanted)
+                if is_in_state(keys):
+                    state = state_of(str(keys[-1]))
+                    if wanted is not None and state.unless and options.get(keys[:4], {}).get(state.unless):
+                        wanted, kept = None, state.why
+                    elif tells and not is_exact(keys[4:]) and not policy.mentions(path):
+                        kept = UNKNOWN.why
                 if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
                     wanted = None
                 if wanted is not None and tensor.__dict__:
                     wanted = None
                     refused = f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there"
-        yield Leaf(keys, path, parameter, tensor, wanted, storage, refused)
+        yield Leaf(keys, path, parameter, tensor, wanted, storage, refused, kept)
 
 
 def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
@@ -307,8 +331,9 @@ def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, flo
         epsilons: The eps of each parameter's optimizer; see :func:`epsilons_of`.
     """
     moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.keys) and leaf.keys[-1] in _MOMENTS}
+    rotated = {leaf.keys[:4] for leaf in leaves if is_in_state(leaf.keys) and leaf.keys[4] in BASES}
     for keys, first in moments.items():
-        if keys[-1] != FIRST_OF_ADAM:
+        if keys[-1] != FIRST_OF_ADAM or keys[:4] in rotated:
             continue
         seconds = [moments[place] for key in SECONDS_OF_ADAM if (place := (*keys[:-1], key)) in moments]
         for second in seconds:

@@ -25,8 +25,8 @@ class WeightCodec:
     row gives one scale a channel.
 
     Args:
-        codebook: The name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec` of the codebook, which also
-            says to what scales are rounded; an alias becomes the name.
+        codebook: The name or ``Codebook.spec`` of the codebook, which also says to what scales are rounded; an alias
+            becomes the name.
         block_size: Elements that share a scale; a power of two between 32 and 4096, or a larger one with an axis, such
             as :data:`WHOLE_ROW`.
         axis: The axis of the channels, negative from the end, or None.
