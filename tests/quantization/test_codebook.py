@@ -17,7 +17,14 @@ from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.cell_table import CellTable
-from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook, CodebookName, get_codebook
+from q8lightning.quantization.spec.codebook import (
+    ALIASES,
+    BUILTIN,
+    Codebook,
+    CodebookName,
+    get_codebook,
+    name_with_bits,
+)
 
 ULP = 2.0**-23  # of float32, relative: at most this far apart are neighbouring floats
 
@@ -73,21 +80,29 @@ def test_the_builtin_codebooks_are_those_of_the_design() -> None:
     assert set(BUILTIN) == {
         *("linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "fp8_e4m3", "fp8_e5m2"),
         *(f"int{bits}" for bits in range(2, 9)),
+        *(f"{family}{bits}" for family in ("linear", "softsign") for bits in range(2, 8)),
     }
     assert all(name == codebook.name for name, codebook in BUILTIN.items())
 
 
-def test_linear_is_k_over_127() -> None:
-    expected = np.arange(-127, 128) / 127
-    assert oracle.same_bits(BUILTIN["linear"].levels, expected.astype(np.float32))
+every_bits = pytest.mark.parametrize("bits", range(2, 9))
 
 
-def test_softsign_is_y_over_2_minus_its_magnitude() -> None:
-    k = np.arange(-127, 128)
-    y = k / 127
-    expected = k / (254 - np.abs(k))
+@every_bits
+def test_linear_is_k_over_the_largest_k(bits: int) -> None:
+    half = 2 ** (bits - 1) - 1
+    expected = np.arange(-half, half + 1) / half
+    assert oracle.same_bits(BUILTIN[name_with_bits("linear", bits)].levels, expected.astype(np.float32))
+
+
+@every_bits
+def test_softsign_is_y_over_2_minus_its_magnitude(bits: int) -> None:
+    half = 2 ** (bits - 1) - 1
+    k = np.arange(-half, half + 1)
+    y = k / half
+    expected = k / (2 * half - np.abs(k))
     np.testing.assert_allclose(y / (2 - np.abs(y)), expected, rtol=1e-15)  # the two ways to write it
-    assert oracle.same_bits(BUILTIN["softsign"].levels, expected.astype(np.float32))
+    assert oracle.same_bits(BUILTIN[name_with_bits("softsign", bits)].levels, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -251,9 +266,15 @@ def gap_fraction(codebook: Codebook) -> Tensor:
     return (codebook.thresholds.double() - (levels[1:] + levels[:-1]) / 2).abs() / levels.diff()
 
 
+OF_THE_FORMULA = {"softsign": (0.002, 1e-4), "softsign7": (0.004, 1.5e-4), "softsign6": (0.008, 6e-4)} | {
+    "softsign5": (0.017, 2.5e-3)
+}
+"""How far steps of a formula may be off midpoints, in gaps, and the share of the squared error that this may cost."""
+
+
 @every_builtin
-def test_thresholds_are_midpoints_within_a_512th_of_the_gap(codebook: Codebook) -> None:
-    allowed = 0.002 if codebook.name == "softsign" else 1 / 512
+def test_thresholds_are_midpoints_within_a_512th_of_the_gap_or_what_a_formula_may_be_off(codebook: Codebook) -> None:
+    allowed, _ = OF_THE_FORMULA.get(codebook.name, (1 / 512, 0.0))
     assert float(gap_fraction(codebook).max()) <= allowed
 
 
@@ -266,7 +287,9 @@ def test_thresholds_of_any_codebook_are_midpoints_as_far_as_float32_can_tell(cod
 
 @every_builtin
 @pytest.mark.parametrize("deviation", [0.05, 0.2, 0.5, math.inf], ids=lambda sigma: f"sigma={sigma}")
-def test_rounded_thresholds_cost_less_than_a_10000th_of_the_squared_error(codebook: Codebook, deviation: float) -> None:
+def test_rounded_thresholds_cost_a_10000th_of_the_squared_error_or_what_a_formula_may_cost(
+    codebook: Codebook, deviation: float
+) -> None:
     """Exact midpoints are optimal; moving one from m to t adds the integral of 2 gap (y - m) p(y) from m to t."""
     nodes, weights = np.polynomial.legendre.leggauss(16)  # exact to the last digits on pieces this short
 
@@ -283,7 +306,8 @@ def test_rounded_thresholds_cost_less_than_a_10000th_of_the_squared_error(codebo
     least = integral(lambda y: (y - lower[:, None]) ** 2, lower, middle)
     least += integral(lambda y: (y - upper[:, None]) ** 2, middle, upper)
     excess = integral(lambda y: 2 * gap[:, None] * (y - middle[:, None]), middle, thresholds)
-    assert 0 <= excess < 1e-4 * least
+    _, share = OF_THE_FORMULA.get(codebook.name, (0.0, 1e-4))
+    assert 0 <= excess < share * least
 
 
 # The ways to find a code quickly

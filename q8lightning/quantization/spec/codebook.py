@@ -210,15 +210,17 @@ def name_with_bits(family: str, bits: int) -> str:
     return family if bits == 8 else f"{family}{bits}"
 
 
+def _of_family(family: Literal["linear", "softsign"], bits: int) -> Codebook:
+    form = ClosedForm(family, 2 ** (bits - 1) - 1)
+    # Under 5 bits, the steps of softsign's formula would cost 1% of the squared error and more.
+    as_good = family == "linear" or bits >= 5
+    return Codebook(name_with_bits(family, bits), form.levels, form if as_good else None)
+
+
 BUILTIN: dict[str, Codebook] = {
     book.name: book
     for book in (
-        *(
-            Codebook(name_with_bits(family, bits), form.levels, form)
-            for bits in range(8, 1, -1)
-            for family in FAMILIES
-            for form in [ClosedForm(family, 2 ** (bits - 1) - 1)]
-        ),
+        *(_of_family(family, bits) for bits in range(8, 1, -1) for family in FAMILIES),
         Codebook("dynamic", dynamic_levels(signed=True)),
         Codebook("dynamic_unsigned", dynamic_levels(signed=False)),
         Codebook("normal_float4", normal_float4_levels()),
