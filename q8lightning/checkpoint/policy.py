@@ -162,6 +162,16 @@ class CheckpointPolicy:
             self._found[key] = next((rule.resolve() for rule in rules if rule.matches(path, parameter)), None)
         return self._found[key]
 
+    def codec_at(self, path: str, place: str, parameter: str | None = None) -> Codec | None:
+        """Return the codec for a tensor under a user's own key: by the rules for its path, or else for its place.
+
+        Args:
+            path: Its path in the checkpoint.
+            place: Its path in Lightning's layout, such as ``state_dict.weight`` for ``model.weight``.
+            parameter: The name of the parameter that it is or belongs to; None if that is not known.
+        """
+        return self.codec_for(path if path == place or self.names(path, parameter) else place, parameter)
+
     def names(self, path: str, parameter: str | None = None) -> bool:
         """Whether a rule matches a tensor, with a codec or without, or the tensor is one that no rule applies to."""
         return path.split(".", 1)[0] in NEVER or any(rule.matches(path, parameter) for rule in self._rules)

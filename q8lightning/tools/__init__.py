@@ -1,4 +1,4 @@
-"""Inspect, verify, compare, compress and decompress checkpoints: functions for users and for the command line."""
+"""Save, load, inspect, verify, compare, compress and decompress checkpoints: functions without a Trainer."""
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
@@ -7,7 +7,9 @@ from q8lightning.tools.compress import compress
 from q8lightning.tools.conversion import Conversion
 from q8lightning.tools.decompress import decompress
 from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorEntry, inspect
+from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
+from q8lightning.tools.save import Saved, save
 from q8lightning.tools.verify import Verification, verify
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "NewerFormatError",
     "Reshaped",
     "Row",
+    "Saved",
     "Size",
     "StoredOtherwise",
     "TensorEntry",
@@ -28,5 +31,7 @@ __all__ = [
     "compress",
     "decompress",
     "inspect",
+    "load",
+    "save",
     "verify",
 ]

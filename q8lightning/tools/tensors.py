@@ -25,7 +25,12 @@ def tensors_in(content: Any) -> list[tuple[Keys, Value]]:
 
 
 def kind_of(keys: Keys, value: Value) -> str:
-    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats."""
+    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats.
+
+    Args:
+        keys: Keys that would lead to it in Lightning's layout.
+        value: The tensor.
+    """
     if not keys or not (value.dtype.is_floating_point or value.dtype.is_complex):
         return "other"
     kind = kind_by_keys(keys)
