@@ -51,17 +51,19 @@ def codecs(x: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callable[[]
             lambda book=book: cpu.quantize(x, book, 256),
             lambda book=book, codes=codes, scale=scale: cpu.dequantize(codes, scale, book, 256, torch.float32),
         )
-    residual = cpu.quantize_residual(x, 256)
+    residual = cpu.quantize_residual(x, 256, 8, 8)
     rows["linear + residual, block 256"] = (
-        lambda: cpu.quantize_residual(x, 256),
-        lambda: cpu.dequantize_residual(*residual, 256, torch.float32),
+        lambda: cpu.quantize_residual(x, 256, 8, 8),
+        lambda: cpu.dequantize_residual(*residual, 256, 8, 8, torch.float32),
     )
     squares = x.square()
-    log = cpu.quantize_log(squares, 128)
-    assert torch.equal(cpu.quantize_log(squares[:100_003], 128)[0], reference.quantize_log(squares[:100_003], 128)[0])
+    log = cpu.quantize_log(squares, 128, 8)
+    assert torch.equal(
+        cpu.quantize_log(squares[:100_003], 128, 8)[0], reference.quantize_log(squares[:100_003], 128, 8)[0]
+    )
     rows["log, block 128"] = (
-        lambda: cpu.quantize_log(squares, 128),
-        lambda: cpu.dequantize_log(*log, 128, torch.float32),
+        lambda: cpu.quantize_log(squares, 128, 8),
+        lambda: cpu.dequantize_log(*log, 128, 8, torch.float32),
     )
     affine = cpu.quantize_affine(x, 256)
     rows["affine (zero-point), block 256"] = (
@@ -109,7 +111,7 @@ def save(numel: int, repeats: int) -> None:
     for codec in (
         get_codec("linear", 256),
         get_codec("softsign", 128),
-        get_codec("linear", 128, residual=True),
+        get_codec("linear", 128, residual_bits=8),
         get_codec("log", 128),
     ):
         tensors = second if codec.unsigned else x

@@ -81,16 +81,17 @@ def our_rows(x: Tensor, block: int) -> Iterator[Row]:
         given = x.float().square().to(x.dtype) if name == "log" else x
         sample = given[:SAMPLE]
         encode, decode = getattr(ops, f"quantize_{name}"), getattr(ops, f"dequantize_{name}")
-        *parts, _ = encode(sample, block)
-        check(f"quantize {title}", tuple(parts), getattr(reference, f"quantize_{name}")(sample, block))
+        options = block, *{"residual": (8, 8), "log": (8,), "affine": ()}[name]
+        *parts, _ = encode(sample, *options)
+        check(f"quantize {title}", tuple(parts), getattr(reference, f"quantize_{name}")(sample, *options))
         check(
             f"dequantize {title}",
-            decode(*parts, block, x.dtype),
-            getattr(reference, f"dequantize_{name}")(*parts, block, x.dtype),
+            decode(*parts, *options, x.dtype),
+            getattr(reference, f"dequantize_{name}")(*parts, *options, x.dtype),
         )
-        yield row(f"quantize {title}", moved, partial(encode, given, block))
-        *parts, _ = encode(given, block)
-        yield row(f"dequantize {title}", moved, partial(decode, *parts, block, x.dtype))
+        yield row(f"quantize {title}", moved, partial(encode, given, *options))
+        *parts, _ = encode(given, *options)
+        yield row(f"dequantize {title}", moved, partial(decode, *parts, *options, x.dtype))
 
 
 def main() -> None:

@@ -58,11 +58,12 @@ def runs(name: str, x: Tensor, block: int) -> Callable[[], object]:
     dtype = x.dtype
     book = BUILTIN["dynamic" if "cells" in name else "softsign"]
     squares = x.float().square().to(dtype)
+    bits = {"residual": (8, 8), "log": (8,)}.get(name.rpartition("_")[2], ())
     if name.startswith("quantize_"):
-        return lambda: getattr(blockwise, name)(squares, block)
+        return lambda: getattr(blockwise, name)(squares, block, *bits)
     if name.startswith("dequantize_"):
-        parts = getattr(blockwise, name.removeprefix("de"))(squares, block)
-        return lambda: getattr(blockwise, name)(*parts, block, dtype)
+        parts = getattr(blockwise, name.removeprefix("de"))(squares, block, *bits)
+        return lambda: getattr(blockwise, name)(*parts, block, *bits, dtype)
     if name.startswith("dequantize"):
         book = BUILTIN["linear" if name.endswith("linear") else "dynamic"]
         codes, scale = blockwise.quantize(x, book, block)
@@ -85,11 +86,15 @@ def many_run(name: str, x: Tensor, block: int) -> Callable[[], object]:
         starts = tuple(range(0, x.nbytes, x.nbytes // count))
         lost = torch.empty(count, 5, dtype=torch.float64, device=x.device) if "measured" in name else None
         return lambda: many.fake_quantize(tensors, values, starts, book, block, statistics=lost)
-    codec = get_codec("linear", block, residual=True) if name.endswith("residual") else get_codec("softsign", block)
+    packed_bits = "packed" in name
+    codec = get_codec("softsign", block, 6 if packed_bits else 8)
+    if name.endswith("residual"):
+        codec = get_codec("linear", block, residual_bits=4 if packed_bits else 8)
     if "cells" in name:
         codec = get_codec("dynamic", block)
     if "log" in name:
-        codec, tensors = get_codec("log", block), list(x.float().square().to(x.dtype).view(8, -1))
+        codec = get_codec("log", block, 5 if packed_bits else 8)
+        tensors = list(x.float().square().to(x.dtype).view(8, -1))
     packed = encode_many(tensors, [codec] * count)
     buffer = packed.data[0].new_empty(0).set_(packed.data[0].untyped_storage())
     starts = tuple(data.storage_offset() for data in packed.data)
@@ -104,6 +109,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="kernels whose name contains one of these")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--numel", type=int, default=2**27)
+    parser.add_argument("--blocks", type=int, nargs="*", default=BLOCKS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     for name, settings in list(launch.SETTINGS.items()):
@@ -120,7 +126,7 @@ def main() -> None:
                 chosen[index] = choice
                 launch.SETTINGS[name] = (chosen[0], chosen[1])
                 work_list.launches.cache_clear()  # they depend on the settings
-                times[choice] = [median_ms(runs(name, x, block), 9) for block in BLOCKS]
+                times[choice] = [median_ms(runs(name, x, block), 9) for block in arguments.blocks]
             launch.SETTINGS[name] = settings
             best = [min(column) for column in zip(*times.values(), strict=True)]
             worst = {c: min(b / t for b, t in zip(best, row, strict=True)) for c, row in times.items()}

@@ -17,7 +17,7 @@ from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 
 CODECS = {
-    "weights, linear + residual": get_codec("linear", 256, residual=True),
+    "weights, linear + residual": get_codec("linear", 256, residual_bits=8),
     "weights, softsign": get_codec("softsign", 256),
     "exp_avg, softsign": get_codec("softsign", 128),
     "exp_avg_sq, log": get_codec("log", 128),

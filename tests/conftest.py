@@ -86,7 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     more, and for a ``checkpoint_scheme`` over the idempotent ones."""
     for argument, schemes in (
         ("scheme", SCHEMES),
-        ("codebook_scheme", [scheme for scheme in SCHEMES if scheme.name not in ("residual", "log", "affine")]),
+        ("codebook_scheme", [scheme for scheme in SCHEMES if scheme.family == "codebook"]),
         ("checkpoint_scheme", [scheme for scheme in SCHEMES if scheme.for_checkpoints]),
     ):
         if argument in metafunc.fixturenames:

@@ -53,7 +53,7 @@ def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path
         state = torch.load(path, weights_only=True)["state_dict"]
     feed_forward = state["model.blocks.0.feed_forward.0.weight"]
     embedding = state["model.embed.weight"]
-    assert (feed_forward.codec.name, feed_forward.codec.residual) == CODECS[name]
+    assert (feed_forward.codec.name, feed_forward.codec.residual_bits) == CODECS[name]
     assert isinstance(embedding, QuantizedTensor) == (name != "custom_policy")  # it leaves the embedding as it is
 
 

@@ -101,7 +101,7 @@ class QuantizedTensor:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Codes, scales and the residual's codes, if any, as :meth:`Codec.encode` returns them; views of ``data``."""
+        """Codes, scales and the residual's codes, if any, as :meth:`Codec.encode` returns them."""
         return self.codec.split(self.data, math.prod(self.shape))
 
     def decode(self) -> Tensor:

@@ -19,7 +19,7 @@ from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
 from q8lightning.system.arguments import check_keys, did_you_mean
 
-Preset = Literal["resume", "compact"]
+Preset = Literal["resume", "compact", "precise"]
 """The names of :data:`PRESETS`, for type checkers."""
 
 
@@ -32,7 +32,10 @@ class Rule:
             ``*`` also matches dots.
         codec: ``"log"``, a codebook's name, a codebook's levels, or None to store the tensor as it is.
         block_size: Elements that share a scale; a power of two between 32 and 4096.
-        residual: Also store what the first stage lost, in a second byte. Only ``linear`` can do that.
+        bits: The bits of a code, 2 to 8 for ``linear``, ``softsign`` and ``log``; None for 8, or the bits that the
+            codebook's levels need.
+        residual_bits: Also store what the first stage lost, in a second code of 2 to 8 bits; 0 for no second code. Only
+            ``linear`` can do that.
         parameter: Shell-style pattern over the name of the parameter that the tensor is or belongs to. Tensors whose
             parameter is unknown match only ``*``.
 
@@ -43,18 +46,20 @@ class Rule:
     pattern: str
     codec: CodecName | Sequence[float] | None = None
     block_size: int = 256
-    residual: bool = False
+    bits: int | None = None
+    residual_bits: int = 0
     parameter: str = "*"
 
     def __post_init__(self) -> None:
         try:
             if not isinstance(self.codec, str | None):
                 object.__setattr__(self, "codec", get_codebook(self.codec).spec)
-            for name, kind in (("pattern", str), ("parameter", str), ("residual", bool)):
+            for name, kind in (("pattern", str), ("parameter", str)):
                 if not isinstance(value := getattr(self, name), kind):
                     raise ValueError(f"{name} is a {kind.__name__}, got {value!r}")
             if codec := self.resolve():
                 object.__setattr__(self, "codec", codec.name)  # the name that files have, not an alias
+                object.__setattr__(self, "bits", codec.bits)
         except ValueError as error:
             raise ValueError(f"rule for {self.pattern!r}: {error}") from None
 
@@ -63,7 +68,7 @@ class Rule:
         if self.codec is None:
             return None
         assert isinstance(self.codec, str)
-        return get_codec(self.codec, self.block_size, self.residual)
+        return get_codec(self.codec, self.block_size, self.bits, self.residual_bits)
 
     def matches(self, path: str, parameter: str | None) -> bool:
         """Whether the rule applies to the tensor at ``path`` that is or belongs to ``parameter``."""
@@ -227,20 +232,23 @@ def _check_limit(name: str, value: object, example: str) -> None:
         raise ValueError(f"{name} must be a finite number above 0, or None for no limit, got {value!r}; try {example}")
 
 
-def _preset(weights: Mapping[str, Any]) -> CheckpointPolicy:
+def _preset(weights: Mapping[str, Any], first_moments: int, second_moments: int) -> CheckpointPolicy:
+    """Return a policy for weights, and for moments in codes of so many bits."""
     return CheckpointPolicy(
         [
             # A QuantizedCheckpointIO without a module knows buffers by these names alone.
             *(Rule(f"*.{key}") for key in RUNNING_STATISTICS),
-            *(Rule(f"{section}.*", **weights) for section in WEIGHTS),
-            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128) for key in FIRST_MOMENTS),
-            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128) for key in SECOND_MOMENTS),
+            *(Rule(f"{section}.*", block_size=256, **weights) for section in WEIGHTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128, first_moments) for key in FIRST_MOMENTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128, second_moments) for key in SECOND_MOMENTS),
         ]
     )
 
 
 PRESETS: dict[str, CheckpointPolicy] = {
-    "resume": _preset({"codec": "linear", "block_size": 256, "residual": True}),
-    "compact": _preset({"codec": "softsign", "block_size": 256}),
+    "resume": _preset({"codec": "linear", "residual_bits": 4}, 6, 5),
+    "compact": _preset({"codec": "softsign"}, 5, 4),
+    "precise": _preset({"codec": "linear", "residual_bits": 8}, 8, 8),
 }
-"""The policies that have a name. ``resume``, the default, stores weights in 16 bits; ``compact`` all in about 8."""
+"""The policies that have a name. Training with AdamW in float32 takes 3.0 bytes a parameter under ``resume``, the
+default, 2.2 under ``compact`` and 4.1 under ``precise``."""

@@ -88,8 +88,8 @@ class Guarded(NamedTuple):
         path: Its path in the checkpoint.
         name: What messages call it.
         found: What the rule's codec would have lost.
-        remedy: ``"residual"`` if the tensor has a residual stage, ``"raw"`` if it is stored as it is, ``"none"`` if it
-            is stored by its rule because it was overwritten too early.
+        remedy: ``"residual"`` if the tensor is stored in 16 bits, with a residual, ``"raw"`` if it is stored as it is,
+            ``"none"`` if it is stored by its rule because it was overwritten too early.
     """
 
     path: str

@@ -80,7 +80,7 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-_DEFAULTS = {"residual": False, "parameter": "*"}
+_DEFAULTS = {"residual_bits": 0, "parameter": "*"}
 """Values of a rule's arguments that are not shown."""
 
 
@@ -91,7 +91,7 @@ def _exceptions(found: Inspection) -> list[str]:
     return [f"  {'' if index else 'exceptions':12}{line}" for index, line in enumerate(lines[:_SHOWN] + more)]
 
 
-_REMEDIES = {"residual": "with a residual stage", "raw": "as it is"}
+_REMEDIES = {"residual": "in 16 bits", "raw": "as it is"}
 
 _SHOWN = 5
 """How many exceptions are shown; every tensor of a diverged model is one."""

@@ -96,24 +96,32 @@ fake_quantize_rows.register_autograd(lambda ctx, grad: (grad, None, None))
 
 @custom_op("q8lightning::quantize_residual", mutates_args=())
 @neutral()
-def quantize_residual(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_residual(
+    x: Tensor, block_size: int, bits: int, residual_bits: int, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lost = _empty_lost(x, measure)
-    return *backend_of(x).quantize_residual(x, block_size, lost if measure else None), lost
+    return *backend_of(x).quantize_residual(x, block_size, bits, residual_bits, lost if measure else None), lost
 
 
 @quantize_residual.register_fake
-def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, block_size: int, bits: int, residual_bits: int, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_codes(x), empty_codes(x), empty_scales(x, block_size), _empty_lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_residual", mutates_args=())
 @neutral()
-def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return backend_of(codes).dequantize_residual(codes, residual, scale, block_size, dtype)
+def dequantize_residual(
+    codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, bits: int, residual_bits: int, dtype: torch.dtype
+) -> Tensor:
+    return backend_of(codes).dequantize_residual(codes, residual, scale, block_size, bits, residual_bits, dtype)
 
 
 @dequantize_residual.register_fake
-def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, bits: int, residual_bits: int, dtype: torch.dtype
+) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
@@ -122,24 +130,24 @@ def _(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: to
 
 @custom_op("q8lightning::quantize_log", mutates_args=())
 @neutral()
-def quantize_log(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_log(x: Tensor, block_size: int, bits: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     lost = _empty_lost(x, measure)
-    return *backend_of(x).quantize_log(x, block_size, lost if measure else None), lost
+    return *backend_of(x).quantize_log(x, block_size, bits, lost if measure else None), lost
 
 
 @quantize_log.register_fake
-def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, block_size: int, bits: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return empty_codes(x), empty_scales(x, block_size, 2), _empty_lost(x, measure)
 
 
 @custom_op("q8lightning::dequantize_log", mutates_args=())
 @neutral()
-def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return backend_of(codes).dequantize_log(codes, bounds, block_size, dtype)
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return backend_of(codes).dequantize_log(codes, bounds, block_size, bits, dtype)
 
 
 @dequantize_log.register_fake
-def _(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def _(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

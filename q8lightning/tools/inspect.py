@@ -24,7 +24,7 @@ class TensorEntry:
         kind: ``weights``, a moment's key such as ``exp_avg``, or ``other``.
         shape: The shape of its values.
         dtype: The dtype of its values, without ``torch.``.
-        codec: Codec, residual stage and block size, such as ``linear+residual/256``; None if it is not encoded.
+        codec: Codec, residual stage and block size, such as ``linear8+4/256``; None if it is not encoded.
         bytes: Bytes in the file; 0 if it is tied to an earlier tensor.
         decoded_bytes: Bytes of its values in memory; 0 if it is tied to an earlier tensor.
         tied_to: The name of the earlier tensor that it is tied to; None if there is none.
@@ -71,7 +71,7 @@ class StoredOtherwise:
     Attributes:
         name: Its name for people; see :class:`TensorEntry`.
         reason: What its rule's codec would have lost, or why it cannot hold the tensor.
-        remedy: ``"residual"`` if it has a residual stage instead, ``"raw"`` if it is stored as it is.
+        remedy: ``"residual"`` if it is stored in 16 bits instead, with a residual, ``"raw"`` if it is stored as it is.
     """
 
     name: str

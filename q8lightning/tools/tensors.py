@@ -56,7 +56,7 @@ def dtype_of(value: Value) -> str:
 
 
 def codec_of(value: Value) -> str | None:
-    """Return the codec of a tensor, such as ``linear+residual/256``; None if it is not encoded.
+    """Return the codec of a tensor, such as ``linear8+4/256``; None if it is not encoded.
 
     Of a tensor whose shards are stored in several ways, all of these.
     """

@@ -155,7 +155,10 @@ def _held(rule: Rule) -> Rule:
     """Return the rule with the codec that the guard tries when the rule's own loses too much, if there is one."""
     codec = rule.resolve()
     finer = None if codec is None else codec.finer
-    return rule if finer is None else Rule(**{**asdict(rule), "codec": finer.name, "residual": finer.residual})
+    if finer is None:
+        return rule
+    chosen = {"codec": finer.name, "bits": finer.bits, "residual_bits": finer.residual_bits}
+    return Rule(**{**asdict(rule), **chosen})
 
 
 def _leave_captures_alone() -> None:

@@ -19,7 +19,7 @@ TERNARY = [-1.0, 0.0, 1.0]
 def codecs_of(path: Path) -> dict[str, tuple[str, int, bool]]:
     """Return name, block size and residual of the codec of every payload in a file, by path."""
     return {
-        name: (payload.codec.name, payload.codec.block_size, payload.codec.residual)
+        name: (payload.codec.name, payload.codec.block_size, payload.codec.residual_bits)
         for name, payload in payloads_of(path).items()
     }
 
@@ -36,7 +36,7 @@ def test_the_first_rule_that_matches_decides() -> None:
     policy = CheckpointPolicy(
         [
             Rule("state_dict.head.*"),
-            Rule("state_dict.body.0.*", "linear", 64, residual=True),
+            Rule("state_dict.body.0.*", "linear", 64, residual_bits=8),
             Rule("state_dict.body.*", "dynamic", 128),
             Rule("state_dict.*", "softsign"),
             Rule("state_dict.body.1.weight", "int4"),
@@ -45,7 +45,7 @@ def test_the_first_rule_that_matches_decides() -> None:
 
     def found(path: str) -> Any:
         codec = policy.codec_for(path)
-        return codec and (codec.name, codec.block_size, codec.residual)
+        return codec and (codec.name, codec.block_size, codec.residual_bits)
 
     assert found("state_dict.head.weight") is None
     assert found("state_dict.body.0.weight") == ("linear", 64, True)
@@ -205,10 +205,10 @@ def test_tensors_below_the_smallest_size_are_left_alone(numel: int, tmp_path: Pa
 @pytest.mark.parametrize(
     ("dtype", "rule", "smaller"),
     [
-        (torch.bfloat16, {"codec": "linear", "residual": True}, False),
-        (torch.float16, {"codec": "linear", "residual": True}, False),
-        (torch.float32, {"codec": "linear", "residual": True}, True),
-        (torch.float64, {"codec": "linear", "residual": True}, True),
+        (torch.bfloat16, {"codec": "linear", "residual_bits": 8}, False),
+        (torch.float16, {"codec": "linear", "residual_bits": 8}, False),
+        (torch.float32, {"codec": "linear", "residual_bits": 8}, True),
+        (torch.float64, {"codec": "linear", "residual_bits": 8}, True),
         (torch.bfloat16, {"codec": "log", "block_size": 32}, True),
         (torch.float16, {"codec": "linear"}, True),
     ],
@@ -234,7 +234,7 @@ def test_rules_may_be_mappings_as_a_yaml_file_gives_them() -> None:
     written = CheckpointPolicy(
         rules=[
             {"pattern": "state_dict.head.*"},
-            {"pattern": "state_dict.*", "codec": "linear", "block_size": 256, "residual": True},
+            {"pattern": "state_dict.*", "codec": "linear", "block_size": 256, "residual_bits": 8},
             {"pattern": "optimizer_states.*.exp_avg", "codec": "softsign", "parameter": "body.*"},
             {"pattern": "optimizer_states.*", "codec": [-1, 0, 1]},
         ]
@@ -242,7 +242,7 @@ def test_rules_may_be_mappings_as_a_yaml_file_gives_them() -> None:
     assert written == CheckpointPolicy(
         [
             Rule("state_dict.head.*"),
-            Rule("state_dict.*", "linear", 256, residual=True),
+            Rule("state_dict.*", "linear", 256, residual_bits=8),
             Rule("optimizer_states.*.exp_avg", "softsign", parameter="body.*"),
             Rule("optimizer_states.*", [-1.0, 0.0, 1.0]),
         ]

@@ -254,7 +254,7 @@ def test_levels_that_are_no_codebook_are_refused(levels: list[float], says: str)
 @pytest.mark.parametrize("codec", ["log", "softsign", "dynamic"])
 def test_a_residual_is_for_linear_only(codec: str) -> None:
     with pytest.raises(ValueError, match=rf"residual .* got '{codec}'"):
-        Rule("state_dict.*", codec, residual=True)
+        Rule("state_dict.*", codec, residual_bits=8)
 
 
 def test_a_policy_without_any_codec_is_refused() -> None:

@@ -16,7 +16,7 @@ FINE = [*(-1 + k / 4096 for k in range(120)), 0.0, *(1 - k / 4096 for k in rever
 CODECS: dict[str, dict[str, Any]] = {
     **{name: {"codec": name} for name in BUILTIN},
     "log": {"codec": "log"},
-    "linear twice": {"codec": "linear", "residual": True},
+    "linear twice": {"codec": "linear", "residual_bits": 8},
     "custom": {"codec": [-1.0, -0.3, -0.01, 0.0, 0.02, 0.7, 0.9]},
     "custom, positive": {"codec": [0.0, 0.1, 0.5, 1.0]},
     "custom, fine": {"codec": FINE},

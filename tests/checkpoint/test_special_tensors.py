@@ -368,7 +368,7 @@ def test_a_compiled_part_of_the_model_keeps_its_names(preset: str, tmp_path: Pat
 
 
 def test_a_deepcopied_payload_stays_encoded_and_tied() -> None:
-    payload = QuantizedTensor.encode(torch.randn(64, 64), get_codec("linear", 256, residual=True), "weight")
+    payload = QuantizedTensor.encode(torch.randn(64, 64), get_codec("linear", 256, residual_bits=8), "weight")
     first, second = copy.deepcopy([payload, payload])
     assert type(first) is QuantizedTensor
     assert first is second is not payload

@@ -93,7 +93,7 @@ def test_decompress_returns_what_the_callback_would_have_restored(
 
 def test_resume_is_the_preset_if_none_is_given(run: Run, plain: Path, tmp_path: Path) -> None:
     run("compress", plain, tmp_path / "a.ckpt")
-    assert payloads_of(tmp_path / "a.ckpt")["state_dict.decoder.weight"].codec.residual
+    assert payloads_of(tmp_path / "a.ckpt")["state_dict.decoder.weight"].codec.residual_bits
 
 
 # Every door

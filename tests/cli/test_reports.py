@@ -44,7 +44,7 @@ def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
         if payload is None:
             assert each["codec"] is None
         else:
-            residual = "+residual" if payload.codec.residual else ""
+            residual = "+residual" if payload.codec.residual_bits else ""
             assert each["codec"] == f"{payload.codec.name}{residual}/{payload.codec.block_size}"
     assert found["summary"]["format_version"] == 1
     assert found["bytes"] == by_callback.stat().st_size

@@ -34,7 +34,7 @@ BUFFERS = frozenset({"table"})
 
 CODECS: dict[str, Rule] = {
     "linear": Rule("state_dict.every.linear", "linear", 32),
-    "residual": Rule("state_dict.every.residual", "linear", 64, residual=True),
+    "residual": Rule("state_dict.every.residual", "linear", 64, residual_bits=8),
     "softsign": Rule("state_dict.every.softsign", "softsign", 32),
     "log": Rule("state_dict.every.log", "log", 32),
     "dynamic": Rule("state_dict.every.dynamic", "dynamic", 32),
@@ -47,7 +47,7 @@ CODECS: dict[str, Rule] = {
     "own": Rule("state_dict.every.own", [-1.0, -0.25, 0.0, 0.3, 1.0], 32),
     "in_bfloat16": Rule("state_dict.every.in_bfloat16", "softsign", 256),
     "in_float16": Rule("state_dict.every.in_float16", "linear", 32),
-    "in_float64": Rule("state_dict.every.in_float64", "linear", 32, residual=True),
+    "in_float64": Rule("state_dict.every.in_float64", "linear", 32, residual_bits=8),
     "columns": Rule("state_dict.every.columns", "softsign", 32),
 }
 """The rule for each parameter of :class:`EveryCodec`, whose name says what it is there for."""
@@ -57,7 +57,7 @@ UNSIGNED = ("log", "dynamic_unsigned")
 RULES = [
     *CODECS.values(),
     Rule("state_dict.rows.weight", "softsign", 32),
-    Rule("state_dict.flat.weight", "linear", 64, residual=True),
+    Rule("state_dict.flat.weight", "linear", 64, residual_bits=8),
     Rule("parameter", "linear", 32),
     Rule("wants_grad", "softsign", 32),
 ]
@@ -143,7 +143,7 @@ def values_of_codecs(live: dict[str, Any]) -> dict[str, Tensor]:
         rule = rules.get(name)
         if rule is not None:
             assert isinstance(rule.codec, str)
-            tensor = stored(tensor, "linear, twice" if rule.residual else rule.codec, rule.block_size)
+            tensor = stored(tensor, "linear, twice" if rule.residual_bits else rule.codec, rule.block_size)
         values[name] = tensor
     codec = WeightCodec("int4", 32, 0).fitted((12, 10))
     codes, scales = codec.encode(live["state_dict"]["rows.weight"])

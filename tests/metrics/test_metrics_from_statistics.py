@@ -13,7 +13,7 @@ from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.spec.reference import ErrorStatistics, measure
 
 FROM_STATISTICS = [case for case in CASES if case.batch is pair]
-CODECS = [get_codec("linear"), get_codec("softsign", 128), get_codec("linear", residual=True), get_codec("log", 128)]
+CODECS = [get_codec("linear"), get_codec("softsign", 128), get_codec("linear", residual_bits=8), get_codec("log", 128)]
 
 
 def originals() -> list[Tensor]:
@@ -26,7 +26,7 @@ def test_the_order_is_that_of_the_codecs() -> None:
     assert ErrorStatistics._fields == ("squared_error", "squares", "max_error", "zeros", "zeroed")
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: f"{codec.label}{'+' * codec.residual}")
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: f"{codec.label}{'+' * bool(codec.residual_bits)}")
 @pytest.mark.parametrize("case", FROM_STATISTICS, ids=lambda case: case.name)
 class TestFromStatistics:
     def test_equals_what_the_tensors_give(self, case: Case, codec: Codec) -> None:

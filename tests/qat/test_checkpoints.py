@@ -109,7 +109,7 @@ def test_codes_are_stored_once(name: str, tmp_path: Path) -> None:
     entries = checkpoint["q8lightning"]["qat"]
     payload, entry = checkpoint["state_dict"]["net.6.weight"], entries["net.6.weight"]
     assert isinstance(payload, QuantizedTensor)
-    assert payload.codec.residual  # the fidelity of the preset
+    assert payload.codec.residual_bits  # the fidelity of the preset
     assert entries["net.7.weight"] is entry  # tied
     if name == "first stage":
         assert "codes" not in entry

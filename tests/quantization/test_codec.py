@@ -12,8 +12,7 @@ from support.schemes import every_dtype
 from torch import Tensor
 
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.codecs.table import CODECS as CODECS_BY_NAME
-from q8lightning.quantization.codecs.table import CodecName, get_codec
+from q8lightning.quantization.codecs.table import MAKERS, CodecName, get_codec
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook
 
@@ -22,13 +21,16 @@ CODECS = [
     *map(get_codec, BUILTIN),
     get_codec(CUSTOM.spec, 64),
     get_codec("log"),
-    get_codec("linear", 64, residual=True),
+    get_codec("linear", 64, residual_bits=8),
+    get_codec("linear", 64, residual_bits=4),
+    get_codec("linear", 64, 5, residual_bits=3),
     get_codec("log", 128),
+    *(get_codec("log", 128, bits) for bits in range(2, 8)),
 ]
 
 
 def codec_id(codec: Codec) -> str:
-    return f"{codec.name[:12]}-{codec.block_size}" + ("-residual" if codec.residual else "")
+    return f"{codec.label[:12]}-{codec.block_size}"
 
 
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_id)
@@ -50,14 +52,15 @@ def worst_error(codec: Codec, x: Tensor) -> oracle.Array:
     if codec.name == "log":
         with np.errstate(divide="ignore"):
             octaves = np.log2(largest / np.min(value[value > 0], initial=np.inf))
-        # Half a step, at least one in 128 octaves, and a thousandth for the grid's margin and its approximations.
-        return value * (np.exp2(np.maximum(octaves / 254, 1 / 32) / 2 + 1e-3) - 1) + rounding
-    if codec.residual:
-        return largest / 127 / 253 / 2 + rounding
-    levels = CUSTOM.levels if codec.name == CUSTOM.spec else BUILTIN[codec.name].levels
+        # Half a step, at least one in 64 octaves, and a thousandth for the grid's margin and its approximations.
+        return value * (np.exp2(np.maximum(octaves / (2**codec.bits - 2), 1 / 32) / 2 + 1e-3) - 1) + rounding
+    if codec.residual_bits:
+        return largest / oracle.residual_steps(codec.bits, codec.residual_bits) / 2 + rounding
+    levels = CUSTOM.levels if codec.name == CUSTOM.spec else BUILTIN[codec.codebook].levels
     gaps = np.diff(levels)  # the largest element is exact; the one of the other sign is as far off as levels are short
     short_end = 2 - (levels[-1] - levels[0]) if levels[0] < 0 else 0.0
-    return largest * max(0.502 * gaps.max(), short_end) + rounding
+    share = 0.5 + (0.25 / (len(levels) // 2) if codec.name == "softsign" else 0.002)  # thresholds are not midpoints
+    return largest * max(share * gaps.max(), short_end) + rounding
 
 
 @every_codec
@@ -82,23 +85,44 @@ def test_the_parts_are_codes_scales_and_residual(codec: Codec) -> None:
     blocks = -(-700 // codec.block_size)
     assert (codes.dtype, codes.shape) == (torch.uint8, (7, 100))
     assert (scales.dtype, scales.shape) == (torch.float32, (blocks, 2) if codec.name == "log" else (blocks,))
-    assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * codec.residual
+    assert [(part.dtype, part.shape) for part in residual] == [(torch.uint8, (7, 100))] * bool(codec.residual_bits)
 
 
 @every_codec
 def test_encoded_bytes_are_the_bytes_of_the_parts(codec: Codec) -> None:
     for numel in (0, 1, 31, 64, 65, 256, 257, 1000):
+        codes, scales, *later = codec.encode(admissible(codec, numel))
+        blocks, expected = -(-numel // codec.block_size), scales.numel() * 4
+        for part, bits in zip((codes, *later), (codec.bits, codec.residual_bits), strict=False):
+            assert part.numel() == numel
+            expected += numel if bits == 8 else blocks * codec.block_size * bits // 8
+        assert codec.encoded_bytes(numel) == expected
+
+
+@every_codec
+def test_the_bytes_hold_the_parts(codec: Codec) -> None:
+    for numel in (1, 31, 64, 65, 257, 1000):
         parts = codec.encode(admissible(codec, numel))
-        assert codec.encoded_bytes(numel) == sum(part.numel() * part.element_size() for part in parts)
+        data = torch.full((codec.encoded_bytes(numel),), 77, dtype=torch.uint8)
+        codec.join(parts, out=data)
+        assert all(map(oracle.same_bits, codec.split(data, numel), parts))
+        values = codec.decode(parts, torch.float32)
+        length = 2 * codec.block_size
+        stretches = -(-numel // length)
+        found = [codec.decode_stretches(data, numel, slice(i, i + 1), length, torch.float32) for i in range(stretches)]
+        assert oracle.same_bits(torch.cat(found), values)
 
 
 def test_the_presets_cost_what_the_design_says() -> None:
     numel = 2**20
-    weight, moment = get_codec("linear", 256, residual=True), get_codec("softsign", 128)
+    weight, moment = get_codec("linear", 256, residual_bits=8), get_codec("softsign", 128)
     second = get_codec("log", 128)
+    precise = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
+    weight, moment, second = get_codec("linear", 256, None, 4), get_codec("softsign", 128, 6), get_codec("log", 128, 5)
     resume = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
-    compact = sum(codec.encoded_bytes(numel) for codec in (get_codec("softsign", 256), moment, second)) / numel
-    assert (round(resume, 2), round(compact, 2)) == (4.11, 3.11)
+    weight, moment, second = get_codec("softsign", 256), get_codec("softsign", 128, 5), get_codec("log", 128, 4)
+    compact = sum(codec.encoded_bytes(numel) for codec in (weight, moment, second)) / numel
+    assert (round(resume, 2), round(compact, 2), round(precise, 2)) == (2.98, 2.23, 4.11)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +168,7 @@ def test_the_parts_of_a_parameter_hold_no_graph() -> None:
 
 def test_the_first_stage_of_a_residual_is_the_linear_codec() -> None:
     x = admissible(get_codec("linear"), 1000).float()
-    codes, scales, _ = get_codec("linear", 256, residual=True).encode(x)
+    codes, scales, _ = get_codec("linear", 256, residual_bits=8).encode(x)
     assert all(map(oracle.same_bits, (codes, scales), get_codec("linear", 256).encode(x)))
 
 
@@ -157,10 +181,30 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
     assert f"got {name!r}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "message"),
+    [
+        *(
+            (name, bits, f"bits must be an integer from 2 to 8, got {bits}; try 6")
+            for name in ("linear", "log")
+            for bits in (1, 9, 0, True, 2.5)
+        ),
+        ("int4", 6, "the codes of int4 have 4 bits, got bits=6; leave bits out, or use linear or softsign"),
+        ("softsign6", 5, "the codes of softsign6 have 6 bits, got bits=5"),
+    ],
+)
+def test_bits_that_a_codec_cannot_have_are_refused(name: str, bits: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_codec(name, 128, bits)
+    if name == "linear":
+        with pytest.raises(ValueError, match=f"residual_{message}" if bits else "residual_bits"):
+            get_codec(name, 128, 8, bits or 1)
+
+
 @pytest.mark.parametrize("name", ["softsign", "dynamic", "int8", "log", "int1"])
 def test_a_residual_anywhere_but_on_linear_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"residual stage needs the codec linear, got '{name}'"):
-        get_codec(name, residual=True)
+        get_codec(name, residual_bits=8)
 
 
 @pytest.mark.parametrize("levels", [(-0.5, 0.0, 0.5), (0.0, 0.999), (-0.999, 0.0)], ids=str)
@@ -178,24 +222,27 @@ def test_a_block_size_that_is_none_is_refused(block_size: object) -> None:
 
 def test_type_checkers_know_the_names_of_the_table() -> None:
     known = {name for literal in get_args(CodecName) for name in get_args(literal)}
-    assert known == {name for name, residual in CODECS_BY_NAME if not residual} | {*BUILTIN, *ALIASES}
+    assert known == {*MAKERS, *BUILTIN, *ALIASES}
 
 
 def test_what_files_say_of_a_codec_makes_it_again() -> None:
     for codec in CODECS:
-        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * codec.residual]
-        assert get_codec(codec.entry["name"], codec.entry["block_size"], "residual_bits" in codec.entry) == codec
+        assert [*codec.entry] == ["name", "bits", "block_size", *["residual_bits"] * bool(codec.residual_bits)]
+        name, *numbers = codec.entry.values()
+        bits, block_size, *residual_bits = numbers
+        assert get_codec(name, block_size, bits, *residual_bits) == codec
 
 
 def test_a_codec_is_a_value() -> None:
-    assert get_codec("linear") == get_codec("linear", 256, False)
+    assert get_codec("linear") == get_codec("linear", 256, 8, 0)
+    assert get_codec("softsign6", 128) == get_codec("softsign", 128, 6) != get_codec("softsign", 128, 5)
     assert (
         len(
             {
                 get_codec("linear"),
                 get_codec("linear", 256),
                 get_codec("linear", 128),
-                get_codec("linear", residual=True),
+                get_codec("linear", residual_bits=8),
             }
         )
         == 3
@@ -206,7 +253,7 @@ def test_a_codec_decodes_as_the_reference() -> None:
     x = admissible(get_codec("log"), 300).float()
     assert oracle.same_bits(
         get_codec("log", 128).decode(get_codec("log", 128).encode(x), torch.float32),
-        reference.dequantize_log(*reference.quantize_log(x, 128), 128, torch.float32),
+        reference.dequantize_log(*reference.quantize_log(x, 128, 8), 128, 8, torch.float32),
     )
 
 
@@ -217,7 +264,7 @@ import torch
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import get_codec
 x = torch.linspace(0, 1, 100)
-for codec in (get_codec("linear"), get_codec("dynamic"), get_codec("linear", residual=True), get_codec("log")):
+for codec in (get_codec("linear"), get_codec("dynamic"), get_codec("linear", residual_bits=8), get_codec("log")):
     assert (codec.decode(codec.encode(x), x.dtype) - x).abs().max() < 0.05
 """
 

@@ -50,17 +50,25 @@ def test_millions_of_codes_are_those_of_the_reference(codebook: Codebook, distri
         assert torch.equal(values, reference.dequantize(codes, scale, codebook, 64, torch.float32)), name
 
 
-@pytest.mark.parametrize("name", ["residual", "log", "affine"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *(("residual", bits) for bits in ((8, 8), (8, 4), (5, 3))),
+        *(("log", (bits,)) for bits in (8, 5, 2)),
+        ("affine", ()),
+    ],
+    ids=str,
+)
 def test_millions_of_values_of_the_other_codecs_are_those_of_the_reference(
-    name: str, distributions: dict[str, Tensor]
+    name: str, bits: tuple[int, ...], distributions: dict[str, Tensor]
 ) -> None:
     for distribution, x in distributions.items():
         given = x.abs() if name == "log" else x
-        *parts, _ = getattr(ops, f"quantize_{name}")(given, 128)
-        for ours, theirs in zip(parts, getattr(reference, f"quantize_{name}")(given, 128), strict=True):
+        *parts, _ = getattr(ops, f"quantize_{name}")(given, 128, *bits)
+        for ours, theirs in zip(parts, getattr(reference, f"quantize_{name}")(given, 128, *bits), strict=True):
             assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), distribution
-        values = getattr(ops, f"dequantize_{name}")(*parts, 128, torch.float32)
-        expected = getattr(reference, f"dequantize_{name}")(*parts, 128, torch.float32)
+        values = getattr(ops, f"dequantize_{name}")(*parts, 128, *bits, torch.float32)
+        expected = getattr(reference, f"dequantize_{name}")(*parts, 128, *bits, torch.float32)
         assert torch.equal(values.nan_to_num(), expected.nan_to_num()), distribution
 
 
@@ -88,7 +96,7 @@ def test_the_dynamic_map_errs_as_little_as_an_exact_nearest_quantizer(
 def _step(x: Tensor) -> tuple[Tensor, ...]:
     codes, absmax = quantize_blockwise(x, "softsign", 128)
     values, statistics = fake_quantize(x, "dynamic", 64, return_statistics=True)
-    return codes, absmax, values, statistics, *ops.quantize_log(x.abs(), 128), *ops.quantize_residual(x, 256)
+    return codes, absmax, values, statistics, *ops.quantize_log(x.abs(), 128, 5), *ops.quantize_residual(x, 256, 8, 4)
 
 
 def test_a_captured_graph_replays_on_new_values() -> None:
@@ -105,7 +113,7 @@ def test_a_captured_graph_replays_on_new_values() -> None:
 
 def test_packing_can_be_captured_in_a_graph() -> None:
     tensors = [torch.randn(size, device="cuda") for size in (4096, 5001, 70_000)]
-    codecs = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("softsign", 128)]
+    codecs = [get_codec("linear", 256, None, 8), get_codec("softsign", 128), get_codec("softsign", 128)]
     encode_many(tensors, codecs, measure=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -22,10 +22,14 @@ from q8lightning.quantization.backends.kernels import launch, many, work_list
 
 CODECS = [
     get_codec("softsign", 128),
-    get_codec("linear", 256, residual=True),
+    get_codec("linear", 256, residual_bits=8),
     get_codec("log", 128),
     get_codec("dynamic", 64),
     get_codec("fp8_e4m3", 2048),
+    get_codec("softsign", 128, 6),
+    get_codec("linear", 256, residual_bits=4),
+    get_codec("log", 128, 5),
+    get_codec("linear", 32, 7, 3),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (5000, 1, 0, 4096, 16, 8208, 0, 33)

@@ -6,7 +6,8 @@ which takes milliseconds a tile, so the tensors are small and the cases cover pa
 The reference runs on the CPU throughout, so that both backends answer to the same bits.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +34,10 @@ def _uneven(count: int) -> Codebook:
 CODEBOOKS = {
     **{
         name: BUILTIN[name]
-        for name in ("linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "int2", "int8", "fp8_e4m3")
+        for name in (
+            *("linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "int2", "int8", "fp8_e4m3"),
+            *("linear2", "linear5", "softsign3", "softsign6"),
+        )
     },
     "two levels": Codebook("two levels", (0.0, 1.0)),
     "256 uneven levels": _uneven(256),
@@ -128,6 +132,16 @@ def _assert_same(actual: Tensor, expected: Tensor) -> None:
     assert not len(differ), f"{len(differ)} of {actual.numel()} differ, the first at {differ[0].tolist()}"
 
 
+TWO_STAGES = [(8, 4), (8, 2), (6, 3), (5, 5), (4, 7), (3, 6), (2, 2)]
+
+
+def _one_of(choices: Sequence[Any], shape: tuple[int, ...], block_size: int, dtype: torch.dtype) -> Any:
+    """Choose by a case, so that all cases together have all choices."""
+    return choices[
+        CASES.index(next(case for case in CASES if case.values == (shape, block_size, dtype))) % len(choices)
+    ]
+
+
 def _check(device: str, name: str, *arguments: object) -> tuple[Tensor, ...]:
     """Call the function ``name`` of the kernels and of the reference, compare, and return the reference's results."""
     on_device = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
@@ -168,16 +182,18 @@ def test_fake_quantize_returns_the_bits_of_the_reference(device: str, codebook: 
 def test_two_stages_return_the_bits_of_the_reference(
     device: str, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> None:
-    parts = _check(device, "quantize_residual", _sample(shape, dtype), block_size)
-    _check(device, "dequantize_residual", *parts, block_size, dtype)
+    for bits in ((8, 8), _one_of(TWO_STAGES, shape, block_size, dtype)):
+        parts = _check(device, "quantize_residual", _sample(shape, dtype), block_size, *bits)
+        _check(device, "dequantize_residual", *parts, block_size, *bits, dtype)
 
 
 @each_case
 def test_the_log_codec_returns_the_bits_of_the_reference(
     device: str, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> None:
-    parts = _check(device, "quantize_log", _sample(shape, dtype).abs(), block_size)
-    _check(device, "dequantize_log", *parts, block_size, dtype)
+    for bits in (8, _one_of(range(2, 8), shape, block_size, dtype)):
+        parts = _check(device, "quantize_log", _sample(shape, dtype).abs(), block_size, bits)
+        _check(device, "dequantize_log", *parts, block_size, bits, dtype)
 
 
 @each_case
@@ -192,9 +208,9 @@ def test_codes_and_scales_need_not_be_contiguous(device: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(32, 8).t()
     scale = torch.rand(16)[::2]
     _check(device, "dequantize", codes, scale, BUILTIN["linear"], 32, torch.float32)
-    _check(device, "dequantize_residual", codes, codes.flip(0), scale, 32, torch.float32)
+    _check(device, "dequantize_residual", codes, codes.flip(0), scale, 32, 8, 8, torch.float32)
     _check(device, "dequantize_affine", codes, scale, codes[3, ::4], 32, torch.float32)
-    _check(device, "dequantize_log", codes, torch.tensor([[1.0] * 8, [9.0] * 8]).t(), 32, torch.float32)
+    _check(device, "dequantize_log", codes, torch.tensor([[1.0] * 8, [9.0] * 8]).t(), 32, 8, torch.float32)
 
 
 # Edge cases
@@ -221,22 +237,23 @@ def test_edge_cases_of_a_dtype_are_those_of_the_reference(device: str, dtype: to
         codes, scale = _check(device, "quantize", x, codebook, 64, True)
         _check(device, "dequantize", codes, scale, codebook, 64, dtype)
         _check(device, "fake_quantize", x, codebook, 64)
-    _check(device, "dequantize_residual", *_check(device, "quantize_residual", x, 64), 64, dtype)
+    for bits in ((8, 8), (8, 4), (3, 5)):
+        _check(device, "dequantize_residual", *_check(device, "quantize_residual", x, 64, *bits), 64, *bits, dtype)
     _check(device, "dequantize_affine", *_check(device, "quantize_affine", x, 64), 64, dtype)
 
 
 @each_dtype
 def test_edge_cases_of_the_log_codec_are_those_of_the_reference(device: str, dtype: torch.dtype) -> None:
     x = _edge_blocks(32).to(dtype)
-    for values in (x, x.abs()):
-        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32), 32, dtype)
+    for values, bits in itertools.product((x, x.abs()), (8, 5, 2)):
+        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32, bits), 32, bits, dtype)
 
 
 def test_the_bounds_of_a_block_of_negative_zeros_are_zero(device: str) -> None:
-    codes, bounds = blockwise.quantize_log(torch.full((40,), -0.0, device=device), 32)
+    codes, bounds = blockwise.quantize_log(torch.full((40,), -0.0, device=device), 32, 8)
     assert not codes.any()
     _assert_same(bounds, torch.zeros(2, 2))
-    _assert_same(blockwise.dequantize_log(codes, bounds, 32, torch.float32), torch.zeros(40))
+    _assert_same(blockwise.dequantize_log(codes, bounds, 32, 8, torch.float32), torch.zeros(40))
 
 
 @each_codebook
@@ -299,12 +316,13 @@ def test_every_code_decodes_at_every_kind_of_scale(device: str, codebook: Codebo
     _check(device, "dequantize", codes, scale, codebook, 256, torch.float32)
 
 
-def test_every_pair_of_stages_decodes_as_in_the_reference(device: str) -> None:
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (2, 3)], ids=str)
+def test_every_pair_of_stages_decodes_as_in_the_reference(device: str, bits: tuple[int, int]) -> None:
     first = torch.arange(256, dtype=torch.uint8).repeat_interleave(256)
     second = torch.arange(256, dtype=torch.uint8).repeat(256)
     scale = torch.rand(16, generator=torch.Generator().manual_seed(0))
     scale[1:7] = torch.tensor([0.0, 2.0**-126, 3.4e38, torch.nan, torch.inf, 1.0])
-    _check(device, "dequantize_residual", first, second, scale, 4096, torch.float32)
+    _check(device, "dequantize_residual", first, second, scale, 4096, *bits, torch.float32)
 
 
 def test_every_code_and_zero_point_decode_as_in_the_reference(device: str) -> None:
@@ -314,7 +332,8 @@ def test_every_code_and_zero_point_decode_as_in_the_reference(device: str) -> No
     _check(device, "dequantize_affine", codes, scale, torch.arange(256, dtype=torch.uint8), 256, torch.float32)
 
 
-def test_every_log_code_decodes_as_in_the_reference(device: str) -> None:
+@pytest.mark.parametrize("bits", [8, 5, 2])
+def test_every_log_code_decodes_as_in_the_reference(device: str, bits: int) -> None:
     """Between bounds over all positive float32, subnormals too, and bounds less than one step apart."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(1, 0x7F800000, (96, 2), generator=generator).sort(dim=1).values
@@ -323,8 +342,8 @@ def test_every_log_code_decodes_as_in_the_reference(device: str) -> None:
     bounds = patterns.clamp(max=0x7F7FFFFF).int().view(torch.float32)
     bounds[-4:] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [torch.nan, torch.nan], [1e-45, 3.4e38]])
     bounds[-5] = torch.tensor([2.0 - 2.0**-22, 1e3])  # rounding makes the logarithm fall a little at the lower one
-    codes = torch.arange(256, dtype=torch.uint8).expand(len(bounds), 256)
-    _check(device, "dequantize_log", codes, bounds, 256, torch.float32)
+    codes = (torch.arange(256) % 2**bits).to(torch.uint8).expand(len(bounds), 256)
+    _check(device, "dequantize_log", codes, bounds, 256, bits, torch.float32)
 
 
 # Values spread over all of float32
@@ -348,10 +367,11 @@ def test_blocks_of_any_scale_have_the_codes_of_the_reference(device: str, name: 
 def test_other_codecs_agree_on_blocks_of_any_scale(device: str) -> None:
     absmax = _floats_of_all_sizes(512, negative=True)
     x = absmax[:, None] * torch.rand(512, 32, generator=torch.Generator().manual_seed(0))
-    for name in ("residual", "affine"):
-        _check(device, f"dequantize_{name}", *_check(device, f"quantize_{name}", x, 32), 32, torch.float32)
-    for values in (x.abs(), _floats_of_all_sizes(8192, negative=False)):
-        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32), 32, torch.float32)
+    for name, bits in (("residual", (8, 8)), ("residual", (8, 4)), ("affine", ())):
+        parts = _check(device, f"quantize_{name}", x, 32, *bits)
+        _check(device, f"dequantize_{name}", *parts, 32, *bits, torch.float32)
+    for values, bits in itertools.product((x.abs(), _floats_of_all_sizes(8192, negative=False)), (8, 4)):
+        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32, bits), 32, bits, torch.float32)
 
 
 # What a launch touches
@@ -375,16 +395,16 @@ class Guarded(TorchFunctionMode):
 def test_nothing_is_written_outside_the_results_or_to_the_input(device: str) -> None:
     x = torch.randn(3, 11, device=device)
     original = x.clone()
-    expected = blockwise.quantize(x, BUILTIN["dynamic"], 32), blockwise.quantize_log(x.abs(), 32)
+    expected = blockwise.quantize(x, BUILTIN["dynamic"], 32), blockwise.quantize_log(x.abs(), 32, 8)
     with Guarded() as guard:
         codes, scale = blockwise.quantize(x, BUILTIN["dynamic"], 32)
         assert torch.equal(codes, expected[0][0])
         assert codes.untyped_storage().nbytes() > 8192, "the guarded buffers are what is written"
         blockwise.dequantize(codes, scale, BUILTIN["dynamic"], 32, torch.float32)
         blockwise.fake_quantize(x, BUILTIN["dynamic"], 32)
-        for name in ("residual", "log", "affine"):
-            parts = getattr(blockwise, f"quantize_{name}")(x, 32)
-            getattr(blockwise, f"dequantize_{name}")(*parts, 32, torch.float32)
+        for name, bits in (("residual", (8, 4)), ("log", (8,)), ("affine", ())):
+            parts = getattr(blockwise, f"quantize_{name}")(x, 32, *bits)
+            getattr(blockwise, f"dequantize_{name}")(*parts, 32, *bits, torch.float32)
     assert len(guard.buffers) >= 2 + 1 + 1 + 3 + 1 + 2 + 1 + 3 + 1
     for buffer, numel in guard.buffers:
         assert (buffer[:4096] == 77).all()
@@ -402,11 +422,12 @@ def test_what_is_lost_is_measured_on_the_way(device: str, name: str, wrong: floa
     if wrong is not None:
         x[1234] = wrong * magnitude  # for log, -1 makes its block one that is not finite
     codebook = (BUILTIN["softsign"],) if name in ("quantize", "fake_quantize") else ()
+    bits = {"quantize_residual": (8, 4), "quantize_log": (5,)}.get(name, ())
     statistics = torch.full((5,), 77.0, dtype=torch.float64, device=device)
-    parts = getattr(blockwise, name)(x.to(device), *codebook, 64, statistics=statistics)
+    parts = getattr(blockwise, name)(x.to(device), *codebook, 64, *bits, statistics=statistics)
     if name != "fake_quantize":
         parts = [part.cpu() for part in parts]
-        parts = getattr(reference, f"de{name}")(*parts, *codebook, 64, torch.float32)
+        parts = getattr(reference, f"de{name}")(*parts, *codebook, 64, *bits, torch.float32)
     expected = reference.measure(x, parts.cpu())
     finite = expected.isfinite()
     torch.testing.assert_close(statistics.cpu()[finite], expected[finite], rtol=2e-6, atol=0.0)
@@ -414,7 +435,7 @@ def test_what_is_lost_is_measured_on_the_way(device: str, name: str, wrong: floa
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("fake_quantize", (BUILTIN["dynamic"], 32)), ("quantize_residual", (32,))]
+    ("name", "arguments"), [("fake_quantize", (BUILTIN["dynamic"], 32)), ("quantize_residual", (32, 8, 4))]
 )
 def test_the_input_is_read_by_a_single_kernel(
     device: str, launched: list[Any], name: str, arguments: tuple[object, ...]

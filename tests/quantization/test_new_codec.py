@@ -49,9 +49,9 @@ class RowsAndColumns(Codec):
         return matrix.view(codes.shape).to(dtype)
 
     def decode_stretches(
-        self, parts: tuple[Tensor, ...], which: slice | Tensor, length: int, dtype: torch.dtype
+        self, data: Tensor, numel: int, which: slice | Tensor, length: int, dtype: torch.dtype
     ) -> Tensor:
-        return take_stretches(self.decode(parts, dtype), which, length)
+        return take_stretches(self.decode(self.split(data, numel), dtype), which, length)
 
     def scale_bytes(self, numel: int) -> int:
         return 4 * (numel // self.block_size + self.block_size)
@@ -116,7 +116,7 @@ def test_it_is_decoded_on_a_device_beside_those_that_kernels_know() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     items = [
         EncodedItem(encode_many([_moment(9)], [codec]).data[0], codec, 576, torch.float32)
-        for codec in (NEW, get_codec("linear", 64, residual=True), NEW)
+        for codec in (NEW, get_codec("linear", 64, residual_bits=8), NEW)
     ]
     for item, values in zip(items, decode_on(torch.device("cpu"), items), strict=True):
         assert torch.equal(values, item.codec.decode(item.parts, torch.float32))
@@ -145,8 +145,8 @@ def test_update_directions_see_what_it_loses(rows: int) -> None:
 
 
 def test_a_rule_names_it_and_a_file_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {("rows_and_columns", False): RowsAndColumns}
-    monkeypatch.setattr(table, "CODECS", MappingProxyType({**table.CODECS, **row}))
+    row = {"rows_and_columns": lambda block_size, bits: RowsAndColumns(block_size)}
+    monkeypatch.setattr(table, "MAKERS", MappingProxyType({**table.MAKERS, **row}))
     policy = CheckpointPolicy([Rule("state_dict.*", "rows_and_columns", block_size=64)])
     io, weight = QuantizedCheckpointIO(checkpoint=policy), _moment(128).view(128, 64)
     io.save_checkpoint({"state_dict": {"w": weight}}, tmp_path / "first.ckpt")

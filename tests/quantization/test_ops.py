@@ -34,10 +34,10 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
         "dequantize": (*reference.quantize(x, codebook, block_size), codebook.spec, block_size, dtype),
         "fake_quantize": (x, "int4", block_size),
         "fake_quantize_rows": (x, "int4", x.shape[-1] if x.ndim else 1),
-        "quantize_residual": (x, block_size),
-        "dequantize_residual": (*residual_first(x, block_size), block_size, dtype),
-        "quantize_log": (x.abs(), block_size),
-        "dequantize_log": (*reference.quantize_log(x.abs(), block_size), block_size, dtype),
+        "quantize_residual": (x, block_size, 8, 4),
+        "dequantize_residual": (*residual_first(x, block_size), block_size, 8, 4, dtype),
+        "quantize_log": (x.abs(), block_size, 5),
+        "dequantize_log": (*reference.quantize_log(x.abs(), block_size, 5), block_size, 5, dtype),
         "quantize_affine": (x, block_size),
         "dequantize_affine": (*reference.quantize_affine(x, block_size), block_size, dtype),
     }
@@ -45,7 +45,7 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
 
 def residual_first(x: Tensor, block_size: int) -> tuple[Tensor, ...]:
     """The results of the reference, each in memory of its own."""
-    return tuple(part.clone() for part in reference.quantize_residual(x, block_size))
+    return tuple(part.clone() for part in reference.quantize_residual(x, block_size, 8, 4))
 
 
 OPERATORS = [*arguments(random(4))]
@@ -387,9 +387,9 @@ def test_codecs_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None
     def results() -> list[Tensor]:
         torch.manual_seed(0)
         x = torch.randn(700, dtype=torch.float32)
-        parts = [ops.quantize(x, "dynamic", 64), ops.quantize_log(x.abs(), 64), ops.quantize_affine(x, 64)]
+        parts = [ops.quantize(x, "dynamic", 64), ops.quantize_log(x.abs(), 64, 8), ops.quantize_affine(x, 64)]
         parts += [
-            ops.quantize_residual(x, 64),
+            ops.quantize_residual(x, 64, 8, 8),
             (fake_quantize(x, "int4", 64), fake_quantize_rows(x, "linear")),
         ]
         parts += [reference.quantize(x, BUILTIN["softsign"], 64), (reference.fake_quantize(x, BUILTIN["int4"], 64),)]

@@ -11,7 +11,16 @@ from q8lightning.quantization.many.decode import EncodedItem, bytes_to_decode_on
 from q8lightning.quantization.many.encode import encode_many, is_sampled, measure
 from q8lightning.quantization.spec import reference
 
-CODECS = [get_codec("linear", 256, True), get_codec("softsign", 128), get_codec("log", 128), get_codec("int4", 64)]
+CODECS = [
+    get_codec("linear", 256, None, 8),
+    get_codec("softsign", 128),
+    get_codec("log", 128),
+    get_codec("int4", 64),
+    get_codec("linear", 256, None, 4),
+    get_codec("softsign", 128, 6),
+    get_codec("log", 128, 5),
+    get_codec("linear", 32, 3, 7),
+]
 
 
 def _state(device: str) -> tuple[list[torch.Tensor], list[Codec]]:
@@ -31,10 +40,11 @@ def test_packed_tensors_are_those_encoded_one_by_one(device: str) -> None:
     packed = encode_many(tensors, codecs, measure=True)
     assert not packed.failed.any()
     for tensor, codec, data, statistics in zip(tensors, codecs, packed.data, packed.statistics, strict=True):
-        codes, scales, *residual = codec.encode(tensor.cpu())
-        expected = torch.cat([scales.view(-1).view(torch.uint8), codes, *residual])
+        parts = codec.encode(tensor.cpu())
+        expected = torch.empty(codec.encoded_bytes(tensor.numel()), dtype=torch.uint8)
+        codec.join(parts, out=expected)
         assert torch.equal(data.cpu(), expected)
-        decoded = codec.decode((codes, scales, *residual), tensor.dtype)
+        decoded = codec.decode(parts, tensor.dtype)
         expected = reference.measure(tensor.cpu(), decoded)
         found = measure(tensor, codec, data) if is_sampled(tensor, codec) else statistics.cpu()
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=0.0)

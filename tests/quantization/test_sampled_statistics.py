@@ -19,10 +19,13 @@ from q8lightning.quantization.spec.sampling import WHOLE_ON_CPU, stretches_on_cp
 CODECS = [
     get_codec("linear", 128),
     get_codec("softsign", 256),
-    get_codec("linear", 128, residual=True),
+    get_codec("linear", 128, residual_bits=8),
     get_codec("log", 128),
     get_codec("int4", 64),
     get_codec("dynamic", 4096),
+    get_codec("softsign", 128, 6),
+    get_codec("linear", 256, residual_bits=4),
+    get_codec("log", 128, 5),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 NUMEL = 600_003
@@ -105,7 +108,7 @@ def test_no_tensor_loses_more_than_its_scales_allow(name: str, scale: float) -> 
 
 
 def test_no_tensor_loses_more_in_two_stages_than_its_scales_allow() -> None:
-    codec = get_codec("linear", 64, residual=True)
+    codec = get_codec("linear", 64, residual_bits=8)
     ends = torch.ones(254, 64)
     ends[:, 1:] = BUILTIN["linear"].thresholds[:, None]
     for x in (ends.flatten(), values(), torch.rand(70_000)):

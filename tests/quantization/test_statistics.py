@@ -21,8 +21,11 @@ CODECS = [
     get_codec("linear", 64),
     get_codec("softsign", 256),
     get_codec("dynamic", 128),
-    get_codec("linear", 128, True),
+    get_codec("linear", 128, None, 8),
     get_codec("log", 64),
+    get_codec("softsign", 128, 5),
+    get_codec("linear", 256, None, 4),
+    get_codec("log", 64, 4),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (0, 1, 33, 4096, 70_001)
@@ -82,7 +85,7 @@ def test_squares_leave_the_range_of_float32_without_harm(device: str, codec: Cod
     x = (x.abs() if codec.unsigned else x).to(device)
     parts, statistics = codec.encode_and_measure(x)
     assert_measured(statistics, x, codec.decode(parts, torch.float32))
-    if not codec.unsigned and not codec.residual:
+    if not codec.unsigned and not codec.residual_bits:
         values, statistics = fake_quantize(x, codec.name, codec.block_size, return_statistics=True)
         assert_measured(statistics, x, values)
 
@@ -98,7 +101,7 @@ def test_the_error_of_what_is_not_finite_is_no_number(device: str, codec: Codec,
     decoded = codec.decode(parts, torch.float32).cpu()
     assert not statistics[:3].isfinite().any()
     assert statistics[3:].tolist() == [zeros, int(((x != 0) & (decoded == 0)).sum())]
-    if not codec.unsigned and not codec.residual:
+    if not codec.unsigned and not codec.residual_bits:
         values, statistics = fake_quantize(x.to(device), codec.name, codec.block_size, return_statistics=True)
         assert not statistics[:3].isfinite().any()
         assert statistics[3:].tolist() == [zeros, int(((x != 0) & (values.cpu() == 0)).sum())]

@@ -77,7 +77,7 @@ def in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ("first", "second"),
     [
         (FIRST, SECOND),
-        (get_codec("linear", 256, True), SECOND),
+        (get_codec("linear", 256, None, 8), SECOND),
         (None, SECOND),
         (FIRST, None),
         (None, None),
@@ -270,7 +270,7 @@ def test_one_launch_looks_at_the_same_stretches(launch_device: str) -> None:
     ("first", "second", "dtypes"),
     [
         (FIRST, SECOND, (torch.float32, torch.float32)),
-        (get_codec("linear", 32, True), get_codec("log", 4096), (torch.float16, torch.float32)),
+        (get_codec("linear", 32, None, 8), get_codec("log", 4096), (torch.float16, torch.float32)),
         (get_codec("dynamic", 4096), None, (torch.float32, torch.float32)),
         (None, SECOND, (torch.float32, torch.float16)),
         (None, None, (torch.float32, torch.float32)),

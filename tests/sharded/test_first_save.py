@@ -41,7 +41,7 @@ class Look(pl.Callback):
                 self.shards.add((form, BLOCKS.get(tuple(parameter.shape[1:]), RULE.block_size)))
 
 
-RULE = get_codec("linear", 128, residual=True)
+RULE = get_codec("linear", 128, residual_bits=8)
 """Of weights, in the preset that is looked at."""
 
 BLOCKS = {(96,): 32}

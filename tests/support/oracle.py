@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 SMALLEST_NORMAL = 2.0**-126
-LOG_STEPS = 254
 LOG_STEPS_PER_OCTAVE = 64
 
 
@@ -88,10 +87,16 @@ def dequantize(codes: Any, scale: Any, levels: Any, block_size: int) -> Array:
     return float64(levels)[float64(codes).astype(np.int64)] * spread(scale, block_size, codes)
 
 
-def quantize_residual(left: Any, scale: Any, block_size: int, divisor: float = 253.0) -> NDArray[np.int64]:
-    """Encode what the first stage left with the linear codebook, at ``scale / divisor``, 126 steps at most each way."""
-    steps = normalise(left, scale, block_size) * divisor * 127
-    return np.clip(np.ceil(steps - 0.5), -126, 126).astype(np.int64) + 127  # the lower code in a tie
+def residual_steps(bits: int, residual_bits: int) -> int:
+    """Return in how many steps the second stage divides a scale: each step of the first in an odd number."""
+    return (2 ** (bits - 1) - 1) * (2**residual_bits - 1)
+
+
+def quantize_residual(left: Any, scale: Any, block_size: int, bits: int, residual_bits: int) -> NDArray[np.int64]:
+    """Encode what the first stage left in equal steps."""
+    steps = normalise(left, scale, block_size) * residual_steps(bits, residual_bits)
+    most = 2 ** (residual_bits - 1) - 1
+    return np.clip(np.ceil(steps - 0.5), -most, most).astype(np.int64) + most  # the lower code in a tie
 
 
 class Log(NamedTuple):
@@ -102,14 +107,14 @@ class Log(NamedTuple):
     step: Array
 
 
-def quantize_log(x: Any, block_size: int) -> Log:
+def quantize_log(x: Any, block_size: int, bits: int) -> Log:
     """Encode values that are not negative at equal steps of the true logarithm between each block's bounds."""
     codes, bounds, step = [], [], []
     for block in blocks_of(x, block_size):
         positive = block[block > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (0.0, 0.0)
         octaves = np.log2(high) - np.log2(low) if positive.size else 0.0
-        steps = np.clip(np.floor(octaves * LOG_STEPS_PER_OCTAVE), 1, LOG_STEPS)
+        steps = np.clip(np.floor(octaves * LOG_STEPS_PER_OCTAVE), 1, 2**bits - 2)
         with np.errstate(divide="ignore", invalid="ignore"):
             position = (np.log2(block) - np.log2(low)) * steps / (octaves or 1.0)
         codes.append(np.where(block > 0, 1 + np.round(np.where(block > 0, position, 0.0)), 0))

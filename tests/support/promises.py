@@ -13,14 +13,26 @@ from torch import Tensor
 
 from q8lightning import QuantizedTensor, keep_encoded
 from q8lightning.quantization.spec import reference
-from q8lightning.quantization.spec.codebook import get_codebook
+from q8lightning.quantization.spec.codebook import get_codebook, name_with_bits
 
 SUMMARY = "q8lightning"
 
-WEIGHTS = {"resume": ("linear, twice", 256, 2 + 4 / 256), "compact": ("softsign", 256, 1 + 4 / 256)}
-FIRST_MOMENTS = ("softsign", 128, 1 + 4 / 128)
-SECOND_MOMENTS = ("log", 128, 1 + 8 / 128)
-"""Codec, block size and the bytes that an element takes."""
+WEIGHTS = {
+    "resume": ("residual", 256, (8, 4), (12 + 32 / 256) / 8),
+    "compact": ("softsign", 256, (8,), (8 + 32 / 256) / 8),
+    "precise": ("residual", 256, (8, 8), (16 + 32 / 256) / 8),
+}
+FIRST_MOMENTS = {
+    "resume": ("softsign", 128, (6,), (6 + 32 / 128) / 8),
+    "compact": ("softsign", 128, (5,), (5 + 32 / 128) / 8),
+    "precise": ("softsign", 128, (8,), (8 + 32 / 128) / 8),
+}
+SECOND_MOMENTS = {
+    "resume": ("log", 128, (5,), (5 + 64 / 128) / 8),
+    "compact": ("log", 128, (4,), (4 + 64 / 128) / 8),
+    "precise": ("log", 128, (8,), (8 + 64 / 128) / 8),
+}
+"""Codec, block size, bits and the bytes that an element takes, of each preset."""
 
 Path_ = tuple[Any, ...]
 
@@ -31,24 +43,27 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
     return tensor.detach().permute(order).reshape(-1), order
 
 
-def stored(tensor: Tensor, codec: str, block_size: int) -> Tensor:
+def stored(tensor: Tensor, codec: str, block_size: int, bits: tuple[int, ...] = (8,)) -> Tensor:
     """Return what is left of a tensor that was saved with this codec."""
     flat, order = in_memory_order(tensor)
     if codec == "log":
-        values = reference.dequantize_log(*reference.quantize_log(flat, block_size), block_size, tensor.dtype)
-    elif codec == "linear, twice":
-        parts = reference.quantize_residual(flat, block_size)
-        values = reference.dequantize_residual(*parts, block_size, tensor.dtype)
+        parts = reference.quantize_log(flat, block_size, *bits)
+        values = reference.dequantize_log(*parts, block_size, *bits, tensor.dtype)
+    elif codec == "residual":
+        parts = reference.quantize_residual(flat, block_size, *bits)
+        values = reference.dequantize_residual(*parts, block_size, *bits, tensor.dtype)
     else:
-        book = get_codebook(codec)
+        book = get_codebook(name_with_bits(codec, *bits))
         parts = reference.quantize(flat, book, block_size, book.one_sided)
         values = reference.dequantize(*parts, book, block_size, tensor.dtype)
     inverse = [order.index(dimension) for dimension in range(tensor.ndim)]
     return values.view([tensor.shape[dimension] for dimension in order]).permute(inverse)
 
 
-def codec_of(path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = frozenset()) -> tuple[str, int] | None:
-    """Return codec and block size that the preset promises for a tensor of a checkpoint, None for "as it is".
+def codec_of(
+    path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = frozenset()
+) -> tuple[str, int, tuple[int, ...]] | None:
+    """Return codec, block size and bits that the preset promises for a tensor of a checkpoint, None for "as it is".
 
     Args:
         path: Keys and indices that lead to the tensor.
@@ -60,12 +75,12 @@ def codec_of(path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = fro
     if path[0] in ("state_dict", "current_model_state") and path[1] not in raw:
         promise = WEIGHTS[preset]
     elif path[0] == "optimizer_states" and path[-1] in ("exp_avg", "momentum_buffer"):
-        promise = FIRST_MOMENTS
+        promise = FIRST_MOMENTS[preset]
     elif path[0] == "optimizer_states" and path[-1] in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
-        promise = SECOND_MOMENTS
-    if promise is None or promise[2] >= tensor.element_size():
+        promise = SECOND_MOMENTS[preset]
+    if promise is None or promise[3] >= tensor.element_size():
         return None
-    return promise[:2]
+    return promise[:3]
 
 
 def promised(path: Path_, tensor: Tensor, preset: str, raw: frozenset[str] = frozenset()) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, name_with_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 """The dtypes that every backend takes, of 32, 16, 64 and 16 bits."""
@@ -20,15 +20,29 @@ class Scheme:
     """One way to encode, on any backend: the reference, ``cpu`` or the kernels, modules with the same functions.
 
     Attributes:
-        name: A codebook's name, ``signed-`` before it for a signed scale, or ``residual``, ``log`` or ``affine``.
+        name: A codebook's name, ``signed-`` before it for a signed scale, or ``affine``, ``log`` or ``residual`` with
+            bits behind it, such as ``residual-8-4``.
     """
 
     name: str
 
     @property
+    def family(self) -> str:
+        """``codebook``, ``residual``, ``log`` or ``affine``."""
+        first = self.name.split("-")[0]
+        return first if first in ("residual", "log", "affine") else "codebook"
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The bits of the codes, but those of a codebook and ``affine``."""
+        return () if self.family == "codebook" else tuple(map(int, self.name.split("-")[1:]))
+
+    @property
     def codebook(self) -> Codebook:
         """The codebook of the (first) stage; ``log`` and ``affine`` have none."""
-        return BUILTIN["linear" if self.name == "residual" else self.name.removeprefix("signed-")]
+        if self.family == "residual":
+            return BUILTIN[name_with_bits("linear", self.bits[0])]
+        return BUILTIN[self.name.removeprefix("signed-")]
 
     @property
     def signed_scale(self) -> bool:
@@ -36,23 +50,23 @@ class Scheme:
 
     @property
     def takes_negative(self) -> bool:
-        return self.name not in ("log", "dynamic_unsigned")
+        return self.family != "log" and self.name != "dynamic_unsigned"
 
     @property
     def for_checkpoints(self) -> bool:
         """Whether encoding again must find the same codes: not with a zero point, nor with a scale that shrinks."""
-        return self.name in ("residual", "log") or (
-            self.name != "affine" and (self.signed_scale or not self.codebook.one_sided)
+        return self.family in ("residual", "log") or (
+            self.family != "affine" and (self.signed_scale or not self.codebook.one_sided)
         )
 
     def encode(self, backend: ModuleType, x: Tensor, block_size: int) -> tuple[Tensor, ...]:
-        if self.name in ("residual", "log", "affine"):
-            return getattr(backend, f"quantize_{self.name}")(x, block_size)
+        if self.family != "codebook":
+            return getattr(backend, f"quantize_{self.family}")(x, block_size, *self.bits)
         return backend.quantize(x, self.codebook, block_size, self.signed_scale)
 
     def decode(self, backend: ModuleType, parts: tuple[Tensor, ...], block_size: int, dtype: torch.dtype) -> Tensor:
-        if self.name in ("residual", "log", "affine"):
-            return getattr(backend, f"dequantize_{self.name}")(*parts, block_size, dtype)
+        if self.family != "codebook":
+            return getattr(backend, f"dequantize_{self.family}")(*parts, block_size, *self.bits, dtype)
         return backend.dequantize(*parts, self.codebook, block_size, dtype)
 
     def admissible(self, x: Tensor) -> Tensor:
@@ -60,11 +74,19 @@ class Scheme:
         return x if self.takes_negative else x.abs().where(x != 0, x)
 
 
-LIKE_INT8 = {f"int{bits}" for bits in range(3, 8)}  # with a plain scale, fewer levels test nothing that int8 does not
+LIKE_OTHERS = {f"int{bits}" for bits in range(3, 8)} | {  # with a plain scale, they test nothing that others do not
+    *(f"linear{bits}" for bits in (3, 4, 6, 7)),
+    *(f"softsign{bits}" for bits in (2, 4, 5, 7)),
+}
+RESIDUAL, LOG = Scheme("residual-8-8"), Scheme("log-8")
 SCHEMES = [
-    *(Scheme(name) for name in BUILTIN if name not in LIKE_INT8),
+    *(Scheme(name) for name in BUILTIN if name not in LIKE_OTHERS),
     *(Scheme(f"signed-{name}") for name, codebook in BUILTIN.items() if codebook.one_sided),
-    Scheme("residual"),
-    Scheme("log"),
+    RESIDUAL,
+    Scheme("residual-8-4"),
+    Scheme("residual-3-2"),
+    LOG,
+    Scheme("log-5"),
+    Scheme("log-2"),
     Scheme("affine"),
 ]

@@ -159,7 +159,7 @@ def test_a_form_has_the_alignment_of_the_tensor_it_is_taken_from() -> None:
 def test_what_the_guard_may_need_is_encoded_too() -> None:
     (held, lossless), (strict, other) = guarded(POLICIES["resume"])
     assert (lossless, other) == (True, False)
-    assert held.codec_for("optimizer_states.0.state.0.exp_avg", "w").residual  # type: ignore[union-attr]
+    assert held.codec_for("optimizer_states.0.state.0.exp_avg", "w").residual_bits  # type: ignore[union-attr]
     assert held.codec_for("optimizer_states.0.state.0.exp_avg_sq", "w").name == "log"  # type: ignore[union-attr]
     assert not guarded(CheckpointPolicy([Rule("*", "softsign")], min_sqnr_db=None, max_update_direction_error=None))
 

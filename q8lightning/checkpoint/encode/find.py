@@ -1,7 +1,7 @@
 """Find the tensors of a checkpoint that the policy selects, with their parameters, codecs and ties."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from q8lightning.checkpoint.sections import (
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, tensors
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.layout import MIN_BLOCK_SIZE
 
@@ -90,7 +89,7 @@ class Shard(NamedTuple):
         while block_size > MIN_BLOCK_SIZE and self.row % block_size:
             block_size //= 2
         fits = self.row > 0 and self.row % block_size == 0
-        return get_codec(codec.name, block_size, codec.residual) if fits and block_size != codec.block_size else codec
+        return replace(codec, block_size=block_size) if fits and block_size != codec.block_size else codec
 
 
 WHOLE: Mapping[int, Shard] = MappingProxyType({})

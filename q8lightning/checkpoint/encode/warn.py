@@ -30,7 +30,7 @@ def warn_of_refused(refused: list[str]) -> None:
 
 def warn_of_guarded(guarded: Iterable[Guarded]) -> None:
     """Name the tensors that are stored better because they would lose too much; say nothing if there are none."""
-    remedies = {"residual": "stored with a residual stage", "raw": "stored as it is", "none": "stored all the same"}
+    remedies = {"residual": "stored in 16 bits", "raw": "stored as it is", "none": "stored all the same"}
     named = [f"{each.name} ({each.found}; {remedies[each.remedy]})" for each in guarded]
     if named:
         more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""

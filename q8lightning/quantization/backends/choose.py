@@ -31,13 +31,24 @@ class Backend(Protocol):
         self, x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None
     ) -> Tensor: ...
     def quantize_residual(
-        self, x: Tensor, block_size: int, statistics: Tensor | None = None
+        self, x: Tensor, block_size: int, bits: int, residual_bits: int, statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     def dequantize_residual(
-        self, codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype
+        self,
+        codes: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        block_size: int,
+        bits: int,
+        residual_bits: int,
+        dtype: torch.dtype,
     ) -> Tensor: ...
-    def quantize_log(self, x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-    def dequantize_log(self, codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor: ...
+    def quantize_log(
+        self, x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    def dequantize_log(
+        self, codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype
+    ) -> Tensor: ...
     def quantize_affine(
         self, x: Tensor, block_size: int, statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
 from q8lightning.quantization.backends.cpu_memory import scratch
+from q8lightning.quantization.backends.cpu_packing import Packed
 from q8lightning.quantization.backends.cpu_statistics import Totals, add_pieces
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
-from q8lightning.quantization.spec.layout import KernelCodec
+from q8lightning.quantization.spec.layout import KernelCodec, Layout, empty_scales, take_stretches
 from q8lightning.quantization.spec.sampling import stretches_on_cpu
 
 CHUNK, SHARED_CHUNK = 2**18, 2**20
@@ -31,11 +32,16 @@ sizes)."""
 CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyType(
     {
         "codebook": lambda codec: Levels(codec.codebook or BUILTIN["linear"], codec.end != 0),
-        "log": lambda _: Log(),
-        "residual": lambda _: Residual(),
+        "log": lambda codec: Log(*codec.layout.bits),
+        "residual": lambda codec: Residual(*codec.layout.bits),
     }
 )
 """What encodes and decodes chunks, by what kernels call its arithmetic."""
+
+
+def _chunk_codec(codec: KernelCodec) -> ChunkCodec:
+    chunks = CHUNK_CODECS[codec.kernel](codec)
+    return chunks if codec.layout.is_bytes else Packed(chunks, codec.layout)
 
 
 def knows(codec: KernelCodec | None) -> bool:
@@ -67,35 +73,51 @@ def _chunks(
         yield [each[-rest:].view(1, -1) for each in elements], [each[-1:] for each in rows]
 
 
-def _encode(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts) -> bool:
+def _chunks_of(layout: Layout, elements: Tensor, parts: Parts) -> Iterator[tuple[Tensor, Parts]]:
+    """Yield what a flat tensor and its parts have in each chunk.
+
+    Args:
+        layout: Of the parts.
+        elements: ``[numel]``; yielded as ``[rows, width]``.
+        parts: As :meth:`Layout.views` returns them; codes are yielded as ``[rows, bytes of a block]``.
+    """
+    codes, scale, *later = parts
+    stages = list(zip((codes, *later), layout.bits, strict=True))
+    by_element = [part for part, bits in stages if bits == 8]
+    by_block = [part.view(-1, layout.block_size * bits // 8) for part, bits in stages if bits < 8]
+    for (values, *long), (factors, *short) in _chunks(layout.block_size, (elements, *by_element), (scale, *by_block)):
+        first, *others = (long.pop(0) if bits == 8 else short.pop(0) for bits in layout.bits)
+        yield values, (first, factors, *others)
+
+
+def _encode(codec: ChunkCodec, flat: Tensor, layout: Layout, parts: Parts) -> bool:
     """Write the parts of a flat tensor; return whether all of it can be encoded."""
-    finite, (codes, scale, *later) = True, parts
-    for (blocks, first, *others), (factors,) in _chunks(block_size, (flat, codes, *later), (scale,)):
-        chunk, memory = (first, factors, *others), scratch(*blocks.shape)
+    finite = True
+    for blocks, chunk in _chunks_of(layout, flat, parts):
+        memory = scratch(*blocks.shape)
         if flat.dtype != torch.float32:
             blocks = memory.floats[3].copy_(blocks)
         if not codec.encode(blocks, chunk, memory):
             finite = False
             for part, expected in zip(chunk, codec.encode_slowly(blocks), strict=True):
-                part.copy_(expected)
+                part.view(-1).copy_(expected.view(-1))
     return finite
 
 
-def _decode(codec: ChunkCodec, parts: Parts, block_size: int, dtype: torch.dtype) -> Tensor:
+def _decode(codec: ChunkCodec, parts: Parts, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return the values of the parts of a flat tensor."""
     values = torch.empty(parts[0].numel(), dtype=dtype, device="cpu")
-    _decode_into(codec, parts, block_size, values)
+    _decode_into(codec, parts, layout, values)
     return values
 
 
-def _decode_into(codec: ChunkCodec, parts: Parts, block_size: int, values: Tensor) -> None:
+def _decode_into(codec: ChunkCodec, parts: Parts, layout: Layout, values: Tensor) -> None:
     """Write the values of the parts of a flat tensor to ``values``, of any float dtype."""
-    dtype, (codes, scale, *later) = values.dtype, parts
-    finite = _is_finite(scale)
-    for (out, first, *others), (factors,) in _chunks(block_size, (values, codes, *later), (scale,)):
-        chunk = first, factors, *others
-        if not finite and not _is_finite(factors):
-            out.copy_(codec.decode_slowly(chunk, out.shape[1], dtype))
+    dtype = values.dtype
+    finite = _is_finite(parts[1])
+    for out, chunk in _chunks_of(layout, values, parts):
+        if not finite and not _is_finite(chunk[1]):
+            out.copy_(codec.decode_slowly(chunk, out.shape[1], dtype).view(out.shape))
             continue
         memory = scratch(*out.shape)
         decoded = out if dtype == torch.float32 else memory.floats[3]
@@ -108,11 +130,11 @@ def _is_finite(scale: Tensor) -> bool:
     return bool(scale.isfinite().all())
 
 
-def _measure_whole(codec: ChunkCodec, flat: Tensor, block_size: int, parts: Parts, statistics: Tensor) -> None:
+def _measure_whole(codec: ChunkCodec, flat: Tensor, layout: Layout, parts: Parts, statistics: Tensor) -> None:
     """Write to ``statistics`` what the parts of a flat tensor have lost of it."""
-    totals, (codes, scale, *later) = Totals(), parts
-    for (blocks, first, *others), (factors,) in _chunks(block_size, (flat, codes, *later), (scale,)):
-        _add(totals, codec, blocks, (first, factors, *others))
+    totals = Totals()
+    for blocks, chunk in _chunks_of(layout, flat, parts):
+        _add(totals, codec, blocks, chunk)
     totals.write(statistics)
 
 
@@ -131,38 +153,35 @@ def _add(totals: Totals, codec: ChunkCodec, original: Tensor, parts: Parts) -> N
     totals.add(original, decoded, memory)
 
 
-def _new_parts(x: Tensor, block_size: int, bounds: bool = False, stages: int = 1) -> Parts:
-    """Return parts for a tensor, not yet written."""
-    blocks = -(-x.numel() // block_size)
-    codes, *later = (torch.empty(x.numel(), dtype=torch.uint8, device="cpu") for _ in range(stages))
-    return codes, torch.empty((blocks, 2) if bounds else blocks, dtype=torch.float32, device="cpu"), *later
-
-
 def encode_into(x: Tensor, codec: KernelCodec, parts: Parts) -> bool:
     """Encode a flat tensor into memory that is there.
 
     Args:
         x: ``[numel]`` of any float dtype.
         codec: How; one that :func:`knows`.
-        parts: What is written: codes ``[numel]`` uint8; scales ``[blocks]`` float32, for the log codec ``[blocks, 2]``;
-            residual codes, if there are any, as the codes.
+        parts: What is written: packed codes, scales and packed residual codes, as :meth:`Layout.views` returns them.
 
     Returns:
         Whether all scales are finite.
     """
-    return _encode(CHUNK_CODECS[codec.kernel](codec), x.detach(), codec.layout.block_size, parts)
+    return _encode(_chunk_codec(codec), x.detach(), codec.layout, parts)
 
 
 def decode_into(codec: KernelCodec, parts: Parts, values: Tensor) -> None:
-    """Decode into memory that is there: ``values``, ``[numel]`` of any float dtype; the first floats of the scratch are
-    overwritten."""
-    _decode_into(CHUNK_CODECS[codec.kernel](codec), parts, codec.layout.block_size, values)
+    """Decode into memory that is there.
+
+    Args:
+        codec: How; one that :func:`knows`.
+        parts: As for :func:`encode_into`.
+        values: ``[numel]`` of any float dtype, to be written. The floats of the scratch but the fourth and the fifth
+            are overwritten.
+    """
+    _decode_into(_chunk_codec(codec), parts, codec.layout, values)
 
 
 def measure_into(x: Tensor, codec: KernelCodec, parts: Parts, statistics: Tensor) -> None:
     """Measure in whole what :func:`encode_into` has lost."""
-    chunks = CHUNK_CODECS[codec.kernel](codec)
-    _measure_whole(chunks, x.detach(), codec.layout.block_size, parts, statistics)
+    _measure_whole(_chunk_codec(codec), x.detach(), codec.layout, parts, statistics)
 
 
 def measure_together(
@@ -176,10 +195,10 @@ def measure_together(
         parts: What each was encoded to.
         statistics: ``[5]`` float64 for what is lost of each, to be written.
     """
-    chunks, block_size = CHUNK_CODECS[codec.kernel](codec), codec.layout.block_size
+    chunks, block_size = _chunk_codec(codec), codec.layout.block_size
     totals = [Totals() for _ in tensors]
     pieces: list[_Piece] = []
-    for piece in (each for one in zip(totals, tensors, parts, strict=True) for each in _pieces(*one, block_size)):
+    for piece in (each for one in zip(totals, tensors, parts, strict=True) for each in _pieces(*one, codec.layout)):
         alone = piece.blocks.dtype == torch.float64 or piece.blocks.shape[1] != block_size
         if alone:
             _add(piece.totals, chunks, piece.blocks, piece.parts)
@@ -209,25 +228,17 @@ class _Piece(NamedTuple):
     parts: Parts
 
 
-def _pieces(totals: Totals, x: Tensor, parts: Parts, block_size: int) -> Iterator[_Piece]:
+def _pieces(totals: Totals, x: Tensor, parts: Parts, layout: Layout) -> Iterator[_Piece]:
     """Yield what is measured of a tensor, at most a chunk at a time."""
-    taken, length = stretches_on_cpu(x.numel(), block_size)
+    taken, length = stretches_on_cpu(x.numel(), layout.block_size)
     if taken is None:
-        codes, scale, *later = parts
-        for (blocks, first, *others), (factors,) in _chunks(block_size, (x.detach(), codes, *later), (scale,)):
-            yield _Piece(totals, blocks, (first, factors, *others))
+        yield from (_Piece(totals, *chunk) for chunk in _chunks_of(layout, x.detach(), parts))
         return
-    width = length // block_size
-    stretches = [_rows(each, width if i == 2 else length) for i, each in enumerate((x.detach(), *parts))]
     for some in torch.split(taken, max(CHUNK // length, 1)):
-        blocks, codes, scale, *later = (each.index_select(0, some) for each in stretches)
-        rows = [each.view(-1, block_size) for each in (blocks, codes, *later)]
-        yield _Piece(totals, rows[0], (rows[1], scale.flatten(0, 1), *rows[2:]))
-
-
-def _rows(x: Tensor, length: int) -> Tensor:
-    """Return the whole stretches of so many rows of ``x``, ``[stretches, length, ...]``."""
-    return x[: x.shape[0] // length * length].view(-1, length, *x.shape[1:])
+        blocks = take_stretches(x.detach(), some, length).view(-1, layout.block_size)
+        codes, scale, *later = layout.take(parts, some, length)
+        first, *others = (each.view(blocks.shape[0], -1) for each in (codes, *later))
+        yield _Piece(totals, blocks, (first, scale, *others))
 
 
 def _add_together(codec: ChunkCodec, pieces: Sequence[_Piece]) -> None:
@@ -242,25 +253,28 @@ def _add_together(codec: ChunkCodec, pieces: Sequence[_Piece]) -> None:
     add_pieces([piece.totals for piece in pieces], rows, original, decoded, memory)
 
 
-def _quantize(codec: ChunkCodec, x: Tensor, block_size: int, parts: Parts, statistics: Tensor | None) -> Parts:
-    """Write the parts of a tensor; return them with codes in its shape."""
+def _quantize(codec: ChunkCodec, x: Tensor, layout: Layout, statistics: Tensor | None) -> Parts:
+    """Return the parts of a tensor, with codes in its shape."""
     flat = x.detach().reshape(-1)
-    _encode(codec, flat, block_size, parts)
+    blocks = -(-x.numel() // layout.block_size)
+    scale = torch.empty((blocks, 2) if layout.scales == 2 else blocks, dtype=torch.float32, device="cpu")
+    codes, *later = (torch.empty(x.numel(), dtype=torch.uint8, device="cpu") for _ in layout.bits)
+    parts = codes, scale, *later
+    _encode(codec, flat, layout, parts)
     if statistics is not None:
-        _measure_whole(codec, flat, block_size, parts, statistics)
+        _measure_whole(codec, flat, layout, parts, statistics)
     return tuple(part if index == 1 else part.view(x.shape) for index, part in enumerate(parts))
 
 
 def quantize(
     x: Tensor, codebook: Codebook, block_size: int, signed_scale: bool = False, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    codec = Levels(codebook, signed_scale)
-    codes, scale = _quantize(codec, x, block_size, _new_parts(x, block_size), statistics)
+    codes, scale = _quantize(Levels(codebook, signed_scale), x, Layout(block_size), statistics)
     return codes, scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _decode(Levels(codebook), (codes.reshape(-1), scale), block_size, dtype).view(codes.shape)
+    return _decode(Levels(codebook), (codes.reshape(-1), scale), Layout(block_size), dtype).view(codes.shape)
 
 
 def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Tensor | None = None) -> Tensor:
@@ -268,29 +282,39 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
     return dequantize(codes, scale, codebook, block_size, x.dtype)
 
 
-def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale, later = _quantize(Residual(), x, block_size, _new_parts(x, block_size, stages=2), statistics)
+_TWO_BYTES = (8, 8)
+"""The bits of two codes in a byte each, whatever bits they have."""
+
+
+def quantize_residual(
+    x: Tensor, block_size: int, bits: int, residual_bits: int, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = Layout(block_size, bits=_TWO_BYTES)
+    codes, scale, later = _quantize(Residual(bits, residual_bits), x, layout, statistics)
     return codes, later, scale
 
 
-def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_residual(
+    codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, bits: int, residual_bits: int, dtype: torch.dtype
+) -> Tensor:
     parts = codes.reshape(-1), scale, residual.reshape(-1)
-    return _decode(Residual(), parts, block_size, dtype).view(codes.shape)
+    layout = Layout(block_size, bits=_TWO_BYTES)
+    return _decode(Residual(bits, residual_bits), parts, layout, dtype).view(codes.shape)
 
 
-def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    codes, bounds = _quantize(Log(), x, block_size, _new_parts(x, block_size, bounds=True), statistics)
+def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    codes, bounds = _quantize(Log(bits), x, Layout(block_size, scales=2), statistics)
     return codes, bounds
 
 
-def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return _decode(Log(), (codes.reshape(-1), bounds), block_size, dtype).view(codes.shape)
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return _decode(Log(bits), (codes.reshape(-1), bounds), Layout(block_size, scales=2), dtype).view(codes.shape)
 
 
 def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
-    codes, scale = _new_parts(x, block_size)
-    zero_point, totals = torch.empty(scale.numel(), dtype=torch.uint8, device="cpu"), Totals()
+    codes, scale = torch.empty(x.numel(), dtype=torch.uint8, device="cpu"), empty_scales(flat, block_size)
+    zero_point, totals = empty_scales(flat, block_size, dtype=torch.uint8), Totals()
     for (blocks, *elements), rows in _chunks(block_size, (flat, codes), (scale, zero_point)):
         chunk = reference.quantize_affine(blocks, blocks.shape[1])
         for part, expected in zip((*elements, *rows), chunk, strict=True):

@@ -1,8 +1,8 @@
 """How one chunk of a CPU tensor is encoded and decoded, codec by codec: few passes, in memory that is used again.
 
-A chunk is ``[rows, width]`` float32, whole blocks. What stands for it are its parts: codes ``[rows * width]`` uint8,
+A chunk is ``[rows, width]`` float32, whole blocks. What stands for it are its parts: codes ``[rows, width]`` uint8,
 scales ``[rows]`` or ``[rows, 2]`` float32 and, for the residual codec, later codes. Results are those of
-``reference.py``, bit for bit.
+``reference.py``, bit for bit. ``cpu_packing.py`` packs codes of fewer than 8 bits.
 """
 
 import math
@@ -13,14 +13,9 @@ from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_memory import Scratch
 from q8lightning.quantization.spec import logarithm, reference
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, name_with_bits
 
 Parts = tuple[Tensor, ...]
-
-_LINEAR, _SOFTSIGN = BUILTIN["linear"], BUILTIN["softsign"]
-
-_TO_CODE = reference.ROUNDING + 127
-"""Added to a float32 in [-127, 127], it leaves the nearest integer plus 127 in the low byte of the pattern."""
 
 
 class ChunkCodec(Protocol):
@@ -55,11 +50,12 @@ class Levels:
         per_unit = _write_scale(blocks, self.codebook.end if self.signed_scale else 0, scale, spare)
         if per_unit is None:
             return False
-        if self.codebook is _SOFTSIGN and not self.signed_scale:  # the spare holds magnitudes
+        form = self.codebook.closed_form
+        if form is not None and form.kind == "softsign" and not self.signed_scale:  # the spare holds magnitudes
             share = spare.mul_(per_unit).add_(1.0).reciprocal_()
-            torch.sub(1.0, share, out=share).copysign_(blocks).mul_(254.0).add_(_TO_CODE)
-        elif self.codebook is _LINEAR:
-            torch.mul(blocks, per_unit, out=spare).mul_(127.0).add_(_TO_CODE)
+            torch.sub(1.0, share, out=share).copysign_(blocks).mul_(2.0 * form.half).add_(form.to_code)
+        elif form is not None and form.kind == "linear":
+            torch.mul(blocks, per_unit, out=spare).mul_(float(form.half)).add_(form.to_code)
         else:
             words = _search(torch.mul(blocks, per_unit, out=spare), self.codebook)
         codes.view(words.shape).copy_(words)  # integers become bytes modulo 256
@@ -73,18 +69,19 @@ class Levels:
     def look_up(self, codes: Tensor, scratch: Scratch, out: Tensor) -> None:
         """Write the level of each code to ``out``: computed where it is a quotient of integers, else looked up."""
         spare, words = scratch.floats[0], scratch.integers[0]
-        if not (self.codebook is _LINEAR or self.codebook is _SOFTSIGN) or bool(codes.max() == 255):
+        form = self.codebook.closed_form
+        if form is None or bool(codes.max() > 2 * form.half):
             # Codes that the codebook lacks decode to 0, as in the reference.
             table = torch.nn.functional.pad(self.codebook.tensor(), (0, 256 - len(self.codebook.levels)))
             torch.index_select(table, 0, words.copy_(codes).view(-1), out=out.view(-1))
             return
         # Bytes as long as possible: a pass over them takes a quarter of the time.
-        numerator = torch.sub(codes, 127, out=scratch.bytes).view(torch.int8)
+        numerator = torch.sub(codes, form.half, out=scratch.bytes).view(torch.int8)
         out.copy_(numerator)
-        if self.codebook is _LINEAR:
-            out.div_(127.0)
+        if form.kind == "linear":
+            out.div_(float(form.half))
         else:
-            denominator = numerator.abs_().view(torch.uint8).neg_().sub_(2)  # 254 - x, modulo 256
+            denominator = numerator.abs_().view(torch.uint8).neg_().add_(2 * form.half)  # 2 half - x, modulo 256
             out.div_(spare.copy_(denominator))
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
@@ -96,10 +93,13 @@ class Levels:
 
 
 class Residual:
-    """Codes of the codebook ``linear``, and codes of what they lost."""
+    """Codes of a linear codebook, and codes of what they lost."""
 
-    def __init__(self) -> None:
-        self._levels = Levels(_LINEAR)
+    def __init__(self, bits: int, residual_bits: int) -> None:
+        self._bits = bits, residual_bits
+        self._levels = Levels(BUILTIN[name_with_bits("linear", bits)])
+        self._half, self._zero = float(2 ** (bits - 1) - 1), float(2 ** (residual_bits - 1) - 1)
+        self._steps = float(reference.residual_steps(bits, residual_bits))
 
     def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, scale, later = parts
@@ -107,32 +107,35 @@ class Residual:
         per_unit = _write_scale(blocks, 0, scale, one)
         if per_unit is None:
             return False
-        torch.mul(blocks, per_unit, out=one).mul_(127.0).add_(_TO_CODE)
+        to_code, to_later = reference.ROUNDING + self._half, reference.ROUNDING + self._zero
+        torch.mul(blocks, per_unit, out=one).mul_(self._half).add_(to_code)
         codes.view(one.shape).copy_(scratch.integers[0])  # integers become bytes modulo 256
-        decoded = one.sub_(_TO_CODE).div_(127.0).mul_(scale[:, None])
-        torch.sub(blocks, decoded, out=two).mul_(per_unit).mul_(reference.RESIDUAL_DIVISOR * 127)
-        two.clamp_(-126.0, 126.0).add_(_TO_CODE)
+        decoded = one.sub_(to_code).div_(self._half).mul_(scale[:, None])
+        torch.sub(blocks, decoded, out=two).mul_(per_unit).mul_(self._steps)
+        two.clamp_(-self._zero, self._zero).add_(to_later)
         later.view(two.shape).copy_(scratch.integers[1])
         return True
 
     def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, scale, later = parts
-        second = scratch.floats[1]
-        self._levels.decode((later, reference.divide(scale, reference.RESIDUAL_DIVISOR)), second, scratch)
+        second = scratch.floats[1].copy_(later.view(out.shape)).sub_(self._zero)
         self._levels.decode((codes, scale), out, scratch)
-        out.add_(second)
+        out.add_(second.mul_(reference.divide(scale, self._steps)[:, None]))
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
-        codes, later, scale = reference.quantize_residual(blocks, blocks.shape[1])
+        codes, later, scale = reference.quantize_residual(blocks, blocks.shape[1], *self._bits)
         return codes, scale, later
 
     def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
         codes, scale, later = parts
-        return reference.dequantize_residual(codes, later, scale, width, dtype)
+        return reference.dequantize_residual(codes, later, scale, width, *self._bits, dtype)
 
 
 class Log:
     """Codes at equal steps of the logarithm."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
 
     def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, bounds = parts
@@ -147,7 +150,7 @@ class Log:
             low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
             low.masked_fill_(low.isinf(), 0.0)
         torch.stack([low, high.add_(0.0)], dim=1, out=bounds)  # no negative zero
-        first, correction, span, steps = _log_steps(bounds)
+        first, correction, span, steps = _log_steps(bounds, self._bits)
         pattern = blocks.view(torch.int32)
         mantissa = spare.copy_(torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer))  # times an octave
         _polynomial(mantissa, *_LOG2_OF_MANTISSA, out=log)
@@ -162,7 +165,7 @@ class Log:
 
     def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
         codes, bounds = parts
-        low, correction, span, steps = _log_steps(bounds)
+        low, correction, span, steps = _log_steps(bounds, self._bits)
         high = bounds.view(torch.int32)[:, 1]
         step = span.add_(2.0 * logarithm.LOG_MARGIN).div_(steps).round_().to(torch.int32)
         origin = correction.round().to(torch.int32).add_(low).sub_(logarithm.LOG_MARGIN).sub_(step)
@@ -180,14 +183,14 @@ class Log:
             decoded.mul_(position.copy_(code.clamp(max=1)))  # a comparison would take eight times as long
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
-        return reference.quantize_log(blocks, blocks.shape[1])
+        return reference.quantize_log(blocks, blocks.shape[1], self._bits)
 
     def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
         codes, bounds = parts
-        return reference.dequantize_log(codes, bounds, width, dtype)
+        return reference.dequantize_log(codes, bounds, width, self._bits, dtype)
 
 
-def _log_steps(bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _log_steps(bounds: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what ``logarithm.log_grid`` begins with, ``[blocks]`` each: to make all of it takes as long as the rest.
 
     Returns:
@@ -197,7 +200,12 @@ def _log_steps(bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low, high = patterns.unbind(dim=1)
     correction, correction_high = logarithm.log2_correction(patterns).unbind(dim=1)
     span = (high - low).float().add_(correction_high - correction)
-    return low, correction, span, (span * (1.0 / logarithm.FINEST_LOG_STEP)).floor_().clamp_(1, 254)
+    return (
+        low,
+        correction,
+        span,
+        (span * (1.0 / logarithm.FINEST_LOG_STEP)).floor_().clamp_(1, logarithm.most_steps(bits)),
+    )
 
 
 _LOG2_OF_MANTISSA = [

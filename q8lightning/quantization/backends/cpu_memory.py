@@ -15,6 +15,8 @@ class Scratch:
         floats: ``[rows, width]`` float32 each.
         integers: The same memory as int32.
         bytes: ``[rows, width]`` uint8, in the memory of the third float.
+        codes: ``[rows, width]`` uint8, two of them, in the memory of the last float.
+        spare: ``[2 * rows * width]`` uint8, in the rest of it.
         doubles: ``[rows * width]`` float64, two of them.
     """
 
@@ -23,6 +25,9 @@ class Scratch:
         self.floats = words.unbind()
         self.integers = words.view(torch.int32).unbind()
         self.bytes = words[2].view(-1).view(torch.uint8)[: rows * width].view(rows, width)
+        sizes = [rows * width, rows * width, 2 * rows * width]
+        first, second, self.spare = words[5].view(-1).view(torch.uint8).split_with_sizes(sizes)
+        self.codes = first.view(rows, width), second.view(rows, width)
         end = _BYTES * rows * width
         self.doubles = memory[end - 16 * rows * width : end].view(torch.float64).view(2, -1).unbind()
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.spec.codebook import name_with_bits
 from q8lightning.quantization.spec.layout import KernelCodec, Layout, check_block_size
 from q8lightning.quantization.spec.reference import measure
 
@@ -26,6 +27,7 @@ class Codec(ABC):
     Args:
         name: Its name in rules and files.
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
+        bits: The bits of a code.
 
     Raises:
         ValueError: If the block size is not such a power.
@@ -33,9 +35,7 @@ class Codec(ABC):
 
     name: str
     block_size: int = 256
-
-    residual: ClassVar[bool] = False
-    """Whether rules select it by ``residual=True`` beside its name."""
+    bits: int = 8
 
     marks_negative: ClassVar[bool] = False
     """Whether a negative value makes the scales of its block non-finite."""
@@ -85,12 +85,13 @@ class Codec(ABC):
         return torch.inf
 
     def decode_stretches(
-        self, parts: tuple[Tensor, ...], which: slice | Tensor, length: int, dtype: torch.dtype
+        self, data: Tensor, numel: int, which: slice | Tensor, length: int, dtype: torch.dtype
     ) -> Tensor:
         """Decode some stretches of a flat tensor.
 
         Args:
-            parts: The parts of the whole tensor.
+            data: ``[encoded_bytes(numel)]`` uint8, the bytes of the whole tensor.
+            numel: Its elements.
             which: A range of stretches, or their numbers.
             length: Elements of a stretch, a multiple of the block size.
             dtype: The dtype of the result.
@@ -98,14 +99,19 @@ class Codec(ABC):
         Returns:
             The values of these stretches, one after the other.
         """
-        return self.decode(self.layout.take(parts, which, length), dtype)
+        parts = self.layout.take(self.layout.views(data, numel), which, length)
+        if isinstance(which, slice):
+            elements = min(which.stop * length, numel) - which.start * length
+        else:
+            elements = len(which) * length
+        return self.decode(self.layout.unpack(parts, elements), dtype)
 
     # The bytes of a payload
 
     @cached_property
     def layout(self) -> Layout:
         """The order of the bytes."""
-        return Layout(self.block_size)
+        return Layout(self.block_size, bits=(self.bits,))
 
     def scale_bytes(self, numel: int) -> int:
         """Return the bytes before the codes of ``numel`` elements, whose start gets aligned."""
@@ -116,7 +122,10 @@ class Codec(ABC):
         return self.layout.encoded_bytes(numel)
 
     def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
-        """Return the parts of ``numel`` elements as views of their bytes, ``[encoded_bytes(numel)]`` uint8."""
+        """Return the parts of ``numel`` elements from their bytes, ``[encoded_bytes(numel)]`` uint8.
+
+        Scales and codes of 8 bits are views of the bytes.
+        """
         return self.layout.split(data, numel)
 
     def join(self, parts: tuple[Tensor, ...], out: Tensor) -> None:
@@ -132,12 +141,17 @@ class Codec(ABC):
     @property
     def entry(self) -> dict[str, str | int]:
         """The entries of a file that describe the codec, in their order."""
-        return {"name": self.name, "bits": 8, "block_size": self.block_size}
+        return {"name": self.name, "bits": self.bits, "block_size": self.block_size}
+
+    @property
+    def residual_bits(self) -> int:
+        """The bits of the code of what the first stage lost; 0 if there is no second stage."""
+        return 0
 
     @property
     def label(self) -> str:
         """The name for messages."""
-        return self.name
+        return name_with_bits(self.name, self.bits)
 
     @property
     def unsigned(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.codec import Codec
-from q8lightning.quantization.spec.layout import KernelCodec, Layout
+from q8lightning.quantization.spec.layout import KernelCodec, Layout, check_bits
 
 
 @dataclass(frozen=True)
@@ -18,31 +18,36 @@ class LogCodec(Codec):
 
     Args:
         block_size: Elements of the flattened tensor that share them; a power of two between 32 and 4096.
+        bits: The bits of a code, 2 to 8.
 
     Raises:
-        ValueError: If the block size is not such a power.
+        ValueError: If the block size is not such a power, or the bits are out of range.
     """
 
     name: str = field(default="log", init=False)
     marks_negative: ClassVar[bool] = True
     keeps_nonzero: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits("bits", self.bits)
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes, bounds, _ = ops.quantize_log(x.detach(), self.block_size)
+        codes, bounds, _ = ops.quantize_log(x.detach(), self.block_size, self.bits)
         return codes, bounds
 
     def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        codes, bounds, lost = ops.quantize_log(x.detach(), self.block_size, measure=True)
+        codes, bounds, lost = ops.quantize_log(x.detach(), self.block_size, self.bits, measure=True)
         return (codes, bounds), lost
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         codes, bounds = parts
-        values: Tensor = ops.dequantize_log(codes, bounds, self.block_size, dtype)
+        values: Tensor = ops.dequantize_log(codes, bounds, self.block_size, self.bits, dtype)
         return values
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.block_size, scales=2)
+        return Layout(self.block_size, scales=2, bits=(self.bits,))
 
     @property
     def unsigned(self) -> bool:

@@ -56,7 +56,7 @@ class WeightCodec:
     @property
     def bits(self) -> int:
         """The bits of a code."""
-        return (len(self.book.levels) - 1).bit_length()
+        return self.book.bits
 
     def fitted(self, shape: Sequence[int]) -> "WeightCodec":
         """Return the codec with the smallest block that does the same to a tensor of this shape.

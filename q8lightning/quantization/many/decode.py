@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, lay_out, split
+from q8lightning.system.ambient import neutral
 
 _TOGETHER = 2**19
 """The most elements that are decoded together on a CPU. Threads that call operators on far fewer wait for Python's lock
@@ -57,6 +59,7 @@ def batches(items: Sequence[EncodedItem], threads: int) -> Iterator[list[int]]:
     yield from open_batches.values()
 
 
+@neutral()
 def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
     """Decode one item, or join several and decode them in one call.
 
@@ -67,11 +70,18 @@ def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
         ``[numel]`` values for each item, in memory of its own, on the item's device.
     """
     codec, dtype = items[0].codec, items[0].dtype
+    if items[0].data.device.type != "cpu" or codec.kernel is None or not cpu.knows(codec.kernel):
+        values = codec.decode(_joined([item.parts for item in items]), dtype)
+    else:  # unpacks codes chunk by chunk
+        values = torch.empty(sum(item.numel for item in items), dtype=dtype, device="cpu")
+        cpu.decode_into(codec.kernel, _joined([codec.layout.views(item.data, item.numel) for item in items]), values)
     if len(items) == 1:
-        return [codec.decode(items[0].parts, dtype)]
-    parts = tuple(torch.cat(part) for part in zip(*(item.parts for item in items), strict=True))
-    values = codec.decode(parts, dtype)
+        return [values]
     return [each.clone() for each in torch.split(values, [item.numel for item in items])]
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def decode_on(device: torch.device, items: Sequence[EncodedItem]) -> list[Tensor]:

@@ -135,14 +135,14 @@ def measure(values: Tensor, codec: Codec, data: Tensor) -> Tensor:
     """
     statistics = torch.zeros(5, dtype=torch.float64, device="cpu")
     assert codec.kernel is not None
-    cpu.measure_into(values, codec.kernel, codec.split(data, values.numel()), statistics)
+    cpu.measure_into(values, codec.kernel, codec.layout.views(data, values.numel()), statistics)
     return statistics
 
 
 def _encode_on_cpu(flat: dict[int, Tensor], codec: Codec, encoded: EncodedBuffer, data: Sequence[Tensor]) -> None:
     """Encode without the operator, which would take new memory and some time of its own for each small tensor."""
     assert codec.kernel is not None
-    parts = {i: codec.split(data[i], x.numel()) for i, x in flat.items()}
+    parts = {i: codec.layout.views(data[i], x.numel()) for i, x in flat.items()}
     statistics, held = encoded.statistics, list[int]()
     for i, x in flat.items():
         if cpu.encode_into(x, codec.kernel, parts[i]):

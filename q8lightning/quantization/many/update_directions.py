@@ -290,7 +290,7 @@ def _compare(pairs: Sequence[Moments], pieces: Sequence[_Piece]) -> list[tuple[f
         if kernel is None:
             out.copy_(originals[side])
             continue
-        encoded = [kernel.layout.split(each.data, each.values.numel()) for each in moments if each.data is not None]
+        encoded = [kernel.layout.views(each.data, each.values.numel()) for each in moments if each.data is not None]
         taken = [kernel.layout.take(each, *place) for each, place in zip(encoded, places, strict=True)]
         cpu.decode_into(kernel, tuple(map(torch.cat, zip(*taken, strict=True))), out)  # overwrites the first three
     (first, second), (stored_first, stored_second, *_) = originals, stored
@@ -319,5 +319,5 @@ def _look(moment: StoredMoment, part: _Part) -> tuple[Tensor, Tensor]:
     original = take_stretches(values, part, STRETCH)
     if codec is None or data is None:
         return original.to(dtype, copy=True), original.to(dtype, copy=True)
-    stored = codec.decode_stretches(codec.split(data, values.numel()), part, STRETCH, values.dtype)
+    stored = codec.decode_stretches(data, values.numel(), part, STRETCH, values.dtype)
     return original.to(dtype, copy=True), stored.to(dtype)

@@ -4,7 +4,7 @@ A codebook is a name and at most 256 increasing levels in [-1, 1]. The threshold
 that find a code quickly, are derived from them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.spec.cell_table import CellTable
-from q8lightning.quantization.spec.closed_form import linear_code, softsign_code, steps_of
+from q8lightning.quantization.spec.closed_form import ClosedForm
 from q8lightning.quantization.spec.levels import dynamic_levels, float8_levels, integer_levels, normal_float4_levels
 from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.arguments import did_you_mean
@@ -22,6 +22,8 @@ _CUSTOM_PREFIX = "levels:"
 
 CodebookName = Literal[
     "linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "nf4",
+    "linear2", "linear3", "linear4", "linear5", "linear6", "linear7",
+    "softsign2", "softsign3", "softsign4", "softsign5", "softsign6", "softsign7",
     "int2", "int3", "int4", "int5", "int6", "int7", "int8",
     "fp8_e4m3", "fp8_e4m3fn", "float8_e4m3fn", "fp8_e5m2", "float8_e5m2",
 ]  # fmt: skip
@@ -43,8 +45,8 @@ class Codebook:
     Args:
         name: Its name.
         levels: 2 to 256 strictly increasing numbers in [-1, 1], 0 among them. They are rounded to float32.
-        closed_form: Computes the codes (int32) of normalised values (float32, of any shape, which it may overwrite)
-            without a table. The thresholds are then the points at which it steps, which must be as good as midpoints.
+        closed_form: Computes the codes of normalised values without a table. The thresholds are then the points at
+            which it steps.
 
     Raises:
         ValueError: If the levels are too few or too many, unsorted, out of range, or lack 0.
@@ -52,7 +54,7 @@ class Codebook:
 
     name: str
     levels: tuple[float, ...]
-    closed_form: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+    closed_form: ClosedForm | None = field(default=None, repr=False, compare=False)
 
     @neutral()
     def __post_init__(self) -> None:
@@ -106,6 +108,11 @@ class Codebook:
         return self.end if self.one_sided else 0
 
     @property
+    def bits(self) -> int:
+        """The bits of a code."""
+        return (len(self.levels) - 1).bit_length()
+
+    @property
     def zero_code(self) -> int:
         """The code of the level 0."""
         return self.levels.index(0.0)
@@ -129,7 +136,7 @@ class Codebook:
         than one part in 10,000 (``test_codebook.py``). With a closed form, they are the points at which it steps.
         """
         if self.closed_form is not None:
-            return steps_of(self.closed_form, len(self.levels))
+            return self.closed_form.steps()
         levels = torch.tensor(self.levels, dtype=torch.float64, device="cpu")
         midpoints = (levels[1:] + levels[:-1]) / 2
         rounded = _round_to_16_bits(midpoints)
@@ -156,11 +163,24 @@ def _round_to_16_bits(x: Tensor) -> Tensor:
     return torch.ldexp(torch.round(mantissa * 2**16) / 2**16, exponent).float()
 
 
+FAMILIES: tuple[Literal["linear", "softsign"], ...] = ("linear", "softsign")
+"""The codebooks that there are with codes of 2 to 8 bits."""
+
+
+def name_with_bits(family: str, bits: int) -> str:
+    """Return the name of a codebook of a family: ``softsign`` with 8 bits, ``softsign6`` with 6."""
+    return family if bits == 8 else f"{family}{bits}"
+
+
 BUILTIN: dict[str, Codebook] = {
     book.name: book
     for book in (
-        Codebook("linear", tuple(k / 127 for k in range(-127, 128)), linear_code),
-        Codebook("softsign", tuple(k / (254 - abs(k)) for k in range(-127, 128)), softsign_code),
+        *(
+            Codebook(name_with_bits(family, bits), form.levels, form)
+            for family in FAMILIES
+            for bits in range(2, 9)
+            for form in [ClosedForm(family, 2 ** (bits - 1) - 1)]
+        ),
         Codebook("dynamic", dynamic_levels(signed=True)),
         Codebook("dynamic_unsigned", dynamic_levels(signed=False)),
         Codebook("normal_float4", normal_float4_levels()),
@@ -170,6 +190,9 @@ BUILTIN: dict[str, Codebook] = {
     )
 }
 """The built-in codebooks by name."""
+
+FAMILY_OF = {name_with_bits(family, bits): family for family in FAMILIES for bits in range(2, 9)}
+"""The family of each codebook that belongs to one, by its name."""
 
 
 def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.reference import RESIDUAL_DIVISOR
+from q8lightning.quantization.spec.reference import residual_steps
 from q8lightning.system.ambient import lasting
 
 _ROUNDING = 1e-6
 """More than all float32 roundings of an element add up to, relative to it or to the scale of its block."""
 
-OF_RESIDUAL = (1 / (RESIDUAL_DIVISOR * 127)) ** 2, _ROUNDING**2
-"""The a and b of :func:`of_codebook` for the residual codec. A whole step of the residual is more than it can be off:
-half a step and the roundings of both stages."""
+
+def of_residual(bits: int, residual_bits: int) -> tuple[float, float]:
+    """Return the a and b of :func:`of_codebook` for the residual codec.
+
+    A whole step of the residual is more than it can be off: half a step and the roundings of both stages.
+    """
+    return residual_steps(bits, residual_bits) ** -2, _ROUNDING**2
 
 
 def relative_error_bound(values: Tensor, scales: Tensor, block_size: int, of_scale: float, of_value: float) -> float:

@@ -1,54 +1,96 @@
 """Lay out the codes and scales of an encoded tensor in memory."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.packing import pack, packed_bytes, unpack
 
 
 class Layout(NamedTuple):
-    """The order of an encoded tensor's bytes: the scales of all blocks, then a byte of code for each element and stage.
+    """The order of an encoded tensor's bytes: the scales of all blocks, then the packed codes of each stage.
 
     Attributes:
         block_size: Elements that share their scales.
         scales: The number of float32 scales of a block.
-        stages: The number of bytes of code of an element. Those of a stage lie together.
+        bits: The bits of a code in each stage. The codes of a stage lie together; ``packing.py`` says how.
     """
 
     block_size: int
     scales: int = 1
-    stages: int = 1
+    bits: tuple[int, ...] = (8,)
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether all codes have 8 bits, so that they need no packing."""
+        return self.bits == (8,) * len(self.bits)
 
     def scale_bytes(self, numel: int) -> int:
         """Return the bytes of the scales of ``numel`` elements."""
         return -(-numel // self.block_size) * 4 * self.scales
 
+    def code_bytes(self, numel: int) -> list[int]:
+        """Return the bytes of the codes of ``numel`` elements in each stage."""
+        return [packed_bytes(numel, bits, self.block_size) for bits in self.bits]
+
+    def code_starts(self, start: int, numel: int) -> list[int]:
+        """Return where the codes of each stage begin, in bytes, for a tensor whose data begin at ``start``."""
+        sizes = [self.scale_bytes(numel), *self.code_bytes(numel)]
+        return [start + end for end in accumulate(sizes[:-1])]
+
     def encoded_bytes(self, numel: int) -> int:
         """Return the bytes of the scales and codes of ``numel`` elements."""
-        return numel * self.stages + self.scale_bytes(numel)
+        return self.scale_bytes(numel) + sum(self.code_bytes(numel))
 
-    def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
-        """Return codes, scales and the codes of later stages as views of ``data``, ``[encoded_bytes(numel)]`` uint8."""
-        head, codes, *later = data.split_with_sizes([self.scale_bytes(numel), *[numel] * self.stages])
+    def views(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
+        """Return packed codes, scales and the packed codes of later stages as views of ``data``.
+
+        Args:
+            data: ``[encoded_bytes(numel)]`` uint8.
+            numel: Elements of the tensor.
+        """
+        head, codes, *later = data.split_with_sizes([self.scale_bytes(numel), *self.code_bytes(numel)])
         scales = head.view(torch.float32)
         return codes, scales if self.scales == 1 else scales.view(-1, self.scales), *later
+
+    def unpack(self, parts: Sequence[Tensor], numel: int) -> tuple[Tensor, ...]:
+        """Return the parts of :meth:`views` or :meth:`take` with a byte for each code."""
+        if self.is_bytes:
+            return tuple(parts)
+        codes, scales, *later = parts
+        first, *others = (
+            unpack(part, bits, self.block_size, numel) for part, bits in zip((codes, *later), self.bits, strict=True)
+        )
+        return first, scales, *others
+
+    def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
+        """Return codes, scales and the codes of later stages; codes of 8 bits and scales are views of ``data``."""
+        return self.unpack(self.views(data, numel), numel)
 
     def join(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Write the parts of a flat tensor to ``out``, ``[encoded_bytes(numel)]`` uint8."""
         codes, scales, *later = parts
-        torch.cat([scales.view(-1).view(torch.uint8), codes, *later], out=out)
+        packed = [pack(part, bits, self.block_size) for part, bits in zip((codes, *later), self.bits, strict=True)]
+        torch.cat([scales.view(-1).view(torch.uint8), *packed], out=out)
 
     def take(self, parts: Sequence[Tensor], which: slice | Tensor, length: int) -> tuple[Tensor, ...]:
-        """Return the parts of stretches of a flat tensor, of ``length`` elements each, a multiple of the block size."""
+        """Return the packed parts of stretches of a flat tensor.
+
+        Args:
+            parts: As :meth:`views` returns them.
+            which: A range of stretches, or the numbers of whole ones.
+            length: Elements of a stretch, a multiple of the block size.
+        """
         codes, scales, *later = parts
-        return (
-            take_stretches(codes, which, length),
-            take_stretches(scales, which, length // self.block_size),
-            *(take_stretches(part, which, length) for part in later),
+        first, *others = (
+            take_stretches(part, which, length * bits // 8)
+            for part, bits in zip((codes, *later), self.bits, strict=True)
         )
+        return first, take_stretches(scales, which, length // self.block_size), *others
 
 
 class KernelCodec(NamedTuple):
@@ -104,3 +146,10 @@ def check_block_size(block_size: int) -> int:
         nearest = min((2**i for i in range(5, 13)), key=lambda size: abs(size - block_size))
         raise ValueError(f"block_size must be a power of two between 32 and 4096, got {block_size}; try {nearest}")
     return block_size
+
+
+def check_bits(name: str, bits: int) -> int:
+    """Return ``bits`` if it is an integer from 2 to 8, else raise ValueError."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}; try 6")
+    return bits

@@ -62,8 +62,13 @@ class LogGrid(NamedTuple):
     step: Tensor
 
 
-def log_grid(bounds: Tensor) -> LogGrid:
-    """Return the grid from the smallest positive to the largest value of each block.
+def most_steps(bits: int) -> int:
+    """Return the number of steps between the codes 1 and ``2**bits - 1``."""
+    return (1 << bits) - 2
+
+
+def log_grid(bounds: Tensor, bits: int) -> LogGrid:
+    """Return the grid of codes of ``bits`` from the smallest positive to the largest value of each block.
 
     The bounds are these values, ``[blocks, 2]`` float32. When decoding, the grid reaches beyond both by more than the
     polynomials are off. So values clamped to the bounds give the bounds exactly.
@@ -71,7 +76,7 @@ def log_grid(bounds: Tensor) -> LogGrid:
     low, high = bounds.contiguous().view(torch.int32).unbind(dim=1)
     correction = log2_correction(low)
     span = (high - low).float() + (log2_correction(high) - correction)
-    steps = (span * (1.0 / FINEST_LOG_STEP)).floor().clamp(1, 254)
+    steps = (span * (1.0 / FINEST_LOG_STEP)).floor().clamp(1, most_steps(bits))
     step = ((span + 2.0 * LOG_MARGIN) / steps).round().to(torch.int32)
     first = low + correction.round().to(torch.int32) - LOG_MARGIN
     # The logarithms of different floats are at least a quarter apart, so this changes only blocks of one value.

@@ -14,15 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, name_with_bits
 from q8lightning.quantization.spec.logarithm import exp2_pattern, log2_correction, log_grid
 
 SMALLEST_NORMAL = 2.0**-126
 """A block of smaller magnitudes is stored as zeros, since the reciprocal of its scale would overflow."""
-
-RESIDUAL_DIVISOR = 253.0
-"""The scale of the residual is the first scale over this odd number. The residual then reaches a little beyond half a
-step of the linear codebook, and no decoded value lies on a threshold of the first stage."""
 
 ROUNDING = 2.0**23
 """Adding this to a float32 in [0, 2**23] leaves the nearest integer, ties to even, in the low bits of the pattern."""
@@ -138,31 +134,61 @@ def fake_quantize_rows(x: Tensor, codebook: Codebook, row: int) -> Tensor:
     return fake_quantize(x, codebook, row)
 
 
-def quantize_residual(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode with the linear codebook, then encode the rest with it again, at a 253rd of the scale.
+def residual_steps(bits: int, residual_bits: int) -> int:
+    """Return the steps of the residual in a block's scale.
 
-    A step of the residual is ``scale / (253 * 127)``, and its codes stay within 126 steps of its zero. So the sum of
-    both stages never reaches a threshold of the first one, and encoding it again gives the same codes.
+    A step of the linear codebook is divided into ``2**residual_bits - 1`` equal steps, an odd number. The largest code
+    reaches almost half a step of the first stage, and no decoded value lies on a threshold of that stage.
+    """
+    return ((1 << (bits - 1)) - 1) * ((1 << residual_bits) - 1)
+
+
+def quantize_residual(
+    x: Tensor, block_size: int, bits: int, residual_bits: int, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode with the linear codebook, then encode the rest in equal steps of :func:`residual_steps`.
+
+    The sum of both stages never reaches a threshold of the first one, so encoding it again gives the same codes.
+
+    Args:
+        x: As for :func:`quantize`.
+        block_size: Elements that share a scale.
+        bits: The bits of the first codes, 2 to 8.
+        residual_bits: The bits of the residual codes, 2 to 8.
+        statistics: As for :func:`quantize`.
 
     Returns:
-        codes and residual codes, ``[*shape]`` uint8 each, and scale ``[ceil(numel / block_size)]`` float32.
+        codes and residual codes, ``[*shape]`` uint8 each, and scale ``[ceil(numel / block_size)]`` float32. The
+        residual code of zero is ``2**(residual_bits - 1) - 1``.
     """
-    linear = BUILTIN["linear"]
+    linear = BUILTIN[name_with_bits("linear", bits)]
     codes, scale = quantize(x, linear, block_size)
     left = to_blocks(x, block_size) - to_blocks(dequantize(codes, scale, linear, block_size, torch.float32), block_size)
-    residual = round_to_code(left * reciprocal(scale)[:, None] * (RESIDUAL_DIVISOR * 127), zero=127).clamp(1, 253)
-    residual = from_blocks(torch.where(scale.isfinite()[:, None], residual, 127), x, torch.uint8)
+    zero = 2 ** (residual_bits - 1) - 1
+    steps = left * reciprocal(scale)[:, None] * residual_steps(bits, residual_bits)
+    residual = round_to_code(torch.where(scale.isfinite()[:, None], steps, 0.0).clamp(-zero, zero), zero)
+    residual = from_blocks(residual, x, torch.uint8)
     if statistics is not None:
-        statistics.copy_(measure(x, dequantize_residual(codes, residual, scale, block_size, x.dtype)))
+        decoded = dequantize_residual(codes, residual, scale, block_size, bits, residual_bits, x.dtype)
+        statistics.copy_(measure(x, decoded))
     return codes, residual, scale
 
 
-def dequantize_residual(codes: Tensor, residual: Tensor, scale: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_residual(
+    codes: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    block_size: int,
+    bits: int,
+    residual_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Return the sum of both stages, ``[*codes.shape]`` of ``dtype``."""
-    linear = BUILTIN["linear"]
+    linear = BUILTIN[name_with_bits("linear", bits)]
     first = dequantize(codes, scale, linear, block_size, torch.float32)
-    second = dequantize(residual, divide(scale, RESIDUAL_DIVISOR), linear, block_size, torch.float32)
-    return (first + second).to(dtype)
+    step = divide(scale, residual_steps(bits, residual_bits))
+    second = (to_blocks(residual, block_size) - (2 ** (residual_bits - 1) - 1)) * step[:, None]
+    return (first + from_blocks(second, codes, torch.float32)).to(dtype)
 
 
 def round_to_code(x: Tensor, zero: int) -> Tensor:
@@ -170,12 +196,12 @@ def round_to_code(x: Tensor, zero: int) -> Tensor:
     return (x + (ROUNDING + zero)) - ROUNDING
 
 
-def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Encode values that are never negative, such as second moments, at equal steps of their logarithm.
 
     Code 0 is exactly zero. The codes from 1 on are equal steps of log2, from the smallest positive to the largest value
-    of the block: 254 steps, or fewer if they would be finer than 1/64 octave. Both ends decode exactly, and no nonzero
-    value decodes to zero, unless it is a float64 that is zero in float32.
+    of the block: ``2**bits - 2`` steps, or fewer if they would be finer than 1/64 octave. Both ends decode exactly, and
+    no nonzero value decodes to zero, unless it is a float64 that is zero in float32.
 
     The logarithm adds a polynomial of the mantissa to the bit pattern, so that all processors agree on every bit. Below
     the smallest normal number, where patterns are linear, the steps are linear, too.
@@ -192,20 +218,20 @@ def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -
     wrong = (~blocks.isfinite() | (blocks < 0)).any(dim=1)
     bounds = torch.where(wrong[:, None], torch.nan, bounds)
 
-    grid = log_grid(bounds)
+    grid = log_grid(bounds, bits)
     pattern = torch.where(positive, blocks, 0.0).view(torch.int32)
     distance = (pattern - bounds.view(torch.int32)[:, :1]).float() + log2_correction(pattern)
     code = round_to_code((distance + grid.offset[:, None]) * grid.codes_per_pattern[:, None], zero=1)
     codes = from_blocks(torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0)), x, torch.uint8)
     if statistics is not None:
-        statistics.copy_(measure(x, dequantize_log(codes, bounds, block_size, x.dtype)))
+        statistics.copy_(measure(x, dequantize_log(codes, bounds, block_size, bits, x.dtype)))
     return codes, bounds
 
 
-def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the values of :func:`quantize_log`, ``[*codes.shape]`` of ``dtype``; NaN where the bounds are."""
     code = to_blocks(codes, block_size).to(torch.int32)
-    grid = log_grid(bounds)
+    grid = log_grid(bounds, bits)
     pattern = exp2_pattern(code * grid.step[:, None] + grid.origin[:, None])
     low, high = bounds.contiguous().view(torch.int32)[:, :, None].unbind(dim=1)  # patterns order as the floats do
     values = torch.minimum(torch.maximum(pattern, low), high) * code.clamp(max=1)

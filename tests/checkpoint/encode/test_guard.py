@@ -56,7 +56,7 @@ def saved(checkpoint: dict[str, Any], policy: CheckpointPolicy | str, path: Path
 
 def codecs_of(path: Path) -> dict[str, str]:
     return {
-        name.rsplit(".", 1)[-1]: "residual" if payload.codec.residual else payload.codec.name
+        name.rsplit(".", 1)[-1]: "residual" if payload.codec.residual_bits else payload.codec.name
         for name, payload in payloads_of(path).items()
     }
 
@@ -323,7 +323,9 @@ def test_a_tensor_at_the_limit_stays_on_its_side_of_it(tmp_path: Path) -> None:
     for seed in range(40):
         weight = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
         loaded, _ = saved(
-            {"state_dict": {"w": weight}}, policy_of(Rule("state_dict.*", "linear", residual=True)), tmp_path / "a.ckpt"
+            {"state_dict": {"w": weight}},
+            policy_of(Rule("state_dict.*", "linear", residual_bits=8)),
+            tmp_path / "a.ckpt",
         )
         original, rounded = _error_under("softsign", weight), _error_under("softsign", loaded["state_dict"]["w"])
         if rounded <= original:

@@ -92,7 +92,7 @@ def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) ->
     }
     if preset == "compact":
         expected["state_dict.half.weight"] = WEIGHTS[preset]
-    assert {name: (codec.name, codec.block_size, codec.residual) for name, codec in found.items()} == expected
+    assert {name: (codec.name, codec.block_size, codec.residual_bits) for name, codec in found.items()} == expected
 
 
 def test_there_is_a_file_with_every_codec() -> None:

@@ -11,6 +11,7 @@ from q8lightning.quantization.backends.kernels import bits
 from q8lightning.quantization.backends.kernels.sum_statistics import empty_partials, sum_of_one
 from q8lightning.quantization.backends.kernels.tables import Tables
 from q8lightning.quantization.spec import reference
+from q8lightning.quantization.spec.layout import Layout
 
 
 class Settings(NamedTuple):
@@ -58,6 +59,12 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "many in cells": (Settings(1024, 1), Settings(1024, 1)),
     "many residual": (Settings(1024, 2), Settings(1024, 1)),
     "many log": (Settings(2048, 1), Settings(2048, 1)),
+    "many packed codebook": (Settings(1024, 1), Settings(1024, 1)),
+    "many packed residual": (Settings(1024, 2), Settings(1024, 1)),
+    "many packed log": (Settings(2048, 1), Settings(2048, 1)),
+    "many decode packed codebook": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode packed residual": (Settings(1024, 2), Settings(4096, 2)),
+    "many decode packed log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
     "many decode codebook": (Settings(1024, 2), Settings(4096, 2)),
     "many decode residual": (Settings(1024, 2), Settings(4096, 2)),
     "many decode log": (Settings(2048, 1, row=64), Settings(2048, 1, row=64)),
@@ -65,6 +72,9 @@ SETTINGS: dict[str, tuple[Settings, Settings]] = {
     "many fake_quantize in cells": (Settings(1024, 2), Settings(1024, 2)),
     "measured many fake_quantize": (Settings(512, 1), Settings(512, 1)),
     "measured many fake_quantize in cells": (Settings(512, 1), Settings(1024, 2)),
+    "measured many packed codebook": (Settings(512, 1), Settings(512, 1)),
+    "measured many packed residual": (Settings(1024, 1), Settings(512, 1)),
+    "measured many packed log": (Settings(512, 1), Settings(512, 1)),
     "measured many codebook": (Settings(512, 1), Settings(512, 1)),
     "measured many in cells": (Settings(256, 1), Settings(512, 1)),
     "measured many residual": (Settings(1024, 1), Settings(512, 1)),
@@ -217,3 +227,9 @@ def in_pairs(x: Tensor) -> bool:
 def search_constants(tables: Tables) -> dict[str, int | str]:
     """Return the constants with which ``codecs/codebook.py`` searches for a code."""
     return {"SEARCH": tables.search, "SHIFT": tables.shift, "BITS": tables.bits}
+
+
+def bits_constants(layout: Layout) -> dict[str, int]:
+    """Return the constants with which kernels pack codes; the codes of a second stage have 0 bits if there is none."""
+    first, *rest = layout.bits
+    return {"BITS": first, "REST_BITS": sum(rest)}

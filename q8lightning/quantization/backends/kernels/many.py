@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.quantization.backends.kernels.launch import decoded_row, in_pairs, search_constants
+from q8lightning.quantization.backends.kernels.launch import bits_constants, decoded_row, in_pairs, search_constants
 from q8lightning.quantization.backends.kernels.many_kernels import (
     decode_kernel,
     encode_kernel,
@@ -27,7 +27,12 @@ from q8lightning.quantization.backends.kernels.update_direction import update_di
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch, describe, launches
 from q8lightning.quantization.spec.block_choice import limit_of
 from q8lightning.quantization.spec.codebook import Codebook
-from q8lightning.quantization.spec.layout import KernelCodec
+from q8lightning.quantization.spec.layout import KernelCodec, Layout
+
+
+def _packed(layout: Layout) -> str:
+    """Return the word in the names of settings for kernels that pack codes."""
+    return "" if layout.is_bytes else "packed "
 
 
 def _run(kernel: Any, launch: Launch, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
@@ -63,10 +68,13 @@ def encode(
         statistics: ``[tensors, 5]`` float64 to be written, or None. Rows of empty tensors are not written.
     """
     tables, layout = tables_of(codec.codebook, buffer.device), codec.layout
-    settings = f"many {codec.kernel}" if tables.closed_form else "many in cells"
+    settings = f"many {_packed(layout)}{codec.kernel}" if tables.closed_form else "many in cells"
     if statistics is not None:
         settings = f"measured {settings}"
-    constants = {"CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables)}
+    constants = {
+        "CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables),
+        **bits_constants(layout),
+    }  # fmt: skip
     for launch in launches(describe(tensors, starts), layout, layout.block_size, settings, buffer.device):
         parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
         constants |= {"ROWS": launch.rows, "BLOCK": layout.block_size}
@@ -82,13 +90,14 @@ def encode(
 def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], codec: KernelCodec) -> None:
     """Decode what :func:`encode` wrote into ``values``: ``[numel]`` float32, float16 or bfloat16 each."""
     tables, block_size = tables_of(codec.codebook, buffer.device), codec.layout.block_size
-    settings = f"many decode {codec.kernel}"
+    settings = f"many decode {_packed(codec.layout)}{codec.kernel}"
     row = decoded_row(settings, block_size)
     for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
         _run(
             decode_kernel, launch, launch.programs,
             values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
             ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=tables.level_search,
+            **bits_constants(codec.layout),
         )  # fmt: skip
 
 

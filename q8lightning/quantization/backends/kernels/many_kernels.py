@@ -46,18 +46,19 @@ def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
 def encode_kernel(
     x, codes, scales, failed, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
     if left <= 0:
         return
     elements = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = load_float(x + _start(row, 1, skip, MULTIPLE), elements, elements < left)
-    rest = codes + _start(row, 4, skip, 16 if ALIGNED else 1)
+    # A tile has at least 256 elements, so that its codes begin at a multiple of 16 bytes whatever bits they have.
+    rest = codes + _start(row, 4, skip // 8 * REST_BITS, 16 if ALIGNED else 1)
     _, wrong = encode_tile(
-        values, x, codes + _start(row, 2, skip, 16 if ALIGNED else 1), rest,
+        values, x, codes + _start(row, 2, skip // 8 * BITS, 16 if ALIGNED else 1), rest,
         scales + tl.load(row + 3) + skip // BLOCK * SCALES, left, table, levels,
-        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, END,
+        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
     )  # fmt: skip
     if wrong != 0:
         tl.atomic_or(failed + tl.load(row + 5), 1)
@@ -67,7 +68,7 @@ def encode_kernel(
 def measured_encode_kernel(
     x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """Encode and measure a segment, tile after tile as in ``fake_quantize_tiles``; lanes keep their sums."""
     TILE: tl.constexpr = ROWS * BLOCK
@@ -91,8 +92,9 @@ def measured_encode_kernel(
         following = elements + (i + 1) * TILE
         ahead = tl.load(x + following, mask=following < left, other=0.0)
         decoded, tile_wrong = encode_tile(
-            values, x, codes + i * TILE, rest + i * TILE, scales + i * (ROWS * SCALES),
-            left - i * TILE, table, levels, ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, END,
+            values, x, codes + i * (TILE * BITS // 8), rest + i * (TILE * REST_BITS // 8),
+            scales + i * (ROWS * SCALES), left - i * TILE, table, levels,
+            ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
         )  # fmt: skip
         wrong |= tile_wrong
         error, squares, largest, zeros, zeroed = add(
@@ -112,7 +114,7 @@ def measured_encode_kernel(
             values, _, _ = load_again(x, elements, left, i)
             decoded, _ = encode_tile(
                 values, x, codes, rest, scales, left - i * TILE, table, levels,
-                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, END,
+                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
             )  # fmt: skip
             error, squares, zeroed = add_in_units(values, decoded.to(tl.float32), shrink, error, squares, zeroed)
         largest = tl.where(error == error, largest, error)
@@ -125,6 +127,7 @@ def measured_encode_kernel(
 def decode_kernel(
     x, codes, scales, work, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr,
+    BITS: tl.constexpr, REST_BITS: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
     if left <= 0:
@@ -134,8 +137,10 @@ def decode_kernel(
     mask, row_mask = elements < left, rows * BLOCK < left
     MOST: tl.constexpr = 16 if ALIGNED else 1
     value = decode_tile(
-        codes + _start(row, 2, skip, MOST), codes + _start(row, 4, skip, MOST), scales + tl.load(row + 3), levels,
-        elements, mask, (skip // BLOCK + rows) // PARTS, row_mask, CODEC, SEARCH,
+        codes + _start(row, 2, skip if BITS == 8 else 0, MOST),
+        codes + _start(row, 4, skip if REST_BITS == 8 else 0, MOST),
+        scales + tl.load(row + 3), levels, elements, mask, skip // BLOCK + rows, row_mask, PARTS,
+        CODEC, SEARCH, BITS, REST_BITS,
     )  # fmt: skip
     store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
 

@@ -1,6 +1,5 @@
 """Build the tables with which kernels search a codebook, once for each codebook and device."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from q8lightning.quantization.spec.closed_form import ClosedForm
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
 from q8lightning.system.ambient import lasting
 
@@ -24,7 +24,7 @@ class Tables(NamedTuple):
             which are zero in such a threshold. Cells exist for all floats, so that nothing has to be clamped; the few
             kilobytes that are read stay in the cache.
         shift: How many trailing bits of a pattern a cell leaves open.
-        bits: Steps of the binary search.
+        bits: The bits of a code, and the steps of the binary search.
         levels: ``[256]`` float32, 0 for codes that the codebook lacks.
     """
 
@@ -37,16 +37,12 @@ class Tables(NamedTuple):
     @property
     def closed_form(self) -> bool:
         """Whether codes are computed without a table."""
-        return self.search in _CLOSED_FORMS.values()
+        return self.search in ("linear", "softsign")
 
     @property
     def level_search(self) -> str:
         """How kernels find the level of a code: ``"linear"`` computes it, ``"table"`` loads it."""
         return "linear" if self.search == "linear" else "table"
-
-
-_CLOSED_FORMS = {BUILTIN[name].closed_form: name for name in ("linear", "softsign")}
-"""The closed forms that the kernels compute, with their names."""
 
 
 def tables_of(codebook: Codebook | None, device: torch.device) -> Tables:
@@ -62,16 +58,16 @@ def tables_of(codebook: Codebook | None, device: torch.device) -> Tables:
 
 @lru_cache(maxsize=256)
 @lasting()
-def _make(codebook: Codebook, closed_form: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tables:
+def _make(codebook: Codebook, closed_form: ClosedForm | None, device: torch.device) -> Tables:
     thresholds, levels = codebook.thresholds, codebook.tensor()
     levels = pad(levels, (0, 256 - levels.numel())).to(device)
-    if closed_form in _CLOSED_FORMS:
-        return Tables(_CLOSED_FORMS[closed_form], torch.empty(0, dtype=torch.int32, device=device), 0, 0, levels)
+    bits = codebook.bits
+    if closed_form is not None:
+        return Tables(closed_form.kind, torch.empty(0, dtype=torch.int32, device=device), 0, bits, levels)
     for shift in (17, 16):  # 6 mantissa bits, or 7: one threshold a cell
         cells = _cells(thresholds, shift)
         if cells is not None:
-            return Tables("cells", cells.to(device), shift, 0, levels)
-    bits = thresholds.numel().bit_length()
+            return Tables("cells", cells.to(device), shift, bits, levels)
     padded = pad(thresholds, (0, 2**bits - 1 - thresholds.numel()), value=torch.inf)
     return Tables("thresholds", padded.view(torch.int32).to(device), 0, bits, levels)
 

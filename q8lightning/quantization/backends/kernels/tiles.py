@@ -54,3 +54,73 @@ def load_code_for(values, pointer, start, offsets, mask):
 @triton.jit
 def store(pointer, offsets, value, mask):
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_codes(pointer, code, elements, mask, row_mask, ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Store the codes of a tile of whole blocks as ``spec/packing.py`` says."""
+    if BITS == 8:
+        store(pointer, elements, code, mask)
+    else:
+        block = pointer + tl.arange(0, ROWS)[:, None] * (BLOCK * BITS // 8)
+        code = tl.where(mask, code, 0)
+        if BITS & 4:
+            plane = _merged(code & 15, 4)
+            store(block, tl.arange(0, BLOCK // 2)[None, :], plane, row_mask[:, None])
+        if BITS & 2:
+            plane = _merged(_merged((code >> (BITS & 4)) & 3, 2), 4)
+            store(block + BLOCK * (BITS & 4) // 8, tl.arange(0, BLOCK // 4)[None, :], plane, row_mask[:, None])
+        if BITS & 1:
+            plane = _merged(_merged(_merged(code >> (BITS - 1), 1), 2), 4)
+            store(block + BLOCK * (BITS - 1) // 8, tl.arange(0, BLOCK // 8)[None, :], plane, row_mask[:, None])
+
+
+@triton.jit
+def _merged(fields, WIDTH: tl.constexpr):
+    """Join each two fields of so many bits to one."""
+    low, high = tl.split(tl.reshape(fields, (fields.shape[0], fields.shape[1] // 2, 2)))
+    return low | (high << WIDTH)
+
+
+@triton.jit
+def load_codes(
+    pointer, elements, mask, tile_rows, row_mask, ROW: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr
+):
+    """Load the codes of a tile, of which PARTS rows are a block.
+
+    Args:
+        pointer: To the code of the first of ``elements`` if codes are bytes; else to the block that ``tile_rows`` count
+            from.
+        elements: ``[ROWS, ROW]``.
+        mask: Of elements.
+        tile_rows: ``[ROWS]``, the number of each row.
+        row_mask: Of rows.
+        ROW: Elements of a row.
+        PARTS: Rows of a block.
+        BITS: Bits of a code.
+    """
+    if BITS == 8:
+        code = load_code(pointer, elements, mask)
+    else:
+        BLOCK: tl.constexpr = ROW * PARTS
+        block = pointer + ((tile_rows // PARTS) * (BLOCK * BITS // 8))[:, None]
+        part = (tile_rows % PARTS)[:, None] * ROW
+        code = tl.zeros(elements.shape, tl.int32)
+        if BITS & 4:
+            code |= _spread(load_code(block + part // 2, tl.arange(0, ROW // 2)[None, :], row_mask[:, None]), 4)
+        if BITS & 2:
+            plane = block + (BLOCK * (BITS & 4) // 8) + part // 4
+            fields = _spread(load_code(plane, tl.arange(0, ROW // 4)[None, :], row_mask[:, None]), 4)
+            code |= _spread(fields, 2) << (BITS & 4)
+        if BITS & 1:
+            plane = block + (BLOCK * (BITS - 1) // 8) + part // 8
+            fields = _spread(load_code(plane, tl.arange(0, ROW // 8)[None, :], row_mask[:, None]), 4)
+            code |= _spread(_spread(fields, 2), 1) << (BITS - 1)
+    return code
+
+
+@triton.jit
+def _spread(fields, WIDTH: tl.constexpr):
+    """Cut each field in two of so many bits."""
+    pairs = tl.join(fields & ((1 << WIDTH) - 1), fields >> WIDTH)
+    return tl.reshape(pairs, (fields.shape[0], fields.shape[1] * 2))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from q8lightning.quantization.backends.kernels.bits import rounded
 from q8lightning.quantization.backends.kernels.codecs.dispatch import decode_tile
+from q8lightning.quantization.backends.kernels.launch import bits_constants
 from q8lightning.quantization.backends.kernels.tables import tables_of
 from q8lightning.quantization.backends.kernels.tiles import load_float
 from q8lightning.quantization.backends.kernels.work_list import SEGMENT
@@ -57,17 +58,19 @@ class _Place(NamedTuple):
         offset = (self.addresses[index] - self.addresses[0]) // self.itemsize
         if self.layout is None:
             return offset, 0, 0, 0
-        codes = self.starts[index] + self.layout.scale_bytes(numel)
-        return offset, codes, self.starts[index] // 4, codes + numel
+        stages = self.layout.code_starts(self.starts[index], numel)
+        return offset, stages[0], self.starts[index] // 4, stages[-1]
 
     def advance(self, segment: int) -> tuple[int, int, int, int]:
         """Return how far these offsets move from one segment to the next."""
-        scales = 0 if self.layout is None else segment // self.layout.block_size * self.layout.scales
-        return segment, segment, scales, segment
+        if self.layout is None:
+            return segment, 0, 0, 0
+        first, rest = (segment // 8 * bits for bits in (self.layout.bits[0], self.layout.bits[-1]))
+        return segment, first, segment // self.layout.block_size * self.layout.scales, rest
 
     def is_aligned(self, index: int, numel: int) -> bool:
-        codes = 0 if self.layout is None else self.starts[index] + self.layout.scale_bytes(numel)
-        return not any(n % 16 for n in (self.addresses[index], numel, codes))
+        codes = [] if self.layout is None else self.layout.code_starts(self.starts[index], numel)
+        return not any(n % 16 for n in (self.addresses[index], numel, *codes))
 
 
 class _Launch(NamedTuple):
@@ -93,7 +96,8 @@ class _Launch(NamedTuple):
 @triton.jit
 def _stored(
     values, like, buffer, floats, levels, row, COLUMN: tl.constexpr, elements, mask, tile_rows, row_mask,
-    PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Return a tile as it is stored, decoded to float32."""
     MULTIPLE: tl.constexpr = 16 if ALIGNED else 1
@@ -104,7 +108,7 @@ def _stored(
         rest = buffer + tl.multiple_of(tl.load(row + COLUMN + 3), MULTIPLE)
         scales = floats + tl.load(row + COLUMN + 2)
         value = decode_tile(
-            codes, rest, scales, levels, elements, mask, tile_rows // PARTS, row_mask, CODEC, SEARCH,
+            codes, rest, scales, levels, elements, mask, tile_rows, row_mask, PARTS, CODEC, SEARCH, BITS, REST_BITS,
         )  # fmt: skip
         return rounded(value, like).to(tl.float32)
 
@@ -119,7 +123,9 @@ def _sums_kernel(
     firsts, seconds, buffer, floats, first_levels, second_levels, work, partials, eps,
     ROWS: tl.constexpr, ROW: tl.constexpr, ALIGNED: tl.constexpr,
     FIRST_MULTIPLE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_CODEC: tl.constexpr, FIRST_SEARCH: tl.constexpr,
+    FIRST_BITS: tl.constexpr, FIRST_REST_BITS: tl.constexpr,
     SECOND_MULTIPLE: tl.constexpr, SECOND_PARTS: tl.constexpr, SECOND_CODEC: tl.constexpr, SECOND_SEARCH: tl.constexpr,
+    SECOND_BITS: tl.constexpr, SECOND_REST_BITS: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = ROWS * ROW
     segment = tl.program_id(0)
@@ -139,9 +145,9 @@ def _sums_kernel(
         direction = _direction(first, second, eps)
         stored = _direction(
             _stored(first, firsts, buffer, floats, first_levels, row, 1, elements, mask, tile_rows, row_mask,
-                    FIRST_PARTS, FIRST_CODEC, FIRST_SEARCH, ALIGNED),
+                    FIRST_PARTS, FIRST_CODEC, FIRST_SEARCH, FIRST_BITS, FIRST_REST_BITS, ALIGNED),
             _stored(second, seconds, buffer, floats, second_levels, row, 5, elements, mask, tile_rows, row_mask,
-                    SECOND_PARTS, SECOND_CODEC, SECOND_SEARCH, ALIGNED),
+                    SECOND_PARTS, SECOND_CODEC, SECOND_SEARCH, SECOND_BITS, SECOND_REST_BITS, ALIGNED),
             eps,
         )  # fmt: skip
         off = tl.where(mask, stored - direction, 0.0).to(tl.float64)
@@ -198,7 +204,7 @@ def update_direction_sums(
             f"{name}_PARTS": place.block_size // row,
             f"{name}_CODEC": "raw" if codec is None else codec.kernel,
             f"{name}_SEARCH": tables.level_search,
-        }
+        } | {f"{name}_{key}": bits for key, bits in bits_constants(place.layout or Layout(TILE)).items()}
     numels = tuple(x.numel() for x in tensors[0])
     for launch in _launches(*places, numels, buffer.device):
         members = tensors[0][0], tensors[1][0]

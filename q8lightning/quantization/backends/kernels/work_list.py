@@ -102,9 +102,9 @@ def launches(group: Group, layout: Layout | None, row: int, settings: str, devic
     """
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
     for index, (address, numel, dtype, start, _) in enumerate(zip(*group, strict=True)):
-        counterpart = start + (layout.scale_bytes(numel) if layout is not None else 0)
+        counterparts = (start,) if layout is None else layout.code_starts(start, numel)
         if numel:
-            kinds.setdefault((dtype, not any(n % 16 for n in (address, numel, counterpart))), []).append(index)
+            kinds.setdefault((dtype, not any(n % 16 for n in (address, numel, *counterparts))), []).append(index)
     return tuple(
         _launch(group, layout, row, settings, device, dtype, aligned, members)
         for (dtype, aligned), members in kinds.items()
@@ -130,12 +130,13 @@ def _launch(
         if layout is None:
             columns.append((numel, offset, start // size, 0, number))
         else:
-            codes = start + layout.scale_bytes(numel)
-            columns.append((numel, offset, codes, start // 4, codes + numel, number))
+            stages = layout.code_starts(start, numel)
+            columns.append((numel, offset, stages[0], start // 4, stages[-1], number))
     if layout is None:
         advance = [-segment, segment, segment, segment // row, 0]
     else:
-        advance = [-segment, segment, segment, segment // layout.block_size * layout.scales, segment, 0]
+        codes, later = (segment // 8 * bits for bits in (layout.bits[0], layout.bits[-1]))
+        advance = [-segment, segment, codes, segment // layout.block_size * layout.scales, later, 0]
     work, first, used = _work(columns, advance, rows * row, device)
     numbers = torch.tensor([group.numbers[index] for index in members], dtype=torch.int64, device=device)
     return Launch(dtype, tuple(members), aligned, rows, warps, work, first, used, numbers)

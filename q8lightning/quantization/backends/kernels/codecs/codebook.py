@@ -38,9 +38,6 @@ from q8lightning.quantization.spec.layout import empty_codes, empty_scales
 
 SMALLEST_NORMAL = tl.constexpr(reference.SMALLEST_NORMAL)
 
-HIGH_127TH = tl.constexpr(float(2064 * 2.0**-18))  # 1 / 127 to 12 bits
-LOW_127TH = tl.constexpr(1 / 127 - 2064 * 2.0**-18)
-
 
 @triton.jit
 def block_scale(x, END: tl.constexpr):
@@ -91,11 +88,12 @@ def look_up(table, index):
 @triton.jit
 def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """Return the number of thresholds below each normalised value, by the search that ``tables.Tables`` describes."""
+    HALF: tl.constexpr = (1 << (BITS - 1)) - 1
     if SEARCH == "linear":
-        code = round_to_code(y * 127.0, 127)
+        code = round_to_code(y * (HALF * 1.0), HALF)
     elif SEARCH == "softsign":
         share = bits_of(1.0 - reciprocal_to_two(tl.abs(y) + 1.0)) | (bits_of(y) & SIGN)
-        code = round_to_code(float_of(share) * 254.0, 127)
+        code = round_to_code(float_of(share) * (HALF * 2.0), HALF)
     elif SEARCH == "cells":
         word = look_up(table, (y.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32))
         code = (word & 0xFF) + (y > float_of(word & -0x100)).to(tl.int32)
@@ -130,32 +128,43 @@ def reciprocal_to_two(a):
 
 
 @triton.jit
-def linear_level(k):
-    """Return k / 127, correctly rounded, for an integer k in [-127, 127] as float32."""
-    # 1 / 127 is a sum of two parts. The first product is exact, and the sum is the rounded quotient for all these k.
-    return tl.fma(k, HIGH_127TH, k * LOW_127TH)
+def linear_level(k, BITS: tl.constexpr):
+    """Return k over the largest k, correctly rounded, for an integer k of the codebook as float32."""
+    # One over the largest k is a sum of two parts. The first product is exact, and the sum is the rounded quotient for
+    # all k, as a test shows by trying them.
+    PART: tl.constexpr = 1.0 / (1 << (BITS - 1))
+    HIGH: tl.constexpr = PART + PART * PART
+    LOW: tl.constexpr = 1.0 / ((1 << (BITS - 1)) - 1) - HIGH
+    return tl.fma(k, HIGH, k * LOW)
 
 
 @triton.jit
-def linear_steps(y):
+def linear_steps(y, BITS: tl.constexpr):
     """Return the nearest integer number of steps of the linear codebook, as float32."""
-    return (y * 127.0 + (ROUNDING + 127.0)) - (ROUNDING + 127.0)
+    HALF: tl.constexpr = (1 << (BITS - 1)) - 1.0
+    return (y * HALF + (ROUNDING + HALF)) - (ROUNDING + HALF)
 
 
 @triton.jit
-def level(code, levels, SEARCH: tl.constexpr):
+def as_integer(code, ZERO: tl.constexpr):
+    """Return ``code - ZERO`` as float32, for codes in [0, 255]."""
+    return float_of(code | ROUNDING_PATTERN) - (ROUNDING + ZERO)
+
+
+@triton.jit
+def level(code, levels, SEARCH: tl.constexpr, BITS: tl.constexpr):
     """Return ``levels[code]``. ``levels`` is ``[256]`` float32, 0 for codes that the codebook lacks."""
     if SEARCH == "linear":
-        k = float_of(code | ROUNDING_PATTERN) - (ROUNDING + 127.0)
-        return tl.where(code == 255, 0.0, linear_level(k))
+        k = as_integer(code, (1 << (BITS - 1)) - 1)
+        return tl.where(code > (1 << BITS) - 2, 0.0, linear_level(k, BITS))
     else:
         return float_of(look_up(levels, code))
 
 
 @triton.jit
-def decode(code, levels, scale, SEARCH: tl.constexpr):
+def decode(code, levels, scale, SEARCH: tl.constexpr, BITS: tl.constexpr):
     """Return the values as ``reference.dequantize``."""
-    return level(code, levels, SEARCH) * nan_unless_finite(scale)[:, None]
+    return level(code, levels, SEARCH, BITS) * nan_unless_finite(scale)[:, None]
 
 
 @triton.jit
@@ -164,9 +173,9 @@ def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, B
     scale = block_scale(x, END)
     y = x * reciprocal(scale)[:, None]  # NaN in a block that is not finite, whose codes do not matter
     if SEARCH == "linear":
-        value = linear_level(linear_steps(y))
+        value = linear_level(linear_steps(y, BITS), BITS)
     else:
-        value = level(nearest_code(y, table, SEARCH, SHIFT, BITS), levels, SEARCH)
+        value = level(nearest_code(y, table, SEARCH, SHIFT, BITS), levels, SEARCH, BITS)
     return value * nan_unless_finite(scale)[:, None]
 
 
@@ -182,18 +191,18 @@ def _quantize_kernel(
     store(codes + first * BLOCK, elements, code, mask)
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
-        decoded = rounded(decode(code, levels, block_scale, SEARCH), x)
+        decoded = rounded(decode(code, levels, block_scale, SEARCH, BITS), x)
         measure(values, decoded, left, partials)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale"])  # they lie anywhere in a buffer
 def _dequantize_kernel(
     codes, scale, values, levels, numel,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
     block_scale = load_float(scale, (first + rows) // PARTS, row_mask)
-    value = decode(load_code(codes + first * BLOCK, elements, mask), levels, block_scale, SEARCH)
+    value = decode(load_code(codes + first * BLOCK, elements, mask), levels, block_scale, SEARCH, BITS)
     store(values + first * BLOCK, elements, value, mask)
 
 
@@ -217,5 +226,6 @@ def dequantize(codes: Tensor, scale: Tensor, codebook: Codebook, block_size: int
     settings = "dequantize linear" if tables.level_search == "linear" else "dequantize"
     parts, levels = (codes, scale), (tables.levels,)
     return launch.run_decoder(
-        _dequantize_kernel, settings, block_size, parts, dtype, tables=levels, SEARCH=tables.level_search
-    )
+        _dequantize_kernel, settings, block_size, parts, dtype, tables=levels, SEARCH=tables.level_search,
+        BITS=tables.bits,
+    )  # fmt: skip

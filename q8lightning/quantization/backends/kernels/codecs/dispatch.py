@@ -11,14 +11,14 @@ import triton.language as tl
 
 from q8lightning.quantization.backends.kernels.bits import is_finite, rounded
 from q8lightning.quantization.backends.kernels.codecs import codebook, log, residual
-from q8lightning.quantization.backends.kernels.tiles import load_code, load_float, store
+from q8lightning.quantization.backends.kernels.tiles import load_codes, load_float, store, store_codes
 
 
 @triton.jit
 def encode_tile(
     values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, END: tl.constexpr,
+    BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """Encode a tile. Return its decoded values in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
     rows = tl.arange(0, ROWS)
@@ -26,42 +26,48 @@ def encode_tile(
     mask, row_mask = elements < left, rows * BLOCK < left
     decoded = values
     if CODEC == "log":
-        code, scale, high = log.encode(values)
+        code, scale, high = log.encode(values, BITS)
         if STORE:
             store(scales, rows * 2, scale, row_mask)
             store(scales, rows * 2 + 1, high, row_mask)
         if DECODE:
-            decoded = rounded(log.decode(code, scale, high), like)
+            decoded = rounded(log.decode(code, scale, high, BITS), like)
     elif CODEC == "residual":
-        code, second, scale = residual.encode(values)
+        code, second, scale = residual.encode(values, BITS, REST_BITS)
         if STORE:
-            store(rest, elements, second, mask)
+            store_codes(rest, second, elements, mask, row_mask, ROWS, BLOCK, REST_BITS)
             store(scales, rows, scale, row_mask)
         if DECODE:
-            decoded = rounded(residual.decode(code, second, scale), like)
+            decoded = rounded(residual.decode(code, second, scale, BITS, REST_BITS), like)
     else:
         code, scale = codebook.encode(values, table, SEARCH, SHIFT, BITS, END)
         if STORE:
             store(scales, rows, scale, row_mask)
         if DECODE:
-            decoded = rounded(codebook.decode(code, levels, scale, SEARCH), like)
+            decoded = rounded(codebook.decode(code, levels, scale, SEARCH, BITS), like)
     if STORE:
-        store(codes, elements, code, mask)
+        store_codes(codes, code, elements, mask, row_mask, ROWS, BLOCK, BITS)
     return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
 
 
 @triton.jit
 def decode_tile(
-    codes, rest, scales, levels, elements, mask, blocks, row_mask, CODEC: tl.constexpr, SEARCH: tl.constexpr
-):
-    """Return the decoded values of ``elements``, ``[ROWS, ROW]`` float32; ``blocks`` holds the block of each row."""
-    code = load_code(codes, elements, mask)
+    codes, rest, scales, levels, elements, mask, tile_rows, row_mask, PARTS: tl.constexpr, CODEC: tl.constexpr,
+    SEARCH: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return the decoded values of ``elements``, ``[ROWS, ROW]`` float32.
+
+    Pointers, ``tile_rows`` and PARTS are those of ``tiles.load_codes``.
+    """
+    ROW: tl.constexpr = elements.shape[1]
+    blocks = tile_rows // PARTS
+    code = load_codes(codes, elements, mask, tile_rows, row_mask, ROW, PARTS, BITS)
     if CODEC == "log":
         low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)
-        value = log.decode(code, low, high)
+        value = log.decode(code, low, high, BITS)
     elif CODEC == "residual":
-        second = load_code(rest, elements, mask)
-        value = residual.decode(code, second, load_float(scales, blocks, row_mask))
+        second = load_codes(rest, elements, mask, tile_rows, row_mask, ROW, PARTS, REST_BITS)
+        value = residual.decode(code, second, load_float(scales, blocks, row_mask), BITS, REST_BITS)
     else:
-        value = codebook.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH)
+        value = codebook.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH, BITS)
     return value

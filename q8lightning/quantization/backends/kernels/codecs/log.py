@@ -46,11 +46,11 @@ def exp2_pattern(position):
 
 
 @triton.jit
-def log_grid(low, high):
+def log_grid(low, high, BITS: tl.constexpr):
     """Return offset, codes per pattern, origin and step as ``logarithm.log_grid``, of the patterns of the bounds."""
     correction = log2_correction(low)
     span = (high - low).to(tl.float32) + (log2_correction(high) - correction)
-    steps = tl.minimum(tl.maximum(tl.floor(span * (1.0 / FINEST_LOG_STEP)), 1.0), 254.0)
+    steps = tl.minimum(tl.maximum(tl.floor(span * (1.0 / FINEST_LOG_STEP)), 1.0), (1 << BITS) - 2.0)
     step = round_to_integer(tl.div_rn(span + 2.0 * LOG_MARGIN, steps))
     first = low + round_to_integer(correction) - LOG_MARGIN
     return -correction, tl.div_rn(steps, tl.maximum(span, 0.25)), first - step, step
@@ -66,7 +66,7 @@ def once(x):
 
 
 @triton.jit
-def encode(x):
+def encode(x, BITS: tl.constexpr):
     """Return codes, and the smallest positive and the largest value, as ``reference.quantize_log``."""
     pattern = bits_of(x + 0.0)  # no negative zero
     # As unsigned integers, the patterns of negative values lie above that of NaN, and that of zero minus 1 above all.
@@ -76,7 +76,7 @@ def encode(x):
     low = tl.where(wrong, NAN, low)
     high = tl.where(wrong, NAN, high.to(tl.int32, bitcast=True))
 
-    offset, codes_per_pattern, _, _ = log_grid(low, high)
+    offset, codes_per_pattern, _, _ = log_grid(low, high, BITS)
     distance = (pattern - low[:, None]).to(tl.float32) + log2_correction(pattern)
     code = round_to_code((distance + offset[:, None]) * codes_per_pattern[:, None], 1)
     code = tl.where(wrong[:, None], 1, tl.where(pattern == 0, 0, code))
@@ -84,10 +84,10 @@ def encode(x):
 
 
 @triton.jit
-def decode(code, low, high):
+def decode(code, low, high, BITS: tl.constexpr):
     """Return the values as ``reference.dequantize_log``."""
     low, high = bits_of(low), bits_of(high)
-    _, _, origin, step = log_grid(low, high)
+    _, _, origin, step = log_grid(low, high, BITS)
     origin, step = once(origin), once(step)
     pattern = exp2_pattern(code * step[:, None] + origin[:, None])
     pattern = tl.minimum(tl.maximum(pattern, low[:, None]), high[:, None])
@@ -96,38 +96,41 @@ def decode(code, low, high):
 
 @triton.jit
 def _quantize_log_kernel(
-    x, codes, bounds, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr
-):
+    x, codes, bounds, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
     first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
     values = load_float(x + first * BLOCK, elements, mask)
-    code, low, high = encode(values)
+    code, low, high = encode(values, BITS)
     store(codes + first * BLOCK, elements, code, mask)
     store(bounds + first * 2, rows * 2, low, row_mask)
     store(bounds + first * 2, rows * 2 + 1, high, row_mask)
     if MEASURE:
-        decoded = rounded(decode(code, low, high), x)
+        decoded = rounded(decode(code, low, high, BITS), x)
         measure(values, decoded, left, partials)
 
 
 @triton.jit(do_not_specialize_on_alignment=["bounds"])  # they lie anywhere in a buffer
-def _dequantize_log_kernel(codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _dequantize_log_kernel(
+    codes, bounds, values, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr
+):
     first, rows, row_mask, elements, mask, _ = tile(numel, ROWS, BLOCK)
     blocks = (first + rows) // PARTS
     low, high = load_float(bounds, blocks * 2, row_mask), load_float(bounds, blocks * 2 + 1, row_mask)
     code = load_code_for(values, codes, first * BLOCK, elements, mask)
-    store(values + first * BLOCK, elements, decode(code, low, high), mask)
+    store(values + first * BLOCK, elements, decode(code, low, high, BITS), mask)
 
 
-def quantize_log(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As ``reference.quantize_log``."""
     parts = empty_codes(x), empty_scales(x, block_size, 2)
     launch.run_encoder(
         _quantize_log_kernel, "quantize_log", block_size, x, parts, statistics,
-        decode=lambda: dequantize_log(*parts, block_size, x.dtype),
+        decode=lambda: dequantize_log(*parts, block_size, bits, x.dtype), BITS=bits,
     )  # fmt: skip
     return parts
 
 
-def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype) -> Tensor:
     """As ``reference.dequantize_log``."""
-    return launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, (codes, bounds), dtype)
+    return launch.run_decoder(_dequantize_log_kernel, "dequantize_log", block_size, (codes, bounds), dtype, BITS=bits)
