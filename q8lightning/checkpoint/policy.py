@@ -17,7 +17,7 @@ from q8lightning.checkpoint.sections import (
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
-from q8lightning.system.arguments import check_keys, did_you_mean
+from q8lightning.system.arguments import check_keys, did_you_mean, end_in_one_line
 
 Preset = Literal["resume", "compact", "precise"]
 """The names of :data:`PRESETS`, for type checkers."""
@@ -119,6 +119,7 @@ class CheckpointPolicy:
         init=False, repr=False, compare=False, default_factory=dict
     )
 
+    @end_in_one_line
     def __post_init__(self) -> None:
         if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Iterable):
             raise ValueError(f"rules is a list of rules, got {self.rules!r}; put it into a list")

@@ -4,8 +4,9 @@ from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.tools.compare import Comparison, Difference, Reshaped, Row, compare
 from q8lightning.tools.compress import compress
-from q8lightning.tools.conversion import Conversion
+from q8lightning.tools.conversion import Conversion, check_not_there
 from q8lightning.tools.decompress import decompress
+from q8lightning.tools.html import write_html
 from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorEntry, inspect
 from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
@@ -27,6 +28,7 @@ __all__ = [
     "TensorEntry",
     "ToolError",
     "Verification",
+    "check_not_there",
     "compare",
     "compress",
     "decompress",
@@ -34,4 +36,5 @@ __all__ = [
     "load",
     "save",
     "verify",
+    "write_html",
 ]

@@ -348,17 +348,38 @@ def test_it_says_so_through_rich_where_the_trainer_does(tmp_path: Path, capsys: 
     fitted(tmp_path, QuantizationCallback(), RichProgressBar(), enable_progress_bar=True)
     printed = capsys.readouterr().out
     assert "q8lightning:" not in printed
+    assert "Epoch" not in printed[printed.rindex("saves") :], "a bar is drawn below it"
     table = [line for line in printed.splitlines() if "│" in line]
     assert any("saves" in line and "2" in line for line in table)
     assert any("longest stall" in line for line in table)
 
 
 @pytest.mark.parametrize("options", [{"enable_progress_bar": False}, {"enable_progress_bar": True, "max_steps": 1}])
-def test_it_says_nothing_without_a_progress_bar_or_without_a_save(
-    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_it_prints_nothing_without_a_progress_bar_or_without_a_save(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    fitted(tmp_path, QuantizationCallback(), **options)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fitted(tmp_path, QuantizationCallback(), **options)
     assert "q8lightning" not in capsys.readouterr().out
+    said = [each.message for each in caplog.records if each.message.startswith("q8lightning: saves 2; size ")]
+    assert len(said) == (0 if options["enable_progress_bar"] else 1), "without a bar it stands in the log"
+
+
+def test_the_fit_begins_with_a_line_that_says_what_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    qat = {"weights": [{"pattern": "*.weight", "codebook": "int4", "block_size": 64}]}
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer = fitted(tmp_path, QuantizationCallback("compact", qat=qat))
+    (said,) = [each.message for each in caplog.records if each.message.startswith("QuantizationCallback")]
+    found = re.search(
+        r"by the preset compact, about ([\d.]+) bytes a parameter instead of 12\.00, encoded on the", said
+    )
+    assert found is not None, said
+    elements = sum(each.numel() for each in trainer.lightning_module.parameters())
+    tensors = load(max(tmp_path.glob("*.ckpt")))["q8lightning"]["bytes"]["stored"]
+    assert float(found[1]) == pytest.approx(tensors / elements, rel=0.1)
+    weights = [each for name, each in trainer.lightning_module.named_parameters() if name.endswith(".weight")]
+    numel = sum(each.numel() for each in weights)
+    assert f"QAT trains {len(weights)} weights as int4 in blocks of 64 ({numel:,} elements)" in said
 
 
 def test_sizes_are_said_in_units_that_one_can_read() -> None:
