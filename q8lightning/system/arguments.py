@@ -1,10 +1,10 @@
 """Check arguments that users write as words and mappings, and guess what was meant."""
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import wraps
+from inspect import currentframe
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,10 +44,10 @@ def end_in_one_line(check: Callable[[T], None]) -> Callable[[T], None]:
 
 def _is_made_by_jsonargparse() -> bool:
     """Whether the first caller from outside of this package is jsonargparse."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("q8lightning."):
+    frame = currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("q8lightning."):
         frame = frame.f_back
-    return bool(frame.f_globals.get("__name__", "").startswith("jsonargparse."))
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("jsonargparse.")
 
 
 def check_keys(where: str, kind: Any, given: Mapping[str, Any]) -> None:

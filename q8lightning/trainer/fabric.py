@@ -162,7 +162,7 @@ def _io_of(strategy: Strategy, checkpoint: Preset | CheckpointPolicy | None) -> 
     return io
 
 
-_KEPT, _SHARDS = "_q8lightning_io", "_q8lightning_shards"
+_KEPT, _SHARDS = "q8lightning_io", "q8lightning_shards"
 """Where a strategy keeps what its next save uses again."""
 
 

@@ -1,6 +1,7 @@
 """What saves lose reaches loggers, ``callback_metrics``, the file and the end of fit; training does not notice."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -366,20 +367,28 @@ def test_it_prints_nothing_without_a_progress_bar_or_without_a_save(
 
 
 def test_the_fit_begins_with_a_line_that_says_what_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    qat = {"weights": [{"pattern": "*.weight", "codebook": "int4", "block_size": 64}]}
-    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        trainer = fitted(tmp_path, QuantizationCallback("compact", qat=qat))
-    (said,) = [each.message for each in caplog.records if each.message.startswith("QuantizationCallback")]
-    found = re.search(
-        r"by the preset compact, about ([\d.]+) bytes a parameter instead of 12\.00, encoded on the", said
+    def said_by(name: str, callback: QuantizationCallback) -> tuple[str, Autoencoder]:
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            _, module = fitted(tmp_path / name, callback)
+        (said,) = [each.message for each in caplog.records if each.message.startswith("QuantizationCallback: ")]
+        return said, module
+
+    said, module = said_by("compact", QuantizationCallback("compact", async_save=True))
+    found = re.fullmatch(
+        r".*by the preset compact, about (.*) bytes a parameter instead of 12\.00, .* on the CPU, .* background", said
     )
     assert found is not None, said
-    elements = sum(each.numel() for each in trainer.lightning_module.parameters())
-    tensors = load(max(tmp_path.glob("*.ckpt")))["q8lightning"]["bytes"]["stored"]
-    assert float(found[1]) == pytest.approx(tensors / elements, rel=0.1)
-    weights = [each for name, each in trainer.lightning_module.named_parameters() if name.endswith(".weight")]
-    numel = sum(each.numel() for each in weights)
-    assert f"QAT trains {len(weights)} weights as int4 in blocks of 64 ({numel:,} elements)" in said
+    elements = sum(each.numel() for each in module.parameters())
+    sizes = load(tmp_path / "compact" / "step=4.ckpt")["q8lightning"]["bytes"]
+    saved = sizes["original"] - sizes["stored"]
+    assert float(found[1]) == pytest.approx(12 - saved / elements, abs=0.02)
+    qat = QATConfig([WeightRule("*.weight", codebook="int4", block_size=64)])
+    said, module = said_by("qat", QuantizationCallback(None, qat=qat))
+    weights = [each.numel() for name, each in module.named_parameters() if name.endswith(".weight")]
+    assert said == (
+        f"QuantizationCallback: QAT trains {len(weights)} weights as int4 in blocks of 64 ({sum(weights):,} elements)"
+    )
 
 
 def test_sizes_are_said_in_units_that_one_can_read() -> None:
