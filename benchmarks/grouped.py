@@ -1,6 +1,6 @@
 """How fast the whole state of a model is encoded in grouped launches, beside one launch a tensor, on one GPU.
 
-    python benchmarks/grouped.py [--blocks 20] [--width 2048] [--out results.md] [--bits]
+    python benchmarks/grouped.py [--blocks 20] [--width 2048] [--out results.md] [--bits [--only log]]
 
 The state is that of AdamW for a stack of transformer blocks, float32, every tensor in memory of its own. Bytes count
 each input and output once; fractions are of a device-to-device copy's bytes per second in the same run. What was
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--bits", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[""], help="with --bits, codecs whose label contains one of these")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tensors, kinds = state(arguments.blocks, arguments.width)
@@ -113,6 +114,8 @@ def main() -> None:
     if arguments.bits:
         weights, squares = ([t for t, kind in zip(tensors, kinds, strict=True) if kind == which] for which in (0, 2))
         for codec in OF_BITS:
+            if not any(part in codec.label for part in arguments.only):
+                continue
             rows_of_codec(codec, squares if codec.unsigned else weights, row)
         if arguments.out is not None:
             arguments.out.write_text("\n".join(lines) + "\n")

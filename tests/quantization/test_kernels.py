@@ -290,12 +290,12 @@ def test_every_threshold_takes_the_lower_code_and_its_successor_the_higher(devic
 
 
 def test_every_residual_code_begins_where_that_of_the_reference_does(device: str) -> None:
-    values = _ulps((torch.arange(-126, 126) + 0.5) / (253 * 127), 3)  # at scale 1, whose first stage is then 0
-    x = torch.nn.functional.pad(values.view(-1, 252), (0, 4), value=1.0)
-    codes, residual, scale = _check(device, "quantize_residual", x, 256)
+    values = _ulps((torch.arange(-127, 127) + 0.5) / (255 * 127), 3)  # at scale 1, whose first stage is then 0
+    x = torch.nn.functional.pad(values.view(-1, 254), (0, 2), value=1.0)
+    codes, residual, scale = _check(device, "quantize_residual", x, 256, 8, 8)
     assert (scale == 1).all()
-    assert (codes[:, :252] == 127).all()
-    assert residual[:, :252].unique().tolist() == list(range(1, 254))
+    assert (codes[:, :254] == 127).all()
+    assert residual[:, :254].unique().tolist() == list(range(255))
 
 
 def test_every_affine_code_begins_where_that_of_the_reference_does(device: str) -> None:
@@ -445,12 +445,14 @@ def test_the_input_is_read_by_a_single_kernel(
 
 
 def test_codebooks_that_differ_in_their_closed_form_alone_are_told_apart(device: str) -> None:
-    by_threshold = Codebook("linear", BUILTIN["linear"].levels)
-    towards_zero = Codebook("linear", BUILTIN["linear"].levels, lambda y: (y * 127).trunc_() + 127)
-    assert by_threshold == towards_zero == BUILTIN["linear"]
-    x = torch.linspace(-1, 1, 200)
-    results = [_check(device, "quantize", x, book, 256)[0] for book in (by_threshold, towards_zero, BUILTIN["linear"])]
-    assert not torch.equal(results[1], results[2])
+    by_formula = BUILTIN["linear"]
+    by_threshold = Codebook("linear", by_formula.levels)
+    assert by_threshold == by_formula
+    steps = by_formula.thresholds  # those of the other are rounded to 16 bits
+    x = torch.cat([steps, steps.nextafter(torch.tensor(2.0)), torch.ones(1)])
+    results = [_check(device, "quantize", x, book, 1024)[0] for book in (by_formula, by_threshold, by_formula)]
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
 
 
 @pytest.mark.gpu

@@ -177,8 +177,8 @@ BUILTIN: dict[str, Codebook] = {
     for book in (
         *(
             Codebook(name_with_bits(family, bits), form.levels, form)
+            for bits in range(8, 1, -1)
             for family in FAMILIES
-            for bits in range(2, 9)
             for form in [ClosedForm(family, 2 ** (bits - 1) - 1)]
         ),
         Codebook("dynamic", dynamic_levels(signed=True)),

@@ -45,7 +45,7 @@ def pack(codes: Tensor, bits: int, block_size: int) -> Tensor:
     """
     if bits == 8:
         return codes
-    blocks = pad(codes, (0, -codes.numel() % block_size)).view(-1, block_size)
+    blocks = pad(codes, (0, -codes.numel() % block_size)).view(-(-codes.numel() // block_size), block_size)
     planes = [_plane((blocks >> below) & (2**width - 1), width) for width, below in fields_of(bits)]
     return torch.cat(planes, dim=1).view(-1)
 
@@ -54,19 +54,19 @@ def unpack(packed: Tensor, bits: int, block_size: int, numel: int) -> Tensor:
     """Undo :func:`pack`: return ``[numel]`` uint8; ``packed`` itself if codes have 8 bits."""
     if bits == 8:
         return packed
-    rows = packed.view(-1, block_size * bits // 8)
+    rows = packed.view(-(-numel // block_size), block_size * bits // 8)
     codes, start = torch.zeros(rows.shape[0], block_size, dtype=torch.uint8, device=packed.device), 0
     for width, below in fields_of(bits):
         plane = rows[:, start : start + block_size * width // 8]
         fields = (plane[:, :, None] >> _shifts(width, packed.device)) & (2**width - 1)
-        codes |= fields.view(-1, block_size) << below
+        codes |= fields.view(codes.shape) << below
         start += plane.shape[1]
     return codes.view(-1)[:numel]
 
 
 def _plane(fields: Tensor, width: int) -> Tensor:
     """Return the bytes of fields, ``[blocks, block_size]`` uint8 below ``2**width``."""
-    together = fields.view(fields.shape[0], -1, 8 // width)
+    together = fields.view(fields.shape[0], fields.shape[1] * width // 8, 8 // width)
     return (together << _shifts(width, fields.device)).sum(dim=2, dtype=torch.uint8)
 
 

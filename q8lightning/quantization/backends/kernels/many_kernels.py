@@ -58,7 +58,7 @@ def encode_kernel(
     _, wrong = encode_tile(
         values, x, codes + _start(row, 2, skip // 8 * BITS, 16 if ALIGNED else 1), rest,
         scales + tl.load(row + 3) + skip // BLOCK * SCALES, left, table, levels,
-        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
+        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
     )  # fmt: skip
     if wrong != 0:
         tl.atomic_or(failed + tl.load(row + 5), 1)
@@ -94,7 +94,7 @@ def measured_encode_kernel(
         decoded, tile_wrong = encode_tile(
             values, x, codes + i * (TILE * BITS // 8), rest + i * (TILE * REST_BITS // 8),
             scales + i * (ROWS * SCALES), left - i * TILE, table, levels,
-            ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
+            ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
         )  # fmt: skip
         wrong |= tile_wrong
         error, squares, largest, zeros, zeroed = add(
@@ -114,7 +114,7 @@ def measured_encode_kernel(
             values, _, _ = load_again(x, elements, left, i)
             decoded, _ = encode_tile(
                 values, x, codes, rest, scales, left - i * TILE, table, levels,
-                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END,
+                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
             )  # fmt: skip
             error, squares, zeroed = add_in_units(values, decoded.to(tl.float32), shrink, error, squares, zeroed)
         largest = tl.where(error == error, largest, error)
@@ -140,7 +140,7 @@ def decode_kernel(
         codes + _start(row, 2, skip if BITS == 8 else 0, MOST),
         codes + _start(row, 4, skip if REST_BITS == 8 else 0, MOST),
         scales + tl.load(row + 3), levels, elements, mask, skip // BLOCK + rows, row_mask, PARTS,
-        CODEC, SEARCH, BITS, REST_BITS,
+        CODEC, SEARCH, BITS, REST_BITS, ALIGNED,
     )  # fmt: skip
     store(x + _start(row, 1, skip, MULTIPLE), elements, value, mask)
 

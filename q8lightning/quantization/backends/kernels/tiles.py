@@ -57,35 +57,49 @@ def store(pointer, offsets, value, mask):
 
 
 @triton.jit
-def store_codes(pointer, code, elements, mask, row_mask, ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """Store the codes of a tile of whole blocks as ``spec/packing.py`` says."""
+def store_codes(
+    pointer, code, elements, mask, row_mask, ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Store the codes of a tile of whole blocks as ``spec/packing.py`` says; ALIGNED if the first may be a word."""
     if BITS == 8:
         store(pointer, elements, code, mask)
     else:
-        block = pointer + tl.arange(0, ROWS)[:, None] * (BLOCK * BITS // 8)
-        code = tl.where(mask, code, 0)
+        _lay_out_as_bytes(pointer + elements, code)
+        # Four codes are a word of a thread. Planes are computed from words.
+        code = tl.reshape(tl.where(mask, code, 0), (ROWS, BLOCK // 4, 4))
+        word = tl.sum(code << (tl.arange(0, 4) * 8)[None, None, :], axis=2)
+        place, mask = tl.arange(0, BLOCK // 4)[None, :], row_mask[:, None]
+        offsets = tl.arange(0, ROWS)[:, None] * (BLOCK * BITS // 8)
+        block = _in_words(pointer, 4) + offsets
         if BITS & 4:
-            plane = _merged(code & 15, 4)
-            store(block, tl.arange(0, BLOCK // 2)[None, :], plane, row_mask[:, None])
+            pairs = word & 0x0F0F0F0F
+            pairs |= pairs >> 4
+            if ALIGNED:
+                plane = _as_words(_in_words(pointer, 8) + offsets) + place
+                _store(plane, (pairs & 0xFF) | ((pairs >> 8) & 0xFF00), mask, tl.uint16)
+            else:
+                _store(block + place * 2, pairs & 0xFF, mask, tl.uint8)
+                _store(block + place * 2 + 1, pairs >> 16, mask, tl.uint8)
         if BITS & 2:
-            plane = _merged(_merged((code >> (BITS & 4)) & 3, 2), 4)
-            store(block + BLOCK * (BITS & 4) // 8, tl.arange(0, BLOCK // 4)[None, :], plane, row_mask[:, None])
+            four = (word >> (BITS & 4)) & 0x03030303
+            four |= four >> 6
+            four |= four >> 12
+            _store(block + BLOCK * (BITS & 4) // 8 + place, four & 0xFF, mask, tl.uint8)
         if BITS & 1:
-            plane = _merged(_merged(_merged(code >> (BITS - 1), 1), 2), 4)
-            store(block + BLOCK * (BITS - 1) // 8, tl.arange(0, BLOCK // 8)[None, :], plane, row_mask[:, None])
-
-
-@triton.jit
-def _merged(fields, WIDTH: tl.constexpr):
-    """Join each two fields of so many bits to one."""
-    low, high = tl.split(tl.reshape(fields, (fields.shape[0], fields.shape[1] // 2, 2)))
-    return low | (high << WIDTH)
+            four = (word >> (BITS - 1)) & 0x01010101
+            four |= four >> 7
+            four |= four >> 14
+            low, high = tl.split(tl.reshape(four & 15, (ROWS, BLOCK // 8, 2)))
+            plane = _in_words(pointer, 2) + offsets + BLOCK * (BITS - 1) // 8
+            _store(plane + tl.arange(0, BLOCK // 8)[None, :], low | (high << 4), mask, tl.uint8)
 
 
 @triton.jit
 def load_codes(
-    pointer, elements, mask, tile_rows, row_mask, ROW: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr
-):
+    pointer, elements, mask, tile_rows, row_mask, ROW: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Load the codes of a tile, of which PARTS rows are a block.
 
     Args:
@@ -98,29 +112,69 @@ def load_codes(
         ROW: Elements of a row.
         PARTS: Rows of a block.
         BITS: Bits of a code.
+        ALIGNED: Whether the codes begin at a word.
     """
     if BITS == 8:
         code = load_code(pointer, elements, mask)
     else:
         BLOCK: tl.constexpr = ROW * PARTS
-        block = pointer + ((tile_rows // PARTS) * (BLOCK * BITS // 8))[:, None]
+        block = _in_words(pointer, 1) + ((tile_rows // PARTS) * (BLOCK * BITS // 8))[:, None]
         part = (tile_rows % PARTS)[:, None] * ROW
-        code = tl.zeros(elements.shape, tl.int32)
+        place, rows = tl.arange(0, ROW // 4)[None, :], row_mask[:, None]
+        word = tl.zeros((elements.shape[0], ROW // 4), tl.int32)
         if BITS & 4:
-            code |= _spread(load_code(block + part // 2, tl.arange(0, ROW // 2)[None, :], row_mask[:, None]), 4)
+            plane = block + part // 2
+            if ALIGNED:
+                pairs = tl.load(_as_words(plane) + place, mask=rows, other=0).to(tl.int32)
+                pairs = (pairs | (pairs << 8)) & 0x00FF00FF
+            else:
+                pairs = load_code(plane, place * 2, rows) | (load_code(plane, place * 2 + 1, rows) << 16)
+            word |= (pairs | (pairs << 4)) & 0x0F0F0F0F
         if BITS & 2:
-            plane = block + (BLOCK * (BITS & 4) // 8) + part // 4
-            fields = _spread(load_code(plane, tl.arange(0, ROW // 4)[None, :], row_mask[:, None]), 4)
-            code |= _spread(fields, 2) << (BITS & 4)
+            four = load_code(block + (BLOCK * (BITS & 4) // 8) + part // 4, place, rows)
+            four = (four | (four << 12)) & 0x000F000F
+            word |= ((four | (four << 6)) & 0x03030303) << (BITS & 4)
         if BITS & 1:
-            plane = block + (BLOCK * (BITS - 1) // 8) + part // 8
-            fields = _spread(load_code(plane, tl.arange(0, ROW // 8)[None, :], row_mask[:, None]), 4)
-            code |= _spread(_spread(fields, 2), 1) << (BITS - 1)
+            eight = load_code(block + (BLOCK * (BITS - 1) // 8) + part // 8, place // 2, rows)
+            four = (eight >> ((place % 2) * 4)) & 15
+            four = (four | (four << 14)) & 0x00030003
+            word |= ((four | (four << 7)) & 0x01010101) << (BITS - 1)
+        code = (word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 0xFF
+        code = tl.reshape(code, (elements.shape[0], ROW))
     return code
 
 
 @triton.jit
-def _spread(fields, WIDTH: tl.constexpr):
-    """Cut each field in two of so many bits."""
-    pairs = tl.join(fields & ((1 << WIDTH) - 1), fields >> WIDTH)
-    return tl.reshape(pairs, (fields.shape[0], fields.shape[1] * 2))
+def _in_words(pointer, BYTES: tl.constexpr):
+    """Return a pointer that the compiler takes as aligned to so many bytes only.
+
+    Each thread then moves the packed codes of the values that it has. Left alone, the compiler moves 16 bytes at once
+    and exchanges codes between threads, which takes longer.
+    """
+    if INTERPRETED:
+        return pointer
+    zero = tl.inline_asm_elementwise("mov.b64 $0, 0;", "=l", [], dtype=tl.int64, is_pure=True, pack=1)
+    return pointer + tl.multiple_of(zero, BYTES)
+
+
+@triton.jit
+def _lay_out_as_bytes(pointers, code):
+    """Have each thread hold 16 values in a row, as it does for codes that are bytes.
+
+    The compiler does so for a store of bytes; this one stores nothing. With the four in a row of a thread that only
+    loads float32, more threads share a block, and each of them computes what the block needs.
+    """
+    if not INTERPRETED:
+        nothing = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+        tl.store(pointers, code.to(tl.uint8), mask=nothing != 0)
+
+
+@triton.jit
+def _as_words(pointers):
+    """Return pointers to bytes as pointers to uint16."""
+    return pointers.to(tl.pointer_type(tl.uint16), bitcast=True)
+
+
+@triton.jit
+def _store(pointers, value, mask, DTYPE: tl.constexpr):
+    tl.store(pointers, value.to(DTYPE), mask=mask)

@@ -109,6 +109,7 @@ def _stored(
         scales = floats + tl.load(row + COLUMN + 2)
         value = decode_tile(
             codes, rest, scales, levels, elements, mask, tile_rows, row_mask, PARTS, CODEC, SEARCH, BITS, REST_BITS,
+            ALIGNED,
         )  # fmt: skip
         return rounded(value, like).to(tl.float32)
 

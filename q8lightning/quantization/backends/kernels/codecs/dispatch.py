@@ -19,6 +19,7 @@ def encode_tile(
     values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
     BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Encode a tile. Return its decoded values in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
     rows = tl.arange(0, ROWS)
@@ -35,7 +36,7 @@ def encode_tile(
     elif CODEC == "residual":
         code, second, scale = residual.encode(values, BITS, REST_BITS)
         if STORE:
-            store_codes(rest, second, elements, mask, row_mask, ROWS, BLOCK, REST_BITS)
+            store_codes(rest, second, elements, mask, row_mask, ROWS, BLOCK, REST_BITS, ALIGNED)
             store(scales, rows, scale, row_mask)
         if DECODE:
             decoded = rounded(residual.decode(code, second, scale, BITS, REST_BITS), like)
@@ -46,14 +47,14 @@ def encode_tile(
         if DECODE:
             decoded = rounded(codebook.decode(code, levels, scale, SEARCH, BITS), like)
     if STORE:
-        store_codes(codes, code, elements, mask, row_mask, ROWS, BLOCK, BITS)
+        store_codes(codes, code, elements, mask, row_mask, ROWS, BLOCK, BITS, ALIGNED)
     return decoded, tl.max((~is_finite(scale)).to(tl.int32), axis=0)
 
 
 @triton.jit
 def decode_tile(
     codes, rest, scales, levels, elements, mask, tile_rows, row_mask, PARTS: tl.constexpr, CODEC: tl.constexpr,
-    SEARCH: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr,
+    SEARCH: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Return the decoded values of ``elements``, ``[ROWS, ROW]`` float32.
 
@@ -61,12 +62,12 @@ def decode_tile(
     """
     ROW: tl.constexpr = elements.shape[1]
     blocks = tile_rows // PARTS
-    code = load_codes(codes, elements, mask, tile_rows, row_mask, ROW, PARTS, BITS)
+    code = load_codes(codes, elements, mask, tile_rows, row_mask, ROW, PARTS, BITS, ALIGNED)
     if CODEC == "log":
         low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)
         value = log.decode(code, low, high, BITS)
     elif CODEC == "residual":
-        second = load_codes(rest, elements, mask, tile_rows, row_mask, ROW, PARTS, REST_BITS)
+        second = load_codes(rest, elements, mask, tile_rows, row_mask, ROW, PARTS, REST_BITS, ALIGNED)
         value = residual.decode(code, second, load_float(scales, blocks, row_mask), BITS, REST_BITS)
     else:
         value = codebook.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH, BITS)
