@@ -148,7 +148,7 @@ _SHOWN = 5
 
 def _sizes(found: Inspection) -> tuple[list[Column], list[list[str]]]:
     """Return the columns and rows of the table of kinds."""
-    errors = sorted({name for values in found.errors.values() for name in values}, key=lambda name: _ORDER.get(name, 4))
+    errors = sorted({name for values in found.errors.values() for name in values})
     columns = [
         Column("kind"),
         Column("tensors", 3),

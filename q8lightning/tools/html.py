@@ -176,7 +176,13 @@ def _tensor(entry: TensorEntry, box: Box) -> str:
     )
 
 
-_STEPS = ((90, "e0", "90 dB and more"), (60, "e1", "60 to 90"), (45, "e2", "45 to 60"), (30, "e3", "30 to 45"))
+_STEPS = (
+    (90, "e0", "90 dB and more"),
+    (60, "e1", "60 to 90"),
+    (40, "e2", "40 to 60"),
+    (25, "e3", "25 to 40"),
+    (10, "e4", "10 to 25"),
+)
 """Classes of errors by the least ratio in dB, with their text in the legend."""
 
 
@@ -186,14 +192,14 @@ def _class(entry: TensorEntry) -> str:
         return "raw"
     if entry.sqnr_db is None:
         return "unknown"
-    return next((name for least, name, _ in _STEPS if entry.sqnr_db >= least), "e4")
+    return next((name for least, name, _ in _STEPS if entry.sqnr_db >= least), "e5")
 
 
 def _legend() -> str:
     entries = [
         ("raw", "as it is"),
         *((name, text) for _, name, text in _STEPS),
-        ("e4", "below 30"),
+        ("e5", "below 10"),
         ("unknown", "not measured"),
     ]
     return "".join(f'<span><i class="{name}"></i>{text}</span>' for name, text in entries)
@@ -272,8 +278,8 @@ svg { width: 100%; height: auto; display: block } svg text { font: 11px system-u
 .tensor:hover rect { stroke: var(--ink); stroke-width: 2 }
 .raw { fill: #c4cbd3; background: #c4cbd3 } .unknown { fill: #d9c8e8; background: #d9c8e8 }
 .e0 { fill: #7ccba2; background: #7ccba2 } .e1 { fill: #b7e0a0; background: #b7e0a0 }
-.e2 { fill: #fce38a; background: #fce38a } .e3 { fill: #f9b062; background: #f9b062 }
-.e4 { fill: #ee7b6c; background: #ee7b6c }
+.e2 { fill: #e9ee9a; background: #e9ee9a } .e3 { fill: #fbdc8e; background: #fbdc8e }
+.e4 { fill: #f7b980; background: #f7b980 } .e5 { fill: #ee7b6c; background: #ee7b6c }
 .legend span { display: inline-block; margin-right: 1rem }
 .legend i { display: inline-block; width: .9em; height: .9em; margin-right: .35em; vertical-align: -.1em }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
@@ -304,7 +310,8 @@ _PAGE = """<!DOCTYPE html>
 <dl>{facts}</dl>
 <h2>Bytes in the file</h2>
 <p>Each box is a tensor, as large as its bytes in the file. Its colour says what the save lost, as a signal-to-noise
-ratio in dB: 30 dB is an error of 3%, 45 dB of 0.6%, 90 dB of 0.003%.</p>
+ratio in dB: 20 dB is an error of 10%, 40 dB of 1%, 60 dB of 0.1%. Moments may lose far more than weights: what counts of
+them is the direction of the update, above.</p>
 <p class="legend">{legend}</p>
 {treemap}
 <p id="what">Point at a box to read what it is.</p>

@@ -27,7 +27,9 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
 
 def started(in_shards: bool = True) -> tuple[Fabric, dict[str, Any]]:
     """Return a Fabric of two processes and a state after two steps; only the first seed differs between calls."""
-    strategy = ModelParallelStrategy(shard, data_parallel_size=2, save_distributed_checkpoint=in_shards)
+    strategy = ModelParallelStrategy(
+        shard, data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=in_shards
+    )
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
     torch.manual_seed(1)
