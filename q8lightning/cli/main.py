@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}", BAD_FILE)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         if not _is_said_in_one_line(error):
             raise

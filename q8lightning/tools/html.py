@@ -310,8 +310,8 @@ _PAGE = """<!DOCTYPE html>
 <dl>{facts}</dl>
 <h2>Bytes in the file</h2>
 <p>Each box is a tensor, as large as its bytes in the file. Its colour says what the save lost, as a signal-to-noise
-ratio in dB: 20 dB is an error of 10%, 40 dB of 1%, 60 dB of 0.1%. Moments may lose far more than weights: what counts of
-them is the direction of the update, above.</p>
+ratio in dB: 20 dB is an error of 10%, 40 dB of 1%, 60 dB of 0.1%. Moments may lose far more than weights: what counts
+of them is the direction of the update, above.</p>
 <p class="legend">{legend}</p>
 {treemap}
 <p id="what">Point at a box to read what it is.</p>

@@ -308,7 +308,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
 
     def _say_nothing(self, path: str | os.PathLike[str]) -> None:
         """Log once that a file is not smaller, where no callback has checked the policy before."""
-        if self.describe_model is None and not self._said_nothing:
+        if self.moment is None and not self._said_nothing:
             self._said_nothing = True
             rank_zero_info(
                 f"q8lightning has quantized nothing in {os.fspath(path)}: no tensor of at least"

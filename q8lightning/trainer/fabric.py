@@ -81,7 +81,7 @@ def save(
 
 
 def load(
-    fabric: Fabric, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None, *, strict: bool = True
+    fabric: Fabric, path: str | os.PathLike[str], state: dict[str, Any] | None = None, *, strict: bool = True
 ) -> dict[str, Any]:
     """Load as ``fabric.load`` does, after every byte was compared with what was written; call it in all processes.
 
@@ -91,7 +91,7 @@ def load(
     Args:
         fabric: The Fabric.
         path: The file or folder.
-        state: What is restored in place; None to get everything.
+        state: What is restored in place; numbers and the like are replaced in it. None to get everything.
         strict: Whether every key of ``state`` must be in the checkpoint.
 
     Returns:
@@ -102,16 +102,15 @@ def load(
         NewerFormatError: If it was written in a later format than this version reads.
     """
     strategy = fabric.strategy
-    wanted = None if state is None else dict(state)
     if is_sharded(path):
         check_shards(os.path.abspath(path), Ranks.of_all())
-        return fabric.load(os.fspath(path), wanted, strict=strict)
+        return fabric.load(os.fspath(path), state, strict=strict)
     if not _uses_io(strategy) or find_quantized_io(strategy.checkpoint_io) is not None:
-        return fabric.load(os.fspath(path), wanted, strict=strict)
+        return fabric.load(os.fspath(path), state, strict=strict)
     before = strategy.checkpoint_io
     strategy.checkpoint_io = QuantizedCheckpointIO(before)
     try:
-        return fabric.load(os.fspath(path), wanted, strict=strict)
+        return fabric.load(os.fspath(path), state, strict=strict)
     finally:
         strategy.checkpoint_io = before
 
