@@ -112,9 +112,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not TYPE_CHECKING and (
-    os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
-    or ("torch" in sys.modules and "q8lightning_autoload" not in sys.modules)
-):
-    # Torch has called nothing that lets torch.load(weights_only=True) read quantized files; this does.
+def _torch_knows() -> bool:
+    """Whether torch has called, or will call, what lets ``torch.load(weights_only=True)`` read quantized files."""
+    if "q8lightning_autoload" in sys.modules:
+        return True
+    if "torch" in sys.modules or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return False
+    from importlib.metadata import entry_points
+
+    return any(each.name == "q8lightning" for each in entry_points(group="torch.backends"))
+
+
+if not TYPE_CHECKING and not _torch_knows():
     import_module("q8lightning.checkpoint.payload")

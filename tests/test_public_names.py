@@ -58,7 +58,7 @@ def test_saving_and_loading_without_a_trainer(tmp_path: Path) -> None:
     saved = q8lightning.save({"model": net, "optimizer": optimizer, "step": 7}, tmp_path / "new" / "a.ckpt", "compact")
     assert saved.path.stat().st_size == saved.bytes
     assert saved.tensors == 6
-    assert saved.ratio > 4
+    assert saved.ratio > 3
     assert saved.metrics["weights/sqnr_db"] > 40
     loaded = q8lightning.load(saved.path)
     assert loaded["step"] == 7
