@@ -15,11 +15,12 @@ from q8lightning import QuantizedTensor, export_quantized, keep_encoded
 
 ROOT = Path(__file__).parent.parent
 CODECS = {
-    "resume": ("linear", True),
-    "compact": ("softsign", False),
-    "custom_policy": ("linear", True),
-    "async_save": ("linear", True),
+    "resume": ("linear", 4),
+    "compact": ("softsign", 0),
+    "custom_policy": ("linear", 8),
+    "async_save": ("linear", 4),
 }
+"""The codec of weights, and the bits of its residual."""
 
 
 SMALL = (

@@ -85,9 +85,9 @@ class CheckpointPolicy:
     tensors under ``min_numel`` elements, the model's buffers (BatchNorm statistics), anything that would not become
     smaller, learning-rate schedulers, loops, hyperparameters and the gradient scaler.
 
-    A tensor that would lose more than a limit allows gets the residual stage, with a warning. If that loses too much as
-    well, the tensor is stored as it is. A second moment is stored as it is if any element that is not zero would become
-    zero, whatever the limits.
+    A tensor that would lose more than a limit allows is stored in 16 bits, with a warning: ``linear`` with 8 bits and a
+    residual of 8. If that loses too much as well, the tensor is stored as it is. A second moment is stored as it is if
+    any element that is not zero would become zero, whatever the limits.
 
     Args:
         rules: Rules, or mappings of their arguments (as YAML gives them).
@@ -96,10 +96,11 @@ class CheckpointPolicy:
             of 3% of the tensor's norm. Trained weights lose less than that under any codec of 8 bits, and more under
             4 bits. The limit does not apply to second moments, because the ratio does not see their small elements, nor
             to first moments that the other limit applies to.
-        max_update_direction_error: The largest error of Adam's update direction that one encoded moment may cause,
+        max_update_direction_error: The largest error of the update direction that one encoded moment may cause,
             relative to the direction's norm; None for no limit. The direction is
-            ``exp_avg / (sqrt(exp_avg_sq) + eps)``. In training the presets stay well below the default
-            (docs/metrics.md), and a codec that fails is far above it.
+            ``exp_avg / (sqrt(exp_avg_sq) + eps)``, and the first moment itself if there is no second. In training the
+            presets stay below the default (docs/metrics.md), and a codec that fails is far above it. ``compact`` allows
+            0.5, because first moments in 5 bits may exceed 0.2 in the first steps.
 
     Raises:
         ValueError: If there is no rule with a codec, a rule is wrong, or a limit is not a finite number above 0.
@@ -233,7 +234,9 @@ def _check_limit(name: str, value: object, example: str) -> None:
         raise ValueError(f"{name} must be a finite number above 0, or None for no limit, got {value!r}; try {example}")
 
 
-def _preset(weights: Mapping[str, Any], first_moments: int, second_moments: int) -> CheckpointPolicy:
+def _preset(
+    weights: Mapping[str, Any], first_moments: int, second_moments: int, max_update_direction_error: float = 0.2
+) -> CheckpointPolicy:
     """Return a policy for weights, and for moments in codes of so many bits."""
     return CheckpointPolicy(
         [
@@ -242,13 +245,14 @@ def _preset(weights: Mapping[str, Any], first_moments: int, second_moments: int)
             *(Rule(f"{section}.*", block_size=256, **weights) for section in WEIGHTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128, first_moments) for key in FIRST_MOMENTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128, second_moments) for key in SECOND_MOMENTS),
-        ]
+        ],
+        max_update_direction_error=max_update_direction_error,
     )
 
 
 PRESETS: dict[str, CheckpointPolicy] = {
     "resume": _preset({"codec": "linear", "residual_bits": 4}, 6, 5),
-    "compact": _preset({"codec": "softsign"}, 5, 4),
+    "compact": _preset({"codec": "softsign"}, 5, 4, max_update_direction_error=0.5),
     "precise": _preset({"codec": "linear", "residual_bits": 8}, 8, 8),
 }
 """The policies that have a name. Training with AdamW in float32 takes 3.0 bytes a parameter under ``resume``, the

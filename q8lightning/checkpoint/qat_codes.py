@@ -1,8 +1,8 @@
 """Describe in a checkpoint how weights were trained quantized, and read their codes back.
 
-The codes are what is deployed. A checkpoint stores the masters. If the same codec encodes them (``linear`` with or
-without a residual, the same blocks), its first stage is these codes. If the masters are stored as they are, the codes
-can be computed from them. Otherwise the summary stores the codes, packed.
+The codes are what is deployed. A checkpoint stores the masters. If the same codebook encodes them (``linear`` with or
+without a residual) in the same blocks, the codes of the first stage are these. If the masters are stored as they are,
+the codes can be computed from them. Otherwise the summary stores the codes, packed.
 """
 
 from collections.abc import Mapping

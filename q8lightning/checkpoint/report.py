@@ -110,6 +110,8 @@ class SaveReport:
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
         original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
+        parameters: Elements of the model's parameters, of tied ones once; of all floats in the state dict if names are
+            not known.
     """
 
     tensors: list[TensorLoss] = field(default_factory=list)
@@ -119,6 +121,7 @@ class SaveReport:
     passed_over: list[str] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
+    parameters: int = 0
 
     def __iadd__(self, other: "SaveReport") -> "SaveReport":
         """Add the report of another part of the same checkpoint."""
@@ -128,6 +131,7 @@ class SaveReport:
         self.refused += other.refused
         self.original_bytes += other.original_bytes
         self.stored_bytes += other.stored_bytes
+        self.parameters += other.parameters
         return self
 
     @property

@@ -256,8 +256,14 @@ def print_verifications(console: Console, found: Mapping[Path, Verification | st
 
 def print_comparison(console: Console, result: Comparison, top: int | None) -> None:
     """Print the differences by kind and by tensor; with ``top`` only so many tensors, the largest errors first."""
-    rows = [[kind, *_errors(difference)] for kind, difference in result.by_kind().items()]
-    print_table(console, [Column("kind"), *_ERRORS], rows)
+    sizes = result.first, result.second
+    rows = [
+        [kind, _from_to([each.kinds.get(kind) for each in sizes]), *_errors(difference)]
+        for kind, difference in result.by_kind().items()
+    ]
+    if any(size.parameters for size in sizes):
+        rows.append(["whole", _from_to([each.whole for each in sizes])])
+    print_table(console, [Column("kind"), Column("bytes a parameter", 2), *_ERRORS], rows)
     shown = list(result.differing)
     if top is not None:
         shown = sorted(shown, key=lambda row: -row.difference.relative_error)[:top]
@@ -275,6 +281,12 @@ def print_comparison(console: Console, result: Comparison, top: int | None) -> N
     for each in result.reshaped:
         shapes = f"{each.first} and {each.second}"
         console.print(f"different shapes: {each.name}: {shapes}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _from_to(values: Sequence[float | None]) -> str:
+    """Return the number of each file; empty if neither has one."""
+    said = ["none" if value is None else f"{value:.2f}" for value in values]
+    return "" if set(said) == {"none"} else " -> ".join(said)
 
 
 _ERRORS = (Column("relative error"), Column("SQNR dB", 1), Column("max error", 4))

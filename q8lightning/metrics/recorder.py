@@ -43,12 +43,14 @@ class Save(NamedTuple):
         directions: The sums of squared differences and of squares of Adam's update direction, for each parameter.
         original_bytes: Bytes of all tensors.
         stored_bytes: Bytes of their stored form.
+        parameters: How many parameters the model has; 0 if that is not known.
     """
 
     losses: Sequence[Loss]
     directions: Sequence[Sequence[float]]
     original_bytes: int
     stored_bytes: int
+    parameters: int = 0
 
 
 class Recorded(NamedTuple):
@@ -60,12 +62,14 @@ class Recorded(NamedTuple):
         stored_bytes: Bytes of their stored form.
         worst: The smallest signal-to-quantization-noise ratio in dB, with the kind and name of its tensor; None if
             nothing was lost.
+        parameters: How many parameters the model has; 0 if that is not known.
     """
 
     values: dict[str, float]
     original_bytes: int
     stored_bytes: int
     worst: tuple[float, str, str] | None
+    parameters: int = 0
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Totals:
         longest_stall: The longest time for which a save held training, in seconds.
         worst: The smallest signal-to-quantization-noise ratio in dB, with the kind and name of its tensor; None if
             nothing was lost.
+        stored_rates: The fewest and the most bytes a parameter in a save; None if no save had parameters.
+        original_rates: The same without encoding.
     """
 
     saves: int = 0
@@ -86,6 +92,8 @@ class Totals:
     stored_bytes: int = 0
     longest_stall: float = 0.0
     worst: tuple[float, str, str] | None = None
+    stored_rates: tuple[float, float] | None = None
+    original_rates: tuple[float, float] | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """Return labels and values to print, none if there was no save."""
@@ -98,8 +106,11 @@ class Totals:
                 "size",
                 f"{_size(self.stored_bytes)} instead of {_size(self.original_bytes)}, {ratio:.2f} times smaller",
             ),
-            ("longest stall", f"{self.longest_stall * 1e3:.0f} ms"),
         ]
+        if self.stored_rates is not None and self.original_rates is not None:
+            said = f"{_range(*self.stored_rates)} instead of {_range(*self.original_rates)}"
+            lines.append(("bytes a parameter", said))
+        lines.append(("longest stall", f"{self.longest_stall * 1e3:.0f} ms"))
         if self.worst is not None:
             sqnr, kind, name = self.worst
             lines.append(("worst tensor", f"{kind} of {name}, SQNR {sqnr:.1f} dB"))
@@ -170,7 +181,7 @@ class Recorder:
             error = relative_error_compute(_sums(save.directions).sum(dim=0))
             values[f"{PREFIX}/update_direction_error"] = float(error)
         values[f"{PREFIX}/compression_ratio"] = float(compression_ratio(save.original_bytes, save.stored_bytes))
-        return Recorded(values, save.original_bytes, save.stored_bytes, _worst(save.losses))
+        return Recorded(values, save.original_bytes, save.stored_bytes, _worst(save.losses), save.parameters)
 
     def count(self, recorded: Recorded, seconds: float) -> None:
         """Add a save, which held training for so many seconds, to the totals."""
@@ -178,6 +189,9 @@ class Recorder:
         totals.saves += 1
         totals.original_bytes += recorded.original_bytes
         totals.stored_bytes += recorded.stored_bytes
+        if recorded.parameters:
+            totals.stored_rates = _widened(totals.stored_rates, recorded.stored_bytes / recorded.parameters)
+            totals.original_rates = _widened(totals.original_rates, recorded.original_bytes / recorded.parameters)
         totals.longest_stall = max(totals.longest_stall, seconds)
         if recorded.worst is not None and (totals.worst is None or recorded.worst[0] < totals.worst[0]):
             totals.worst = recorded.worst
@@ -197,6 +211,15 @@ def _sums(rows: Iterable[Sequence[float]]) -> Tensor:
     """Return the first two numbers of each row, ``[rows, 2]`` float64: squared error and squares."""
     flat = [number for row in rows for number in row[:2]]  # a list of lists would take longer to convert
     return torch.tensor(flat, dtype=torch.float64, device="cpu").view(-1, 2)
+
+
+def _widened(known: tuple[float, float] | None, value: float) -> tuple[float, float]:
+    return (value, value) if known is None else (min(known[0], value), max(known[1], value))
+
+
+def _range(lowest: float, highest: float) -> str:
+    first, last = f"{lowest:.2f}", f"{highest:.2f}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _size(count: float) -> str:

@@ -11,9 +11,11 @@ from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorE
 from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
 from q8lightning.tools.save import Saved, save
+from q8lightning.tools.tensors import BytesAParameter
 from q8lightning.tools.verify import Verification, verify
 
 __all__ = [
+    "BytesAParameter",
     "Comparison",
     "Conversion",
     "CorruptCheckpointError",

@@ -22,7 +22,16 @@ from q8lightning.checkpoint.sections import (
 )
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
-from q8lightning.tools.tensors import KINDS, Value, codec_of, dtype_of, kind_of, tensors_in
+from q8lightning.tools.tensors import (
+    KINDS,
+    BytesAParameter,
+    Value,
+    bytes_a_parameter,
+    codec_of,
+    dtype_of,
+    kind_of,
+    tensors_in,
+)
 
 CHUNK = 2**18
 """Elements that are compared at a time, in float64."""
@@ -107,12 +116,16 @@ class Comparison:
         only_first: Names of tensors that only the first file has.
         only_second: Names of tensors that only the second file has.
         reshaped: Tensors whose shapes differ.
+        first: What the first file takes.
+        second: What the second file takes.
     """
 
     rows: tuple[Row, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     reshaped: tuple[Reshaped, ...]
+    first: BytesAParameter
+    second: BytesAParameter
 
     @property
     def differing(self) -> tuple[Row, ...]:
@@ -133,6 +146,7 @@ class Comparison:
         rows = [{key: getattr(row, key) for key in ("path", "name", "kind", "first", "second")} for row in self.rows]
         return {
             "kinds": {kind: _numbers(difference) for kind, difference in self.by_kind().items()},
+            "bytes_a_parameter": {"first": asdict(self.first), "second": asdict(self.second)},
             "tensors": [each | _numbers(row.difference) for each, row in zip(rows, self.rows, strict=True)],
             "only_first": list(self.only_first),
             "only_second": list(self.only_second),
@@ -201,6 +215,8 @@ def _compare(first: OpenCheckpoint, second: OpenCheckpoint, progress: Progress) 
         only_first=tuple(name(keys) for path, (keys, _) in one.items() if path not in two),
         only_second=tuple(name(keys) for path, (keys, _) in two.items() if path not in one),
         reshaped=tuple(reshaped),
+        first=bytes_a_parameter(first.content, first.size),
+        second=bytes_a_parameter(second.content, second.size),
     )
 
 

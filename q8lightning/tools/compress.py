@@ -40,7 +40,8 @@ def compress(
     Args:
         source: The file or folder to read.
         target: The file to write.
-        policy: ``"resume"``, ``"compact"``, a :class:`~q8lightning.CheckpointPolicy` or a mapping of its arguments.
+        policy: ``"resume"``, ``"compact"``, ``"precise"``, a :class:`~q8lightning.CheckpointPolicy` or a mapping of its
+            arguments.
         keep: Patterns of paths, such as ``state_dict.*.table``. Tensors that match are stored as they are.
         overwrite: Overwrite the target if it exists.
         trust: Also make objects of classes that ``torch.load(weights_only=True)`` refuses, which can run code of the

@@ -1,13 +1,17 @@
 """Find the tensors of an open checkpoint, and describe kind, size and storage of each."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from q8lightning.checkpoint import tree
+from q8lightning.checkpoint.parameter_names import identity_of
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
+from q8lightning.checkpoint.places import place_of
+from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS, STATE_DICT, places_in
 from q8lightning.checkpoint.sections import kind_of as kind_by_keys
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
@@ -17,6 +21,40 @@ KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
 
 Value = Tensor | QuantizedTensor | UnreadTensor
 """A tensor of a checkpoint that was loaded with its payloads encoded, or of a folder."""
+
+
+@dataclass(frozen=True)
+class BytesAParameter:
+    """How many bytes a checkpoint takes for each parameter of the model.
+
+    Attributes:
+        parameters: Elements of the floats in the state dict, its buffers included; of tied ones once. 0 if there are
+            none.
+        kinds: Bytes a parameter that are stored of each kind of tensor; empty without parameters.
+        whole: Bytes a parameter of the whole file or folder; None without parameters.
+    """
+
+    parameters: int
+    kinds: Mapping[str, float]
+    whole: float | None
+
+
+def bytes_a_parameter(content: Any, size: int) -> BytesAParameter:
+    """Return what a checkpoint of ``size`` bytes takes for each parameter; tied tensors count once."""
+    parameters, kinds, seen = 0, dict.fromkeys(KINDS, 0), set[Any]()
+    places = places_in(content)
+    for path, value in tensors_in(content):
+        keys = place_of(path, places)
+        if (identity := identity_of(value)) in seen:
+            continue
+        seen.add(identity)
+        kinds[kind_of(keys, value)] += stored_bytes(value)
+        if keys[:1] == (STATE_DICT,) and value.dtype.is_floating_point:
+            parameters += torch.Size(value.shape).numel()
+    if not parameters:
+        return BytesAParameter(0, {}, None)
+    stored = {kind: nbytes / parameters for kind, nbytes in kinds.items() if nbytes}
+    return BytesAParameter(parameters, stored, size / parameters)
 
 
 def tensors_in(content: Any) -> list[tuple[Keys, Value]]:

@@ -67,7 +67,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
     Args:
         checkpoint_io: What writes, reads and removes files. Lightning's default is replaced by a durable version of it,
             also at the end of a chain of wrappers.
-        checkpoint: A preset, ``"resume"`` or ``"compact"``, or a policy.
+        checkpoint: A preset, ``"resume"``, ``"compact"`` or ``"precise"``, or a policy.
         async_save: Return from a save as soon as training may go on without changing what is saved; one thread copies
             it to the host and writes it. Removals wait for the saves before them, loads for everything. At most one
             save is in flight, and the next one waits for it. A save that fails raises at the next save, load or wait,

@@ -44,4 +44,4 @@ def _describe(report: SaveReport) -> Save:
         losses.append(Loss(loss.kind, loss.path if own in seen else loss.parameter, loss.statistics))
         seen.add(own)
     directions = [(each.squared_error, each.squares) for each in report.directions]
-    return Save(losses, directions, report.original_bytes, report.stored_bytes)
+    return Save(losses, directions, report.original_bytes, report.stored_bytes, report.parameters)

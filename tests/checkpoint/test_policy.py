@@ -1,30 +1,36 @@
 """Rules decide in order, over paths and parameter names; some things no rule reaches."""
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from support.models import Autoencoder, TwoOptimizers, train_and_save
 from support.promises import load, payloads_of, same_bits, tensors
 from torch import nn
 
 from q8lightning import CheckpointPolicy, Codebook, QuantizationCallback, QuantizedCheckpointIO, Rule
 from q8lightning.checkpoint.policy import PRESETS, CodecName, Preset
+from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN
 
 TERNARY = [-1.0, 0.0, 1.0]
 
 
-def codecs_of(path: Path) -> dict[str, tuple[str, int, bool]]:
-    """Return name, block size and residual of the codec of every payload in a file, by path."""
-    return {
-        name: (payload.codec.name, payload.codec.block_size, payload.codec.residual_bits)
-        for name, payload in payloads_of(path).items()
-    }
+def codecs_of(path: Path) -> dict[str, tuple[str, int, int, int]]:
+    """Return name, block size, bits and residual bits of the codec of every payload in a file, by path."""
+    return {name: described(payload.codec) for name, payload in payloads_of(path).items()}
 
 
-def save(state: dict[str, Any], path: Path, *rules: Any, **options: Any) -> dict[str, tuple[str, int, bool]]:
+def described(codec: Codec) -> tuple[str, int, int, int]:
+    return codec.name, codec.block_size, codec.bits, codec.residual_bits
+
+
+def save(state: dict[str, Any], path: Path, *rules: Any, **options: Any) -> dict[str, tuple[str, int, int, int]]:
     QuantizedCheckpointIO(checkpoint=CheckpointPolicy(rules, **options)).save_checkpoint(state, path)
     return codecs_of(path)
 
@@ -36,7 +42,7 @@ def test_the_first_rule_that_matches_decides() -> None:
     policy = CheckpointPolicy(
         [
             Rule("state_dict.head.*"),
-            Rule("state_dict.body.0.*", "linear", 64, residual_bits=8),
+            Rule("state_dict.body.0.*", "linear", 64, bits=7, residual_bits=3),
             Rule("state_dict.body.*", "dynamic", 128),
             Rule("state_dict.*", "softsign"),
             Rule("state_dict.body.1.weight", "int4"),
@@ -45,12 +51,12 @@ def test_the_first_rule_that_matches_decides() -> None:
 
     def found(path: str) -> Any:
         codec = policy.codec_for(path)
-        return codec and (codec.name, codec.block_size, codec.residual_bits)
+        return codec and described(codec)
 
     assert found("state_dict.head.weight") is None
-    assert found("state_dict.body.0.weight") == ("linear", 64, True)
-    assert found("state_dict.body.1.weight") == ("dynamic", 128, False)
-    assert found("state_dict.tail") == ("softsign", 256, False)
+    assert found("state_dict.body.0.weight") == ("linear", 64, 7, 3)
+    assert found("state_dict.body.1.weight") == ("dynamic", 128, 8, 0)
+    assert found("state_dict.tail") == ("softsign", 256, 8, 0)
     assert found("optimizer_states.0.state.0.exp_avg") is None
 
 
@@ -96,10 +102,10 @@ def test_rules_decide_for_a_whole_training(tmp_path: Path) -> None:
     )
     train_and_save(tmp_path, Autoencoder(), QuantizationCallback(policy))
     assert codecs_of(tmp_path / "a.ckpt") == {
-        "state_dict.encoder.0.weight": ("int8", 64, False),
-        "something_extra.floats": (Codebook("custom", tuple(TERNARY)).spec, 4096, False),
-        "optimizer_states.0.state.0.exp_avg_sq": ("dynamic_unsigned", 32, False),
-        "optimizer_states.0.state.4.exp_avg_sq": ("dynamic_unsigned", 32, False),
+        "state_dict.encoder.0.weight": ("int8", 64, 8, 0),
+        "something_extra.floats": (Codebook("custom", tuple(TERNARY)).spec, 4096, 2, 0),
+        "optimizer_states.0.state.0.exp_avg_sq": ("dynamic_unsigned", 32, 8, 0),
+        "optimizer_states.0.state.4.exp_avg_sq": ("dynamic_unsigned", 32, 8, 0),
     }
     before = torch.linspace(0, 1, 5000)  # blocks of 4096, of which each keeps its largest value and zero
     levels = load(tmp_path / "a.ckpt")["something_extra"]["floats"].unique()
@@ -206,6 +212,8 @@ def test_tensors_below_the_smallest_size_are_left_alone(numel: int, tmp_path: Pa
     ("dtype", "rule", "smaller"),
     [
         (torch.bfloat16, {"codec": "linear", "residual_bits": 8}, False),
+        (torch.bfloat16, {"codec": "linear", "residual_bits": 7}, True),
+        (torch.bfloat16, {"codec": "linear", "residual_bits": 7, "block_size": 32}, False),  # a bit a value for scales
         (torch.float16, {"codec": "linear", "residual_bits": 8}, False),
         (torch.float32, {"codec": "linear", "residual_bits": 8}, True),
         (torch.float64, {"codec": "linear", "residual_bits": 8}, True),
@@ -287,7 +295,11 @@ def test_a_policy_is_not_changed_by_use(tmp_path: Path) -> None:
         ({"pattern": "x", "codec": "sofsign"}, r"rules\[1\]: rule for 'x': .*got 'sofsign'; did you mean 'softsign'\?"),
         ({"pattern": "x", "codec": 8}, r"rules\[1\]: rule for 'x': codebook is a name.*got 8"),
         ({"pattern": "x", "codec": "log", "block_size": 100}, r"rules\[1\]: rule for 'x': block_size .* got 100; try"),
-        ({"pattern": "x", "codec": "linear", "residual": "yes"}, r"rules\[1\]: .*residual is a bool, got 'yes'"),
+        (
+            {"pattern": "x", "codec": "linear", "residual": True},
+            r"rules\[1\] has the key 'residual' .*'residual_bits'\?",
+        ),
+        ({"pattern": "x", "codec": "log", "bits": 9}, r"rules\[1\]: rule for 'x': bits must be .* got 9; try 6"),
         ({"pattern": 3, "codec": "linear"}, r"rules\[1\]: .*pattern is a str, got 3"),
         ({"pattern": "x", "parameter": None}, r"rules\[1\]: .*parameter is a str, got None"),
         ("state_dict.*", r"rules\[1\] is a Rule or a mapping of its arguments, got 'state_dict\.\*'; write such as"),
@@ -312,11 +324,95 @@ def test_a_preset_with_a_slip_is_refused_with_the_one_that_was_meant(make: Any, 
         make(name)
 
 
+# Bits
+
+WRONG_BITS: dict[str, tuple[dict[str, Any], str]] = {
+    "too few": ({"codec": "linear", "bits": 1}, "bits must be an integer from 2 to 8, got 1; try 6"),
+    "none at all": ({"codec": "softsign", "bits": 0}, "bits must be an integer from 2 to 8, got 0; try 6"),
+    "too many": ({"codec": "log", "bits": 9}, "bits must be an integer from 2 to 8, got 9; try 6"),
+    "a float": ({"codec": "log", "bits": 6.0}, "bits must be an integer from 2 to 8, got 6.0; try 6"),
+    "a word": ({"codec": "log", "bits": "6"}, "bits must be an integer from 2 to 8, got '6'; try 6"),
+    "a residual of one": (
+        {"codec": "linear", "residual_bits": 1},
+        "residual_bits must be an integer from 2 to 8, got 1; try 6",
+    ),
+    "a residual as it was": (
+        {"codec": "linear", "residual_bits": True},
+        "residual_bits must be an integer from 2 to 8, got True; try 6",
+    ),
+    "a residual of another codec": (
+        {"codec": "softsign", "bits": 6, "residual_bits": 4},
+        "a residual stage needs the codec linear, got 'softsign'; drop residual_bits or use linear",
+    ),
+    "of a codebook that has its own": (
+        {"codec": "int4", "bits": 5},
+        "the codes of int4 have 4 bits, got bits=5; leave bits out, or use linear or softsign, which have 2 to 8",
+    ),
+    "twice, and not alike": (
+        {"codec": "softsign6", "bits": 5},
+        "the codes of softsign6 have 6 bits, got bits=5; leave bits out, or use linear or softsign, which have 2 to 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BITS)
+def test_wrong_bits_are_refused_with_the_rule_the_value_and_what_to_do(wrong: str) -> None:
+    options, says = WRONG_BITS[wrong]
+    with pytest.raises(ValueError, match=f"^{re.escape(f'rule for {PATTERN!r}: {says}')}$"):
+        Rule(PATTERN, **options)
+    with pytest.raises(ValueError, match=re.escape(f"rules[0]: rule for {PATTERN!r}: {says}")):
+        CheckpointPolicy([{"pattern": PATTERN, **options}])
+
+
+PATTERN = "state_dict.*"
+RULES_WITH_BITS = [
+    Rule(PATTERN, "linear", 128, bits=7, residual_bits=3, parameter="body.*"),
+    Rule(PATTERN, "softsign", bits=2),
+    Rule(PATTERN, "linear5"),
+    Rule(PATTERN, "int4"),
+    Rule(PATTERN, TERNARY),
+    Rule(PATTERN, "log", 32),
+    Rule(PATTERN),
+]
+
+
+def test_a_policy_with_bits_comes_back_from_a_file_of_yaml() -> None:
+    policy = CheckpointPolicy(RULES_WITH_BITS, min_sqnr_db=None)
+    written = yaml.safe_dump(policy.as_primitives())
+    assert CheckpointPolicy(**yaml.safe_load(written)) == policy
+    assert CheckpointPolicy(**json.loads(json.dumps(policy.as_primitives()))) == policy
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_back_from_what_a_file_says_of_it(name: str, tmp_path: Path) -> None:
+    QuantizedCheckpointIO(checkpoint=name).save_checkpoint(
+        {"state_dict": {"weight": torch.randn(64, 64)}}, tmp_path / "a.ckpt"
+    )
+    assert CheckpointPolicy(**load(tmp_path / "a.ckpt")["q8lightning"]["policy"]) == CheckpointPolicy.of(name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "bits"),
+    [(RULES_WITH_BITS[i], bits) for i, bits in enumerate([(7, 3), (2, 0), (5, 0), (4, 0), (2, 0), (8, 0)])],
+    ids=str,
+)
+def test_a_rule_says_the_bits_that_its_codes_take(rule: Rule, bits: tuple[int, int], tmp_path: Path) -> None:
+    assert (rule.bits, rule.residual_bits) == bits
+    weight = torch.rand(64, 64)
+    (found,) = save(
+        {"state_dict": {"body.weight": weight}}, tmp_path / "a.ckpt", replace(rule, parameter="*"), min_sqnr_db=None
+    ).values()
+    assert found[2:] == bits
+    (payload,) = payloads_of(tmp_path / "a.ckpt").values()
+    scales = 4096 // rule.block_size * (8 if rule.codec == "log" else 4)
+    assert payload.nbytes == scales + 4096 * sum(bits) // 8
+
+
 def test_another_name_of_a_codebook_is_the_codebook(tmp_path: Path) -> None:
     rule = Rule("state_dict.*", "nf4")
     assert rule == Rule("state_dict.*", "normal_float4")
     assert save({"state_dict": {"weight": torch.randn(64, 64)}}, tmp_path / "a.ckpt", rule, min_sqnr_db=None) == {
-        "state_dict.weight": ("normal_float4", 256, False)
+        "state_dict.weight": ("normal_float4", 256, 4, 0)
     }
     assert load(tmp_path / "a.ckpt")["q8lightning"]["policy"]["rules"][0]["codec"] == "normal_float4"
 

@@ -197,14 +197,14 @@ def test_a_broken_view_of_a_shared_memory_does_not_spoil_its_neighbours(bad: flo
 @pytest.mark.parametrize("make", [QuantizationCallback, lambda name: QuantizedCheckpointIO(checkpoint=name)])
 @pytest.mark.parametrize("name", ["tiny", "Resume", "", "resume "])
 def test_an_unknown_preset_is_refused_with_the_known_ones(make: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=r"resume, compact.*got"):
+    with pytest.raises(ValueError, match=r"resume, compact, precise.*got"):
         make(name)
 
 
 @pytest.mark.parametrize("make", [QuantizationCallback, lambda name: QuantizedCheckpointIO(checkpoint=name)])
 @pytest.mark.parametrize("value", [True, 8, ["resume"], {"weights": "linear"}])
 def test_what_is_no_preset_at_all_is_refused_alike(make: Any, value: Any) -> None:
-    with pytest.raises(ValueError, match="resume, compact"):
+    with pytest.raises(ValueError, match="resume, compact, precise"):
         make(value)
 
 

@@ -10,18 +10,22 @@ from support.promises import load, payloads_of, same_parts
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, Rule
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.quantization.spec.codebook import BUILTIN
 
 FINE = [*(-1 + k / 4096 for k in range(120)), 0.0, *(1 - k / 4096 for k in reversed(range(120)))]
 CODECS: dict[str, dict[str, Any]] = {
     **{name: {"codec": name} for name in BUILTIN},
-    "log": {"codec": "log"},
-    "linear twice": {"codec": "linear", "residual_bits": 8},
+    **{f"log{bits}": {"codec": "log", "bits": bits} for bits in (2, 4, 5, 8)},
+    **{
+        f"linear{bits}+{residual}": {"codec": "linear", "bits": bits, "residual_bits": residual}
+        for bits, residual in ((8, 8), (8, 4), (5, 7), (2, 2))
+    },
     "custom": {"codec": [-1.0, -0.3, -0.01, 0.0, 0.02, 0.7, 0.9]},
     "custom, positive": {"codec": [0.0, 0.1, 0.5, 1.0]},
     "custom, fine": {"codec": FINE},
 }
-NEVER_NEGATIVE = ("log", "dynamic_unsigned", "custom, positive")
+NEVER_NEGATIVE = ("log2", "log4", "log5", "log8", "dynamic_unsigned", "custom, positive")
 
 
 def hard_tensors(dtype: torch.dtype, negative: bool) -> dict[str, Tensor]:
@@ -68,7 +72,7 @@ def assert_stable(
 # Every codec in one of these, and the presets' in all. That codecs are idempotent by themselves, in every
 # dtype and over ten generations, is shown in test_reference.py; here files, views and whole checkpoints come in.
 DTYPES = [(torch.float32, 256), (torch.float32, 32), (torch.bfloat16, 128), (torch.float16, 128), (torch.float64, 4096)]
-OF_PRESETS = ("softsign", "log", "linear twice")
+OF_PRESETS = ("softsign", "softsign6", "softsign5", "log8", "log5", "log4", "linear8+8", "linear8+4")
 CASES = [
     pytest.param(codec, *case, id=f"{codec}-{case[0]}-{case[1]}")
     for i, codec in enumerate(CODECS)
@@ -86,8 +90,8 @@ def test_every_codec_finds_the_same_codes_again(
     if dtype == torch.float16:  # keep to its range; its subnormals have a test in test_refusals
         del state["rows of different scale"], state["heavy tails"]
     encoded = assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": state}, tmp_path)
-    # Two bytes for two save nothing, and levels finer than a dtype cannot be kept in it.
-    if dtype.itemsize > 2 or codec not in ("linear twice", "custom, fine"):
+    # Sixteen bits for two bytes save nothing, and levels finer than a dtype cannot be kept in it.
+    if dtype.itemsize > 2 or codec not in ("linear8+8", "custom, fine"):
         assert len(encoded) == len(state)
 
 
@@ -112,6 +116,7 @@ def test_the_smallest_numbers_of_bfloat16_find_the_same_codes_too(codec: str, tm
     assert_stable(QuantizedCheckpointIO(checkpoint=policy), {"state_dict": {"smallest": smallest}}, tmp_path)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_preset_finds_the_same_codes_ten_times_over(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
     weights, squares = hard_tensors(dtype, negative=True), hard_tensors(dtype, negative=False)
@@ -121,7 +126,7 @@ def test_a_preset_finds_the_same_codes_ten_times_over(preset: str, dtype: torch.
     }
     checkpoint = {"state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
     encoded = assert_stable(QuantizedCheckpointIO(checkpoint=preset), checkpoint, tmp_path, generations=10)
-    kinds = 2 if (dtype == torch.bfloat16 and preset == "resume") else 3
+    kinds = 2 if (dtype == torch.bfloat16 and preset == "precise") else 3
     assert len(encoded) == kinds * len(weights)
 
 
@@ -142,15 +147,22 @@ def test_a_chain_of_resumed_trainers_changes_nothing(model: Any, preset: str, tm
         assert all(same_parts(first[name], again[name]) for name in first)
 
 
-def test_changing_the_preset_and_back_keeps_the_moments(tmp_path: Path) -> None:
-    """Both presets store moments alike, so that going from one to the other costs only weights."""
-    state = {"exp_avg": torch.randn(64, 64), "exp_avg_sq": torch.rand(64, 64)}
-    checkpoint = {"state_dict": {"w": torch.randn(64, 64)}, "optimizer_states": [{"state": {0: state}}]}
-    path = tmp_path / "a.ckpt"
-    found = []
-    for name in ("resume", "compact", "resume"):
+@pytest.mark.parametrize(
+    ("coarse", "fine"), [("compact", "resume"), ("compact", "precise"), ("resume", "precise")], ids=lambda name: name
+)
+def test_a_finer_preset_in_between_changes_nothing(coarse: str, fine: str, tmp_path: Path) -> None:
+    """A finer codec moves a value by less than half a step of the coarser one, and keeps what scales depend on."""
+    weights, squares = hard_tensors(torch.float32, negative=True), hard_tensors(torch.float32, negative=False)
+    state = {i: {"exp_avg": weights[name].roll(1), "exp_avg_sq": squares[name]} for i, name in enumerate(weights)}
+    checkpoint: dict[str, Any] = {
+        "state_dict": weights,
+        "optimizer_states": [{"state": state, "param_groups": []}],
+    }
+    path, found = tmp_path / "a.ckpt", []
+    for name in (coarse, fine, coarse):
         QuantizedCheckpointIO(checkpoint=name).save_checkpoint(checkpoint, path)
-        found.append({key: value for key, value in payloads_of(path).items() if key.startswith("optimizer_states")})
+        found.append(payloads_of(path))
         checkpoint = load(path)
-    assert len(found[0]) == 2
-    assert all(same_parts(found[0][key], other[key]) for other in found[1:] for key in found[0])
+    assert len(found[0]) == 3 * len(weights)
+    assert not any(same_parts(found[0][key], found[1][key]) for key in found[0])
+    assert [key for key in found[0] if not same_parts(found[0][key], found[2][key])] == []

@@ -1,6 +1,5 @@
 """The sizes that the README promises, measured on the file that a Trainer wrote."""
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +14,20 @@ from torch import Tensor, nn
 from q8lightning import CheckpointPolicy, QuantizationCallback
 from q8lightning.checkpoint.encode.checkpoint import encode_checkpoint
 
-BYTES_PER_PARAMETER = {"resume": 4.25, "compact": 3.2, None: math.inf}
-"""Bytes of file for each parameter trained with AdamW in float32, at most; plain Lightning for comparison."""
+BITS = {"resume": (8 + 4, 6, 5), "compact": (8, 5, 4), "precise": (8 + 8, 8, 8)}
+"""The bits of all codes of a weight and of its moments, in each preset."""
+
+SCALES = (32 / 256, 32 / 128, 64 / 128)
+"""The bits an element that scales take: one float32 for a block of 256 or 128, and two in the codec ``log``."""
+
+BYTES_PER_PARAMETER = {name: sum(bits) / 8 + sum(SCALES) / 8 for name, bits in BITS.items()}
+"""Bytes that a parameter trained with AdamW in float32 takes by its layout: 2.98, 2.23 and 4.11."""
+
+BYTES_PER_WEIGHT = {name: (bits[0] + SCALES[0]) / 8 for name, bits in BITS.items()}
+"""The same of a file with weights only: 1.52, 1.02 and 2.02."""
+
+REST = 0.12
+"""Bytes a parameter at most for small tensors, which are stored as they are, and for what is no tensor."""
 
 
 class SmallTransformer(nn.Module):
@@ -65,8 +76,13 @@ MODELS: dict[str, Callable[[], Shrink]] = {
 """The smaller a model and the more of its tensors are small, the more the rest of the file weighs."""
 
 
+def test_the_sizes_are_those_that_the_presets_promise() -> None:
+    assert [round(size, 2) for size in BYTES_PER_PARAMETER.values()] == [2.98, 2.23, 4.11]
+    assert [round(size, 2) for size in BYTES_PER_WEIGHT.values()] == [1.52, 1.02, 2.02]
+
+
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("checkpoint", BYTES_PER_PARAMETER, ids=str)
+@pytest.mark.parametrize("checkpoint", [*BITS, None], ids=str)
 def test_a_checkpoint_takes_no_more_than_promised(
     checkpoint: str | None, model: Callable[[], Shrink], tmp_path: Path
 ) -> None:
@@ -74,12 +90,14 @@ def test_a_checkpoint_takes_no_more_than_promised(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     assert parameters >= 1_000_000
     callbacks = [ModelCheckpoint(tmp_path), QuantizationCallback(checkpoint)]
-    train_and_save(tmp_path, module, *callbacks, enable_checkpointing=True)
-    size = (tmp_path / "a.ckpt").stat().st_size / parameters
+    trainer = train_and_save(tmp_path, module, *callbacks, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    size, of_weights = ((tmp_path / name).stat().st_size / parameters for name in ("a.ckpt", "weights.ckpt"))
     if checkpoint is None:
         assert size >= 12, "the model is not what the promise is about"
     else:
-        assert size <= BYTES_PER_PARAMETER[checkpoint]
+        assert BYTES_PER_PARAMETER[checkpoint] <= size <= BYTES_PER_PARAMETER[checkpoint] + REST
+        assert BYTES_PER_WEIGHT[checkpoint] <= of_weights <= BYTES_PER_WEIGHT[checkpoint] + REST / 2
     assert bool(payloads_of(tmp_path / "a.ckpt")) == (checkpoint is not None)
 
 

@@ -12,7 +12,17 @@ import torchmetrics
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from support.models import Autoencoder, Shrink, quiet_trainer, train_and_save
 from support.odd_checkpoints import ODD
-from support.promises import assert_kept, assert_same, load, payloads_of, promised_paths, same_bits, same_memory, stored
+from support.promises import (
+    WEIGHTS,
+    assert_kept,
+    assert_same,
+    load,
+    payloads_of,
+    promised_paths,
+    same_bits,
+    same_memory,
+    stored,
+)
 from torch import Tensor, nn
 
 from q8lightning import (
@@ -63,7 +73,7 @@ def test_tied_weights_stay_tied_and_are_stored_once(preset: str, tmp_path: Path)
     assert same_bits(embedding, head)
     encoded = payloads_of(file)
     assert encoded["state_dict.net.embedding.weight"] is encoded["state_dict.net.head.weight"]
-    one_copy = 512 * 64 * (2 if preset == "resume" else 1)
+    one_copy = 512 * 64 * WEIGHTS[preset][3]
     assert file.stat().st_size < 1.6 * one_copy
 
 
@@ -158,13 +168,13 @@ def test_a_small_view_does_not_carry_the_whole_memory_into_the_file(preset: str,
     file, _ = save_both(Shrink(Fused(), 5, 64), preset, tmp_path, weights_only=True)
     for name, tensor in load(file)["state_dict"].items():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-    assert file.stat().st_size < 32768 * (2 if preset == "resume" else 1) * 1.25 + 4096
+    assert file.stat().st_size < 32768 * WEIGHTS[preset][3] * 1.25 + 4096
 
 
 def test_one_view_of_a_larger_memory_is_encoded_alone(tmp_path: Path) -> None:
     memory = torch.randn(100_000)
     QuantizedCheckpointIO().save_checkpoint({"state_dict": {"part": memory[5000:9096]}}, tmp_path / "a.ckpt")
-    assert same_bits(load(tmp_path / "a.ckpt")["state_dict"]["part"], stored(memory[5000:9096], "linear, twice", 256))
+    assert same_bits(load(tmp_path / "a.ckpt")["state_dict"]["part"], stored(memory[5000:9096], *WEIGHTS["resume"][:3]))
     assert (tmp_path / "a.ckpt").stat().st_size < 16_384
 
 
@@ -345,8 +355,15 @@ def test_models_of_every_precision_come_back_in_theirs(
     encoded = set(payloads_of(file))
     assert encoded == promised_paths(before, preset, raw)
     assert "optimizer_states.0.state.0.exp_avg_sq" in encoded
-    # Two bytes an element would save nothing over bfloat16.
-    assert ("state_dict.decoder.weight" in encoded) is not (dtype == torch.bfloat16 and preset == "resume")
+    assert "state_dict.decoder.weight" in encoded
+
+
+def test_sixteen_bits_save_nothing_over_bfloat16(tmp_path: Path) -> None:
+    file, before = save_both(Autoencoder(), "precise", tmp_path, precision="bf16-true")
+    assert_kept(load(file), before, "precise", frozenset({"table", "counts"}))
+    encoded = set(payloads_of(file))
+    assert "state_dict.decoder.weight" not in encoded
+    assert "optimizer_states.0.state.0.exp_avg_sq" in encoded
 
 
 def test_the_gradient_scaler_comes_back_exactly(preset: str, tmp_path: Path) -> None:

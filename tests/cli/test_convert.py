@@ -299,7 +299,7 @@ def test_resume_becomes_compact_and_never_the_other_way_round(run: Run, plain: P
     QuantizedCheckpointIO(checkpoint="compact").save_checkpoint(expected, tmp_path / "io.ckpt")
     assert_same(without_summary(load(tmp_path / "compact.ckpt")), without_summary(load(tmp_path / "io.ckpt")))
     moment = "optimizer_states.0.state.0.exp_avg"
-    assert same_parts(resume[moment], compact[moment])
+    assert (resume[moment].codec.label, compact[moment].codec.label) == ("softsign6", "softsign5")
     assert (tmp_path / "compact.ckpt").stat().st_size < (tmp_path / "io.ckpt").stat().st_size + 2048
 
     done = run("compress", tmp_path / "compact.ckpt", tmp_path / "back.ckpt", "--preset", "resume")

@@ -52,7 +52,7 @@ def test_an_inspection_has_sizes_ratios_and_decibels(small: Path) -> None:
     assert found.sizes["weights"].bytes == sum(each.nbytes for each in weights) + sum(raw)
     assert found.sizes["exp_avg"].ratio == found.sizes["exp_avg"].decoded_bytes / found.sizes["exp_avg"].bytes
     assert 40 < found.errors["weights"]["sqnr_db"] < 60
-    assert 0 < (found.update_direction_error or 0) < 0.1
+    assert 0 < (found.update_direction_error or 0) < 0.5  # what compact allows
     by_path = {each.path: each for each in found.tensors}
     said = load(small)["q8lightning"]["tensors"]
     assert {path: each.sqnr_db for path, each in by_path.items() if each.sqnr_db is not None} == {

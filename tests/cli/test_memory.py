@@ -101,7 +101,7 @@ def measure_folders(folder: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_is_that_of_one_tensor_of_a_folder(tmp_path: Path) -> None:
-    """The plain folder is 120 MiB, its codes are 60."""
+    """The plain folder is 120 MiB, its codes are 45."""
     processes.run(save_folders, 1, tmp_path)
     assert forked.run(measure_folders, tmp_path) == 0
     sizes = json.loads((tmp_path / "sizes").read_text())
@@ -110,7 +110,7 @@ def test_memory_is_that_of_one_tensor_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_is_that_of_one_tensor(preset: str, tmp_path: Path) -> None:
-    """The file is 144 MiB; its codes alone would take 36 to 73."""
+    """The file is 144 MiB; its codes alone would take 36 to 55."""
     torch.save({"state_dict": {"weight": torch.randn(256, 256)}}, tmp_path / "tiny")
     rows = [TENSOR // 4 // 64 // (1 + index % 2) + index for index in range(TENSORS)]  # sizes that leave gaps in a heap
     state = {f"w{index}": torch.randn(count, 64) for index, count in enumerate(rows)}

@@ -20,6 +20,11 @@ from q8lightning.tools.tensors import KINDS
 
 Run = Callable[..., Any]
 GOLDEN = Path(__file__).parent.parent / "golden"
+CODECS = {
+    "resume": {"weights": "linear8+4/256", "exp_avg": "softsign6/128", "exp_avg_sq": "log5/128"},
+    "compact": {"weights": "softsign/256", "exp_avg": "softsign5/128", "exp_avg_sq": "log4/128"},
+}
+"""What is said of the codecs of each preset."""
 
 
 def described(run: Run, path: Path) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def described(run: Run, path: Path) -> dict[str, Any]:
 # inspect
 
 
-def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
+def test_every_tensor_is_described(run: Run, by_callback: Path, preset: str) -> None:
     found = described(run, by_callback)
     decoded, encoded = dict(tensors(load(by_callback))), payloads_of(by_callback)
     assert [each["path"] for each in found["tensors"]] == [".".join(map(str, path)) for path in decoded]
@@ -45,14 +50,15 @@ def test_every_tensor_is_described(run: Run, by_callback: Path) -> None:
         if payload is None:
             assert each["codec"] is None
         else:
-            residual = "+residual" if payload.codec.residual_bits else ""
-            assert each["codec"] == f"{payload.codec.name}{residual}/{payload.codec.block_size}"
+            assert each["codec"] == CODECS[preset][each["kind"]]
     assert found["summary"]["format_version"] == 1
     assert found["bytes"] == by_callback.stat().st_size
     assert found["training"]["global_step"] == 2
 
 
-def test_a_file_that_was_loaded_and_saved_again_is_called_plain(run: Run, by_callback: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_loaded_and_saved_again_is_called_plain(
+    run: Run, by_callback: Path, preset: str, tmp_path: Path
+) -> None:
     again = tmp_path / "again.ckpt"
     torch.save(load(by_callback), again)
     assert described(run, by_callback)["decoded"] is False
@@ -62,7 +68,7 @@ def test_a_file_that_was_loaded_and_saved_again_is_called_plain(run: Run, by_cal
     assert "plain" not in run("inspect", by_callback).out.splitlines()[2]
     compared = json.loads(run("compare", by_callback, again, "--json").out)["tensors"]
     kinds = {each["path"]: (each["first"], each["second"]) for each in compared}
-    assert kinds["state_dict.decoder.weight"][0].startswith(("linear+residual", "softsign"))
+    assert kinds["state_dict.decoder.weight"][0] == CODECS[preset]["weights"]
     assert kinds["state_dict.decoder.weight"][1] == "float32"
 
 
@@ -98,7 +104,7 @@ def test_a_plain_checkpoint_has_no_format_and_no_codecs(run: Run, plain: Path) -
     assert "plain" in run("inspect", plain).out
 
 
-@pytest.mark.parametrize("name", ["resume_v1.ckpt", "compact_v1.ckpt", "codecs_v1.ckpt"])
+@pytest.mark.parametrize("name", ["resume_v1.ckpt", "compact_v1.ckpt", "precise_v1.ckpt", "codecs_v1.ckpt"])
 def test_golden_files_are_described_and_verified(name: str, run: Run) -> None:
     assert described(run, GOLDEN / name)["summary"]["format_version"] == 1
     done = run("verify", GOLDEN / name)
@@ -169,7 +175,12 @@ def test_what_a_trainer_lost_is_shown(module: type[Autoencoder], run: Run, prese
     assert f"  update      direction off by {off:.2%}" in text.splitlines()
     ratio = sum(value.nbytes for value in one.values()) / sum(each["bytes"] for each in found["tensors"])
     assert found["summary"]["metrics"]["compression_ratio"] == pytest.approx(ratio)
-    for line in (f"state_dict.*: codec {'linear' if preset == 'resume' else 'softsign'}, block_size 256",
+    weights = (
+        "linear, block_size 256, bits 8, residual_bits 4" if preset == "resume" else "softsign, block_size 256, bits 8"
+    )
+    first, second = (6, 5) if preset == "resume" else (5, 4)
+    for line in (f"state_dict.*: codec {weights}", f".exp_avg: codec softsign, block_size 128, bits {first}",
+                 f".exp_avg_sq: codec log, block_size 128, bits {second}", *CODECS[preset].values(),
                  "*.running_mean: as it is", "min_numel 4096", "restored    0 times"):  # fmt: skip
         assert line in text
 
@@ -349,6 +360,42 @@ def test_kinds_and_update_directions_equal_numpys(run: Run, plain: Path, by_call
         assert_close(row, numpy_errors(direction(one, index), direction(two, index)))
     whole = [torch.cat([direction(checkpoint, index).flatten() for index in range(6)]) for checkpoint in (one, two)]
     assert_close(found["kinds"]["update_direction"], numpy_errors(*whole))
+
+
+def test_compare_tells_the_bytes_a_parameter(run: Run, plain: Path, by_callback: Path) -> None:
+    content, payloads = load(plain), payloads_of(by_callback)
+    floats = [each for each in content["state_dict"].values() if each.is_floating_point()]
+    count = sum(each.numel() for each in floats)
+    found = compared(run, plain, by_callback)["bytes_a_parameter"]
+    assert found["first"]["parameters"] == found["second"]["parameters"] == count
+    assert found["first"]["kinds"]["weights"] == pytest.approx(4.0)
+    assert found["first"]["whole"] == pytest.approx(plain.stat().st_size / count)
+    assert found["second"]["whole"] == pytest.approx(by_callback.stat().st_size / count)
+    stored = sum(
+        payloads[p].nbytes if (p := f"state_dict.{name}") in payloads else each.nbytes
+        for name, each in content["state_dict"].items()
+        if each.is_floating_point()
+    )
+    assert found["second"]["kinds"]["weights"] == pytest.approx(stored / count)
+    lines = run("compare", plain, by_callback).out.splitlines()
+    assert any(line.split()[:4] == ["weights", "4.00", "->", f"{stored / count:.2f}"] for line in lines)
+    whole = [f"{path.stat().st_size / count:.2f}" for path in (plain, by_callback)]
+    assert any(line.split() == ["whole", whole[0], "->", whole[1]] for line in lines)
+    (direction,) = (line for line in lines if line.startswith("update_direction"))
+    assert "->" not in direction
+
+
+def test_bytes_of_tied_weights_count_once_and_without_weights_there_are_none(run: Run, tmp_path: Path) -> None:
+    weight = torch.randn(50, 40)
+    torch.save({"state_dict": {"a": weight, "b": weight, "n": torch.arange(9)}}, tmp_path / "tied")
+    torch.save({"state_dict": {"a": weight, "n": torch.arange(9)}}, tmp_path / "one")
+    torch.save({"a": weight}, tmp_path / "bare")
+    found = compared(run, tmp_path / "tied", tmp_path / "one")["bytes_a_parameter"]
+    assert found["first"]["parameters"] == found["second"]["parameters"] == 2000
+    assert found["first"]["kinds"] == found["second"]["kinds"] == {"weights": 4.0, "other": 0.036}
+    found = compared(run, tmp_path / "bare", tmp_path / "bare")["bytes_a_parameter"]
+    assert found["first"] == {"parameters": 0, "kinds": {}, "whole": None}
+    assert "whole" not in run("compare", tmp_path / "bare", tmp_path / "bare").out
 
 
 def test_the_update_direction_has_the_optimizers_eps(run: Run, tmp_path: Path) -> None:

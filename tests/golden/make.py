@@ -35,8 +35,15 @@ BUFFERS = frozenset({"table"})
 CODECS: dict[str, Rule] = {
     "linear": Rule("state_dict.every.linear", "linear", 32),
     "residual": Rule("state_dict.every.residual", "linear", 64, residual_bits=8),
+    "residual_of_4": Rule("state_dict.every.residual_of_4", "linear", 64, residual_bits=4),
+    "residual_of_7": Rule("state_dict.every.residual_of_7", "linear", 32, bits=5, residual_bits=7),
+    "linear_of_3": Rule("state_dict.every.linear_of_3", "linear", 64, bits=3),
     "softsign": Rule("state_dict.every.softsign", "softsign", 32),
+    "softsign_of_6": Rule("state_dict.every.softsign_of_6", "softsign", 32, bits=6),
+    "softsign_of_5": Rule("state_dict.every.softsign_of_5", "softsign", 64, bits=5),
     "log": Rule("state_dict.every.log", "log", 32),
+    "log_of_5": Rule("state_dict.every.log_of_5", "log", 64, bits=5),
+    "log_of_4": Rule("state_dict.every.log_of_4", "log", 32, bits=4),
     "dynamic": Rule("state_dict.every.dynamic", "dynamic", 32),
     "dynamic_unsigned": Rule("state_dict.every.dynamic_unsigned", "dynamic_unsigned", 32),
     "normal_float4": Rule("state_dict.every.normal_float4", "normal_float4", 32),
@@ -53,7 +60,7 @@ CODECS: dict[str, Rule] = {
 """The rule for each parameter of :class:`EveryCodec`, whose name says what it is there for."""
 
 DTYPES = {"in_bfloat16": torch.bfloat16, "in_float16": torch.float16, "in_float64": torch.float64}
-UNSIGNED = ("log", "dynamic_unsigned")
+UNSIGNED = ("log", "log_of_5", "log_of_4", "dynamic_unsigned")
 RULES = [
     *CODECS.values(),
     Rule("state_dict.rows.weight", "softsign", 32),
@@ -143,7 +150,13 @@ def values_of_codecs(live: dict[str, Any]) -> dict[str, Tensor]:
         rule = rules.get(name)
         if rule is not None:
             assert isinstance(rule.codec, str)
-            tensor = stored(tensor, "linear, twice" if rule.residual_bits else rule.codec, rule.block_size)
+            assert rule.bits is not None
+            if rule.residual_bits:
+                tensor = stored(tensor, "residual", rule.block_size, (rule.bits, rule.residual_bits))
+            elif rule.codec in ("linear", "softsign", "log"):
+                tensor = stored(tensor, rule.codec, rule.block_size, (rule.bits,))
+            else:
+                tensor = stored(tensor, rule.codec, rule.block_size)
         values[name] = tensor
     codec = WeightCodec("int4", 32, 0).fitted((12, 10))
     codes, scales = codec.encode(live["state_dict"]["rows.weight"])
@@ -168,7 +181,7 @@ def described(tensor: Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
-    files = {name: HERE / f"{name}_v1.ckpt" for name in ("resume", "compact", "codecs")}
+    files = {name: HERE / f"{name}_v1.ckpt" for name in ("resume", "compact", "precise", "codecs")}
     existing = [file.name for file in files.values() if file.exists()]
     if existing and not parser.parse_args().force:
         parser.error(f"{', '.join(existing)} exist and are a promise; pass --force if their format was never released")

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import q8lightning.export.quantized
 from q8lightning import (
+    CheckpointPolicy,
     QATConfig,
     QuantizationCallback,
     QuantizedCheckpointIO,
     QuantizedTensor,
+    Rule,
     WeightRule,
     export_quantized,
     keep_encoded,
@@ -118,8 +120,37 @@ def test_codes_are_stored_once(name: str, tmp_path: Path) -> None:
     assert "codes" not in entries["net.1.weight"]  # too small to be encoded: its codes follow from its values
 
 
+SAME_CODEBOOK = {
+    "int4": Rule("state_dict.*", "int4", 64),
+    "normal_float4": Rule("state_dict.*", "normal_float4", 64),
+    "softsign3": Rule("state_dict.*", "softsign", 64, bits=3),
+    "linear6": Rule("state_dict.*", "linear", 64, bits=6, residual_bits=5),
+}
+"""Rules for masters with the codebook that they are trained with."""
+
+
+@pytest.mark.parametrize("codebook", SAME_CODEBOOK)
+def test_codes_of_a_rule_with_the_same_codebook_are_stored_once_in_its_bits(codebook: str, tmp_path: Path) -> None:
+    rule = SAME_CODEBOOK[codebook]
+    policy = CheckpointPolicy([rule], min_sqnr_db=None)
+    model = trained(tmp_path, WeightRule(codebook=codebook, block_size=64), policy)
+    with keep_encoded():
+        checkpoint = torch.load(tmp_path / "qat.ckpt", weights_only=True)
+    payload = checkpoint["state_dict"]["net.6.weight"]
+    numel, bits = 256 * 256, int(codebook[-1])
+    assert (payload.codec.bits, payload.codec.residual_bits) == (bits, rule.residual_bits)
+    assert payload.nbytes == numel * (bits + rule.residual_bits) // 8 + numel // 64 * 4
+    entry = checkpoint["q8lightning"]["qat"]["net.6.weight"]
+    assert entry == {"codebook": codebook, "block_size": 64, "axis": None}
+    export_quantized(tmp_path / "qat.ckpt", tmp_path / "codes.pt", format="codes")
+    assert torch.equal(documented_reader(tmp_path / "codes.pt")["net.6.weight"], model.seen["net.6.weight"])
+    loaded = torch.load(tmp_path / "qat.ckpt", weights_only=True)["state_dict"]["net.6.weight"]
+    again = WeightCodec(codebook, 64).fake_quantize(loaded)
+    assert torch.equal(again, model.seen["net.6.weight"])  # a resumed run goes on with the same weights
+
+
 def test_a_resumed_master_has_the_codes_of_the_one_that_was_saved(tmp_path: Path) -> None:
-    """The masters are stored to 1e-5, but their first stage is stored exactly: the next forward pass is the same."""
+    """The masters are off by half a step of the residual, but their first stage is exact: forward uses the same."""
     model = trained(tmp_path, RULES["first stage"])
     loaded = torch.load(tmp_path / "qat.ckpt", weights_only=True)["state_dict"]
     assert not torch.equal(loaded["net.6.weight"], model.net[6].weight)

@@ -183,7 +183,8 @@ def test_masters_that_are_stored_as_they_are_come_back_exactly_and_training_goes
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_encoded_masters_come_back_alike_in_any_number_of_processes(count: int) -> None:
     _, found = saved()
-    for policy, error in (("resume", 1e-4), ("compact", 2e-2)):
+    half_a_step = 1 / (2 * 127 * 15)  # of the residual of 4 bits
+    for policy, error in (("resume", 1.01 * half_a_step), ("compact", 2e-2)):
         expected = resumed(2)[0][policy][0]
         for each in resumed(count):
             began_with, losses = each[policy]

@@ -41,8 +41,8 @@ class Look(pl.Callback):
                 self.shards.add((form, BLOCKS.get(tuple(parameter.shape[1:]), RULE.block_size)))
 
 
-RULE = get_codec("linear", 128, residual_bits=8)
-"""Of weights, in the preset that is looked at."""
+RULE = get_codec("linear", 128, residual_bits=4)
+"""Of weights, in the preset that is looked at, in blocks for which rows of 128 have room."""
 
 BLOCKS = {(96,): 32}
 """Of shards whose rows have no room for those of the rule; rows of 67 or 72 have room for none."""

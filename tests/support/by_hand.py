@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 PAGE: dict[str, Any] = {}
-"""What the page defines: ``unpickle``, ``levels_of``, ``decode_log`` and ``read_tensor``."""
+"""What the page defines: ``unpickle``, ``packed_bytes``, ``unpack``, ``levels_of``, ``decode_log``, ``read_tensor``."""
 for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "format.md").read_text(), re.S):
     exec(block, PAGE)
 
@@ -77,7 +77,8 @@ class File:
         assert header.keys() - {"requires_grad", "parameter"} == HEADER
         codec, count = header["codec"], prod(header["shape"])
         assert codec.keys() - {"residual_bits"} == {"name", "bits", "block_size"}
-        assert codec["bits"] == codec.get("residual_bits", 8) == 8
+        assert 1 <= codec["bits"] <= 8
+        assert 2 <= codec.get("residual_bits", 8) <= 8
         values, _ = parts_of(data, codec, count)
         values = as_dtype(values, header["dtype"])
         return as_strided(values, header["shape"], [values.itemsize * step for step in header["stride"]]), header, data
@@ -95,22 +96,34 @@ class File:
 
 def parts_of(data: bytes, codec: dict[str, Any], count: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Return the values, float32, in the order of memory; and codes and scales of the first stage."""
-    size, is_log, is_twice = codec["block_size"], codec["name"] == "log", "residual_bits" in codec
+    size, bits, is_log, twice = codec["block_size"], codec["bits"], codec["name"] == "log", codec.get("residual_bits")
     blocks = -(-count // size)
-    width = 2 if is_log else 1
-    assert len(data) == 4 * blocks * width + count * (1 + is_twice)
-    scales = np.frombuffer(data, "<f4", blocks * width)
-    codes = np.frombuffer(data, "u1", count, 4 * blocks * width)
+    cuts = np.cumsum([4 * blocks * (2 if is_log else 1), PAGE["packed_bytes"](count, bits, size)])
+    head, first, second = np.split(np.frombuffer(data, "u1"), cuts)
+    assert len(second) == (PAGE["packed_bytes"](count, twice, size) if twice else 0)
+    scales, codes = head.view("<f4"), unpacked(first, bits, size, count)
     if is_log:
         low, high = (scales[side::2].repeat(size)[:count] for side in (0, 1))
-        return PAGE["decode_log"](codes, low, high), (codes, scales)
-    levels, each = PAGE["levels_of"](codec["name"]), scales.repeat(size)[:count]
+        return PAGE["decode_log"](codes, low, high, bits), (codes, scales)
+    levels, each = PAGE["levels_of"](codec["name"], bits), scales.repeat(size)[:count]
     assert levels.dtype == np.float32
+    assert (len(levels) - 1).bit_length() == bits
     values = levels[codes] * each
-    if is_twice:
+    if twice:
         assert codec["name"] == "linear"
-        values = values + levels[np.frombuffer(data, "u1", count, 4 * blocks + count)] * (each / np.float32(253))
+        zero, steps = 2 ** (twice - 1) - 1, (2 ** (bits - 1) - 1) * (2**twice - 1)
+        later = unpacked(second, twice, size, count).astype(np.float32) - np.float32(zero)
+        values = values + later * (each / np.float32(steps))
     return values, (codes, scales)
+
+
+def unpacked(packed: np.ndarray, bits: int, size: int, count: int) -> np.ndarray:
+    """Return codes, and check that there are no others behind those of a short last block."""
+    if bits < 8:
+        assert not PAGE["unpack"](packed, bits, size, -(-count // size) * size)[count:].any()
+    codes: np.ndarray = PAGE["unpack"](packed, bits, size, count)
+    assert codes.dtype == np.uint8
+    return codes
 
 
 def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -162,7 +175,8 @@ def trained_weights(file: File) -> Any:
         shape, axis = header["shape"], entry["axis"]
         assert (function, what) == (REBUILD, "tensor")
         if "codes" not in entry:
-            assert (header["codec"]["name"], header["codec"]["block_size"]) == (entry["codebook"], entry["block_size"])
+            codec = header["codec"]
+            assert (codec["name"], codec["block_size"]) == (entry["codebook"].rstrip("234567"), entry["block_size"])
             _, (codes, scales) = parts_of(file.data(*place), header["codec"], prod(shape))
             yield name, codes[None], scales[None], levels
             continue

@@ -98,13 +98,13 @@ def decoded(name: str, shard: Shard, preset: str = "resume", raw: Sequence[str] 
     codec = codec_of(name, preset)
     if codec is None or numel < 4096 or not tensor.is_floating_point() or not tensor.numel() or name in raw:
         return tensor
-    kind, block_size = codec
+    kind, block_size, bits = codec
     if len(shard.size) > 1:  # blocks of at least 32 cross no row, nor a part of one
         lengths = [math.prod(shape[1:]) for shape in (shard.size, tensor.shape)]
         lengths.append(shard.offsets[1] * math.prod(shard.size[2:]))
         fitting = [size for size in (32, 64, 128, 256) if size <= block_size and not any(n % size for n in lengths)]
         block_size = max(fitting, default=block_size)
-    return stored(tensor, kind, block_size)
+    return stored(tensor, kind, block_size, bits)
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -114,12 +114,12 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert torch.equal(found[name], tensor), name
 
 
-def codec_of(name: str, preset: str) -> tuple[str, int] | None:
+def codec_of(name: str, preset: str) -> tuple[str, int, tuple[int, ...]] | None:
     if name.startswith("state_dict."):
-        return WEIGHTS[preset][:2]
+        return WEIGHTS[preset][:3]
     if name.endswith(".exp_avg"):
-        return FIRST_MOMENTS[:2]
-    return SECOND_MOMENTS[:2] if name.endswith(".exp_avg_sq") else None
+        return FIRST_MOMENTS[preset][:3]
+    return SECOND_MOMENTS[preset][:3] if name.endswith(".exp_avg_sq") else None
 
 
 def whole(parts: Sequence[Mapping[str, Shard]], change: Callable[[str, Shard], Tensor]) -> dict[str, Tensor]:

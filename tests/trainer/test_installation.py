@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from support.models import Autoencoder, Diary, quiet_trainer
-from support.promises import assert_kept, assert_same, load, payloads_of, same_bits, stored
+from support.promises import WEIGHTS, assert_kept, assert_same, load, payloads_of, same_bits, stored
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule
 
@@ -150,8 +150,7 @@ def test_the_io_works_without_a_trainer(preset: str, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.ckpt"
     io.save_checkpoint({"state_dict": {"weight": weight}, "words": ["kept"]}, path)
     loaded = io.load_checkpoint(path)
-    codec = {"resume": "linear, twice", "compact": "softsign"}[preset]
-    assert same_bits(loaded["state_dict"]["weight"], stored(weight, codec, 256))
+    assert same_bits(loaded["state_dict"]["weight"], stored(weight, *WEIGHTS[preset][:3]))
     assert loaded["words"] == ["kept"]
     io.remove_checkpoint(path)
     assert not path.exists()

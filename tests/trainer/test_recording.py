@@ -18,7 +18,7 @@ from support.steps import Steps
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule
-from q8lightning.metrics.recorder import Recorder
+from q8lightning.metrics.recorder import Recorder, Save
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 NAMES = {
@@ -332,7 +332,7 @@ def test_it_counts_how_often_the_run_was_restored(tmp_path: Path) -> None:
 
 
 def test_the_end_of_fit_says_what_saves_came_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fitted(tmp_path, QuantizationCallback("compact"), TQDMProgressBar(), enable_progress_bar=True)
+    _, module = fitted(tmp_path, QuantizationCallback("compact"), TQDMProgressBar(), enable_progress_bar=True)
     printed = capsys.readouterr().out
     assert printed.count("q8lightning") == 1
     line = printed[printed.index("q8lightning:") :]
@@ -341,6 +341,8 @@ def test_the_end_of_fit_says_what_saves_came_to(tmp_path: Path, capsys: pytest.C
     worst = min((figures["sqnr_db"], path) for each in summaries for path, figures in each["tensors"].items())
     assert "saves 2" in line
     assert f"size {stored / 1e3:.1f} kB instead of {original / 1e3:.1f} kB" in line
+    parameters = sum(each.numel() for each in module.parameters())
+    assert f"bytes a parameter {stored / 2 / parameters:.2f} instead of {original / 2 / parameters:.2f}" in line
     assert f"longest stall {max(row['q8/save_stall_ms'] for row in recorded(tmp_path).values()):.0f} ms" in line
     assert f"SQNR {worst[0]:.1f} dB" in line
 
@@ -385,10 +387,38 @@ def test_the_fit_begins_with_a_line_that_says_what_comes(tmp_path: Path, caplog:
     assert float(found[1]) == pytest.approx(12 - saved / elements, abs=0.02)
     qat = QATConfig([WeightRule("*.weight", codebook="int4", block_size=64)])
     said, module = said_by("qat", QuantizationCallback(None, qat=qat))
-    weights = [each.numel() for name, each in module.named_parameters() if name.endswith(".weight")]
+    weights = [each.numel() for name, each in module.named_parameters() if name.endswith(".weight") and each.ndim > 1]
     assert said == (
         f"QuantizationCallback: QAT trains {len(weights)} weights as int4 in blocks of 64 ({sum(weights):,} elements)"
     )
+
+
+def test_bytes_a_parameter_are_a_range_if_saves_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    module = Autoencoder()
+    parameters = sum(each.numel() for each in module.parameters())
+    whole = ModelCheckpoint(tmp_path, filename="whole-{step}", every_n_train_steps=2)
+    weights = ModelCheckpoint(tmp_path, filename="weights-{step}", save_weights_only=True, every_n_train_steps=1)
+    callbacks = [QuantizationCallback(), TQDMProgressBar(), whole, weights]
+    trainer = quiet_trainer(
+        tmp_path,
+        callbacks=callbacks,
+        max_steps=2,
+        limit_val_batches=0,
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+    )
+    trainer.fit(module)
+    said = [load(tmp_path / f"{name}-step=2.ckpt")["q8lightning"]["bytes"] for name in ("weights", "whole")]
+    stored, original = (" to ".join(f"{each[key] / parameters:.2f}" for each in said) for key in ("stored", "original"))
+    assert f"bytes a parameter {stored} instead of {original};" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_parameters_that_are_not_known() -> None:
+    recorder = Recorder()
+    for parameters, expected in ((0, None), (4, "3.00 instead of 12.00")):
+        recorder.count(recorder.record(Save([], [], 48, 12, parameters)), 0.0)
+        assert dict(recorder.totals.lines()).get("bytes a parameter") == expected
 
 
 def test_sizes_are_said_in_units_that_one_can_read() -> None:

@@ -1,11 +1,11 @@
 """Store tensors better that would lose more than the policy allows.
 
-A tensor gets the codec that its rule names. If that loses too much, it gets the residual stage at the same block size.
-If that loses too much as well, or saves no bytes, the tensor is stored as it is.
+A tensor gets the codec that its rule names. If that loses too much, it gets a finer codec at the same block size,
+``linear`` with 8 bits and a residual of 8. If that loses too much as well, or saves no bytes, it is stored as it is.
 
-Decisions depend on values alone, so that saving what was loaded decides the same again. The residual stage rounds
-values, which may move an error across a limit. So a tensor keeps the stage if its error is within ``MARGIN`` of the
-limit and the stage loses nothing: then it was loaded from a file that has it.
+Decisions depend on values alone, so that saving what was loaded decides the same again. The finer codec rounds values,
+which may move an error across a limit. So a tensor keeps that codec if its error is within ``MARGIN`` of the limit and
+the codec loses nothing: then it was loaded from a file that has it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +15,13 @@ from types import MappingProxyType
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
-from q8lightning.checkpoint.encode.limits import MARGIN
+from q8lightning.checkpoint.encode.limits import MARGIN, allowed_alone
 from q8lightning.checkpoint.encode.refuse import reason_to_refuse
 from q8lightning.checkpoint.memory import in_memory_order
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
-from q8lightning.checkpoint.sections import SECOND_MOMENTS
+from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import is_sampled, measure
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums
@@ -89,7 +89,7 @@ class CandidatePair:
 def guard(
     candidates: Sequence[Candidate],
     pairs: Sequence[CandidatePair],
-    by_sqnr: Iterable[Candidate],
+    alone: Iterable[Candidate],
     policy: CheckpointPolicy,
     report: SaveReport,
 ) -> None:
@@ -98,7 +98,7 @@ def guard(
     Args:
         candidates: The tensors to judge, those of the pairs included. Their payloads and statistics are set.
         pairs: Moments that belong together, with all other pairs of the same first moment.
-        by_sqnr: The candidates that ``min_sqnr_db`` applies to.
+        alone: The candidates that are judged by themselves.
         policy: Its limits count, not its rules.
         report: Gets what was guarded.
     """
@@ -114,12 +114,12 @@ def guard(
                 pair.measure()  # it was measured with a payload that is not stored
         if limit is not None and any(relative_error(pair.squared_error, pair.squares) > limit / 2 for pair in alike):
             _hold_moments(alike, limit, report)
-    if policy.min_sqnr_db is not None:
-        limit = 10 ** (-policy.min_sqnr_db / 20)
-        left = [each for each in by_sqnr if each.payload is not None]
-        finer = _encode_finer([each for each in left if _is_close(_sqnr_error(None, each.statistics), limit)])
-        for candidate in left:
-            _hold(candidate, limit, _sqnr_error, _as_sqnr, report, finer)
+    allowed = {each: allowed_alone(each.kind, policy) for each in alone if each.payload is not None}
+    left = {each: most for each, most in allowed.items() if most is not None}
+    finer = _encode_finer([each for each, most in left.items() if _is_close(_error_alone(None, each.statistics), most)])
+    for each, most in left.items():
+        describe = _as_direction if each.kind in FIRST_MOMENTS and limit is not None else _as_sqnr
+        _hold(each, most, _error_alone, describe, report, finer)
 
 
 _Error = Callable[[QuantizedTensor, tuple[float, ...]], float]
@@ -134,7 +134,7 @@ def _is_close(error: float, limit: float) -> bool:
     return error > limit * (1 - MARGIN)
 
 
-def _sqnr_error(_: QuantizedTensor | None, statistics: tuple[float, ...]) -> float:
+def _error_alone(_: QuantizedTensor | None, statistics: tuple[float, ...]) -> float:
     return relative_error(*statistics[:2])
 
 
@@ -234,7 +234,7 @@ def _encode_finer(candidates: Sequence[Candidate]) -> "dict[Candidate, _Finer | 
 
 
 def _finer_codec(candidate: Candidate) -> Codec | None:
-    """Return the codec with a residual stage; None if there is none or it saves no bytes."""
+    """Return the finer codec; None if there is none or it saves no bytes."""
     finer = None if candidate.codec is None else candidate.codec.finer
     too_large = finer is not None and finer.encoded_bytes(candidate.tensor.numel()) >= candidate.tensor.nbytes
     return None if too_large else finer

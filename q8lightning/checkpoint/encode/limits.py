@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.sections import SECOND_MOMENTS
+from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import EncodedBuffer, is_sampled, measure
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
 MARGIN = 0.01
-"""How far an error may move, relative to a limit, when the residual stage rounds the values.
+"""How far an error may move, relative to a limit, when the finer codec rounds the values.
 
-The residual stage loses about a 250th of what the first stage loses.
+The finer codec loses a 250th of what ``linear`` loses, and a 17th of what it loses with a residual of 4 bits. It loses
+that independently, so the error moves by half the square of that share.
 """
 
 
@@ -26,12 +27,14 @@ class Limits(NamedTuple):
 
     Attributes:
         second_moments: ``[any]`` int64, the places of second moments. None of their elements may become zero.
-        by_sqnr: ``[any]`` int64, the places of members that ``min_sqnr_db`` applies to.
+        alone: ``[any]`` int64, the places of members that are judged by themselves.
+        allowed: ``[any]`` float64, the largest relative error of each of these.
         policy: Its limits count, not its rules.
     """
 
     second_moments: Tensor
-    by_sqnr: Tensor
+    alone: Tensor
+    allowed: Tensor
     policy: CheckpointPolicy
 
     @classmethod
@@ -43,11 +46,15 @@ class Limits(NamedTuple):
             in_pairs: The places of members that are moments of a pair. ``max_update_direction_error`` applies to them.
             policy: Its limits count, not its rules.
         """
-        by_direction = in_pairs if policy.max_update_direction_error is not None else frozenset[int]()
         second = [i for i, kind in enumerate(kinds) if kind in SECOND_MOMENTS]
-        others = [i for i, kind in enumerate(kinds) if kind not in SECOND_MOMENTS and i not in by_direction]
-        first, rest = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, others))
-        return cls(first, rest, policy)
+        allowed = {
+            i: limit
+            for i, kind in enumerate(kinds)
+            if not (i in in_pairs and policy.max_update_direction_error is not None)
+            and (limit := allowed_alone(kind, policy)) is not None
+        }
+        first, alone = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (second, [*allowed]))
+        return cls(first, alone, torch.tensor([*allowed.values()], dtype=torch.float64, device="cpu"), policy)
 
     @neutral()
     def measure_in_whole(self, values: Sequence[Tensor], codecs: Sequence[Codec], packed: EncodedBuffer) -> None:
@@ -64,14 +71,12 @@ class Limits(NamedTuple):
         data = packed.data
         sampled = [is_sampled(each, codec) for each, codec in zip(values, codecs, strict=True)]
         unsure = [i for i in self.second_moments.tolist() if sampled[i] and not codecs[i].keeps_nonzero]
-        if self.policy.min_sqnr_db is not None:
-            limit = 10 ** (-self.policy.min_sqnr_db / 20) * (1 - MARGIN)
-            for i in self.by_sqnr.tolist():
-                if not sampled[i]:
-                    continue
-                parts = codecs[i].split(data[i], values[i].numel())
-                if not codecs[i].relative_error_bound(values[i], parts) <= limit:
-                    unsure.append(i)
+        for i, limit in zip(self.alone.tolist(), self.allowed.tolist(), strict=True):
+            if not sampled[i]:
+                continue
+            parts = codecs[i].layout.views(data[i], values[i].numel())  # scales say enough; codes stay packed
+            if not codecs[i].relative_error_bound(values[i], parts) <= limit * (1 - MARGIN):
+                unsure.append(i)
         jobs = [partial(measure, values[i], codecs[i], data[i]) for i in unsure]
         for i, statistics in zip(unsure, share_out(jobs, [values[i].nbytes for i in unsure]), strict=True):
             packed.statistics[i] = statistics
@@ -83,16 +88,30 @@ class Limits(NamedTuple):
             statistics: ``[members, 5]`` float64 on the CPU, what each member loses.
             directions: ``[pairs, 2]`` float64 on the CPU, the sums of :func:`update_direction_sums`.
         """
-        limit, min_sqnr = self.policy.max_update_direction_error, self.policy.min_sqnr_db
+        limit = self.policy.max_update_direction_error
         members: list[int] = self.second_moments[statistics[self.second_moments, 4] != 0].tolist()
-        if min_sqnr is not None:
-            beyond = _beyond(statistics[self.by_sqnr, :2], 10 ** (-min_sqnr / 20) * (1 - MARGIN))
-            members += self.by_sqnr[beyond].tolist()
+        members += self.alone[_beyond(statistics[self.alone, :2], self.allowed * (1 - MARGIN))].tolist()
         # Half the limit: if one moment alone exceeds the limit, both together hardly lose less than it.
         pairs: list[int] = [] if limit is None else _beyond(directions, limit / 2).nonzero().view(-1).tolist()
         return members, pairs
 
 
-def _beyond(sums: Tensor, limit: float) -> Tensor:
+def allowed_alone(kind: str, policy: CheckpointPolicy) -> float | None:
+    """Return the largest relative error of a tensor that is judged by itself; None if there is no limit.
+
+    A first moment without a second, such as SGD's momentum, is the direction of the update.
+
+    Args:
+        kind: See :class:`~q8lightning.checkpoint.report.TensorLoss`.
+        policy: Its limits count, not its rules.
+    """
+    if kind in SECOND_MOMENTS:
+        return None
+    if kind in FIRST_MOMENTS and policy.max_update_direction_error is not None:
+        return policy.max_update_direction_error
+    return None if policy.min_sqnr_db is None else 10 ** (-policy.min_sqnr_db / 20)
+
+
+def _beyond(sums: Tensor, limit: Tensor | float) -> Tensor:
     """Tell which relative errors may exceed ``limit``, from sums of squared errors and of squares."""
     return sums[:, 0] > limit**2 * (1 - 1e-9) * sums[:, 1]

@@ -186,6 +186,8 @@ class Plan:
             its tensor's number and its codec.
         codes_together: Which of these codes the kernels encode together.
         storages: The memories of the checkpoint's tensors.
+        parameters: Elements of the model's parameters, of tied ones once; of all floats in the state dict if names are
+            not known.
         holds_payloads: Whether some of the checkpoint was loaded encoded and stays so.
         refused: Tensors that the policy selects and that cannot be encoded, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
@@ -205,6 +207,7 @@ class Plan:
     codes: tuple[tuple[str, int, WeightCodec], ...]
     codes_together: tuple[CodesTogether, ...]
     storages: tuple[Storage, ...]
+    parameters: int
     holds_payloads: bool
     refused: tuple[str, ...]
     passed_over: tuple[str, ...]

@@ -71,6 +71,7 @@ def plan_save(
         codes=codes,
         codes_together=tuple(_codes_together(codes, tensors)),
         storages=tuple(_storages(found, numbers)),
+        parameters=_parameters(found, names),
         holds_payloads=holds_payloads,
         refused=tuple(found.refused),
         passed_over=tuple(not_named(checkpoint, found.leaves, policy)) if nothing else (),
@@ -214,3 +215,14 @@ def _storages(found: Found, numbers: Mapping[int, int]) -> Iterator[Storage]:
     for leaves_in in storages.values():
         nbytes = leaves_in[0].tensor.untyped_storage().nbytes()
         yield Storage(nbytes, tuple(numbers[id(leaf.tensor)] for leaf in leaves_in))
+
+
+def _parameters(found: Found, names: ModelNames) -> int:
+    """Count the elements of the model's parameters, of tied ones once; of all floats if names are not known."""
+    floats = [
+        leaf
+        for leaf in found.leaves
+        if leaf.storage is not None and leaf.keys[:1] == (STATE_DICT,) and leaf.tensor.is_floating_point()
+    ]
+    named = [leaf for leaf in floats if leaf.parameter in names.parameters] or floats
+    return sum({(leaf.storage, leaf.tensor.data_ptr()): leaf.tensor.numel() for leaf in named}.values())

@@ -36,6 +36,7 @@ def merge_reports(reports: Sequence[SaveReport]) -> SaveReport:
         passed_over=passed_over,
         original_bytes=sum(report.original_bytes for report in reports),
         stored_bytes=sum(report.stored_bytes for report in reports),
+        parameters=sum(report.parameters for report in reports),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.promises import assert_same, load, payloads_of, same_bits, same_parts
-from torch import Tensor
+from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, Rule
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report, encode_checkpoint
@@ -96,7 +96,7 @@ def test_the_warning_names_the_tensor_the_figure_and_the_remedy(tmp_path: Path) 
     figure = sqnr(state["bad"], unguarded["state_dict"]["bad"])
     after, messages = saved({"state_dict": state}, policy_of(COARSE, min_sqnr_db=60), tmp_path / "a.ckpt")
     assert len(messages) == 1
-    assert f"state_dict.bad (SQNR {figure:.1f} dB under int4; stored with a residual stage)" in messages[0]
+    assert f"state_dict.bad (SQNR {figure:.1f} dB under int4; stored in 16 bits)" in messages[0]
     assert "good" not in messages[0]
     assert "min_sqnr_db" in messages[0]
     assert after["q8lightning"]["guarded"] == {
@@ -239,6 +239,40 @@ def test_moments_are_not_judged_by_their_sqnr(tmp_path: Path) -> None:
     assert codecs_of(tmp_path / "a.ckpt") == {"exp_avg": "residual", "exp_avg_sq": "log"}
 
 
+@pytest.mark.parametrize("key", ["momentum_buffer", "exp_avg"])
+def test_a_first_moment_without_a_second_is_the_direction(key: str, tmp_path: Path) -> None:
+    """SGD steps by its momentum, and Lion by the sign of one."""
+    momentum = torch.randn(64, 128)
+    checkpoint = {"optimizer_states": [{"state": {0: {key: momentum}}, "param_groups": [{"params": [0]}]}]}
+    rule = Rule(f"optimizer_states.*.{key}", "softsign", 128, bits=5)
+    found = {}
+    for limits in ({}, {"max_update_direction_error": 0.01}, {"max_update_direction_error": None}):
+        after, messages = saved(checkpoint, CheckpointPolicy([rule], **limits), tmp_path / "a.ckpt")
+        found[str(limits)] = codecs_of(tmp_path / "a.ckpt"), messages
+        if not limits:
+            error = 10 ** (-sqnr(momentum, after["optimizer_states"][0]["state"][0][key]) / 20)
+            assert 10 ** (-30 / 20) < error < 0.2  # beyond the limit of weights
+    default, strict, by_sqnr = found.values()
+    assert default == ({key: "softsign"}, [])
+    assert strict[0] == by_sqnr[0] == {key: "residual"}
+    assert f"{key} (update direction off by {error:.1%} under softsign5; stored in 16 bits)" in strict[1][0]
+    assert f"{key} (SQNR {-20 * np.log10(error):.1f} dB under softsign5; stored in 16 bits)" in by_sqnr[1][0]
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["adamw", "momentum"])
+def test_the_presets_hold_what_the_first_steps_leave(options: dict[str, float], preset: str, tmp_path: Path) -> None:
+    """Early gradients are of very different magnitude in a block, and second moments are their squares."""
+    weight = nn.Parameter(torch.randn(64, 128) / 8)
+    optimizer = torch.optim.SGD([weight], lr=0.1, **options) if options else torch.optim.AdamW([weight])
+    for _ in range(2):
+        (torch.randn(16, 64) @ weight).relu().square().mean().backward()
+        optimizer.step()
+    checkpoint = {"state_dict": {"weight": weight.detach()}, "optimizer_states": [optimizer.state_dict()]}
+    _, messages = saved(checkpoint, preset, tmp_path / "a.ckpt")
+    assert not messages
+    assert len(payloads_of(tmp_path / "a.ckpt")) == (2 if options else 3)
+
+
 def test_moments_without_a_direction_do_not_spoil_the_others(tmp_path: Path) -> None:
     """With an eps of zero, a parameter that never had a gradient has the direction 0 / 0."""
     first, second = moments(1.0)
@@ -312,14 +346,21 @@ def test_a_moment_that_stays_raw_at_the_limit_is_judged_beside_the_same_neighbou
         assert list(before) == list(payloads_of(tmp_path / "a.ckpt")), f"{raw}, errors {errors}"
 
 
-def _error_under(codec: str, weight: Tensor) -> float:
-    report = encode_and_report({"state_dict": {"w": weight}}, policy_of(Rule("state_dict.*", codec, 256))).report
+FINER = get_codec("linear", 256, residual_bits=8)
+"""What a tensor gets that loses too much under another codec of blocks of 256."""
+
+
+def _error_under(rule: Rule, weight: Tensor) -> float:
+    report = encode_and_report({"state_dict": {"w": weight}}, policy_of(rule)).report
     return report.tensors[0].figures["sqnr_db"]
 
 
-def test_a_tensor_at_the_limit_stays_on_its_side_of_it(tmp_path: Path) -> None:
-    """What the residual rounded is nearer to the limit, or farther, than the original was by a hundredth of a dB."""
-    rule, crossed = Rule("state_dict.*", "softsign", 256), 0
+@pytest.mark.parametrize(
+    "rule", [Rule("state_dict.*", "softsign", 256), Rule("state_dict.*", "linear", 256, residual_bits=4)], ids=str
+)
+def test_a_tensor_at_the_limit_stays_on_its_side_of_it(rule: Rule, tmp_path: Path) -> None:
+    """What the finer codec rounded is nearer to the limit, or farther, than the original was by hundredths of a dB."""
+    crossed = 0
     for seed in range(40):
         weight = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
         loaded, _ = saved(
@@ -327,15 +368,15 @@ def test_a_tensor_at_the_limit_stays_on_its_side_of_it(tmp_path: Path) -> None:
             policy_of(Rule("state_dict.*", "linear", residual_bits=8)),
             tmp_path / "a.ckpt",
         )
-        original, rounded = _error_under("softsign", weight), _error_under("softsign", loaded["state_dict"]["w"])
+        original, rounded = _error_under(rule, weight), _error_under(rule, loaded["state_dict"]["w"])
         if rounded <= original:
             continue
         crossed += 1
         policy = policy_of(rule, min_sqnr_db=(original + rounded) / 2)
         first, _ = saved({"state_dict": {"w": weight}}, policy, tmp_path / "a.ckpt")
-        assert codecs_of(tmp_path / "a.ckpt") == {"w": "residual"}
+        assert [each.codec for each in payloads_of(tmp_path / "a.ckpt").values()] == [FINER]
         again, _ = saved({"state_dict": first["state_dict"]}, policy, tmp_path / "a.ckpt")
-        assert codecs_of(tmp_path / "a.ckpt") == {"w": "residual"}
+        assert [each.codec for each in payloads_of(tmp_path / "a.ckpt").values()] == [FINER]
         assert same_bits(first["state_dict"]["w"], again["state_dict"]["w"])
     assert crossed > 5, "the test is about those that end up on the other side"
 

@@ -16,7 +16,8 @@ from support.promises import load, same_bits, tensors
 from torch import Tensor, nn
 
 from q8lightning import QuantizationCallback, export_quantized, keep_encoded
-from q8lightning.quantization.spec.codebook import BUILTIN, get_codebook
+from q8lightning.quantization.spec.codebook import BUILTIN, FAMILY_OF, get_codebook
+from q8lightning.quantization.spec.packing import pack
 from q8lightning.quantization.spec.reference import dequantize_log
 from q8lightning.tools import compress
 
@@ -50,6 +51,7 @@ def compressed(folder: Path) -> Path:
 FILES: dict[str, Callable[[Path], Path]] = {
     "golden resume": lambda folder: GOLDEN / "resume_v1.ckpt",
     "golden compact": lambda folder: GOLDEN / "compact_v1.ckpt",
+    "golden precise": lambda folder: GOLDEN / "precise_v1.ckpt",
     "golden codecs": lambda folder: GOLDEN / "codecs_v1.ckpt",
     "resume": lambda folder: trained(folder, Autoencoder(), QuantizationCallback()),
     "compact": lambda folder: trained(folder, TwoOptimizers(), QuantizationCallback("compact")),
@@ -128,23 +130,39 @@ def test_the_codes_of_trained_weights_are_those_that_are_exported(file: Path, re
 
 @pytest.mark.parametrize("name", [*BUILTIN, get_codebook([-1.0, -0.3, 0.0, 0.2]).spec])
 def test_the_levels_are_those_of_the_page(name: str) -> None:
-    found = by_hand.PAGE["levels_of"](name)
-    assert found.dtype == np.float32
-    assert same_bits(torch.from_numpy(found.copy()), get_codebook(name).tensor())
+    ways = [(name,)]
+    if name in FAMILY_OF:
+        ways.append((FAMILY_OF[name], get_codebook(name).bits))
+    for way in ways:
+        found = by_hand.PAGE["levels_of"](*way)
+        assert found.dtype == np.float32
+        assert same_bits(torch.from_numpy(found.copy()), get_codebook(name).tensor())
 
 
-def test_log_codes_decode_alike_at_every_magnitude() -> None:
+@pytest.mark.parametrize("count", [0, 1, 64, 100])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_any_bits_unpack_alike(bits: int, count: int) -> None:
+    codes = torch.randint(2**bits, (count,), dtype=torch.uint8)
+    packed = pack(codes, bits, 32).numpy()
+    assert len(packed) == by_hand.PAGE["packed_bytes"](count, bits, 32)
+    found = by_hand.PAGE["unpack"](packed, bits, 32, count)
+    assert found.dtype == np.uint8
+    assert found.tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_log_codes_decode_alike_at_every_magnitude(bits: int) -> None:
     """From the smallest float to the largest, narrow blocks and wide ones, every code of each."""
     bounds = torch.tensor(
         [[0.0, 0.0], [1e-45, 1e-45], [1e-45, 3e38], [1e-40, 2e-38], [0.5, 0.5], [0.5, 0.5001], [1.0, 1.5], [1e-12, 7.0]]
     )
-    codes = torch.arange(256, dtype=torch.uint8).repeat(len(bounds))
+    codes = (torch.arange(256) % 2**bits).to(torch.uint8).repeat(len(bounds))
     low, high = (bounds[:, side].repeat_interleave(256).numpy() for side in (0, 1))
-    found = by_hand.PAGE["decode_log"](codes.numpy(), low, high)
-    assert same_bits(torch.from_numpy(found), dequantize_log(codes, bounds, 256, torch.float32))
+    found = by_hand.PAGE["decode_log"](codes.numpy(), low, high, bits)
+    assert same_bits(torch.from_numpy(found), dequantize_log(codes, bounds, 256, bits, torch.float32))
 
 
-@pytest.mark.parametrize("preset", ["resume", "compact"])
+@pytest.mark.parametrize("preset", ["resume", "compact", "precise"])
 def test_the_example_of_the_page_reads_a_tensor(preset: str) -> None:
     path = GOLDEN / f"{preset}_v1.ckpt"
     found = by_hand.PAGE["read_tensor"](path, "state_dict", "layer.weight")

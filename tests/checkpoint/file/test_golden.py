@@ -21,11 +21,24 @@ from q8lightning.checkpoint.payload import rebuild_v1
 GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = json.loads((GOLDEN / "expected_v1.json").read_text())
 REBUILD = "q8lightning.checkpoint.payload rebuild_v1"
-CHECKSUMS = {"resume": 6821212930588914445, "compact": 2178339410458747234}
+CHECKSUMS = {
+    "resume": 12851881429113575005,
+    "compact": 2178339410458747234,
+    "precise": 1879797028596675038,
+}
 """Of ``state_dict.layer.weight``."""
-WEIGHTS = {"resume": ("linear", 256, True), "compact": ("softsign", 256, False)}
+WEIGHTS = {"resume": ("linear", 256, 8, 4), "compact": ("softsign", 256, 8, 0), "precise": ("linear", 256, 8, 8)}
+MOMENTS = {"resume": (6, 5), "compact": (5, 4), "precise": (8, 8)}
+"""Codec, block size, bits and bits of the residual of weights, and the bits of both moments."""
 
 every_file = pytest.mark.parametrize("name", EXPECTED)
+
+
+@pytest.fixture(params=WEIGHTS)
+def preset(request: pytest.FixtureRequest) -> str:
+    """The name of each preset in turn."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture
@@ -87,18 +100,20 @@ def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) ->
         "state_dict.layer.weight": WEIGHTS[preset],
         "state_dict.embedding.weight": WEIGHTS[preset],
         "state_dict.head.weight": WEIGHTS[preset],
-        "optimizer_states.0.state.0.exp_avg": ("softsign", 128, False),
-        "optimizer_states.0.state.0.exp_avg_sq": ("log", 128, False),
+        "optimizer_states.0.state.0.exp_avg": ("softsign", 128, MOMENTS[preset][0], 0),
+        "optimizer_states.0.state.0.exp_avg_sq": ("log", 128, MOMENTS[preset][1], 0),
     }
-    if preset == "compact":
+    if preset != "precise":  # in bfloat16: 12 bits and 8 bits are fewer than its 16
         expected["state_dict.half.weight"] = WEIGHTS[preset]
-    assert {name: (codec.name, codec.block_size, codec.residual_bits) for name, codec in found.items()} == expected
+    codecs = {name: (codec.name, codec.block_size, codec.bits, codec.residual_bits) for name, codec in found.items()}
+    assert codecs == expected
 
 
 def test_there_is_a_file_with_every_codec() -> None:
     found = {payload.codec.label for payload in payloads_of(GOLDEN / "codecs_v1.ckpt").values()}
     assert found == {
-        *("linear", "linear+residual", "softsign", "log", "dynamic", "dynamic_unsigned", "normal_float4", "int2"),
+        *("linear", "linear8+8", "linear8+4", "linear5+7", "linear3", "softsign", "softsign6", "softsign5"),
+        *("log", "log5", "log4", "dynamic", "dynamic_unsigned", "normal_float4", "int2"),
         *("int8", "fp8_e4m3", "fp8_e5m2", "custom"),
     }
 
@@ -164,11 +179,12 @@ def test_the_header_of_a_payload_is_one_string(preset: str, golden: Path) -> Non
         payload = load(golden)["state_dict"]["layer.weight"]
     assert payload.checksum == CHECKSUMS[preset]
     _, (what, header, checksum, data, start, nbytes) = payload.__reduce__()
-    codec, block_size, residual = WEIGHTS[preset]
+    codec, block_size, bits, residual = WEIGHTS[preset]
     assert what == "tensor"
     assert header == json.dumps(
         {
-            "codec": {"name": codec, "bits": 8, "block_size": block_size} | ({"residual_bits": 8} if residual else {}),
+            "codec": {"name": codec, "bits": bits, "block_size": block_size}
+            | ({"residual_bits": residual} if residual else {}),
             "shape": (64, 64),
             "stride": (64, 1),
             "dtype": "float32",

@@ -44,7 +44,9 @@ def _is_encoded(pair: PairPlan, payloads: Payloads) -> bool:
 
 
 def add_bytes(report: SaveReport, plan: Plan, payloads: Payloads, own: Mapping[int, Tensor]) -> None:
-    """Set what all tensors take and what is stored of them: whole memories, as ``torch.save`` writes them.
+    """Set what all tensors take, what is stored of them, and for how many parameters.
+
+    Bytes are those of whole memories, as ``torch.save`` writes them.
 
     Args:
         report: Gets it.
@@ -53,6 +55,7 @@ def add_bytes(report: SaveReport, plan: Plan, payloads: Payloads, own: Mapping[i
         own: Tensors that are stored in memory of their own, by number.
     """
     replaced = {i for i, member in plan.places.items() if payloads[member] is not None} | own.keys()
+    report.parameters = plan.parameters
     report.original_bytes = sum(storage.nbytes for storage in plan.storages)
     report.stored_bytes = sum(storage.nbytes for storage in plan.storages if not replaced.issuperset(storage.numbers))
     report.stored_bytes += sum(payload.nbytes for payload in payloads if payload is not None)

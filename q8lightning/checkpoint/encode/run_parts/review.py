@@ -78,11 +78,11 @@ class Review:
             i: pair for i, pair in pairs.items() if not self.overwritten & {side.number for side in plan.pairs[i][:2]}
         }
         usable_candidates = [each for number, each in candidates.items() if number not in self.overwritten]
-        by_sqnr = [candidates.get(device.numbers[i]) for i in device.limits.by_sqnr.tolist()]
+        alone = [candidates.get(device.numbers[i]) for i in device.limits.alone.tolist()]
         guard(
             usable_candidates,
             list(usable.values()),
-            [each for each in by_sqnr if each is not None and each in usable_candidates],
+            [each for each in alone if each is not None and each in usable_candidates],
             plan.policy,
             report,
         )

@@ -1,0 +1,146 @@
+"""Tables and a plot of the records that resumes have left."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Record = dict[str, Any]
+
+GROUPS = ("floor", "preset", "frontier", "warning", "part")
+"""The groups of variants, in the order of tables."""
+
+COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "bytes a parameter": lambda rows: f"{median(row['bytes_a_parameter'] for row in rows):.2f}",
+    "first batch": lambda rows: _number(median(abs(row["first_batch"]) for row in rows)),
+    "mean": lambda rows: _number(median(row["mean"] for row in rows)),
+    "RMS": lambda rows: _number(median(row["rms"] for row in rows)),
+    "RMS, lowest to highest": lambda rows: f"{_number(lowest(rows))} to {_number(highest(rows))}",
+    "direction": lambda rows: _percent([row["direction_error"] for row in rows if "direction_error" in row]),
+    "guarded": lambda rows: str(max(row["guarded"] for row in rows)),
+}
+"""The columns of a table, each from the records of one variant. ``guarded`` is how many tensors a save stored better
+than its policy says, at most."""
+
+
+def lowest(rows: Sequence[Record]) -> float:
+    """Return the smallest RMS gap."""
+    return min(row["rms"] for row in rows)
+
+
+def highest(rows: Sequence[Record]) -> float:
+    """Return the largest RMS gap."""
+    return max(row["rms"] for row in rows)
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{median(values):.2%}" if values else ""
+
+
+def tables(records: Sequence[Record]) -> str:
+    """Return Markdown: for each scenario tables of medians over all runs, and by beta2 and checkpoint."""
+    parts = []
+    for scenario, own in grouped(records, "scenario").items():
+        first = own[0]
+        seeds, betas, steps = (sorted({row[key] for row in own}) for key in ("seed", "beta2", "checkpoint"))
+        parts.append(
+            f"### {scenario}: {first['parameters']:,} parameters\n\n{first['machine']}. {len(seeds)} seeds, beta2"
+            f" {_listed(betas)}, checkpoints after {_listed(steps)} steps, {first['steps']} steps after each."
+        )
+        parts.append(_table("variant", variants_of(own)))
+        often = {
+            f"`{name}`, restored {times} times": rows
+            for times, some in grouped([row for row in own if row["restores"] > 1], "restores").items()
+            for name, rows in grouped(some, "variant").items()
+        }
+        if often:
+            parts.append(_table("variant", often))
+        whole = [row for row in own if row["restores"] == 1 and row["group"] in ("floor", "preset", "frontier")]
+        parts.append(_by_circumstances(whole))
+    return "\n\n".join(parts)
+
+
+def variants_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the records of each variant that was restored once, by group and size; all plain resumes are one."""
+    once = [row | {"variant": _named(row)} for row in records if row["restores"] == 1]
+    once.sort(key=lambda row: (GROUPS.index(row["group"]), -row["bytes_a_parameter"]))
+    return grouped(once, "variant")
+
+
+def _named(row: Record) -> str:
+    if row["group"] == "floor":
+        return "plain again (the floor)"
+    return f"`{row['variant']}`" if row["group"] == "preset" else str(row["variant"])
+
+
+def _table(what: str, rows: dict[str, list[Record]]) -> str:
+    lines = [[what, *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    lines += [[name, *(column(records) for column in COLUMNS.values())] for name, records in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_circumstances(records: Sequence[Record]) -> str:
+    """Return a table of the median RMS gap by beta2 and by checkpoint."""
+    columns: dict[str, list[Record]] = {}
+    for key, name in (("beta2", "beta2"), ("checkpoint", "after step")):
+        columns |= {f"{name} {value}": rows for value, rows in sorted(grouped(records, key).items())}
+    lines = [["RMS", *columns], ["---"] * (1 + len(columns))]
+    for variant in variants_of(records):
+        cells = [variants_of(rows).get(variant, []) for rows in columns.values()]
+        lines.append([variant, *(_number(median(row["rms"] for row in rows)) if rows else "" for rows in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grouped(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    """Return the records by one of their values, in the order in which these occur."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record[key], []).append(record)
+    return groups
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return " and ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draw bytes a parameter against the RMS gap: a panel for each scenario, the floor as a band."""
+    from matplotlib.figure import Figure
+
+    scenarios = grouped(records, "scenario")
+    figure = Figure(figsize=(5.2 * len(scenarios), 4.2), layout="constrained")
+    all_axes = figure.subplots(1, len(scenarios), squeeze=False)[0]
+    for axes, (scenario, own) in zip(all_axes, scenarios.items(), strict=True):
+        _draw(axes, own)
+        axes.set_title(f"{scenario}: {own[0]['parameters'] / 1e6:.3g} million parameters", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: Any, records: Sequence[Record]) -> None:
+    for name, rows in variants_of(records).items():
+        group, middle = rows[0]["group"], median(row["rms"] for row in rows)
+        if group == "floor":
+            if middle > 0:
+                axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain")
+                axes.axhline(middle, color="0.5", linestyle="--", linewidth=1)
+            continue
+        if group not in ("preset", "frontier") and name != "bitsandbytes' maps":
+            continue
+        size, color = rows[0]["bytes_a_parameter"], COLORS[group]
+        bars = [[middle - lowest(rows)], [highest(rows) - middle]]
+        axes.errorbar(size, middle, yerr=bars, fmt="o", color=color, markersize=5, linewidth=1, capsize=2)
+        axes.annotate(name.strip("`"), (size, middle), (5, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("bytes a parameter (plain: 12)", fontsize=8)
+    axes.set_ylabel("RMS gap of the loss to a plain resume", fontsize=8)
+    axes.tick_params(labelsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+
+
+COLORS = {"preset": "C3", "frontier": "C0", "warning": "0.5"}
