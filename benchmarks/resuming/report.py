@@ -16,11 +16,13 @@ COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "mean": lambda rows: _number(median(row["mean"] for row in rows)),
     "RMS": lambda rows: _number(median(row["rms"] for row in rows)),
     "RMS, lowest to highest": lambda rows: f"{_number(lowest(rows))} to {_number(highest(rows))}",
+    "to the floor": lambda rows: _times([row["to_floor"] for row in rows if row.get("to_floor")]),
     "direction": lambda rows: _percent([row["direction_error"] for row in rows if "direction_error" in row]),
     "guarded": lambda rows: str(max(row["guarded"] for row in rows)),
 }
-"""The columns of a table, each from the records of one variant. ``guarded`` is how many tensors a save stored better
-than its policy says, at most."""
+"""The columns of a table, each from the records of one variant. ``to the floor`` is how many times as large the RMS gap
+is as that of the plain resume from the same checkpoint; ``guarded`` how many tensors a save stored better than its
+policy says, at most."""
 
 
 def lowest(rows: Sequence[Record]) -> float:
@@ -41,10 +43,28 @@ def _percent(values: Sequence[float]) -> str:
     return f"{median(values):.2%}" if values else ""
 
 
+def _times(values: Sequence[float]) -> str:
+    return f"{median(values):.2f}" if values else ""
+
+
+def with_floors(records: Sequence[Record]) -> list[Record]:
+    """Return records with the ratio of their RMS gap to that of the plain resumes from the same checkpoint."""
+
+    def place(row: Record) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("scenario", "seed", "beta2", "checkpoint"))
+
+    floors: dict[tuple[Any, ...], list[float]] = {}
+    for row in records:
+        if row["group"] == "floor":
+            floors.setdefault(place(row), []).append(row["rms"])
+    means = {where: sum(values) / len(values) for where, values in floors.items()}
+    return [row | {"to_floor": row["rms"] / floor if (floor := means.get(place(row))) else None} for row in records]
+
+
 def tables(records: Sequence[Record]) -> str:
     """Return Markdown: for each scenario tables of medians over all runs, and by beta2 and checkpoint."""
     parts = []
-    for scenario, own in grouped(records, "scenario").items():
+    for scenario, own in grouped(with_floors(records), "scenario").items():
         first = own[0]
         seeds, betas, steps = (sorted({row[key] for row in own}) for key in ("seed", "beta2", "checkpoint"))
         parts.append(
@@ -121,20 +141,22 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def _draw(axes: Any, records: Sequence[Record]) -> None:
+    """Draw one scenario; labels stand on the right of their points, and those of presets on the left."""
     for name, rows in variants_of(records).items():
         group, middle = rows[0]["group"], median(row["rms"] for row in rows)
-        if group == "floor":
-            if middle > 0:
-                axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain")
-                axes.axhline(middle, color="0.5", linestyle="--", linewidth=1)
-            continue
+        if group == "floor" and middle > 0:
+            axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain, lowest to highest")
+            axes.axhline(middle, color="0.5", linestyle="--", linewidth=1, label="its median: the floor")
         if group not in ("preset", "frontier") and name != "bitsandbytes' maps":
             continue
-        size, color = rows[0]["bytes_a_parameter"], COLORS[group]
+        size, color = median(row["bytes_a_parameter"] for row in rows), COLORS[group]
         bars = [[middle - lowest(rows)], [highest(rows) - middle]]
         axes.errorbar(size, middle, yerr=bars, fmt="o", color=color, markersize=5, linewidth=1, capsize=2)
-        axes.annotate(name.strip("`"), (size, middle), (5, 4), textcoords="offset points", fontsize=7, color=color)
+        where = {"xytext": (-6, -3), "ha": "right"} if group == "preset" else {"xytext": (6, -3)}
+        label = name.strip("`")
+        axes.annotate(label, (size, middle), textcoords="offset points", fontsize=6, color=color, **where)
     axes.set_yscale("log")
+    axes.set_xlim(1.9, 4.6)
     axes.grid(alpha=0.3)
     axes.set_xlabel("bytes a parameter (plain: 12)", fontsize=8)
     axes.set_ylabel("RMS gap of the loss to a plain resume", fontsize=8)

@@ -102,7 +102,8 @@ def assert_like(found: Any, expected: Any, exact: bool = False) -> None:
     assert one == other
     for a, b in zip(here, there, strict=True):
         a, b = a.detach(), b.detach()
-        assert torch.equal(a, b) or (not exact and float((a - b).norm() / b.norm()) < 0.02)
+        # The coarsest codec of the presets, for first moments in 5 bits, loses 4.5% of normal values.
+        assert torch.equal(a, b) or (not exact and float((a - b).norm() / b.norm()) < 0.06)
 
 
 def encoded_in(path: Path) -> set[str]:
@@ -591,7 +592,7 @@ COARSE = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 def adam(amsgrad: bool) -> dict[str, Any]:
-    """A checkpoint of an optimizer after three steps, as ``resume`` encodes it well."""
+    """A checkpoint of an optimizer after three steps, as ``precise`` encodes it well."""
     parameter = nn.Parameter(torch.randn(64, 65))
     optimizer = torch.optim.AdamW([parameter], amsgrad=amsgrad)
     for step in range(3):
@@ -605,7 +606,7 @@ def test_each_second_moment_of_amsgrad_is_held_to_the_limit(key: str) -> None:
     checkpoint = adam(amsgrad=True)
     state = checkpoint["optimizer_states"][0]["state"][0]
     state[key].copy_(torch.rand(64, 65) * 0.75 + 0.25)
-    rules = [Rule(f"*.{key}", COARSE), *CheckpointPolicy.of("resume").rules]
+    rules = [Rule(f"*.{key}", COARSE), *CheckpointPolicy.of("precise").rules]
     _, report = encode_and_report(checkpoint, CheckpointPolicy(rules, max_update_direction_error=0.01))
     assert [(each.path.rpartition(".")[2], each.remedy) for each in report.guarded] == [(key, "residual")]
     assert all(each.squared_error < 1e-4 * each.squares for each in report.directions)

@@ -28,9 +28,9 @@ pytestmark = [
 ]
 
 CODECS = {
-    "weight": get_codec("linear", 256, True),
-    "exp_avg": get_codec("softsign", 128),
-    "exp_avg_sq": get_codec("log", 128),
+    "weight": get_codec("linear", 256, residual_bits=4),
+    "exp_avg": get_codec("softsign", 128, bits=6),
+    "exp_avg_sq": get_codec("log", 128, bits=5),
 }
 
 

@@ -1,5 +1,6 @@
 """Saving what was loaded from a checkpoint gives the same codes and scales again, however often."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ def test_a_preset_finds_the_same_codes_ten_times_over(preset: str, dtype: torch.
     checkpoint = {"state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
     encoded = assert_stable(QuantizedCheckpointIO(checkpoint=preset), checkpoint, tmp_path, generations=10)
     kinds = 2 if (dtype == torch.bfloat16 and preset == "precise") else 3
-    assert len(encoded) == kinds * len(weights)
+    # Six bits turn the direction of heavy tails by more than the limit, and 16 save nothing over bfloat16.
+    raw = 1 if (dtype == torch.bfloat16 and preset == "resume") else 0
+    assert len(encoded) == kinds * len(weights) - raw
 
 
 @pytest.mark.parametrize("model", [Autoencoder, lambda: Autoencoder("sgd"), TwoOptimizers], ids=["adamw", "sgd", "two"])
@@ -160,7 +163,8 @@ def test_a_finer_preset_in_between_changes_nothing(coarse: str, fine: str, tmp_p
     }
     path, found = tmp_path / "a.ckpt", []
     for name in (coarse, fine, coarse):
-        QuantizedCheckpointIO(checkpoint=name).save_checkpoint(checkpoint, path)
+        policy = replace(CheckpointPolicy.of(name), min_sqnr_db=None, max_update_direction_error=None)
+        QuantizedCheckpointIO(checkpoint=policy).save_checkpoint(checkpoint, path)
         found.append(payloads_of(path))
         checkpoint = load(path)
     assert len(found[0]) == 3 * len(weights)

@@ -319,10 +319,10 @@ def test_folders_are_compared_as_files_are(folder: Path, run: Run) -> None:
     expected = float((ours - exact).double().norm() / exact.double().norm())
     assert rows[f"state_dict.{UP}"].difference.relative_error == pytest.approx(expected, rel=1e-6)
     assert rows[f"state_dict.{UP}"].first == "float32"
-    assert rows[f"{UP}: exp_avg"].second == "softsign/128"
+    assert rows[f"{UP}: exp_avg"].second == "softsign6/128"
     assert 0 < rows[f"{UP}: update direction"].difference.relative_error < 0.05
     assert found.only_first == found.only_second == found.reshaped == ()
-    done = run("compare", folder / "plain", folder / "old", "--top", 3)
+    done = run("compare", folder / "plain", folder / "old", "--top", 40)  # all: second moments lose more than it
     assert done.status == 0
     assert "update direction" in done.out
 

@@ -78,6 +78,8 @@ def in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (FIRST, SECOND),
         (get_codec("linear", 256, None, 8), SECOND),
+        (get_codec("softsign", 128, 6), get_codec("log", 128, 5)),
+        (None, get_codec("log", 64, 5)),
         (None, SECOND),
         (FIRST, None),
         (None, None),

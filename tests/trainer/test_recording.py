@@ -300,8 +300,8 @@ def test_a_checkpoint_says_what_it_is_in_primitives(tmp_path: Path) -> None:
     assert (
         sizes["encoded_stored"]
         == sum(
-            numel + scales
-            for numel, scales in [(4096, 4096 // 256 * 4), (4096, 4096 // 64 * 4), (4096, 4096 // 128 * 8)]
+            4096 * bits // 8 + scales  # five levels have codes of 3 bits
+            for bits, scales in [(8, 4096 // 256 * 4), (3, 4096 // 64 * 4), (8, 4096 // 128 * 8)]
         )
         * 2
     )

@@ -15,18 +15,19 @@ class Scratch:
         floats: ``[rows, width]`` float32 each.
         integers: The same memory as int32.
         bytes: ``[rows, width]`` uint8, in the memory of the third float.
-        codes: ``[rows, width]`` uint8, two of them, in the memory of the last float.
-        spare: ``[2 * rows * width]`` uint8, in the rest of it.
+        codes: ``[rows, width]`` uint8, two of them, in memory of their own: those of a short chunk must not meet what a
+            longer one has in its floats.
+        spare: ``[2 * rows * width]`` uint8, behind them.
         doubles: ``[rows * width]`` float64, two of them.
     """
 
-    def __init__(self, memory: Tensor, rows: int, width: int) -> None:
+    def __init__(self, memory: Tensor, codes: Tensor, rows: int, width: int) -> None:
         words = memory[: 4 * FLOATS * rows * width].view(torch.float32).view(FLOATS, rows, width)
         self.floats = words.unbind()
         self.integers = words.view(torch.int32).unbind()
         self.bytes = words[2].view(-1).view(torch.uint8)[: rows * width].view(rows, width)
         sizes = [rows * width, rows * width, 2 * rows * width]
-        first, second, self.spare = words[5].view(-1).view(torch.uint8).split_with_sizes(sizes)
+        first, second, self.spare = codes[: _CODES * rows * width].split_with_sizes(sizes)
         self.codes = first.view(rows, width), second.view(rows, width)
         end = _BYTES * rows * width
         self.doubles = memory[end - 16 * rows * width : end].view(torch.float64).view(2, -1).unbind()
@@ -44,10 +45,11 @@ def scratch(rows: int, width: int) -> Scratch:
         if kept.memory.numel() < _BYTES * rows * width:
             with lasting():
                 kept.memory = torch.empty(_BYTES * rows * width, dtype=torch.uint8, device="cpu")
+                kept.codes = torch.empty(_CODES * rows * width, dtype=torch.uint8, device="cpu")
     result = kept.views.get((rows, width))
     if result is None:
         with lasting():
-            result = kept.views[rows, width] = Scratch(kept.memory, rows, width)
+            result = kept.views[rows, width] = Scratch(kept.memory, kept.codes, rows, width)
     return result
 
 
@@ -55,12 +57,14 @@ FLOATS = 6
 """How many float32 numbers of scratch there are for each element; even, so that the doubles begin where they may."""
 
 _BYTES = 4 * FLOATS + 16
+_CODES = 4
 _VIEWS = 64
 
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.codes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.views: dict[tuple[int, int], Scratch] = {}
 
 

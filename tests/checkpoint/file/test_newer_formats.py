@@ -142,7 +142,8 @@ def test_codes_that_would_be_exported_as_something_else_are_refused(
     ("codec", "entries", "says"),
     [
         ({"name": "row_and_column"}, {}, r"codec .*'name': 'row_and_column'.* for the tensor state_dict\.weight"),
-        ({"bits": 4}, {}, r"codec .*'bits': 4"),
+        ({"bits": 9}, {}, r"codec .*'bits': 9"),
+        ({"bits": 1}, {}, r"codec .*'bits': 1"),
         ({"residual_bits": 4}, {}, r"codec .*'residual_bits': 4"),
         ({"block_size": 48}, {}, r"codec .*'block_size': 48"),
         ({"rows": 64}, {}, r"codec .*'rows': 64"),

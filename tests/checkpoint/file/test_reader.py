@@ -58,7 +58,7 @@ def everything() -> Any:
     state = OrderedDict(a=payload("a"), b=tied, raw=torch.randn(LONG // 4 + 3), small=torch.randn(5))
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     shared = (payload("in a tuple"), 1)
-    large = QuantizedTensor.encode(torch.randn(LONG + 9), get_codec("linear", 256, True), "large")
+    large = QuantizedTensor.encode(torch.randn(LONG + 9), get_codec("linear", 256, residual_bits=4), "large")
     return {
         "state_dict": state,
         "again": tied,
@@ -240,9 +240,9 @@ def test_each_thread_decodes_its_own_tensors_unless_one_is_larger_than_its_share
 def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decoded_alone() -> None:
     generator = torch.Generator().manual_seed(4)
     codecs = [
-        get_codec("linear", 256, True),
-        get_codec("softsign", 128),
-        get_codec("log", 128),
+        get_codec("linear", 256, residual_bits=4),
+        get_codec("softsign", 128, bits=6),
+        get_codec("log", 128, bits=5),
         get_codec("dynamic", 64),
     ]
     payloads = []
