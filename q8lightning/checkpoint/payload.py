@@ -21,7 +21,7 @@ from q8lightning.checkpoint.format import (
     read_header,
     write_header,
 )
-from q8lightning.checkpoint.integrity import bytes_of, check_save, checksum, verify
+from q8lightning.checkpoint.integrity import CorruptCheckpointError, bytes_of, check_save, checksum, verify
 from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.checkpoint.loading import kept_encoded, watcher
 from q8lightning.checkpoint.memory import check_dense, in_memory_order
@@ -101,7 +101,7 @@ class QuantizedTensor:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Codes, scales and the residual's codes, if any, as :meth:`Codec.encode` returns them."""
+        """Codes, scales and the residual's codes, if any, as ``Codec.encode`` returns them."""
         return self.codec.split(self.data, math.prod(self.shape))
 
     def decode(self) -> Tensor:
@@ -223,6 +223,8 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
     except NewerFormatError:
         verify(name, text, data, checksum)  # the header may be damaged instead
         raise
+    if len(data) != codec.encoded_bytes(math.prod(header["shape"])):  # a kernel would read beyond its memory
+        raise CorruptCheckpointError(f"the tensor {name} (with fewer or more codes than its shape has elements)")
     payload = QuantizedTensor(
         *(codec, data, tuple(header["shape"]), tuple(header["stride"]), dtype, name, checksum),
         requires_grad=header.get("requires_grad", False),

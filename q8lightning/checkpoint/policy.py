@@ -1,19 +1,14 @@
 """The policy: ordered rules over paths that say which tensor gets which codec."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.checkpoint.sections import (
-    FIRST_MOMENTS,
-    NEVER,
-    OPTIMIZER_STATES,
-    RUNNING_STATISTICS,
-    SECOND_MOMENTS,
-    WEIGHTS,
-)
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
+from q8lightning.checkpoint.sections import NEVER, OPTIMIZER_STATES, RUNNING_STATISTICS, WEIGHTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
@@ -183,11 +178,20 @@ class CheckpointPolicy:
         """Whether a rule matches a tensor, with a codec or without, or the tensor is one that no rule applies to."""
         return path.split(".", 1)[0] in NEVER or any(rule.matches(path, parameter) for rule in self._rules)
 
+    def mentions(self, path: str) -> bool:
+        """Whether a rule has a pattern for a path, if only for some parameters."""
+        return any(fnmatchcase(path, rule.pattern) for rule in self._rules)
+
+    def may_encode(self, section: str) -> bool:
+        """Whether a rule with a codec may match tensors of a section."""
+        starts = [re.split(r"[*?\[]", rule.pattern, maxsplit=1)[0] for rule in self._rules if rule.codec]
+        return any(start.startswith(f"{section}.") or section.startswith(start) for start in starts)
+
     def check_matches(self, parameters: Iterable[str]) -> None:
         """Raise ValueError if no rule can quantize anything of a model with these parameters."""
         names = list(parameters)
         keys = {rule.pattern.rsplit(".", 1)[-1] for rule in self._rules}
-        keys = {*FIRST_MOMENTS, *SECOND_MOMENTS, *(key for key in keys if not set("*?[") & set(key))}
+        keys = {*FIRST_MOMENTS, *SECOND_MOMENTS, *OTHER_WEIGHTS, *(key for key in keys if not set("*?[") & set(key))}
         for name in names:
             paths = [f"{section}.{name}" for section in WEIGHTS]
             paths += [f"{OPTIMIZER_STATES}.0.state.{index}.{key}" for index in (0, name) for key in keys]
@@ -245,6 +249,7 @@ def _preset(
             *(Rule(f"{section}.*", block_size=256, **weights) for section in WEIGHTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "softsign", 128, first_moments) for key in FIRST_MOMENTS),
             *(Rule(f"{OPTIMIZER_STATES}.*.{key}", "log", 128, second_moments) for key in SECOND_MOMENTS),
+            *(Rule(f"{OPTIMIZER_STATES}.*.{key}", block_size=256, **weights) for key in OTHER_WEIGHTS),
         ],
         max_update_direction_error=max_update_direction_error,
     )

@@ -98,6 +98,22 @@ class Guarded(NamedTuple):
     remedy: str
 
 
+class Kept(NamedTuple):
+    """States of optimizers with one key that are large and kept as they are, for a reason that the user should hear.
+
+    Attributes:
+        key: The key, as a rule's pattern ends.
+        name: What messages call the first of them.
+        number: How many there are.
+        why: The reason.
+    """
+
+    key: str
+    name: str
+    number: int
+    why: str
+
+
 @dataclass
 class SaveReport:
     """What a save lost and how many bytes it takes.
@@ -108,6 +124,7 @@ class SaveReport:
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that are stored as they are because no codec can hold them, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        kept: States of optimizers that are kept as they are, although the policy encodes others.
         original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
         parameters: Elements of the model's parameters, of tied ones once; of all floats in the state dict if names are
@@ -119,6 +136,7 @@ class SaveReport:
     guarded: list[Guarded] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
     parameters: int = 0
@@ -129,6 +147,7 @@ class SaveReport:
         self.directions += other.directions
         self.guarded += other.guarded
         self.refused += other.refused
+        self.kept += other.kept
         self.original_bytes += other.original_bytes
         self.stored_bytes += other.stored_bytes
         self.parameters += other.parameters

@@ -50,20 +50,14 @@ the codes of weights are tensors."""
 CODES_KEY = "qat"
 """The key in the summary for the weights that are trained quantized; see ``qat_codes.py``."""
 
+INPUTS_KEY = "qat_inputs"
+"""The key in the summary for the modules whose inputs are trained quantized, each with its codebook and ``per``."""
+
 PARAMETERS_KEY = "parameters"
 """The key in the summary for the names of each optimizer's parameters, in the order of its groups."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 """Last parts of the names of BatchNorm's buffers in a state dict."""
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-"""Keys of the moments that torch's optimizers keep for a parameter."""
-
-FIRST_OF_ADAM = "exp_avg"
-SECONDS_OF_ADAM = ("max_exp_avg_sq", "exp_avg_sq")
-"""Keys of the second moments of Adam and similar optimizers. The optimizer steps by the first one that exists: AMSGrad
-keeps the largest so far beside the one that it updates."""
 
 DEFAULT_EPS = 1e-8
 """The eps of Adam, where a checkpoint does not have it."""
@@ -81,7 +75,12 @@ def path_of(keys: Keys) -> str:
 
 def is_state(keys: Keys) -> bool:
     """Whether the keys lead to a state that an optimizer keeps for one parameter."""
-    return len(keys) == 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
+    return len(keys) == 5 and is_in_state(keys)
+
+
+def is_in_state(keys: Keys) -> bool:
+    """Whether the keys lead to such a state, or to something in it, as a matrix in a list of them."""
+    return len(keys) >= 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
 
 
 def name_of(keys: Keys, parameter: str | None, places: Places = NOWHERE) -> str:
@@ -120,12 +119,6 @@ def parameter_of(keys: Keys, optimizer_parameters: Sequence[Sequence[str]]) -> s
             known = optimizer_parameters[optimizer]
             return known[parameter] if isinstance(parameter, int) and parameter < len(known) else None
     return None
-
-
-def moments_of(path: str) -> list[str]:
-    """Return the paths of all moments of an update direction, from the path of the first moment."""
-    state = path.removesuffix(FIRST_OF_ADAM)
-    return [path, *(f"{state}{key}" for key in SECONDS_OF_ADAM)]
 
 
 def state_dicts_in(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -191,15 +184,26 @@ def epsilons_of(checkpoint: Mapping[str, Any], places: Places | None = None) -> 
         checkpoint: The checkpoint, or a part of it.
         places: Those of the whole checkpoint; None to look.
     """
-    epsilons: dict[Keys, float] = {}
+    groups = options_in(checkpoint, places).items()
+    return {keys: eps for keys, group in groups if isinstance(eps := group.get("eps"), float)}
+
+
+def options_in(checkpoint: Mapping[str, Any], places: Places | None = None) -> dict[Keys, Mapping[str, Any]]:
+    """Return the optimizer group of each parameter, by the keys that lead to the parameter's states.
+
+    Args:
+        checkpoint: The checkpoint, or a part of it.
+        places: Those of the whole checkpoint; None to look.
+    """
     if places is None:
         places = places_in(checkpoint)
     there = optimizer_keys(checkpoint, places)
-    for keys, optimizer in zip(there, optimizers_in(checkpoint, places), strict=True):
-        for group in groups_of(optimizer):
-            if isinstance(eps := group.get("eps"), float):
-                epsilons |= {(*keys, "state", key): eps for key in listed(group.get("params"))}
-    return epsilons
+    return {
+        (*keys, "state", key): group
+        for keys, optimizer in zip(there, optimizers_in(checkpoint, places), strict=True)
+        for group in groups_of(optimizer)
+        for key in listed(group.get("params"))
+    }
 
 
 def listed(value: Any) -> list[Any] | tuple[Any, ...]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 PRESETS = ("resume", "compact", "precise")
 """The names of the presets; a test compares them with those of the policy."""
 
+FORMATS = ("float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors", "torchao")
+"""The formats of exports; a test compares them with those that there are."""
+
 SHELLS = ("bash", "zsh", "tcsh")
 """The shells that shtab writes completion scripts for."""
 
@@ -106,6 +109,41 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input", metavar="IN", help="the checkpoint of a run with quantized weights, a file or a folder"
+    )
+    parser.add_argument("output", metavar="OUT", help="the file to write, or the folder for formats that are folders")
+    parser.add_argument("--format", choices=FORMATS, default="float", help="what to write")
+    parser.add_argument(
+        "--prefix", default="", help="write only tensors whose name begins so, without it; such as net."
+    )
+    several = "; can be given several times"
+    parser.add_argument(
+        "--rename", metavar="OLD=NEW", action="append", default=[],
+        help=f"replace what matches the regular expression OLD in names{several}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--transpose", metavar="PATTERN", action="append", default=[],
+        help=f"matrices that the target holds transposed, such as '*.c_attn.weight' of GPT-2{several}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--as-floats", "--as_floats", metavar="PATTERN", action="append", default=[],
+        help=f"weights that are written as floats, not as codes, such as '*.embed.weight'{several}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="what other floats become; as they are if not given"
+    )
+    parser.add_argument("--config", metavar="JSON", help="the model's config.json, for formats that are folders")
+    parser.add_argument(
+        "--round-scales",
+        "--round_scales",
+        action="store_true",
+        help="round scales that the format cannot hold; weights change a little",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", help="checkpoints or folders, quantized or not")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -124,9 +162,24 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
     "compress": _compress,
     "decompress": _convert,
+    "export": _export,
     "verify": _verify,
     "compare": _compare,
 }
+
+
+def renames(options: Namespace) -> dict[str, str]:
+    """Return the regular expressions for names, and what replaces their matches.
+
+    Raises:
+        ArgumentError: If one is not of the form OLD=NEW.
+    """
+    pairs = [text.partition("=") for text in options.rename]
+    for old, equals, new in pairs:
+        if not old or not equals:
+            given = old + equals + new
+            raise ArgumentError(None, f"--rename is OLD=NEW, got {given!r}; write such as --rename '^net=model'")
+    return {old: new for old, _, new in pairs}
 
 
 def check_positive(name: str, value: int | None) -> None:

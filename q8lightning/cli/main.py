@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from q8lightning.cli.arguments import check_positive, chosen_policy, make_parser, parse, plotter
+from q8lightning.cli.arguments import check_positive, chosen_policy, make_parser, parse, plotter, renames
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,6 +156,34 @@ def decompress(options: Namespace) -> int:
     return 0
 
 
+def export(options: Namespace) -> int:
+    """Write the weights of a run with quantized weights in a format that others load."""
+    from q8lightning.export.quantized import export_quantized
+    from q8lightning.tools import ToolError
+
+    if Path(options.output).exists() and not options.force:
+        raise ToolError(f"{options.output} exists; pass --force to overwrite it")
+    begin = time.perf_counter()
+    export_quantized(
+        options.input,
+        options.output,
+        options.format,
+        not options.trust,
+        prefix=options.prefix,
+        rename=renames(options),
+        transpose=options.transpose,
+        as_floats=options.as_floats,
+        dtype=options.dtype,
+        config=options.config,
+        round_scales=options.round_scales,
+    )
+    written = Path(options.output)
+    files = [each for each in written.rglob("*") if each.is_file()] if written.is_dir() else [written]
+    size = sum(each.stat().st_size for each in files)
+    print(f"{written}: {options.format}, {size:,} bytes; {time.perf_counter() - begin:.1f} s")
+    return 0
+
+
 def verify(options: Namespace) -> int:
     """Compare files with their checksums and decode everything; the status is 1 if one is damaged."""
     from q8lightning import tools
@@ -232,6 +260,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "inspect": inspect,
     "compress": compress,
     "decompress": decompress,
+    "export": export,
     "verify": verify,
     "compare": compare,
 }

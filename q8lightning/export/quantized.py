@@ -1,6 +1,6 @@
-"""Write the quantized weights of a QAT checkpoint, as plain floats or as codes.
+"""Export the quantized weights of a QAT checkpoint to the formats that people deploy.
 
-Reading a file of codes needs nothing but torch::
+A file of ``codes`` needs nothing but torch to be read::
 
     def load_codes(path):
         state, tensors = torch.load(path, weights_only=True)["state_dict"], {}
@@ -16,134 +16,152 @@ Reading a file of codes needs nothing but torch::
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from q8lightning.checkpoint.file.load_errors import explained
-from q8lightning.checkpoint.file.read import read_checkpoint
-from q8lightning.checkpoint.file.write import write_checkpoint
-from q8lightning.checkpoint.format import check_version
-from q8lightning.checkpoint.loading import keep_encoded
-from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.qat_codes import Codes, read_codes
-from q8lightning.checkpoint.sections import CODES_KEY, FOR_TRAINING, STATE_DICT, SUMMARY_KEY, summary_in
-from q8lightning.checkpoint.sharded.open_folder import OpenFolder, is_folder
-from q8lightning.checkpoint.sharded.read_codes import codes_in
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
-from q8lightning.quantization.spec.packed_bits import pack_bits
+from q8lightning.checkpoint.format import NewerFormatError
+from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.export import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors, torchao
+from q8lightning.export.errors import ExportError
+from q8lightning.export.naming import Naming, Rename
+from q8lightning.export.options import Options, as_mapping
+from q8lightning.export.weights import Source
 from q8lightning.system.ambient import neutral
+from q8lightning.system.arguments import did_you_mean
+from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_checkpoint
+
+Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors", "torchao"]
+"""The formats, by their names."""
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+_WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
+    "float": floats.write,
+    "codes": codes.write,
+    "safetensors": safetensors.write,
+    "gguf": gguf.write,
+    "bitsandbytes": bitsandbytes.write,
+    "compressed-tensors": compressed_tensors.write,
+    "torchao": torchao.write,
+}
+"""What writes a format. It refuses what the format cannot hold before it writes anything."""
 
 
 @neutral()
 def export_quantized(
     checkpoint: str | os.PathLike[str],
     path: str | os.PathLike[str],
-    format: Literal["float", "codes"] = "float",
+    format: Format = "float",
     weights_only: bool = True,
+    *,
+    prefix: str = "",
+    rename: Rename | None = None,
+    transpose: Sequence[str] = (),
+    as_floats: Sequence[str] = (),
+    dtype: torch.dtype | str | None = None,
+    config: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+    round_scales: bool = False,
 ) -> None:
     """Write the quantized weights of a checkpoint that was saved during QAT, without what only training needs.
 
+    One tensor at a time is in memory. Tied weights stay tied. docs/deploy.md says what to train for which format, and
+    how to load it there.
+
     Args:
-        checkpoint: The checkpoint, a file or the folder of a sharded one. Of a folder, every weight is read and written
-            whole.
-        path: The file to write.
-        format: ``"float"`` writes a Lightning checkpoint with the very weights that the forward pass used, which
-            ``load_from_checkpoint`` and ``torch.load`` read without this package. ``"codes"`` writes packed codes,
-            scales and levels of the quantized weights, and all other tensors as they are. The end of ``docs/qat.md``
-            and the head of :mod:`q8lightning.export.quantized` show a reader.
+        checkpoint: The checkpoint, a file or the folder of a sharded one.
+        path: The file to write; a folder for ``"bitsandbytes"`` and ``"compressed-tensors"``.
+        format: One of these.
+
+            - ``"float"``: a Lightning checkpoint with the very weights that the forward pass used, which
+              ``load_from_checkpoint`` and ``torch.load`` read without this package.
+            - ``"codes"``: packed codes, scales and levels of the quantized weights, and all other tensors as they are.
+              The end of ``docs/qat.md`` and the head of :mod:`q8lightning.export.quantized` show a reader.
+            - ``"safetensors"``: the same floats for every library that reads safetensors, such as transformers.
+            - ``"gguf"``: codes as Q4_0 and Q8_0, and floats, for llama.cpp.
+            - ``"bitsandbytes"``: a folder whose linear layers transformers loads as NF4 or LLM.int8().
+            - ``"compressed-tensors"``: a folder for vLLM and transformers, with codes of 2 to 8 bits in groups.
+            - ``"torchao"``: a state dict with torchao's weight-only tensors of 2 to 8 bits.
         weights_only: As for ``torch.load``. Pass False for a checkpoint of your own that holds other objects.
+        prefix: Export only the tensors whose name begins with it, without it. A LightningModule that keeps its model
+            as ``self.net`` has the prefix ``"net."``.
+        rename: Regular expressions and what replaces their matches in what is left of a name, in order; or a function
+            from name to name.
+        transpose: Patterns of names in the checkpoint of matrices that the target holds transposed, such as those of
+            transformers' ``Conv1D``.
+        as_floats: Patterns of names in the checkpoint of weights that are written as the floats that the forward pass
+            used, not as codes: those of modules that the target does not quantize, such as embeddings.
+        dtype: What floats become that were not trained quantized, such as ``torch.bfloat16`` or ``"bfloat16"``; None to
+            leave them as they are.
+        config: For formats that are folders: the model's configuration, a mapping, the path of a JSON file, or an
+            object with ``to_dict()`` as transformers has it. ``quantization_config`` is added.
+        metadata: For formats that have a place: keys and values of your own.
+        round_scales: Write weights whose scales a format cannot hold exactly with the nearest ones that it can. What
+            is exported then differs a little from what was trained.
 
     Raises:
-        ValueError: If the format is unknown, a weight is not finite, or the checkpoint does not hold quantized weights,
-            since it was not saved during QAT, or its last step was before ``start_step`` or after ``end_step``.
+        ExportError: If the format is unknown or cannot hold the weights, its library is not installed, a weight is not
+            finite, or the checkpoint does not hold quantized weights, since it was not saved during QAT, or its last
+            step was before ``start_step`` or after ``end_step``. It is a ``ValueError``. Nothing was written.
+        ToolError: If the checkpoint is no checkpoint, or holds objects that ``weights_only`` refuses.
+        OSError: If the checkpoint cannot be opened, or the target cannot be written.
         CorruptCheckpointError: If the checkpoint is damaged.
         NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
-    if format not in ("float", "codes"):
-        raise ValueError(f'format is "float" or "codes", got {format!r}')
-    folder = OpenFolder(checkpoint, trust=not weights_only) if is_folder(checkpoint) else None
-    if folder is not None:
-        loaded = folder.content()
-    else:
-        with explained(checkpoint), keep_encoded():
-            loaded = read_checkpoint(checkpoint, partial(torch.load, map_location="cpu", weights_only=weights_only))
-    check_version(loaded.get(SUMMARY_KEY))
-    entries = summary_in(loaded).get(CODES_KEY)
-    if not entries:
-        raise ValueError(
-            f"{os.fspath(checkpoint)} says nothing of quantized weights; export a checkpoint that a Trainer with"
-            " QuantizationCallback(qat=...) saved, as the Trainer wrote it, after a step from start_step to end_step"
+    if format not in FORMATS:
+        raise ExportError(f"format is one of {', '.join(FORMATS)}, got {format!r}{did_you_mean(str(format), FORMATS)}")
+    opened = _open(checkpoint, trust=not weights_only)
+    source = Source(opened, Naming(prefix, rename, _listed(transpose), _listed(as_floats)), _float_dtype(dtype))
+    if source.inputs and not _holds_inputs(source, format):
+        some = ", ".join(list(source.inputs)[:3]) + (", ..." if len(source.inputs) > 3 else "")
+        warnings.warn(
+            f"the inputs of {some} were trained quantized, and {format!r} has no place for that: what loads it computes"
+            ' with other inputs. "compressed-tensors" has a place',
+            stacklevel=3,
         )
-    with explained(checkpoint) if folder is None else nullcontext():  # which knows its files
-        state = _exported_state(loaded[STATE_DICT], entries, format, folder)
-    if format == "codes":
-        write_checkpoint({"format": "q8lightning codes", "version": 1, "state_dict": state}, Path(path))
-        return
-    plain = {key: value for key, value in loaded.items() if key not in (*FOR_TRAINING, SUMMARY_KEY)}
-    write_checkpoint(plain | {STATE_DICT: state}, Path(path))
+    _WRITERS[format](source, Path(path), Options(as_mapping(config), dict(metadata or {}), round_scales))
 
 
-def _exported_state(
-    loaded: Mapping[str, Any], entries: Mapping[str, Any], format: str, folder: OpenFolder | None
-) -> dict[str, Any]:
-    tied: dict[Any, Any] = {}
-    state: dict[str, Any] = {}
-    for name, value in loaded.items():
-        identity = _identity(value)
-        if identity not in tied:
-            tied[identity] = _exported(name, value, entries.get(name), format, folder)
-        state[name] = tied[identity]
-    return state
+def _holds_inputs(source: Source, format: str) -> bool:
+    """Whether a format says, or always does, what was done with inputs; LLM.int8() quantizes those of each token."""
+    if format == "bitsandbytes":
+        rules = {(each["codebook"], each["per"]) for each in source.inputs.values()}
+        return rules == {("linear", "token")} and all(
+            weight.codec is not None and weight.codec.book.name == "linear" for weight in source.quantized
+        )
+    return format == "compressed-tensors"
 
 
-def _identity(value: Any) -> Any:
-    """Return a key that is equal for tied tensors only, which are objects of their own over the same memory."""
-    if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
-        return value.data_ptr(), value.dtype, value.shape, value.stride()
-    return id(value)
+def _float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ExportError(f"dtype is a float dtype such as torch.bfloat16, got {dtype}; leave it out to keep them")
+    return found
 
 
-def _exported(name: str, value: Any, entry: Mapping[str, Any] | None, format: str, folder: OpenFolder | None) -> Any:
-    if isinstance(value, QuantizedTensor):
-        value.verify()  # decoding would do so, but codes are read without it
-    if entry is None and isinstance(value, UnreadTensor):
-        return value.read()
-    if entry is None:
-        return value.decode() if isinstance(value, QuantizedTensor) else value
-    codes = read_codes(value, entry) if folder is None else codes_in(folder, name)
-    if not bool(codes[2].isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity, which has no codes; export a checkpoint from before it did")
-    return _plain_codes(codes) if format == "codes" else _values(codes)
+def _listed(patterns: Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _values(weight: Codes) -> Tensor:
-    codec, codes, scales, like = weight
-    return codec.decode(codes, scales, like)
-
-
-def _plain_codes(weight: Codes) -> dict[str, Any]:
-    """Return codes, scales and levels as primitives and tensors, for readers without this package."""
-    codec, codes, scales, like = weight
-    if codec.axis is None:
-        strides = like.stride()
-        order = sorted(range(like.ndim), key=lambda dimension: -strides[dimension])
-    else:
-        order = [codec.axis, *(dimension for dimension in range(like.ndim) if dimension != codec.axis)]
-    return {
-        "codes": pack_bits(codes, codec.bits),
-        "scales": scales.clone(),
-        "levels": codec.book.tensor().clone(),
-        "bits": codec.bits,
-        "rows": codes.shape[0],
-        "row": codes.shape[1],
-        "block_size": codec.block_size,
-        "dtype": like.dtype,
-        "shape": [like.shape[dimension] for dimension in order],
-        "order": [order.index(dimension) for dimension in range(like.ndim)],
-    }
+def _open(checkpoint: str | os.PathLike[str], trust: bool) -> OpenCheckpoint:
+    """Open a checkpoint; errors of a damaged one are those of every other door."""
+    try:
+        return open_checkpoint(checkpoint, trust)
+    except ToolError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError):
+            raise cause from None
+        if isinstance(cause, Exception):
+            try:
+                with explained(checkpoint):
+                    raise cause
+            except (CorruptCheckpointError, NewerFormatError):
+                raise
+            except Exception:  # the cause itself, of which the tool says more
+                pass
+        raise

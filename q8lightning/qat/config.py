@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule, as_rules, check_types
+from q8lightning.qat.targets import Target, rule_for
 from q8lightning.system.arguments import check_keys, end_in_one_line
 
 
@@ -111,6 +112,31 @@ class QATConfig:
             )
         check_keys("qat", QATConfig, config)
         return QATConfig(**config)
+
+    @staticmethod
+    def for_target(
+        target: Target, patterns: Sequence[str] = ("*",), *, transpose: Sequence[str] = (), **options: Any
+    ) -> "QATConfig":
+        """Return a configuration whose weights a format of ``export_quantized`` holds to the bit.
+
+        Args:
+            target: The format, and which codes: such as ``"gguf-q4_0"``.
+            patterns: Patterns of parameters.
+            transpose: Patterns of matrices that the target holds transposed, as for ``export_quantized``.
+            options: The other arguments of the configuration, such as ``exclude``.
+
+        Raises:
+            ValueError: If the target is unknown, or the options do not fit.
+
+        Example:
+            >>> QATConfig.for_target("gguf-q4_0", exclude=["head.*"]).weight_rules
+            (WeightRule(pattern='*', codebook='int4', block_size=32, axis=0, scale_dtype='float16'),)
+        """
+        for name, given in (("patterns", patterns), ("transpose", transpose)):
+            if isinstance(given, str):
+                raise ValueError(f"{name} is a list of patterns, got {given!r}; write [{given!r}]")
+        transposed = (rule_for(target, pattern, True) for pattern in transpose)
+        return QATConfig([*transposed, *(rule_for(target, pattern) for pattern in patterns)], **options)
 
     def active(self, step: int) -> bool:
         """Whether the global step ``step`` is quantized."""

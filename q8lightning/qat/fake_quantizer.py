@@ -12,7 +12,7 @@ from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.hooks import Blocks, QuantizeInputs, StateDictHooks
 from q8lightning.qat.lost_write import BESIDE_SHARDED, NOT_FOLLOWED, SHARDED, LostWriteError
-from q8lightning.qat.selection import SelectedWeight, Selection, select
+from q8lightning.qat.selection import SelectedModule, SelectedWeight, Selection, select
 from q8lightning.qat.sharded_model import Gathered, OtherParameters, wait_for_readers
 from q8lightning.qat.structure import Structure
 from q8lightning.qat.weight_groups import WeightGroups
@@ -128,6 +128,11 @@ class FakeQuantizer:
     def weights(self) -> list[SelectedWeight]:
         """The selected weights."""
         return self._selection.weights
+
+    @property
+    def modules(self) -> list[SelectedModule]:
+        """The modules whose inputs are quantized."""
+        return self._selection.modules
 
     @property
     def engaged(self) -> bool:

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.codecs.weight import WHOLE_ROW, WeightCodec
 from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
+from q8lightning.quantization.spec.layout import check_block_size
+from q8lightning.quantization.spec.scale_dtype import ScaleDtype
 from q8lightning.system.arguments import check_keys
 
 
@@ -28,19 +30,24 @@ class WeightRule:
         pattern: Shell-style pattern over the full parameter name, such as ``encoder.*.weight``. ``*`` also matches
             dots. In a compiled module, names match with and without ``_orig_mod``.
         codebook: A codebook's name, the levels of one, or None to leave these parameters as they are.
-        block_size: Elements that share a scale; a power of two between 32 and 4096.
+        block_size: Elements that share a scale; a power of two between 32 and 4096, or ``"row"`` for one scale for each
+            channel, however long.
         axis: The axis of the channels (0 for Linear, Conv and Embedding), which no block crosses. A block size of at
             least a channel's elements gives one scale a channel. None: blocks run along the flattened tensor, in the
             order of memory.
+        scale_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``. Scales are rounded to the nearest value that a
+            target can store in that dtype before weights are coded, so that training sees what is deployed. For the
+            integers ``int2`` to ``int8``, that value is the step, the scale over ``2**(bits - 1)``.
 
     Raises:
-        ValueError: If the codebook or the block size does not fit.
+        ValueError: If the codebook, the block size or the dtype does not fit.
     """
 
     pattern: str = "*"
     codebook: CodebookName | Sequence[float] | None = "linear"
-    block_size: int = 256
+    block_size: int | Literal["row"] = 256
     axis: int | None = None
+    scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         try:
@@ -54,8 +61,12 @@ class WeightRule:
         """Return the codec, None if the parameters stay as they are."""
         if self.codebook is None:
             return None
-        assert isinstance(self.codebook, str)
-        return WeightCodec(self.codebook, self.block_size, self.axis)
+        book = get_codebook(self.codebook).with_scales(self.scale_dtype)
+        if self.block_size != "row":
+            return WeightCodec(book.spec, check_block_size(self.block_size), self.axis)
+        if self.axis is None:
+            raise ValueError('block_size="row" needs the axis of the channels, got None; write axis=0')
+        return WeightCodec(book.spec, WHOLE_ROW, self.axis)
 
 
 @dataclass(frozen=True)

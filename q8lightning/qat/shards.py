@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from q8lightning.qat.rules import WeightRule
-from q8lightning.quantization.codecs.weight import WeightCodec
+from q8lightning.quantization.codecs.weight import WHOLE_ROW, WeightCodec
 from q8lightning.quantization.spec.portion import Portion, pieces
 from q8lightning.system.shards import is_distributed, local_of
 
@@ -119,6 +119,8 @@ def _instead(portion: Portion, rule: WeightRule) -> str | None:
     for size, axis in tried:
         fitted = WeightCodec(asked.codebook, size, axis).fitted(portion.shape)
         if portion.cut(fitted.block_size, fitted.axis) is None:
+            shown = repr("row") if size == WHOLE_ROW else size
             along = "" if axis is None else f", axis={axis}"
-            return f"WeightRule({rule.pattern!r}, {rule.codebook!r}, block_size={size}{along})"
+            along += "" if rule.scale_dtype == "float32" else f", scale_dtype={rule.scale_dtype!r}"
+            return f"WeightRule({rule.pattern!r}, {rule.codebook!r}, block_size={shown}{along})"
     return None

@@ -1,10 +1,10 @@
-"""The parameters that were trained quantized, for saves during and after training."""
+"""The parameters and inputs that were trained quantized, for saves during and after training."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from q8lightning.qat.selection import SelectedWeight
+from q8lightning.qat.selection import SelectedModule, SelectedWeight
 from q8lightning.quantization.codecs.weight import WeightCodec
 
 
@@ -14,9 +14,16 @@ class TrainedWeights:
 
     Attributes:
         weights: The selected weights.
+        modules: The modules whose inputs are quantized.
     """
 
     weights: tuple[SelectedWeight, ...] = ()
+    modules: tuple[SelectedModule, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """How inputs are quantized, by the names of their modules: ``{"codebook": ..., "per": ...}``."""
+        return {each.name: {"codebook": str(each.rule.codebook), "per": each.rule.per} for each in self.modules}
 
     def codecs(self, module: nn.Module) -> dict[str, WeightCodec]:
         """Return the codec of each parameter of a model that was trained quantized, by all of its present names."""

@@ -32,7 +32,8 @@ def quantize(
     x: Tensor, codebook: str, block_size: int, signed_scale: bool = False, measure: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     lost = _empty_lost(x, measure)
-    return *backend_of(x).quantize(x, get_codebook(codebook), block_size, signed_scale, lost if measure else None), lost
+    backend, book = backend_of(x, block_size), get_codebook(codebook)
+    return *backend.quantize(x, book, block_size, signed_scale, lost if measure else None), lost
 
 
 @quantize.register_fake
@@ -45,7 +46,7 @@ def _(
 @custom_op("q8lightning::dequantize", mutates_args=())
 @neutral()
 def dequantize(codes: Tensor, scale: Tensor, codebook: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    return backend_of(codes).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
+    return backend_of(codes, block_size).dequantize(codes, scale, get_codebook(codebook), block_size, dtype)
 
 
 @dequantize.register_fake

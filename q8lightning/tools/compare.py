@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
 from q8lightning.checkpoint.places import item_at, place_of
 from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
-    FIRST_OF_ADAM,
-    SECONDS_OF_ADAM,
     epsilons_of,
     name_of,
     optimizer_keys,
@@ -274,7 +273,7 @@ def _update_directions(first: OpenCheckpoint, second: OpenCheckpoint, parameters
 
 
 def _moments(state: Any) -> tuple[Value, Value] | None:
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or any(tensors_in(state.get(key)) for key in BASES):
         return None
     m, v = state.get(FIRST_OF_ADAM), next((state[key] for key in SECONDS_OF_ADAM if key in state), None)
     if not isinstance(m, Value) or not isinstance(v, Value) or tuple(m.shape) != tuple(v.shape):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, SUMMARY_KEY
+from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, PARAMETERS_KEY, SUMMARY_KEY
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.tools.conversion import Conversion, Converter, check_target
 from q8lightning.tools.encode_parts import without_summary
@@ -79,7 +79,8 @@ def _content(opened: OpenCheckpoint) -> Any:
     if not opened.summary:
         return opened.content
     content = without_summary(opened.content)
-    left = {key: opened.summary[key] for key in ("restored", CODES_KEY, PARAMETERS_KEY) if opened.summary.get(key)}
+    kept = ("restored", CODES_KEY, INPUTS_KEY, PARAMETERS_KEY)
+    left = {key: opened.summary[key] for key in kept if opened.summary.get(key)}
     if left:
         content[SUMMARY_KEY] = {"format_version": FORMAT_VERSION, "policy": None, "restored": 0, **left}
     return content

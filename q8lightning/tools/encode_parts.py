@@ -13,12 +13,13 @@ from torch import Tensor
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_refused
+from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_kept, warn_of_refused
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.sections import (
     CODES_KEY,
+    INPUTS_KEY,
     PARAMETERS_KEY,
     STATE_DICT,
     SUMMARY_KEY,
@@ -63,8 +64,9 @@ class PartEncoder(Converter):
             "policy": policy.as_primitives(),
             "restored": opened.summary.get("restored", 0),
         }
-        if PARAMETERS_KEY in opened.summary:
-            self._summary[PARAMETERS_KEY] = opened.summary[PARAMETERS_KEY]
+        for key in (INPUTS_KEY, PARAMETERS_KEY):
+            if key in opened.summary:
+                self._summary[key] = opened.summary[key]
         if () not in opened.places:  # load_state_dict refuses keys that it does not know
             content[SUMMARY_KEY] = self._summary
 
@@ -204,6 +206,7 @@ class PartEncoder(Converter):
         said: list[str] = []
         with _caught(said):
             warn_of_guarded(each._replace(name=self._named(each.path)) for each in self._said.guarded)
+            warn_of_kept(each._replace(name=self._named(each.name)) for each in self._said.kept_states)
         self.warnings[:0] = said
         self._said.complete(self._summary, _bytes_in(self._codes))
         if self._codes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.places import NOWHERE, Places, is_optimizer, place_of
-from q8lightning.checkpoint.sections import is_state
+from q8lightning.checkpoint.sections import is_in_state
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
@@ -60,8 +60,9 @@ def parts_of(found: Sequence[Found], places: Places = NOWHERE) -> dict[int, Part
         return mark
 
     for keys, value in found:
-        if is_state(place_of(keys, places)):
-            leader[find(keys[:-1])] = find(memory_of(value))
+        place = place_of(keys, places)
+        if is_in_state(place):
+            leader[find(keys[: len(keys) - len(place) + 4])] = find(memory_of(value))
     parts: dict[Any, Part] = {}
     by_tensor: dict[int, Part] = {}
     for keys, value in found:

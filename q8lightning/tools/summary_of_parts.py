@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from q8lightning.checkpoint.optimizer_states import moments_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.places import NOWHERE, Places, place_of
-from q8lightning.checkpoint.report import Guarded, SaveReport
-from q8lightning.checkpoint.sections import kind_of, moments_of, path_of
+from q8lightning.checkpoint.report import Guarded, Kept, SaveReport
+from q8lightning.checkpoint.sections import kind_of, path_of
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import decoded_bytes
 
@@ -34,6 +35,15 @@ class SummaryOfParts:
     def guarded(self) -> list[Guarded]:
         """Tensors that would have lost more than the policy allows, without those that stay as they were."""
         return self._report.guarded
+
+    @property
+    def kept_states(self) -> list[Kept]:
+        """States of optimizers that are kept as they are, and of which the user should hear, once for each key."""
+        found: dict[str, Kept] = {}
+        for each in self._report.kept:
+            before = found.get(each.key)
+            found[each.key] = each if before is None else before._replace(number=before.number + each.number)
+        return list(found.values())
 
     def keep(self, keys: Keys, payload: QuantizedTensor, tried: int | None) -> None:
         """Count a payload that stays as it was.

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint import tree
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
 from q8lightning.checkpoint.parameter_names import identity_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.places import place_of
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS, STATE_DICT, places_in
+from q8lightning.checkpoint.sections import STATE_DICT, places_in
 from q8lightning.checkpoint.sections import kind_of as kind_by_keys
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 
-KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, "other")
-"""The kinds of tensors: weights of the model, moments by their optimizer's name for them, and others."""
+KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, *OTHER_WEIGHTS, "other")
+"""The kinds of tensors: weights of the model, states of optimizers by their keys, and others."""
 
 Value = Tensor | QuantizedTensor | UnreadTensor
 """A tensor of a checkpoint that was loaded with its payloads encoded, or of a folder."""

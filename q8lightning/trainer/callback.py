@@ -125,6 +125,10 @@ class QuantizationCallback(pl.Callback):
         """
         return {} if self.qat_training is None else self.qat_training.codecs(trainer)
 
+    def inputs(self, trainer: pl.Trainer) -> dict[str, dict[str, str]]:
+        """Return how the last step quantized inputs of modules, by the modules' names."""
+        return {} if self.qat_training is None else self.qat_training.inputs(trainer)
+
     def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
         """Wait until the checkpoint at ``path`` is on the disk, or with None until all are.
 

@@ -11,11 +11,12 @@ from q8lightning.trainer.model_structure import ModelStructure, in_state_dict
 
 
 class Quantizes(Protocol):
-    """The part of a callback that is asked: the codecs of weights by name, and how often the run was restored."""
+    """The part of a callback that is asked: codecs of weights and of inputs, and how often the run was restored."""
 
     restored: int
 
     def codecs(self, trainer: pl.Trainer) -> dict[str, WeightCodec]: ...
+    def inputs(self, trainer: pl.Trainer) -> dict[str, dict[str, str]]: ...
 
 
 class _Names:
@@ -60,5 +61,6 @@ class DescribeModel:
                 for each in groups
             ),
             quantized={in_state_dict(name): codec for name, codec in self.callback.codecs(self.trainer).items()},
+            inputs={in_state_dict(name): each for name, each in self.callback.inputs(self.trainer).items()},
             restored=self.callback.restored,
         )

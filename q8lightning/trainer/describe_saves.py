@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.qat_codes import describe_codes
-from q8lightning.checkpoint.sections import CODES_KEY, STATE_DICT, SUMMARY_KEY
+from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, STATE_DICT, SUMMARY_KEY
 from q8lightning.trainer.describe_model import Quantizes
 
 
@@ -43,7 +43,9 @@ class DescribeSave:
         if not codecs or not isinstance(state, Mapping):
             return {}
         summary = {"format_version": FORMAT_VERSION, "policy": None, "restored": self._callback.restored}
-        return {SUMMARY_KEY: summary | {CODES_KEY: describe_codes(state, codecs, {})}}
+        inputs = self._callback.inputs(self._trainer)
+        described = {CODES_KEY: describe_codes(state, codecs, {}), **({INPUTS_KEY: inputs} if inputs else {})}
+        return {SUMMARY_KEY: summary | described}
 
 
 def describe_saves(trainer: pl.Trainer, callback: Quantizes) -> None:

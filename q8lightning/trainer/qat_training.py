@@ -74,6 +74,11 @@ class QATTraining:
             )
         return dict(known.codecs)
 
+    def inputs(self, trainer: pl.Trainer) -> dict[str, dict[str, str]]:
+        """Return how the last step quantized inputs of modules, by the modules' names."""
+        steps = trainer.global_step
+        return {} if steps and not self.config.active(steps - 1) else self.trained.inputs
+
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Sequence[pl.Callback]) -> None:
         """Select the weights and begin to engage them around every step.
 
@@ -93,7 +98,7 @@ class QATTraining:
         except ValueError:
             quantizer.close()
             raise
-        self.trained = TrainedWeights(tuple(quantizer.weights))
+        self.trained = TrainedWeights(tuple(quantizer.weights), tuple(quantizer.modules))
         self._engagement = Engagement(
             quantizer,
             trainer.precision_plugin,
@@ -140,7 +145,7 @@ class QATTraining:
         """Select the weights again if other processes trained them: those told this one nothing."""
         if not self.trained.weights and trainer.state.fn == "fit" and trainer.state.finished:
             quantizer = FakeQuantizer(pl_module, self.config)
-            self.trained = TrainedWeights(tuple(quantizer.weights))
+            self.trained = TrainedWeights(tuple(quantizer.weights), tuple(quantizer.modules))
             quantizer.close()
 
     def _follow(self, trainer: pl.Trainer, quantizer: FakeQuantizer) -> None:
@@ -148,7 +153,7 @@ class QATTraining:
         if not quantizer.follow():
             return
         check_optimizers(trainer.optimizers if trainer.state.fn == "fit" else (), quantizer.weights)
-        self.trained = TrainedWeights(tuple(quantizer.weights))
+        self.trained = TrainedWeights(tuple(quantizer.weights), tuple(quantizer.modules))
         if quantizer.change is not None:
             rank_zero_warn(
                 f"the model has changed since its last step, and QAT follows it: {quantizer.change}. Exclude by name"

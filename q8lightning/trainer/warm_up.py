@@ -22,10 +22,13 @@ from torch import nn
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.encode.warn import WarningQueue
+from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.report import SaveReport
+from q8lightning.checkpoint.sections import OPTIMIZER_STATES, path_of
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.staging.transfer import HostMemory
+from q8lightning.checkpoint.tree import tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
@@ -101,6 +104,10 @@ class WarmUp:
                             return
                         self._save(policy, miniature, lossless)
                     self._ready.set()  # the first policy is the one of real saves
+                for miniature in self._miniatures:
+                    if self._stop.is_set():
+                        return
+                    self._decode_moments(miniature)
         except BaseException as error:
             advise(
                 f"loading the kernels of saves while training goes on failed: {type(error).__name__}: {error}. The"
@@ -120,6 +127,14 @@ class WarmUp:
         finally:
             io.finish()
             torch.cuda.current_stream().synchronize()  # kept tables are complete before another stream reads them
+
+    def _decode_moments(self, miniature: Miniature) -> None:
+        """Decode as the guard does to judge a pair of moments, whose codecs it may then leave as they are."""
+        for keys, tensor in tensors(miniature.checkpoint(self._device).get(OPTIMIZER_STATES)):
+            path = path_of((OPTIMIZER_STATES, *keys))
+            codec = self._policy.codec_for(path, miniature.name)
+            if codec is not None:
+                QuantizedTensor.encode(tensor, codec, path).decode()
 
     def _leave(self) -> None:
         self._stop.set()

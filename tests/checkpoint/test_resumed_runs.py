@@ -35,7 +35,8 @@ BOUNDS = {
     ("compact", 10): 1.6e-3,
 }
 """Bounds of the RMS gap to a plain resume, by preset and restores: twice the highest of seeds 0 to 9, so that another
-processor's rounding, which leads training elsewhere as another seed does, stays inside:
+processor's rounding, which leads training elsewhere as another seed does, stays inside. The records are in
+docs/records/fidelity_bounds.jsonl:
 
     python benchmarks/resume.py --scenario small --context 32 --schedule 300 --checkpoints 150 --steps 40 --often 10 \\
         --only "resume,compact,precise,linear uint8" --seed SEED

@@ -8,6 +8,7 @@ from support.models import Autoencoder, train_and_save
 from support.promises import load
 
 from q8lightning import QuantizationCallback
+from q8lightning.checkpoint.optimizer_states import moments_of
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.checkpoint.sections import (
     FOR_TRAINING,
@@ -18,7 +19,6 @@ from q8lightning.checkpoint.sections import (
     epsilons_of,
     is_state,
     kind_of,
-    moments_of,
     optimizers_in,
     parameter_of,
 )

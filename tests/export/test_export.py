@@ -20,7 +20,14 @@ from support.straight_through import Trained, quantized
 from torch import Tensor, nn
 
 import q8lightning.export.quantized
-from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule, export_quantized
+from q8lightning import (
+    ActivationRule,
+    QATConfig,
+    QuantizationCallback,
+    QuantizedCheckpointIO,
+    WeightRule,
+    export_quantized,
+)
 
 INT4 = QATConfig([WeightRule("*", "int4", 64)])
 SOME = QATConfig(INT4.weights, exclude=["*.plain*", "*.equal.*"])
@@ -164,3 +171,37 @@ def test_a_checkpoint_whose_last_step_was_in_float_does_not_claim_to_be_quantize
     for step in (2, 3):
         export_quantized(tmp_path / f"{step}.ckpt", tmp_path / "out", "codes")
         assert isinstance(torch.load(tmp_path / "out")["state_dict"]["net.weight"], dict)
+
+
+def test_what_was_not_trained_keeps_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    """As of a model with LoRA, whose frozen base is not trained quantized."""
+    qat = QATConfig([WeightRule("net.0.weight", "int4", 64)])
+    model = Trained(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1024), nn.Linear(1024, 64)))
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(qat=qat)])
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "qat.ckpt", weights_only=True)
+    sizes = {}
+    for dtype in (None, torch.bfloat16, "float16"):
+        export_quantized(tmp_path / "qat.ckpt", tmp_path / "codes.pt", "codes", dtype=dtype)
+        state = torch.load(tmp_path / "codes.pt")["state_dict"]
+        assert state["net.1.weight"].dtype == {None: torch.float32, "float16": torch.float16}.get(dtype, dtype)
+        assert state["net.0.weight"]["dtype"] == torch.float32
+        sizes[dtype] = (tmp_path / "codes.pt").stat().st_size
+    assert sizes[torch.bfloat16] < 0.52 * sizes[None]
+    for wrong in ("int8", "int", torch.int32, 16):
+        with pytest.raises(ValueError, match=r"dtype is a float dtype such as torch\.bfloat16"):
+            export_quantized(tmp_path / "qat.ckpt", tmp_path / "codes.pt", "codes", dtype=wrong)  # type: ignore[arg-type]
+
+
+def test_inputs_that_a_format_has_no_place_for_are_said(tmp_path: Path) -> None:
+    qat = QATConfig([WeightRule("*", "int4", 64)], activations=[ActivationRule("net.0")])
+    for checkpoint in ("resume", None):
+        trainer = quiet_trainer(
+            tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(checkpoint, qat=qat)]
+        )
+        trainer.fit(Trained(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))))
+        trainer.save_checkpoint(tmp_path / "qat.ckpt")
+        said = torch.load(tmp_path / "qat.ckpt", weights_only=True)["q8lightning"]["qat_inputs"]
+        assert said == {"net.0": {"codebook": "linear", "per": "token"}}
+        with pytest.warns(UserWarning, match=r"the inputs of net\.0 were trained quantized, and 'codes' has"):
+            export_quantized(tmp_path / "qat.ckpt", tmp_path / "codes.pt", "codes")

@@ -222,7 +222,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match=r"says nothing of quantized weights; export a checkpoint that a Trainer with"):
         export_quantized(tmp_path / "plain.ckpt", tmp_path / "float.ckpt")
-    with pytest.raises(ValueError, match='format is "float" or "codes", got \'onnx\''):
+    with pytest.raises(ValueError, match=r"format is one of float, codes.*, got 'onnx'"):
         export_quantized(tmp_path / "plain.ckpt", tmp_path / "float.ckpt", format="onnx")  # type: ignore[arg-type]
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[QuantizationCallback(None, qat={})])
     trainer.fit(model)

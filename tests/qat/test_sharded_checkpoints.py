@@ -154,6 +154,25 @@ def test_a_folder_and_the_files_made_of_it_are_exported_as_they_were_used(
             assert torch.equal(by_codes[key], value), (source, name)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_folder_is_exported_to_formats_of_others(policy: Any, tmp_path: Path) -> None:
+    safetensors, torchao = pytest.importorskip("safetensors.torch"), pytest.importorskip("torchao.quantization")
+    folder, found = saved()
+    export_quantized(folder / f"int4-{policy}", tmp_path / "floats", "safetensors", prefix="net.")
+    export_quantized(
+        folder / f"int4-{policy}", tmp_path / "torchao.pt", "torchao", prefix="net.", as_floats="net.2.weight"
+    )
+    floats = safetensors.load_file(tmp_path / "floats")
+    tensors = torch.load(tmp_path / "torchao.pt", weights_only=False)
+    for name, master in found[f"int4-{policy}"].items():
+        if master.ndim == 2:
+            expected = torch.stack([quantized(torch.from_numpy(row), "int4", 64) for row in master])
+            assert torch.equal(floats[name], expected), name
+            assert isinstance(tensors[name], torchao.IntxUnpackedToInt8Tensor) == (name != "2.weight")
+            decoded = tensors[name] if name == "2.weight" else tensors[name].dequantize()
+            assert torch.equal(decoded, expected), name
+
+
 def codes_read_back(path: Path) -> dict[str, Tensor]:
     """Read exported codes as the head of the module says that one can."""
     namespace: dict[str, Any] = {"torch": torch}

@@ -125,16 +125,24 @@ def test_normal_float4_is_the_table_of_qlora() -> None:
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     )
-    # The published table comes from probabilities in float32: their grid ends at the rounded 0.9677083 instead of
-    # 929/960 (3.4e-8 off), is stepped (one ulp below 1) and rounded (half an ulp). A quantile z moves by that much over
-    # the normal density at z, and so does the largest quantile, which all are divided by.
+    levels = BUILTIN["normal_float4"].levels
+    assert levels == tuple(torch.tensor(published).tolist())
+    # It comes from probabilities in float32: their grid ends at the rounded 0.9677083 instead of 929/960 (3.4e-8 off),
+    # is stepped (one ulp below 1) and rounded (half an ulp). A quantile z moves by that much over the normal density
+    # at z, and so does the largest quantile, which all are divided by.
     normal = NormalDist()
     largest = normal.inv_cdf(929 / 960)
     off = 3.4e-8 + 2.0**-24 + 2.0**-25
-    for ours, theirs in zip(BUILTIN["normal_float4"].levels, published, strict=True):
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    exact = [
+        *(-normal.inv_cdf(offset + (0.5 - offset) * j / 7) / largest for j in range(7)),
+        0.0,
+        *reversed([normal.inv_cdf(offset + (0.5 - offset) * j / 8) / largest for j in range(8)]),
+    ]
+    for ours, quantile in zip(levels, exact, strict=True):
         at_level, at_end = off / normal.pdf(ours * largest), off / normal.pdf(largest)
         tolerance = (at_level + abs(ours) * at_end) / largest + 2.0**-24
-        assert abs(ours - theirs) <= tolerance < 2e-6
+        assert abs(ours - quantile) <= tolerance < 2e-6
 
 
 @pytest.mark.parametrize(("name", "signed"), [("dynamic", True), ("dynamic_unsigned", False)])

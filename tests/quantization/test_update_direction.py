@@ -244,6 +244,16 @@ def test_pairs_that_a_cpu_measures_together_have_the_sums_of_each_alone() -> Non
         torch.testing.assert_close(sums, update_direction_sums([pair])[0], rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
+def test_unpacking_a_short_last_block_spoils_nothing_that_was_decoded(bits: int) -> None:
+    """A chunk computes in the memory that the chunks of the same pair are compared in."""
+    codecs = get_codec("softsign", 128, bits), get_codec("log", 128, bits)
+    for numel in (240, 5888, 5889, 5950, 6000, 6008):
+        one, two = moments_of(numel, torch.float32, "cpu")
+        pair = Moments(stored(one, codecs[0]), stored(two, codecs[1]), EPS)
+        assert close(update_direction_sums([pair])[0], pair)
+
+
 def test_a_cpu_takes_sixteen_stretches_or_more_and_none_across_a_block() -> None:
     for block_size in (32, 128, 4096):
         for numel in range(sampling.WHOLE_ON_CPU - 1, 2 * sampling.WHOLE, 77_777):

@@ -477,7 +477,7 @@ def test_values_are_of_the_whole_and_the_same_everywhere(folder: Path) -> None:
 
 
 def test_a_file_is_what_the_page_says(folder: Path, tmp_path: Path) -> None:
-    """Read by docs/distributed.md alone: chunks of ``torch.save``, then a table in JSON."""
+    """Read by docs/sharded_format.md alone: chunks of ``torch.save``, then a table in JSON."""
     loaded = loaded_by_dcp(tmp_path, folder / "saved" / "ours.ckpt")
     names = set()
     for file in (folder / "saved" / "ours.ckpt").glob("*.distcp"):

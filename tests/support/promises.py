@@ -34,6 +34,11 @@ SECOND_MOMENTS = {
 }
 """Codec, block size, bits and the bytes that an element takes, of each preset."""
 
+KEYS_OF_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+KEYS_OF_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "variance")
+KEYS_OF_WEIGHTS = ("ax", "z")
+"""What optimizers call these."""
+
 Path_ = tuple[Any, ...]
 
 
@@ -74,10 +79,12 @@ def codec_of(
     promise = None
     if path[0] in ("state_dict", "current_model_state") and path[1] not in raw:
         promise = WEIGHTS[preset]
-    elif path[0] == "optimizer_states" and path[-1] in ("exp_avg", "momentum_buffer"):
+    elif path[0] == "optimizer_states" and path[-1] in KEYS_OF_FIRST_MOMENTS:
         promise = FIRST_MOMENTS[preset]
-    elif path[0] == "optimizer_states" and path[-1] in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
+    elif path[0] == "optimizer_states" and path[-1] in KEYS_OF_SECOND_MOMENTS:
         promise = SECOND_MOMENTS[preset]
+    elif path[0] == "optimizer_states" and path[-1] in KEYS_OF_WEIGHTS:
+        promise = WEIGHTS[preset]
     if promise is None or promise[3] >= tensor.element_size():
         return None
     return promise[:3]

@@ -88,7 +88,8 @@ class ShardedModel(pl.LightningModule):
     validation_step = test_step = lambda self, batch, index: self.training_step(batch, index)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        # Not foreach: torch refuses lists of sharded and other parameters, which is its default on GPUs.
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, foreach=False)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},

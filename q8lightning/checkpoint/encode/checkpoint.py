@@ -16,7 +16,14 @@ from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import describe_codes
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sections import CODES_KEY, PARAMETERS_KEY, STATE_DICT, SUMMARY_KEY, state_dicts_in
+from q8lightning.checkpoint.sections import (
+    CODES_KEY,
+    INPUTS_KEY,
+    PARAMETERS_KEY,
+    STATE_DICT,
+    SUMMARY_KEY,
+    state_dicts_in,
+)
 from q8lightning.checkpoint.tree import rebuild
 
 
@@ -130,3 +137,5 @@ def summarize(
         }
     if described:
         content[SUMMARY_KEY] = {**content[SUMMARY_KEY], CODES_KEY: described}
+        if names.inputs:
+            content[SUMMARY_KEY][INPUTS_KEY] = {name: dict(each) for name, each in names.inputs.items()}

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.memory import has_memory, is_dense
+from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM, UNKNOWN, is_exact, state_of
 from q8lightning.checkpoint.places import NOWHERE, Places, place_of
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.report import Kept
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
-    FIRST_OF_ADAM,
-    SECONDS_OF_ADAM,
+    OPTIMIZER_STATES,
     epsilons_of,
+    is_in_state,
     is_state,
     kind_of,
+    options_in,
     parameter_names_in,
     parameter_of,
     path_of,
@@ -42,6 +45,7 @@ class ModelNames:
             state) is not encoded. If it holds none of these names, as when a hook renames them, they do not count.
         optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
         quantized: The codecs of weights that are trained quantized, by name.
+        inputs: How inputs of modules are trained quantized, by the modules' names.
         restored: How often the run was restored from a quantized checkpoint.
         places: The places of what stands under a user's own keys.
     """
@@ -49,6 +53,7 @@ class ModelNames:
     parameters: frozenset[str] = frozenset()
     optimizer_parameters: tuple[tuple[str, ...], ...] = ()
     quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     restored: int = 0
     places: Places = field(default_factory=lambda: NOWHERE)
 
@@ -108,6 +113,7 @@ class Leaf(NamedTuple):
         codec: The codec that the policy selects for it; None to store it as it is.
         storage: Equal for tensors that share memory; None for a tensor without memory (see ``has_memory``).
         refused: Why it cannot be encoded although the policy selects it, if the user should hear of it.
+        kept: Why a state of an optimizer is kept as it is, although the policy selects it or says nothing of it.
     """
 
     keys: Keys
@@ -118,6 +124,7 @@ class Leaf(NamedTuple):
     codec: Codec | None
     storage: tuple[torch.device, int] | None
     refused: str | None = None
+    kept: str | None = None
 
     @property
     def name(self) -> str:
@@ -209,6 +216,17 @@ def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: Che
     ]
 
 
+def kept_states(leaves: Iterable[Leaf]) -> tuple[Kept, ...]:
+    """Return what the user should hear of states that are kept as they are, once for each key."""
+    found: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        if leaf.kept is not None:
+            inner = leaf.keys[4:]
+            key = inner[0] if isinstance(inner[-1], int) else inner[-1]
+            found.setdefault(f"{key}.*" if isinstance(inner[-1], int) else str(key), []).append(leaf)
+    return tuple(Kept(key, alike[0].name, len(alike), str(alike[0].kept)) for key, alike in found.items())
+
+
 def is_encodable(tensor: Tensor) -> bool:
     """Whether codecs encode such a tensor: a dense float tensor with at least one dimension."""
     return (
@@ -223,11 +241,13 @@ def _leaves_of(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard]
 ) -> Iterator[Leaf]:
     """Yield all tensors of a checkpoint in its order, each with the codec that it gets."""
+    options = options_in(checkpoint, names.places)
+    tells = policy.may_encode(OPTIMIZER_STATES)
     known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
     for keys, tensor in tensors(checkpoint, PATHS):
         path, place = path_of(keys), place_of(keys, names.places)
         parameter = parameter_of(place, names.optimizer_parameters)
-        wanted = storage = refused = None
+        wanted = storage = refused = kept = None
         if has_memory(tensor):
             storage = tensor.device, tensor.untyped_storage().data_ptr()
             shard = shards.get(id(tensor))
@@ -239,12 +259,23 @@ def _leaves_of(
                 wanted = policy.codec_at(path, path_of(place), parameter)
                 if wanted is not None and shard is not None:
                     wanted = shard.aligned(wanted)
+                if is_in_state(place):
+                    state, group = state_of(str(keys[-1])), options.get(_state(keys, place), {})
+                    if wanted is not None and state.unless and group.get(state.unless):
+                        wanted, kept = None, state.why
+                    elif tells and not is_exact(place[4:]) and not any(map(policy.mentions, (path, path_of(place)))):
+                        kept = UNKNOWN.why
                 if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
                     wanted = None
                 if wanted is not None and tensor.__dict__:
                     wanted = None
                     refused = f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there"
-        yield Leaf(keys, place, path, parameter, tensor, wanted, storage, refused)
+        yield Leaf(keys, place, path, parameter, tensor, wanted, storage, refused, kept)
+
+
+def _state(keys: Keys, place: Keys) -> Keys:
+    """Return the keys that lead to all states of a parameter, from those that lead into one of them."""
+    return keys[: len(keys) - len(place) + 4]
 
 
 def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
@@ -314,8 +345,9 @@ def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, flo
         epsilons: The eps of each parameter's optimizer; see :func:`epsilons_of`.
     """
     moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.place) and leaf.keys[-1] in _MOMENTS}
+    rotated = {_state(leaf.keys, leaf.place) for leaf in leaves if is_in_state(leaf.place) and leaf.place[4] in BASES}
     for keys, first in moments.items():
-        if keys[-1] != FIRST_OF_ADAM:
+        if keys[-1] != FIRST_OF_ADAM or keys[:-1] in rotated:
             continue
         seconds = [moments[place] for key in SECONDS_OF_ADAM if (place := (*keys[:-1], key)) in moments]
         for second in seconds:

@@ -18,10 +18,10 @@ from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
 from q8lightning.checkpoint.encode.limits import MARGIN, allowed_alone
 from q8lightning.checkpoint.encode.refuse import reason_to_refuse
 from q8lightning.checkpoint.memory import in_memory_order
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Guarded, SaveReport, relative_error, sqnr_db
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import is_sampled, measure
 from q8lightning.quantization.many.update_directions import Moments, StoredMoment, update_direction_sums

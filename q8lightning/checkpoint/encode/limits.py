@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.sections import FIRST_MOMENTS, SECOND_MOMENTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.encode import EncodedBuffer, is_sampled, measure
 from q8lightning.system.ambient import neutral

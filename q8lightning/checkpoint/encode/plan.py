@@ -17,6 +17,7 @@ from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.refuse import is_held_if_finite
 from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.report import Kept
 from q8lightning.checkpoint.sections import epsilons_of
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
@@ -191,6 +192,7 @@ class Plan:
         holds_payloads: Whether some of the checkpoint was loaded encoded and stays so.
         refused: Tensors that the policy selects and that cannot be encoded, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        kept: States of optimizers that are kept as they are, and of which the user should hear.
         reviewed: Numbers of tensors that a save copies at once, because the save before it reviewed them.
     """
 
@@ -211,6 +213,7 @@ class Plan:
     holds_payloads: bool
     refused: tuple[str, ...]
     passed_over: tuple[str, ...]
+    kept: tuple[Kept, ...]
     reviewed: frozenset[int] = frozenset()
 
     def fits(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.find import WHOLE, Found, Leaf, ModelNames, Pair, Shard, find, not_named
+from q8lightning.checkpoint.encode.find import WHOLE, Found, Leaf, ModelNames, Pair, Shard, find, kept_states, not_named
 from q8lightning.checkpoint.encode.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
@@ -75,6 +75,7 @@ def plan_save(
         holds_payloads=holds_payloads,
         refused=tuple(found.refused),
         passed_over=tuple(not_named(checkpoint, found.leaves, policy)) if nothing else (),
+        kept=kept_states(found.leaves),
     )
     return plan.reviewing(frozenset())
 

@@ -71,7 +71,7 @@ class Run:
         self.payloads: list[QuantizedTensor | None] = [None] * len(plan.members)
         self.buffers: list[Buffer] = []
         self.own: dict[int, Tensor] = {}
-        self.report = SaveReport(refused=list(plan.refused), passed_over=list(plan.passed_over))
+        self.report = SaveReport(refused=list(plan.refused), passed_over=list(plan.passed_over), kept=list(plan.kept))
         self._live = live
         self._originals = Originals(tensors)
         self._parts = [DeviceRun(plan, each) for each in plan.devices]
@@ -168,11 +168,13 @@ class Run:
                 directions |= dict(zip(part.plan.pairs, map(tuple, part.measured.directions.tolist()), strict=True))
                 reviewed |= part.review.numbers
                 self._store(part, part.review, losses, directions)
+                for i in part.plan.members:
+                    # Here, where it is waited for: on training's stream it would be done behind what training asked
+                    # for, and be brought to the host before.
+                    if self.payloads[i] is None:
+                        self._store_raw(i, self.plan.members[i].number)
                 self._codes.pack(part.plan.device)
         add_losses(self.report, self.plan, self.payloads, losses, directions)
-        for i, member in enumerate(self.plan.members):
-            if self.payloads[i] is None:
-                self._store_raw(i, member.number)
         add_bytes(self.report, self.plan, self.payloads, self.own)
         self.next_plan = self.plan.reviewing(frozenset(reviewed))
         self._parts.clear()

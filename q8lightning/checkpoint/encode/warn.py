@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from q8lightning.checkpoint.report import Guarded, SaveReport
+from q8lightning.checkpoint.optimizer_states import UNKNOWN
+from q8lightning.checkpoint.report import Guarded, Kept, SaveReport
 
 NAMED = 20
 """How many tensors a warning names. The summary in the checkpoint names all of them."""
@@ -16,6 +17,8 @@ def warn_of(report: SaveReport) -> None:
     warn_of_refused(report.refused)
     warn_of_guarded(report.guarded)
     warn_of_passed_over(report.passed_over)
+    if not report.passed_over:
+        warn_of_kept(report.kept)
 
 
 def warn_of_refused(refused: list[str]) -> None:
@@ -55,6 +58,24 @@ def warn_of_passed_over(paths: list[str]) -> None:
         )
 
 
+def warn_of_kept(kept: Iterable[Kept]) -> None:
+    """Name the optimizer states that are kept as they are, with the rule to write; one warning for each key."""
+    for each in kept:
+        named = each.name + (f" and {each.number - 1} more" if each.number > 1 else "")
+        remedy = ""
+        if each.why == UNKNOWN.why:
+            pattern = f'"optimizer_states.*.{each.key}"'
+            remedy = (
+                f'. Write Rule({pattern}, "softsign", block_size=128) if it is signed, as means of gradients are, or'
+                f' "log" in its place if it is never negative and divides the step; Rule({pattern}) keeps it as it is'
+                " without a warning"
+            )
+        warnings.warn(
+            f"stored as they are, not quantized: {named} ({each.why}). The checkpoint is complete but larger{remedy}",
+            stacklevel=3,
+        )
+
+
 class WarningQueue:
     """Keeps reports of saves until the training thread can warn of them.
 
@@ -66,6 +87,7 @@ class WarningQueue:
         self._reports: deque[SaveReport] = deque()
         self._guarded: set[tuple[str, str]] = set()
         self._passed_over = False
+        self._kept: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the reports: a copy has saved nothing."""
@@ -86,3 +108,6 @@ class WarningQueue:
             if report.passed_over and not self._passed_over:
                 self._passed_over = True
                 warn_of_passed_over(report.passed_over)
+            kept = [] if report.passed_over else [each for each in report.kept if each.key not in self._kept]
+            self._kept |= {each.key for each in kept}
+            warn_of_kept(kept)

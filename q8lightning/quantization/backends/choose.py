@@ -11,6 +11,7 @@ from torch import Tensor
 from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import Codebook
+from q8lightning.quantization.spec.layout import MAX_BLOCK_SIZE
 
 
 class Backend(Protocol):
@@ -87,10 +88,10 @@ def has_kernels(tensor: Tensor) -> bool:
     return asked is True and tensor.dtype in (torch.float32, torch.float16)
 
 
-def backend_of(x: Tensor) -> Backend:
-    """Return the backend that computes with ``x``."""
+def backend_of(x: Tensor, block_size: int = 1) -> Backend:
+    """Return the backend that computes with ``x``, in blocks of a size: kernels cannot hold long ones."""
     if x.is_cuda:
-        return kernels()
+        return kernels() if block_size <= MAX_BLOCK_SIZE else reference
     return cpu if x.device.type == "cpu" else reference
 
 

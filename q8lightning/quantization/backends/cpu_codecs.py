@@ -51,7 +51,10 @@ class Levels:
         if per_unit is None:
             return False
         form = self.codebook.closed_form
-        if form is not None and form.kind == "softsign" and not self.signed_scale:  # the spare holds magnitudes
+        if self.codebook.scale_dtype != "float32":
+            per_unit = reference.reciprocal(scale.copy_(self.codebook.round_scale(scale)))[:, None]
+            words = _search(torch.mul(blocks, per_unit, out=spare).clamp_(-1.0, 1.0), self.codebook)
+        elif form is not None and form.kind == "softsign" and not self.signed_scale:  # the spare holds magnitudes
             share = spare.mul_(per_unit).add_(1.0).reciprocal_()
             torch.sub(1.0, share, out=share).copysign_(blocks).mul_(2.0 * form.half).add_(form.to_code)
         elif form is not None and form.kind == "linear":

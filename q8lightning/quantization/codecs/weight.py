@@ -9,7 +9,10 @@ from torch import Tensor
 
 from q8lightning.quantization import ops
 from q8lightning.quantization.spec.codebook import Codebook, get_codebook
-from q8lightning.quantization.spec.layout import check_block_size
+from q8lightning.quantization.spec.layout import MAX_BLOCK_SIZE, check_block_size
+
+WHOLE_ROW = 2**62
+"""A block size that no row reaches, so that a row has one scale however long it is."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,10 @@ class WeightCodec:
     row gives one scale a channel.
 
     Args:
-        codebook: The name or :attr:`~q8lightning.quantization.spec.codebook.Codebook.spec` of the codebook; an alias
+        codebook: The name or ``Codebook.spec`` of the codebook, which also says to what scales are rounded; an alias
             becomes the name.
-        block_size: Elements that share a scale; a power of two between 32 and 4096.
+        block_size: Elements that share a scale; a power of two between 32 and 4096, or a larger one with an axis, such
+            as :data:`WHOLE_ROW`.
         axis: The axis of the channels, negative from the end, or None.
 
     Raises:
@@ -37,7 +41,8 @@ class WeightCodec:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        if self.axis is None or not _is_longer(self.block_size):
+            check_block_size(self.block_size)
         object.__setattr__(self, "codebook", self.book.spec)
         levels = self.book.levels
         if not self.book.signed:
@@ -116,6 +121,11 @@ class WeightCodec:
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return ``decode(encode(x))``: the weights that the forward pass uses."""
         return self.decode(*self.encode(x), like=x)
+
+
+def _is_longer(block_size: int) -> bool:
+    """Whether a block is longer than kernels take, and a power of two."""
+    return block_size > MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0
 
 
 def pad_rows(rows: Tensor, block_size: int) -> Tensor:

@@ -278,8 +278,9 @@ def _add_up(pairs: Sequence[Moments], pieces: Sequence[_Piece], block_size: int,
 
 def _compare(pairs: Sequence[Moments], pieces: Sequence[_Piece]) -> list[tuple[float, float]]:
     """Return the two sums of each piece."""
-    memory = scratch(1, sum(piece.numel for piece in pieces))
-    spare, direction, _, *stored = (each.view(-1) for each in memory.floats)
+    numel = sum(piece.numel for piece in pieces)
+    memory = scratch(2, numel)  # two rows: what is decoded lies behind all that decoding fewer elements overwrites
+    spare, direction, _, *stored = (each[0] for each in memory.floats)
     originals = []
     for side, out in zip(range(2), stored, strict=False):
         moments = [pairs[piece.pair].moments[side] for piece in pieces]
@@ -292,11 +293,11 @@ def _compare(pairs: Sequence[Moments], pieces: Sequence[_Piece]) -> list[tuple[f
             continue
         encoded = [kernel.layout.views(each.data, each.values.numel()) for each in moments if each.data is not None]
         taken = [kernel.layout.take(each, *place) for each, place in zip(encoded, places, strict=True)]
-        cpu.decode_into(kernel, tuple(map(torch.cat, zip(*taken, strict=True))), out)  # overwrites the first three
+        cpu.decode_into(kernel, tuple(map(torch.cat, zip(*taken, strict=True))), out)
     (first, second), (stored_first, stored_second, *_) = originals, stored
     torch.div(first, torch.sqrt(second, out=spare).add_(pairs[0].eps), out=direction)
     stored_first.div_(stored_second.sqrt_().add_(pairs[0].eps)).sub_(direction)
-    one, two = memory.doubles
+    one, two = (each[:numel] for each in memory.doubles)
     sizes = [piece.numel for piece in pieces]
     errors, directions = torch.split(one.copy_(stored_first), sizes), torch.split(two.copy_(direction), sizes)
     return [(float(e.dot(e)), float(d.dot(d))) for e, d in zip(errors, directions, strict=True)]

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from q8lightning.quantization.backends.choose import has_kernels
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.block_choice import are_chosen, chosen_blocks
+from q8lightning.quantization.spec.layout import MAX_BLOCK_SIZE
 from q8lightning.quantization.spec.portion import Portion
 from q8lightning.quantization.spec.reference import measure
 
@@ -95,7 +96,7 @@ class Batch:
         rows = [self.codec.to_rows(sources[index]) for index in self.indices]
         padded = [pad(each, (0, -each.shape[1] % size)) if each.shape[1] % size else each for each in rows]
         together = torch.cat([each.reshape(-1) for each in padded]) if len(padded) > 1 else padded[0].reshape(-1)
-        values = WeightCodec(self.codec.codebook, size).fake_quantize(together).view(-1, size)
+        values = WeightCodec(self.codec.codebook, size, 0).fake_quantize(together.view(-1, size))
         counts = [each.numel() // size for each in padded]
         if share < 1.0:
             chosen = [
@@ -139,7 +140,8 @@ def batches(
         fitted = codec.fitted(tensor.shape if portion is None else portion.shape)
         if not tensor.numel():
             continue
-        run = launched if has_kernels(tensor) and fitted.runs_along_memory(tensor) else others
+        fits = fitted.block_size <= MAX_BLOCK_SIZE and fitted.runs_along_memory(tensor)
+        run = launched if has_kernels(tensor) and fits else others
         run.setdefault((tensor.dtype, fitted), []).append(index)
     return [
         *(_in_launch(each, tensors, slots, fitted, portions) for (_, fitted), each in launched.items()),

@@ -5,7 +5,7 @@ that find a code quickly, are derived from them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from q8lightning.quantization.spec.cell_table import CellTable
 from q8lightning.quantization.spec.closed_form import ClosedForm
 from q8lightning.quantization.spec.levels import dynamic_levels, float8_levels, integer_levels, normal_float4_levels
+from q8lightning.quantization.spec.scale_dtype import check_scale_dtype, round_scale, rounding_code
 from q8lightning.system.ambient import lasting, neutral
 from q8lightning.system.arguments import did_you_mean
 
 _CUSTOM_PREFIX = "levels:"
+_WITH, _SCALES = " with ", " scales"
 
 CodebookName = Literal[
     "linear", "softsign", "dynamic", "dynamic_unsigned", "normal_float4", "nf4",
@@ -47,17 +49,21 @@ class Codebook:
         levels: 2 to 256 strictly increasing numbers in [-1, 1], 0 among them. They are rounded to float32.
         closed_form: Computes the codes of normalised values without a table. The thresholds are then the points at
             which it steps.
+        scale_dtype: To what the scales of blocks are rounded, so that a target can store them: ``"float32"``,
+            ``"float16"`` or ``"bfloat16"``. See :attr:`scale_unit`.
 
     Raises:
-        ValueError: If the levels are too few or too many, unsorted, out of range, or lack 0.
+        ValueError: If the levels are too few or too many, unsorted, out of range, or lack 0, or the dtype is unknown.
     """
 
     name: str
     levels: tuple[float, ...]
     closed_form: ClosedForm | None = field(default=None, repr=False, compare=False)
+    scale_dtype: str = "float32"
 
     @neutral()
     def __post_init__(self) -> None:
+        check_scale_dtype(self.scale_dtype)
         levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
             raise ValueError(
@@ -108,6 +114,33 @@ class Codebook:
         return self.end if self.one_sided else 0
 
     @property
+    def scale_unit(self) -> float:
+        """What scales are divided by in the dtype that they are rounded to.
+
+        Targets with the integers of two's complement store a step, which is the scale over ``2**(bits - 1)``. The unit
+        matters for small values of float16 only, since it is a power of two. For other levels it is 1.
+        """
+        half = 2 ** (self.bits - 1)
+        return float(half) if self.levels == tuple(k / half for k in range(-half, half)) else 1.0
+
+    @property
+    def rounding(self) -> int:
+        """How scales are rounded, as a number for kernels; 0 for float32."""
+        return rounding_code(self.scale_dtype, self.scale_unit)
+
+    def with_scales(self, scale_dtype: str) -> "Codebook":
+        """Return the codebook with scales of a dtype.
+
+        Raises:
+            ValueError: If the dtype is unknown.
+        """
+        return self if scale_dtype == self.scale_dtype else replace(self, scale_dtype=scale_dtype)
+
+    def round_scale(self, scale: Tensor) -> Tensor:
+        """Return scales, float32, as they are stored."""
+        return round_scale(scale, self.scale_dtype, self.scale_unit)
+
+    @property
     def bits(self) -> int:
         """The bits of a code."""
         return (len(self.levels) - 1).bit_length()
@@ -119,7 +152,12 @@ class Codebook:
 
     @property
     def spec(self) -> str:
-        """A string that :func:`get_codebook` turns into this codebook: its name, or its levels in hexadecimal."""
+        """A string that :func:`get_codebook` turns into this codebook: its name, or its levels in hexadecimal.
+
+        If scales are rounded, their dtype follows: ``"int4 with float16 scales"``.
+        """
+        if self.scale_dtype != "float32":
+            return f"{self.with_scales('float32').spec}{_WITH}{self.scale_dtype}{_SCALES}"
         if BUILTIN.get(self.name) == self:
             return self.name
         with neutral():
@@ -228,6 +266,9 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
 @lru_cache(maxsize=256)
 @neutral()
 def _parse(spec: str) -> Codebook:
+    if spec.endswith(_SCALES) and _WITH in spec:
+        base, scale_dtype = spec.removesuffix(_SCALES).split(_WITH, 1)
+        return _parse(base).with_scales(scale_dtype)
     name = ALIASES.get(spec, spec)
     if name in BUILTIN:
         return BUILTIN[name]

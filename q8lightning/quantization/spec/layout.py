@@ -137,12 +137,15 @@ def take_stretches(x: Tensor, which: slice | Tensor, length: int) -> Tensor:
 MIN_BLOCK_SIZE = 32
 """Elements that share a scale at least."""
 
+MAX_BLOCK_SIZE = 4096
+"""Elements that share a scale at most, in checkpoints and in kernels; rows of weights may be longer."""
+
 
 def check_block_size(block_size: int) -> int:
     """Return ``block_size`` if it is a power of two between 32 and 4096, else raise ValueError."""
     if isinstance(block_size, bool) or not isinstance(block_size, int):
         raise ValueError(f"block_size must be an integer, got {block_size!r}; try 256")
-    if not MIN_BLOCK_SIZE <= block_size <= 4096 or block_size & (block_size - 1):
+    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
         nearest = min((2**i for i in range(5, 13)), key=lambda size: abs(size - block_size))
         raise ValueError(f"block_size must be a power of two between 32 and 4096, got {block_size}; try {nearest}")
     return block_size

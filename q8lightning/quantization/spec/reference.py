@@ -102,12 +102,15 @@ def quantize(
             functions below take the same.
 
     Returns:
-        codes ``[*shape]`` uint8, and scale ``[ceil(numel / block_size)]`` float32 in the units of ``x``, 0 for an
-        all-zero block, non-finite for a block with NaN or infinity.
+        codes ``[*shape]`` uint8, and scale ``[ceil(numel / block_size)]`` float32 in the units of ``x``, rounded as the
+        codebook says; 0 for an all-zero block, non-finite for a block with NaN or infinity.
     """
     blocks = to_blocks(x, block_size)
-    scale = block_scale(blocks, codebook.end if signed_scale else 0)
-    codes = from_blocks(_search(blocks * reciprocal(scale)[:, None], codebook, scale), x, torch.uint8)
+    scale = codebook.round_scale(block_scale(blocks, codebook.end if signed_scale else 0))
+    normalised = blocks * reciprocal(scale)[:, None]
+    if codebook.scale_dtype != "float32":
+        normalised = normalised.clamp(-1.0, 1.0)  # a scale may have become smaller than the largest element
+    codes = from_blocks(_search(normalised, codebook, scale), x, torch.uint8)
     if statistics is not None:
         statistics.copy_(measure(x, dequantize(codes, scale, codebook, block_size, x.dtype)))
     return codes, scale

@@ -25,11 +25,11 @@ from q8lightning.quantization.spec.codebook import Codebook
 @triton.jit
 def fake_quantize_kernel(
     x, values, table, levels, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     first, _, _, elements, mask, _ = tile(numel, ROWS, BLOCK)
     x_tile = load_float(x + first * BLOCK, elements, mask)
-    value = codebook.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0)
+    value = codebook.fake_quantize(x_tile, table, levels, SEARCH, SHIFT, BITS, 0, ROUND)
     store(values + first * BLOCK, elements, value, mask)
 
 
@@ -37,12 +37,13 @@ def fake_quantize_kernel(
 def measured_fake_quantize_kernel(
     x, values, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, IN_PAIRS: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * (TILES * ROWS * BLOCK)
     left = tl.minimum(numel - start, TILES * ROWS * BLOCK).to(tl.int32)
     fake_quantize_tiles(
         x + start, values + start, left, table, levels, partials, tl.program_id(0), tl.num_programs(0), 0, 0, 0, 0,
-        ROWS, BLOCK, TILES, SEARCH, SHIFT, BITS, 0, False, IN_PAIRS,
+        ROWS, BLOCK, TILES, SEARCH, SHIFT, BITS, 0, ROUND, False, IN_PAIRS,
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def measured_fake_quantize_kernel(
 def fake_quantize_tiles(
     x, values, left, table, levels, partials, column, columns, seed, limit, number, block, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
-    END: tl.constexpr, CHOOSE: tl.constexpr, IN_PAIRS: tl.constexpr,
+    END: tl.constexpr, ROUND: tl.constexpr, CHOOSE: tl.constexpr, IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Fake-quantize and measure tile after tile, and load each while the one before is computed.
 
@@ -73,7 +74,7 @@ def fake_quantize_tiles(
         following = at + TILE
         ahead = tl.load(words + following, mask=following < count, other=0)
         value = unpacked(original, IN_PAIRS)
-        quantized = codebook.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END)
+        quantized = codebook.fake_quantize(value, table, levels, SEARCH, SHIFT, BITS, END, ROUND)
         if CHOOSE:
             quantized = tl.where(is_chosen(seed, limit, number, block + i * ROWS + rows)[:, None], quantized, value)
         quantized = packed(quantized) if IN_PAIRS else rounded(quantized, values)
@@ -108,7 +109,7 @@ def fake_quantize(x: Tensor, codebook: Codebook, block_size: int, statistics: Te
     flat, tables = launch.flattened(x), tables_of(codebook, x.device)
     values = torch.empty(x.shape, dtype=flat.dtype, device=x.device)
     settings = "fake_quantize" if tables.closed_form else "fake_quantize in cells"
-    constants = launch.search_constants(tables)
+    constants = {**launch.search_constants(tables), "ROUND": codebook.rounding}
     parts = flat, values, tables.table, tables.levels
     if statistics is None or flat.dtype != x.dtype:
         rows, warps = launch.rows_of(settings, block_size, flat.element_size())

@@ -136,7 +136,7 @@ def fake_quantize(
         settings = f"measured {settings}"
     constants = {
         "BLOCK": block_size, "CHOOSE": share < 1.0, **search_constants(tables),
-        "END": codebook.scale_end,
+        "END": codebook.scale_end, "ROUND": codebook.rounding,
     }  # fmt: skip
     numbered = describe(tensors, starts, numbers)
     for launch in launches(numbered, None, block_size, settings, buffer.device):

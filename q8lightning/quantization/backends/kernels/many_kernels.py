@@ -149,7 +149,7 @@ def decode_kernel(
 def fake_quantize_kernel(
     x, values, work, table, levels, seed, limit, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 5, ROWS * BLOCK, ALIGNED)
     if left <= 0:
@@ -158,7 +158,7 @@ def fake_quantize_kernel(
     elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = elements < left
     original = load_float(x + _start(row, 1, skip, MULTIPLE), elements, mask)
-    quantized = codebook.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END)
+    quantized = codebook.fake_quantize(original, table, levels, SEARCH, SHIFT, BITS, END, ROUND)
     if CHOOSE:
         blocks = tl.load(row + 3) + skip // BLOCK + rows
         quantized = tl.where(is_chosen(seed, limit, tl.load(row + 4), blocks)[:, None], quantized, original)
@@ -169,7 +169,7 @@ def fake_quantize_kernel(
 def measured_fake_quantize_kernel(
     x, values, work, table, levels, seed, limit, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     IN_PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHOOSE: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     row = work + segment.to(tl.int64) * 5
@@ -181,5 +181,5 @@ def measured_fake_quantize_kernel(
     fake_quantize_tiles(
         here, there, left, table, levels, partials, segment, tl.num_programs(0),
         seed, limit, tl.load(row + 4), tl.load(row + 3),
-        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, END, CHOOSE, IN_PAIRS,
+        ROWS, BLOCK, _SEGMENT, SEARCH, SHIFT, BITS, END, ROUND, CHOOSE, IN_PAIRS,
     )  # fmt: skip

@@ -40,16 +40,44 @@ SMALLEST_NORMAL = tl.constexpr(reference.SMALLEST_NORMAL)
 
 
 @triton.jit
-def block_scale(x, END: tl.constexpr):
-    """Return the largest magnitude of each row as ``reference.block_scale``, with a sign unless END is 0."""
+def block_scale(x, END: tl.constexpr, ROUND: tl.constexpr = 0):
+    """Return the largest magnitude of each row as ``reference.block_scale``, with a sign unless END is 0.
+
+    It is rounded as ``scale_dtype.round_scale``, by the number ROUND of ``Codebook.rounding``.
+    """
     bits = bits_of(x)
     magnitude = tl.max(bits & MAGNITUDE, axis=1)
     scale = float_of(magnitude)
     scale = tl.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    if ROUND != 0:
+        scale = _rounded(scale, ROUND)
     if END != 0:
         holds_positive = tl.max(bits, axis=1) == magnitude  # patterns of negative numbers are negative
         scale = tl.where(holds_positive, scale * END, scale * -END) + 0.0  # no negative zero
     return scale
+
+
+@triton.jit
+def _rounded(scale, ROUND: tl.constexpr):
+    """Round scales that are not negative; see :func:`block_scale`."""
+    if ROUND < 0:
+        bits = bits_of(scale)
+        # Half of what is dropped, and the last bit that stays: ties go to even.
+        nearest = float_of(tl.minimum((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, 0x7F7F0000))
+    else:
+        UNIT: tl.constexpr = 1.0 * (1 << (ROUND - 1))
+        step = scale * (1.0 / UNIT)
+        bits = bits_of(step)
+        normal = tl.minimum(float_of((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000), 65504.0)
+        # Beside 0.5, the last bit of a float32 is that of float16 below its smallest normal number.
+        nearest = tl.where(step < 2.0**-14, (step + 0.5) - 0.5, normal) * UNIT
+    return tl.where(is_finite(scale), nearest, scale)
+
+
+@triton.jit
+def normalise_rounded(x, scale):
+    """Return what :func:`normalise` does, within [-1, 1]: a rounded scale may be smaller than the largest element."""
+    return tl.minimum(tl.maximum(normalise(x, scale), -1.0), 1.0)
 
 
 @triton.jit
@@ -106,11 +134,17 @@ def nearest_code(y, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
-def encode(x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+def encode(
+    x, table, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr = 0
+):
     """Return codes and scale as ``reference.quantize``."""
-    scale = block_scale(x, END)
-    # Cells have an entry for NaN and infinity, so those need no care.
-    y = x * reciprocal(scale)[:, None] if SEARCH == "cells" else normalise(x, scale)
+    scale = block_scale(x, END, ROUND)
+    if ROUND != 0:
+        y = normalise_rounded(x, scale)
+    elif SEARCH == "cells":
+        y = x * reciprocal(scale)[:, None]  # Cells have an entry for NaN and infinity, so those need no care.
+    else:
+        y = normalise(x, scale)
     return nearest_code(y, table, SEARCH, SHIFT, BITS), scale
 
 
@@ -168,10 +202,14 @@ def decode(code, levels, scale, SEARCH: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr):
+def fake_quantize(
+    x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, END: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
     """Return the values, float32, as ``reference.dequantize`` of ``reference.quantize``."""
-    scale = block_scale(x, END)
-    y = x * reciprocal(scale)[:, None]  # NaN in a block that is not finite, whose codes do not matter
+    scale = block_scale(x, END, ROUND)
+    # NaN in a block that is not finite, whose codes do not matter.
+    y = normalise_rounded(x, scale) if ROUND != 0 else x * reciprocal(scale)[:, None]
     if SEARCH == "linear":
         value = linear_level(linear_steps(y, BITS), BITS)
     else:
@@ -183,11 +221,11 @@ def fake_quantize(x, table, levels, SEARCH: tl.constexpr, SHIFT: tl.constexpr, B
 def _quantize_kernel(
     x, codes, scale, table, levels, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
     SEARCH: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
-    END: tl.constexpr,
+    END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
     values = load_float(x + first * BLOCK, elements, mask)
-    code, block_scale = encode(values, table, SEARCH, SHIFT, BITS, END)
+    code, block_scale = encode(values, table, SEARCH, SHIFT, BITS, END, ROUND)
     store(codes + first * BLOCK, elements, code, mask)
     store(scale + first, rows, block_scale, row_mask)
     if MEASURE:
@@ -216,6 +254,7 @@ def quantize(
         _quantize_kernel, "quantize" if tables.closed_form else "quantize in cells", block_size, x, parts, statistics,
         decode=lambda: dequantize(*parts, codebook, block_size, x.dtype), tables=(tables.table, tables.levels),
         **launch.search_constants(tables), END=codebook.end if signed_scale else 0,
+        ROUND=codebook.rounding,
     )  # fmt: skip
     return parts
 
