@@ -23,6 +23,7 @@ from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.cli import arguments
 from q8lightning.cli import main as run_module
 from q8lightning.cli.main import COMMANDS
+from q8lightning.export.quantized import FORMATS
 
 Run = Callable[..., Any]
 
@@ -199,6 +200,7 @@ def test_without_a_command_there_is_help_and_with_version_the_version(run: Run) 
 
 def test_presets_of_the_command_line_are_those_of_the_policy() -> None:
     assert tuple(PRESETS) == arguments.PRESETS
+    assert arguments.FORMATS == FORMATS
 
 
 def test_help_comes_without_torch(tmp_path: Path) -> None:
