@@ -183,7 +183,8 @@ def main() -> None:
     data = [torch.stack([text[i * BATCH + j] for j in range(BATCH)]) for i in range(STEPS + AFTER)]
     console = Console(width=180)
     heads = ("optimizer", "state", "under resume", "what it is, or why not", *PRESETS, "states")
-    table = Table(*heads, title=where())
+    place = where()  # now: a commit may come while this runs
+    table = Table(*heads, title=place)
     if options.markdown:
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     notes = []
@@ -201,7 +202,7 @@ def main() -> None:
     for note in notes:
         print(note)
     if options.markdown:
-        print(where())
+        print(place)
 
 
 if __name__ == "__main__":

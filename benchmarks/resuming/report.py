@@ -5,7 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from resuming.variants import MOVED
+
 Record = dict[str, Any]
+
+PLAIN_AGAIN = "plain again (the floor)"
 
 GROUPS = ("floor", "preset", "frontier", "warning", "part")
 """The groups of variants, in the order of tables."""
@@ -56,7 +60,7 @@ def with_floors(records: Sequence[Record]) -> list[Record]:
 
     floors: dict[tuple[Any, ...], list[float]] = {}
     for row in records:
-        if row["group"] == "floor":
+        if _named(row) == PLAIN_AGAIN:
             floors.setdefault(place(row), []).append(row["rms"])
     means = {where: sum(values) / len(values) for where, values in floors.items()}
     return [row | {"to_floor": row["rms"] / floor if (floor := means.get(place(row))) else None} for row in records]
@@ -74,9 +78,9 @@ def tables(records: Sequence[Record]) -> str:
         )
         parts.append(_table("variant", variants_of(own)))
         often = {
-            f"`{name}`, restored {times} times": rows
+            f"{_named(rows[0])}, restored {times} times": rows
             for times, some in grouped([row for row in own if row["restores"] > 1], "restores").items()
-            for name, rows in grouped(some, "variant").items()
+            for rows in grouped(some, "variant").values()
         }
         if often:
             parts.append(_table("variant", often))
@@ -86,15 +90,18 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def variants_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records of each variant that was restored once, by group and size; all plain resumes are one."""
+    """Return the records of each variant that was restored once, by group and size.
+
+    Plain resumes are one, except for those whose weights are a rounding off.
+    """
     once = [row | {"variant": _named(row)} for row in records if row["restores"] == 1]
     once.sort(key=lambda row: (GROUPS.index(row["group"]), -row["bytes_a_parameter"]))
     return grouped(once, "variant")
 
 
 def _named(row: Record) -> str:
-    if row["group"] == "floor":
-        return "plain again (the floor)"
+    if row["group"] == "floor" and row["variant"] != MOVED.name:
+        return PLAIN_AGAIN
     return f"`{row['variant']}`" if row["group"] == "preset" else str(row["variant"])
 
 
@@ -145,9 +152,10 @@ def _draw(axes: Any, records: Sequence[Record]) -> None:
     """Draw one scenario; labels of presets stand on the left of their points, others on the right."""
     for name, rows in variants_of(records).items():
         group, middle = rows[0]["group"], median(row["rms"] for row in rows)
-        if group == "floor" and middle > 0:
-            axes.axhspan(lowest(rows), highest(rows), color="0.88", label="plain against plain, lowest to highest")
-            axes.axhline(middle, color="0.5", linestyle="--", linewidth=1, label="its median: the floor")
+        is_the_floor = name == PLAIN_AGAIN or is_deterministic(records)
+        if group == "floor" and is_the_floor and middle > 0:  # zero has no place on a logarithmic axis
+            axes.axhspan(lowest(rows), highest(rows), color="0.88")
+            axes.axhline(middle, color="0.5", linestyle="--", linewidth=1, label=name)
         if group not in ("preset", "frontier") and name != "bitsandbytes' maps":
             continue
         size, color = median(row["bytes_a_parameter"] for row in rows), COLORS[group]
@@ -164,6 +172,11 @@ def _draw(axes: Any, records: Sequence[Record]) -> None:
     axes.tick_params(labelsize=7)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
+
+
+def is_deterministic(records: Sequence[Record]) -> bool:
+    """Whether all plain resumes are the same to the bit."""
+    return all(row["rms"] == 0 for row in records if _named(row) == PLAIN_AGAIN)
 
 
 COLORS = {"preset": "C3", "frontier": "C0", "warning": "0.5"}

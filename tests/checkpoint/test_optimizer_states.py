@@ -193,6 +193,10 @@ def test_moments_in_different_coordinates_are_no_pair(tmp_path: Path) -> None:
     assert encoded == {"exp_avg", "exp_avg_sq"}
     assert not messages
     after = load(tmp_path / "a.ckpt")
+    policy = CheckpointPolicy([*PRESETS["resume"].rules, Rule("optimizer_states.*.Q.*", "linear", residual_bits=8)])
+    saved({"optimizer_states": [state]}, tmp_path / "b.ckpt", policy)
+    places = [path.removeprefix("optimizer_states.0.state.0.") for path in payloads_of(tmp_path / "b.ckpt")]
+    assert {place for place in places if "Q" in place or "GG" in place} == {"Q.0", "Q.1"}, "by a rule of one's own"
     for key in ("GG", "Q"):
         assert_same(after["optimizer_states"][0]["state"][0][key], state["state"][0][key])
     directions = {

@@ -24,6 +24,7 @@ from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
 from q8lightning.quantization.many.update_directions import MomentLaunch
+from q8lightning.quantization.spec.layout import MAX_BLOCK_SIZE
 
 
 def plan_save(
@@ -196,11 +197,12 @@ def _codes_together(
 ) -> Iterator[CodesTogether]:
     """Yield the codes that the kernels of each device encode together.
 
-    Kernels need blocks that run along memory.
+    Kernels need blocks that run along memory and that they can hold.
     """
     devices: dict[torch.device, list[int]] = {}
     for i, (_, number, codec) in enumerate(codes):
-        if has_kernels(tensors[number]) and codec.runs_along_memory(tensors[number]):
+        fits = codec.block_size <= MAX_BLOCK_SIZE and codec.runs_along_memory(tensors[number])
+        if has_kernels(tensors[number]) and fits:
             devices.setdefault(tensors[number].device, []).append(i)
     for here in devices.values():
         stored = [get_codec(codec.codebook, codec.block_size) for _, _, codec in (codes[i] for i in here)]

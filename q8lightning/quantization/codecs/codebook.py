@@ -38,7 +38,7 @@ class CodebookCodec(Codec):
     def __post_init__(self) -> None:
         super().__post_init__()
         book = book_with_bits(self.name, self.bits)
-        object.__setattr__(self, "name", FAMILY_OF.get(book.name, book.spec))
+        object.__setattr__(self, "name", FAMILY_OF.get(book.spec, book.spec))
         object.__setattr__(self, "bits", book.bits)
         if book.end == 0:
             raise ValueError(

@@ -73,6 +73,7 @@ def encode(
         settings = f"measured {settings}"
     constants = {
         "CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables),
+        "ROUND": codec.codebook.rounding if codec.codebook is not None else 0,
         **bits_constants(layout),
     }  # fmt: skip
     for launch in launches(describe(tensors, starts), layout, layout.block_size, settings, buffer.device):

@@ -46,7 +46,7 @@ def _start(row, COLUMN: tl.constexpr, skip, MULTIPLE: tl.constexpr):
 def encode_kernel(
     x, codes, scales, failed, work, table, levels, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row, skip, left = _own(work, 6, ROWS * BLOCK, ALIGNED)
     if left <= 0:
@@ -58,7 +58,7 @@ def encode_kernel(
     _, wrong = encode_tile(
         values, x, codes + _start(row, 2, skip // 8 * BITS, 16 if ALIGNED else 1), rest,
         scales + tl.load(row + 3) + skip // BLOCK * SCALES, left, table, levels,
-        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
+        ROWS, BLOCK, True, False, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ROUND, ALIGNED,
     )  # fmt: skip
     if wrong != 0:
         tl.atomic_or(failed + tl.load(row + 5), 1)
@@ -68,7 +68,7 @@ def encode_kernel(
 def measured_encode_kernel(
     x, codes, scales, failed, work, table, levels, partials, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CODEC: tl.constexpr, SCALES: tl.constexpr, SEARCH: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Encode and measure a segment, tile after tile as in ``fake_quantize_tiles``; lanes keep their sums."""
     TILE: tl.constexpr = ROWS * BLOCK
@@ -94,7 +94,7 @@ def measured_encode_kernel(
         decoded, tile_wrong = encode_tile(
             values, x, codes + i * (TILE * BITS // 8), rest + i * (TILE * REST_BITS // 8),
             scales + i * (ROWS * SCALES), left - i * TILE, table, levels,
-            ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
+            ROWS, BLOCK, True, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ROUND, ALIGNED,
         )  # fmt: skip
         wrong |= tile_wrong
         error, squares, largest, zeros, zeroed = add(
@@ -114,7 +114,7 @@ def measured_encode_kernel(
             values, _, _ = load_again(x, elements, left, i)
             decoded, _ = encode_tile(
                 values, x, codes, rest, scales, left - i * TILE, table, levels,
-                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ALIGNED,
+                ROWS, BLOCK, False, True, CODEC, SEARCH, SHIFT, BITS, REST_BITS, END, ROUND, ALIGNED,
             )  # fmt: skip
             error, squares, zeroed = add_in_units(values, decoded.to(tl.float32), shrink, error, squares, zeroed)
         largest = tl.where(error == error, largest, error)

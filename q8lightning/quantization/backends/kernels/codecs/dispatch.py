@@ -18,7 +18,7 @@ from q8lightning.quantization.backends.kernels.tiles import load_codes, load_flo
 def encode_tile(
     values, like, codes, rest, scales, left, table, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STORE: tl.constexpr, DECODE: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr,
+    BITS: tl.constexpr, REST_BITS: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Encode a tile. Return its decoded values in the dtype of ``like``, and 1 if a scale is not finite, else 0."""
@@ -41,7 +41,7 @@ def encode_tile(
         if DECODE:
             decoded = rounded(residual.decode(code, second, scale, BITS, REST_BITS), like)
     else:
-        code, scale = codebook.encode(values, table, SEARCH, SHIFT, BITS, END)
+        code, scale = codebook.encode(values, table, SEARCH, SHIFT, BITS, END, ROUND)
         if STORE:
             store(scales, rows, scale, row_mask)
         if DECODE:
