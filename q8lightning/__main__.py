@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRA = ("jsonargparse", "rich", "yaml")
+_EXTRA = ("rich", "yaml")
 """Packages of the extra ``cli``."""
 
 
@@ -10,6 +10,8 @@ def run() -> int:
     """Run the command line, or print in one line which package it needs."""
     try:
         from q8lightning.cli.main import main
+
+        return main()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:
@@ -17,7 +19,6 @@ def run() -> int:
         remedy = 'pip install "q8lightning[cli]"'
         print(f"q8lightning: error: the command line needs {missing}; {remedy}", file=sys.stderr)
         return 2
-    return main()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from support.steps import Steps, announced
 
 from q8lightning.quantization.backends.choose import launching
 
-collect_ignore = [] if find_spec("jsonargparse") else ["cli"]
+collect_ignore = [] if find_spec("rich") else ["cli"]
 """The command line is an extra; where it is not installed, the rest is tested."""
 
 PRESETS = ("resume", "compact")

@@ -59,6 +59,34 @@ def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path
     assert isinstance(embedding, QuantizedTensor) == (name != "custom_policy")  # it leaves the embedding as it is
 
 
+def fail(config: str, folder: str) -> None:
+    """Do what :func:`fit` does, and write down what the program ends with."""
+    try:
+        fit(config, folder)
+    except SystemExit as end:
+        Path(folder, "end").write_text(f"{end.code}\n")
+    except BaseException as error:
+        Path(folder, "end").write_text(f"{type(error).__name__}\n{error}\n")
+
+
+TYPOS = {
+    "a key of a rule": ("custom_policy", "codec: softsign", "codek: softsign", "rules[2] has the key 'codek'"),
+    "a codec": ("custom_policy", "codec: log", "codec: lgo", "rules[3]: rule for 'optimizer_states.*.exp_avg_sq'"),
+    "a codebook of QAT": ("qat_int4", "codebook: int4", "codebook: imt4", "weights[0]"),
+}
+
+
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_in_a_rule_ends_in_the_one_line_that_says_it(name: str, tmp_path: Path) -> None:
+    config, right, wrong, message = TYPOS[name]
+    text = (ROOT / "configs" / f"{config}.yaml").read_text()
+    assert right in text
+    (tmp_path / "wrong.yaml").write_text(text.replace(right, wrong, 1))
+    assert forked.run(fail, str(tmp_path / "wrong.yaml"), str(tmp_path)) == 0
+    (line,) = (tmp_path / "end").read_text().splitlines()
+    assert line.startswith(f"error: {message}")
+
+
 QAT = {
     "qat_int4": {"model.blocks.0.qkv.weight": ("int4", 64, None), "model.embed.weight": None},
     "qat_mixed": {

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
+from q8lightning.checkpoint.places import Places, item_at
 from q8lightning.checkpoint.sections import (
-    OPTIMIZER_STATES,
     RUNNING_STATISTICS,
     STATE_DICT,
     groups_of,
     listed,
     name_of,
+    optimizer_keys,
     optimizers_in,
     parameter_names_in,
     path_of,
+    places_in,
     state_dicts_in,
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, leaves
@@ -37,8 +39,13 @@ def names_of_states(checkpoint: Any) -> dict[str, str]:
     parameters = parameters_of_states(checkpoint)
     if not parameters:
         return {}
-    found = ((OPTIMIZER_STATES, *keys) for keys, _ in leaves(checkpoint[OPTIMIZER_STATES], PATHS))
-    return {path_of(keys): name_of(keys, parameters[keys[:-1]]) for keys in found if keys[:-1] in parameters}
+    places = places_in(checkpoint)
+    found = [
+        (*keys, *inner)
+        for keys in optimizer_keys(checkpoint, places)
+        for inner, _ in leaves(item_at(checkpoint, keys), PATHS)
+    ]
+    return {path_of(keys): name_of(keys, parameters[keys[:-1]], places) for keys in found if keys[:-1] in parameters}
 
 
 def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
@@ -54,9 +61,11 @@ def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
     found: dict[Keys, str] = {}
     if not isinstance(checkpoint, Mapping):
         return found
-    weights = _weights_in(checkpoint)
-    for index, (optimizer, names) in enumerate(
-        zip(optimizers_in(checkpoint), parameter_names_in(checkpoint), strict=True)
+    places = places_in(checkpoint)
+    weights = _weights_in(checkpoint, places)
+    optimizers = optimizers_in(checkpoint, places)
+    for keys_of_one, optimizer, names in zip(
+        optimizer_keys(checkpoint, places), optimizers, parameter_names_in(checkpoint), strict=True
     ):
         state = optimizer.get("state")
         if not isinstance(state, Mapping):
@@ -67,7 +76,8 @@ def parameters_of_states(checkpoint: Any) -> dict[Keys, str]:
         for key in state:
             name = key if isinstance(key, str) else said.get(key) or shown.get(key)
             if isinstance(name, str):
-                found[(OPTIMIZER_STATES, index, "state", key)] = name
+                there: Keys = (*keys_of_one, "state", key)
+                found[there] = name
     return found
 
 
@@ -129,14 +139,19 @@ def _earliest(shapes: Sequence[Shape | None], places: Sequence[Shape]) -> list[i
     return found
 
 
-def _weights_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Shape]]:
+def _weights_in(checkpoint: Mapping[str, Any], places: Places) -> list[tuple[str, Shape]]:
     """Return names and shapes of entries that may be parameters, in order; the first of tied ones, as optimizers do.
 
     A buffer among them does no harm: it only makes more assignments possible.
     """
     seen: set[Any] = set()
     result = []
-    for name, value in state_dicts_in(checkpoint).get(STATE_DICT, {}).items():
+    modules = [keys for keys, place in places.items() if place == (STATE_DICT,)]
+    found = {**state_dicts_in(checkpoint).get(STATE_DICT, {})}
+    for keys in modules:
+        before = f"{path_of(keys)}." if len(modules) > 1 else ""
+        found |= {f"{before}{name}": value for name, value in item_at(checkpoint, keys).items()}
+    for name, value in found.items():
         shape, dtype = _shape(value), getattr(value, "dtype", None)
         is_number = not isinstance(dtype, torch.dtype) or dtype.is_floating_point or dtype.is_complex
         if (

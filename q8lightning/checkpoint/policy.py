@@ -12,7 +12,7 @@ from q8lightning.checkpoint.sections import NEVER, OPTIMIZER_STATES, RUNNING_STA
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
-from q8lightning.system.arguments import check_keys, did_you_mean
+from q8lightning.system.arguments import check_keys, did_you_mean, end_in_one_line
 
 Preset = Literal["resume", "compact", "precise"]
 """The names of :data:`PRESETS`, for type checkers."""
@@ -115,6 +115,7 @@ class CheckpointPolicy:
         init=False, repr=False, compare=False, default_factory=dict
     )
 
+    @end_in_one_line
     def __post_init__(self) -> None:
         if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Iterable):
             raise ValueError(f"rules is a list of rules, got {self.rules!r}; put it into a list")
@@ -162,6 +163,16 @@ class CheckpointPolicy:
             rules = () if never else self._rules
             self._found[key] = next((rule.resolve() for rule in rules if rule.matches(path, parameter)), None)
         return self._found[key]
+
+    def codec_at(self, path: str, place: str, parameter: str | None = None) -> Codec | None:
+        """Return the codec for a tensor under a user's own key: by the rules for its path, or else for its place.
+
+        Args:
+            path: Its path in the checkpoint.
+            place: Its path in Lightning's layout, such as ``state_dict.weight`` for ``model.weight``.
+            parameter: The name of the parameter that it is or belongs to; None if that is not known.
+        """
+        return self.codec_for(path if path == place or self.names(path, parameter) else place, parameter)
 
     def names(self, path: str, parameter: str | None = None) -> bool:
         """Whether a rule matches a tensor, with a codec or without, or the tensor is one that no rule applies to."""

@@ -1,11 +1,15 @@
 """Know what lies where in a checkpoint: a table of its sections, and functions over keys.
 
-Lightning, its callbacks and this package save under the keys of :data:`SECTIONS`. Other keys are the user's own.
+Lightning, its callbacks and this package save under the keys of :data:`SECTIONS`. Other keys are the user's own;
+``places.py`` says what lies under those.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from q8lightning.checkpoint.places import NOWHERE, Places, find_places, item_at, place_of
+from q8lightning.checkpoint.places import OPTIMIZER_STATES as OPTIMIZER_STATES
+from q8lightning.checkpoint.places import STATE_DICT as STATE_DICT
 from q8lightning.checkpoint.tree import Keys
 
 
@@ -35,12 +39,6 @@ SECTIONS = {
     "MixedPrecision": Section("exact"),  # the gradient scaler
 }
 
-STATE_DICT = "state_dict"
-"""The section of the weights that are evaluated and deployed."""
-
-OPTIMIZER_STATES = "optimizer_states"
-"""The section of the optimizers' state dicts, ``{"state": {parameter: {key: value}}, "param_groups": [...]}`` each."""
-
 WEIGHTS = tuple(key for key, section in SECTIONS.items() if section.holds == "weights")
 NEVER = tuple(key for key, section in SECTIONS.items() if section.holds == "exact")
 FOR_TRAINING = tuple(key for key, section in SECTIONS.items() if section.is_for_training)
@@ -65,6 +63,11 @@ DEFAULT_EPS = 1e-8
 """The eps of Adam, where a checkpoint does not have it."""
 
 
+def places_in(checkpoint: Any) -> Places:
+    """Return the places of states under a user's own keys; see :func:`~q8lightning.checkpoint.places.find_places`."""
+    return find_places(checkpoint, {**SECTIONS, SUMMARY_KEY: None})
+
+
 def path_of(keys: Keys) -> str:
     """Return the path that policies and messages use for keys."""
     return ".".join(map(str, keys))
@@ -80,19 +83,16 @@ def is_in_state(keys: Keys) -> bool:
     return len(keys) >= 5 and keys[0] == OPTIMIZER_STATES and keys[2] == "state"
 
 
-def name_of(keys: Keys, parameter: str | None) -> str:
+def name_of(keys: Keys, parameter: str | None, places: Places = NOWHERE) -> str:
     """Return the name of a tensor in messages: ``layer.weight: exp_avg`` for an optimizer's state, or else its path.
 
     Args:
         keys: Keys that lead to the tensor.
         parameter: The name of the parameter that it belongs to; None if that is not known.
+        places: Those of the checkpoint.
     """
-    return path_of(keys) if parameter is None or not is_state(keys) else f"{parameter}: {keys[-1]}"
-
-
-def is_optimizer(value: Any) -> bool:
-    """Whether a container is the state dict of an optimizer; in Fabric's checkpoints it has a key of the user's."""
-    return isinstance(value, dict) and "state" in value and "param_groups" in value
+    known = parameter is not None and is_state(place_of(keys, places))
+    return f"{parameter}: {keys[-1]}" if known else path_of(keys)
 
 
 def kind_of(keys: Keys) -> str:
@@ -132,9 +132,29 @@ def summary_in(checkpoint: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def optimizers_in(checkpoint: Any) -> list[Mapping[str, Any]]:
-    """Return the state of each optimizer; empty for anything else that a hook has put there."""
+def optimizer_keys(checkpoint: Any, places: Places | None = None) -> list[Keys]:
+    """Return the keys that lead to the state of each optimizer; first Lightning's, then those under other keys.
+
+    Args:
+        checkpoint: The checkpoint, or a part of it.
+        places: Those of the whole checkpoint; None to look.
+    """
+    if places is None:
+        places = places_in(checkpoint)
     states = listed(checkpoint.get(OPTIMIZER_STATES)) if isinstance(checkpoint, Mapping) else ()
+    own: list[Keys] = [(OPTIMIZER_STATES, index) for index in range(len(states))]
+    others = [keys for keys, place in places.items() if place[0] == OPTIMIZER_STATES]
+    return [*own, *others]
+
+
+def optimizers_in(checkpoint: Any, places: Places | None = None) -> list[Mapping[str, Any]]:
+    """Return the state of each optimizer; empty for anything else that a hook has put there.
+
+    Args:
+        checkpoint: The checkpoint, or a part of it.
+        places: Those of the whole checkpoint; None to look.
+    """
+    states = (item_at(checkpoint, keys) for keys in optimizer_keys(checkpoint, places))
     return [state if isinstance(state, Mapping) else {} for state in states]
 
 
@@ -157,17 +177,30 @@ def parameter_names_in(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], 
     )
 
 
-def epsilons_of(checkpoint: Mapping[str, Any]) -> dict[Keys, float]:
-    """Return the eps of each parameter's optimizer group, by the keys that lead to the parameter's states."""
-    groups = options_in(checkpoint).items()
+def epsilons_of(checkpoint: Mapping[str, Any], places: Places | None = None) -> dict[Keys, float]:
+    """Return the eps of each parameter's optimizer group, by the keys that lead to the parameter's states.
+
+    Args:
+        checkpoint: The checkpoint, or a part of it.
+        places: Those of the whole checkpoint; None to look.
+    """
+    groups = options_in(checkpoint, places).items()
     return {keys: eps for keys, group in groups if isinstance(eps := group.get("eps"), float)}
 
 
-def options_in(checkpoint: Mapping[str, Any]) -> dict[Keys, Mapping[str, Any]]:
-    """Return the optimizer group of each parameter, by the keys that lead to the parameter's states."""
+def options_in(checkpoint: Mapping[str, Any], places: Places | None = None) -> dict[Keys, Mapping[str, Any]]:
+    """Return the optimizer group of each parameter, by the keys that lead to the parameter's states.
+
+    Args:
+        checkpoint: The checkpoint, or a part of it.
+        places: Those of the whole checkpoint; None to look.
+    """
+    if places is None:
+        places = places_in(checkpoint)
+    there = optimizer_keys(checkpoint, places)
     return {
-        (OPTIMIZER_STATES, index, "state", key): group
-        for index, optimizer in enumerate(optimizers_in(checkpoint))
+        (*keys, "state", key): group
+        for keys, optimizer in zip(there, optimizers_in(checkpoint, places), strict=True)
         for group in groups_of(optimizer)
         for key in listed(group.get("params"))
     }

@@ -5,22 +5,18 @@ import json
 import os
 import sys
 import time
-from argparse import ArgumentError
+from argparse import ArgumentError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import Namespace
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from q8lightning.cli.arguments import check_positive, chosen_policy, make_parser, parse, plotter, renames
 
-from q8lightning import tools
-from q8lightning.cli import report
-from q8lightning.cli.arguments import check_positive, chosen_policy, make_parser, plotter, renames
-from q8lightning.export.quantized import export_quantized
-from q8lightning.tools import Conversion, CorruptCheckpointError, NewerFormatError, ToolError, Verification
-from q8lightning.tools.conversion import check_not_there
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from q8lightning.tools import Conversion, Verification
 
 BAD_FILE = 1
 """Exit status if a file is damaged, cannot be read or written, or there is nothing to do."""
@@ -36,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; None for those of this process.
     """
     try:
-        options = make_parser(COMMANDS).parse_args(arguments)
+        options = parse(make_parser(COMMANDS), arguments)
+        import rich  # noqa: F401  # before torch, which takes longer, to say at once that it is missing
+
         _give_memory_back()
-        return COMMANDS[options.command](options[options.command])
+        return COMMANDS[options.command](options)
     except ArgumentError as error:
         return _fail(str(error), BAD_ARGUMENTS)
-    except (ToolError, CorruptCheckpointError, NewerFormatError) as error:
-        return _fail(str(error), BAD_FILE)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD_FILE
@@ -51,6 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}", BAD_FILE)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if not _is_said_in_one_line(error):
+            raise
+        return _fail(str(error), BAD_FILE)
+
+
+def _is_said_in_one_line(error: Exception) -> bool:
+    """Whether an error is of the user's request or file, and its message says all."""
+    from q8lightning.tools import CorruptCheckpointError, NewerFormatError, ToolError
+
+    return isinstance(error, ToolError | CorruptCheckpointError | NewerFormatError)
 
 
 def _fail(message: str, status: int) -> int:
@@ -73,14 +82,19 @@ _M_MMAP_THRESHOLD = -3
 """The option's number in glibc's malloc.h."""
 
 
-def _console() -> Console:
+def _console() -> "Console":
+    from rich.console import Console
+
     # Output that is not a terminal has no width, and nothing in it should be cut.
-    return Console(width=None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 0)), 120))
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 0)) or 120)
 
 
 @contextmanager
 def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr if that is a terminal; give the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -89,18 +103,30 @@ def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def inspect(options: Namespace) -> int:
-    """Say what a checkpoint holds: format, policy, sizes by kind and every tensor; decodes nothing."""
+    """Show what a checkpoint holds: format, policy, sizes, errors and every tensor."""
+    from q8lightning import tools
+    from q8lightning.cli import report
+
     check_positive("--depth", options.depth)
+    page = None if options.html is None else Path(options.html)
+    if page is not None:
+        tools.check_not_there(page, options.force)
     found = tools.inspect(options.file, trust=options.trust)
     if options.json:
         _print_json(found.as_primitives())
-    else:
+    elif page is None:
         report.print_inspection(_console(), found, options.depth)
+    if page is not None:
+        tools.write_html(found, page)
+        if not options.json:
+            print(f"{page}: open it in a browser")
     return 0
 
 
 def compress(options: Namespace) -> int:
-    """Write a checkpoint as the callback would have saved it."""
+    """Write a smaller file, as the callback would have saved it."""
+    from q8lightning import tools
+
     policy: Any = chosen_policy(options)
     begin = time.perf_counter()
     with _progress("compress") as progress:
@@ -118,7 +144,9 @@ def compress(options: Namespace) -> int:
 
 
 def decompress(options: Namespace) -> int:
-    """Write a checkpoint with ordinary tensors, which loads without q8lightning."""
+    """Write a file with ordinary tensors, which loads without q8lightning."""
+    from q8lightning import tools
+
     begin = time.perf_counter()
     with _progress("decompress") as progress:
         done = tools.decompress(
@@ -130,6 +158,9 @@ def decompress(options: Namespace) -> int:
 
 def export(options: Namespace) -> int:
     """Write the weights of a run with quantized weights in a format that others load."""
+    from q8lightning.export.quantized import export_quantized
+    from q8lightning.tools import ToolError
+
     if Path(options.output).exists() and not options.force:
         raise ToolError(f"{options.output} exists; pass --force to overwrite it")
     begin = time.perf_counter()
@@ -154,16 +185,27 @@ def export(options: Namespace) -> int:
 
 
 def verify(options: Namespace) -> int:
-    """Compare files with their checksums and decode everything once; the status is 1 if one is damaged."""
+    """Compare files with their checksums and decode everything; the status is 1 if one is damaged."""
+    from q8lightning import tools
+    from q8lightning.cli import report
+
     found: dict[Path, Verification | str] = {}
     for name in options.files:
         path = Path(name)
         try:
             with _progress(path.name) as progress:
                 found[path] = tools.verify(path, trust=options.trust, progress=progress)
-        except (ToolError, NewerFormatError) as error:
+        except (tools.ToolError, tools.NewerFormatError) as error:
             found[path] = str(error)
-    report.print_verifications(_console(), found)
+    if options.json:
+        _print_json(
+            [
+                {"file": str(path), "error": result} if isinstance(result, str) else result.as_primitives()
+                for path, result in found.items()
+            ]
+        )
+    else:
+        report.print_verifications(_console(), found)
     bad = 0
     for path, result in found.items():
         for what in (result,) if isinstance(result, str) else result.damage:
@@ -173,11 +215,14 @@ def verify(options: Namespace) -> int:
 
 
 def compare(options: Namespace) -> int:
-    """Say how far the tensors of a checkpoint are from those of another, whichever is quantized."""
+    """Show how far the tensors of B are from those of A, whichever is quantized."""
+    from q8lightning import tools
+    from q8lightning.cli import report
+
     check_positive("--top", options.top)
     if options.plot is not None:
         draw = plotter()
-        check_not_there(Path(options.plot), options.force)
+        tools.check_not_there(Path(options.plot), options.force)
     with _progress("compare") as progress:
         result = tools.compare(options.first, options.second, trust=options.trust, progress=progress)
     if options.json:
@@ -200,7 +245,7 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _print_done(done: Conversion, verb: str, seconds: float) -> None:
+def _print_done(done: "Conversion", verb: str, seconds: float) -> None:
     for warning in done.warnings[:_WARNINGS]:
         print(f"q8lightning: warning: {warning}", file=sys.stderr)
     if len(done.warnings) > _WARNINGS:

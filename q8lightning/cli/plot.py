@@ -1,8 +1,10 @@
 """Draw the differences of two checkpoints."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from q8lightning.tools import Comparison, Row
@@ -38,26 +40,47 @@ def draw_comparison(result: Comparison, title: str) -> Figure:
         drawn = [(name, error) for name, error in rows if error > 0 and math.isfinite(error)]
         if drawn:
             panels[kind] = drawn
-    longest = max((len(rows) for rows in panels.values()), default=1)
-    height = max(2.8, 1.2 + 0.17 * min(longest, _LABELS))
-    figure = Figure(figsize=(3.8 * max(len(panels), 1), height), layout="constrained")
+    names = list(dict.fromkeys(name for rows in panels.values() for name, _ in rows))
+    places = {name: place for place, name in enumerate(names)}
+    height = max(2.8, 1.3 + 0.19 * min(len(names), _LABELS))
+    longest = max(map(len, names), default=0)
+    figure = Figure(figsize=(0.4 + 0.075 * longest + 2.6 * max(len(panels), 1), height), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    all_axes = figure.subplots(1, max(len(panels), 1), sharex=True, squeeze=False)[0]
+    all_axes = figure.subplots(1, max(len(panels), 1), sharex=True, sharey=True, squeeze=False)[0]
     for index, (axes, (kind, rows)) in enumerate(zip(all_axes, panels.items(), strict=False)):
-        names, errors = zip(*rows, strict=True)
-        axes.plot(errors, range(len(rows)), "o", markersize=4, color=f"C{index}")
-        step = math.ceil(len(rows) / _LABELS)
-        axes.set_yticks(range(0, len(rows), step), names[::step], fontsize=7)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xscale("log")
-        axes.grid(alpha=0.3)
+        errors = [error for _, error in rows]
+        axes.plot(errors, [places[name] for name, _ in rows], "o", markersize=4, color=f"C{index}")
         axes.set_title(kind.replace("_d", " d") if kind == UPDATE_DIRECTION else kind, fontsize=9)
         axes.set_xlabel("relative error", fontsize=8)
-        axes.tick_params(axis="x", which="both", labelsize=7)
-    if not panels:
+        axes.grid(alpha=0.3)
+        axes.tick_params(axis="x", labelsize=8)
+    if panels:
+        step = math.ceil(len(names) / _LABELS)
+        all_axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
+        all_axes[0].set_ylim(len(names) - 0.5, -0.5)
+        _scale(all_axes[0], [error for rows in panels.values() for _, error in rows])
+    else:
         all_axes[0].set_axis_off()
         all_axes[0].text(0.5, 0.5, "no tensor differs", ha="center", va="center")
     return figure
+
+
+def _scale(axes: Axes, errors: Sequence[float]) -> None:
+    """Give errors a logarithmic axis with at most four ticks, so that their labels have room."""
+    low, high = min(errors) / 1.3, max(errors) * 1.3
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    decades = math.log10(high / low)
+    steps = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+    within = [
+        step * 10.0**power
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for step in steps
+        if low <= step * 10.0**power <= high
+    ]
+    every = math.ceil(len(within) / 4) or 1
+    axes.set_xticks(within[::every], [f"{tick * 100:.6g}%" for tick in within[::every]])
+    axes.minorticks_off()
 
 
 def _layer(row: Row) -> str:

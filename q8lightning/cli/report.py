@@ -3,23 +3,72 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from q8lightning.tools import Comparison, Difference, Inspection, Size, TensorEntry, Verification
 from q8lightning.tools.compare import UPDATE_DIRECTION
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """Return an empty table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", overflow="fold")
-    return made
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        name: Its header.
+        goes: When it is left out where the lines are too short for all: the largest first, 0 never.
+        is_text: Whether it may be folded; figures never are.
+    """
+
+    name: str
+    goes: int = 0
+    is_text: bool = False
+
+
+GAP = 2
+"""Spaces between columns."""
+
+_NARROW = 44
+"""Characters that a column of names has at least before others are left out for it."""
+
+
+def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under their columns; where the lines are too short, leave columns out and say which.
+
+    Args:
+        console: Knows how long lines are.
+        columns: The columns; the first is aligned to the left, the others to the right unless they are text.
+        rows: Texts with rich's markup; a row may be shorter than the columns.
+    """
+    full = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+    widths = [
+        max(cell_len(column.name), *(cell_len(Text.from_markup(row[i]).plain) for row in full), 0)
+        for i, column in enumerate(columns)
+    ]
+    shown = list(range(len(columns)))
+
+    def needed() -> int:
+        least = (min(widths[i], _NARROW) if columns[i].is_text else widths[i] for i in shown)
+        return sum(least) + GAP * (len(shown) - 1)
+
+    while needed() > console.width and any(columns[i].goes for i in shown):
+        shown.remove(max(shown, key=lambda i: columns[i].goes))
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
+    for place, i in enumerate(shown):
+        column = columns[i]
+        justify: Any = "left" if place == 0 or (column.is_text and i == len(columns) - 1) else "right"
+        made.add_column(column.name, justify=justify, overflow="fold", no_wrap=not column.is_text)
+    for row in full:
+        made.add_row(*(row[i] for i in shown))
+    console.print(made)
+    left_out = [column.name for i, column in enumerate(columns) if i not in shown]
+    if left_out:
+        console.print(f"[dim](without {', '.join(left_out)}: the lines are too short)[/dim]", highlight=False)
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -48,7 +97,7 @@ def print_inspection(console: Console, found: Inspection, depth: int | None) -> 
     for line in [*_policy(found.summary), *_exceptions(found)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
-    console.print(_sizes(found))
+    print_table(console, *_sizes(found))
     console.print()
     console.print(_tree(found, depth))
 
@@ -97,27 +146,44 @@ _SHOWN = 5
 """How many exceptions are shown; every tensor of a diverged model is one."""
 
 
-def _sizes(found: Inspection) -> Table:
+def _sizes(found: Inspection) -> tuple[list[Column], list[list[str]]]:
+    """Return the columns and rows of the table of kinds."""
     errors = sorted({name for values in found.errors.values() for name in values})
-    made = table("kind", "tensors", "bytes", "decoded", "smaller", "codecs", *errors)
+    columns = [
+        Column("kind"),
+        Column("tensors", 3),
+        Column("bytes"),
+        Column("decoded", 2),
+        Column("smaller"),
+        Column("codecs", 1, is_text=True),
+        *(Column(name, _ORDER.get(name, 4)) for name in errors),
+    ]
+    rows = []
     for kind, size in found.sizes.items():
         codecs = sorted({entry.codec for entry in found.tensors if entry.kind == kind and entry.codec})
         measured = found.errors.get(kind, {})
-        made.add_row(
-            kind,
-            f"{size.tensors:,}",
-            f"{size.bytes:,}",
-            f"{size.decoded_bytes:,}",
-            _ratio(size),
-            ", ".join(codecs),
-            *(_measured(measured.get(name)) for name in errors),
+        rows.append(
+            [
+                kind,
+                f"{size.tensors:,}",
+                f"{size.bytes:,}",
+                f"{size.decoded_bytes:,}",
+                _ratio(size),
+                ", ".join(codecs),
+                *(_measured(measured.get(name)) for name in errors),
+            ]
         )
     rest = f"{found.bytes_without_tensors:,}"
-    made.add_row("not tensors", "", rest, rest, "", "")
+    rows.append(["not tensors", "", rest, rest])
     what = "whole folder" if found.path.is_dir() else "whole file"
-    whole = (f"{len(found.tensors):,}", f"{found.bytes:,}", f"{found.decoded_bytes:,}", f"{found.ratio:.2f}x")
-    made.add_row(what, *whole)
-    return made
+    rows.append(
+        [what, f"{len(found.tensors):,}", f"{found.bytes:,}", f"{found.decoded_bytes:,}", f"{found.ratio:.2f}x"]
+    )
+    return columns, rows
+
+
+_ORDER = {"sqnr_db": 0, "relative_error": 5, "max_error": 6}
+"""When figures of errors are left out; see :class:`Column`."""
 
 
 def _ratio(size: Size | TensorEntry) -> str:
@@ -173,39 +239,39 @@ def _leaf(key: str, entry: TensorEntry) -> str:
 
 def print_verifications(console: Console, found: Mapping[Path, Verification | str]) -> None:
     """Print the result for each file, or that it cannot be read."""
-    made = table("file", "bytes", "tensors", "quantized")
-    made.add_column("result", overflow="fold")
+    columns = [Column("file", is_text=True), Column("bytes", 1), Column("tensors", 2), Column("quantized", 3)]
+    rows = []
     for path, result in found.items():
         if isinstance(result, str):
-            made.add_row(escape(str(path)), "", "", "", "[red]cannot be read[/red]")
+            rows.append([escape(str(path)), "", "", "", "[red]cannot be read[/red]"])
             continue
         if not result.is_whole:
             text = f"[red]{len(result.damage)} damaged[/red]"
         else:
             text = "[green]whole[/green]" if result.has_sums else "[green]decodes[/green] (has no sums of its records)"
         counts = (result.bytes, result.tensors, result.quantized)
-        made.add_row(escape(str(path)), *(f"{count:,}" for count in counts), text)
-    console.print(made)
+        rows.append([escape(str(path)), *(f"{count:,}" for count in counts), text])
+    print_table(console, [*columns, Column("result", is_text=True)], rows)
 
 
 def print_comparison(console: Console, result: Comparison, top: int | None) -> None:
     """Print the differences by kind and by tensor; with ``top`` only so many tensors, the largest errors first."""
     sizes = result.first, result.second
-    made = table("kind", "bytes a parameter", *_ERRORS)
-    for kind, difference in result.by_kind().items():
-        made.add_row(kind, _from_to([each.kinds.get(kind) for each in sizes]), *_errors(difference))
+    rows = [
+        [kind, _from_to([each.kinds.get(kind) for each in sizes]), *_errors(difference)]
+        for kind, difference in result.by_kind().items()
+    ]
     if any(size.parameters for size in sizes):
-        made.add_row("whole", _from_to([each.whole for each in sizes]))
-    console.print(made)
+        rows.append(["whole", _from_to([each.whole for each in sizes])])
+    print_table(console, [Column("kind"), Column("bytes a parameter", 2), *_ERRORS], rows)
     shown = list(result.differing)
     if top is not None:
         shown = sorted(shown, key=lambda row: -row.difference.relative_error)[:top]
     if shown:
         console.print()
-        made = table("tensor", "first", "second", *_ERRORS)
-        for row in shown:
-            made.add_row(escape(row.name), row.first, row.second, *_errors(row.difference))
-        console.print(made)
+        columns = [Column("tensor", is_text=True), Column("first", 3), Column("second", 2), *_ERRORS]
+        rows = [[escape(row.name), row.first, row.second, *_errors(row.difference)] for row in shown]
+        print_table(console, columns, rows)
     console.print()
     tensors = [row.difference.error != 0 for row in result.rows if row.kind != UPDATE_DIRECTION]
     console.print(f"{sum(tensors)} of {len(tensors)} tensors differ, the others are the same", highlight=False)
@@ -223,7 +289,7 @@ def _from_to(values: Sequence[float | None]) -> str:
     return "" if set(said) == {"none"} else " -> ".join(said)
 
 
-_ERRORS = ("relative error", "SQNR dB", "max error")
+_ERRORS = (Column("relative error"), Column("SQNR dB", 1), Column("max error", 4))
 
 
 def _errors(difference: Difference) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule, as_rules, check_types
 from q8lightning.qat.targets import Target, rule_for
-from q8lightning.system.arguments import check_keys
+from q8lightning.system.arguments import check_keys, end_in_one_line
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class QATConfig:
     seed: int = 0
     follow_steps: int = 100
 
+    @end_in_one_line
     def __post_init__(self) -> None:
         for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
             object.__setattr__(self, name, as_rules(name, kind, getattr(self, name)))

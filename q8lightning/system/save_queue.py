@@ -1,6 +1,7 @@
 """Run saves, removals and links in the background, one at a time, in the order of the calls."""
 
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -115,6 +116,13 @@ class BackgroundSaves:
             errors = [*self._errors]
             self._errors.clear()
         return errors
+
+    def tell_at_exit(self) -> None:
+        """Print what failed and was not reported yet, when the process ends and nobody else will hear of it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._thread is None)
+        for error in self.unheard():
+            print(f"q8lightning: error: {error}", file=sys.stderr)
 
     def _jobs(self) -> list[_Job]:
         return [*(() if self._running is None else (self._running,)), *self._queue]

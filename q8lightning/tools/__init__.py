@@ -1,13 +1,16 @@
-"""Inspect, verify, compare, compress and decompress checkpoints: functions for users and for the command line."""
+"""Save, load, inspect, verify, compare, compress and decompress checkpoints: functions without a Trainer."""
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.tools.compare import Comparison, Difference, Reshaped, Row, compare
 from q8lightning.tools.compress import compress
-from q8lightning.tools.conversion import Conversion
+from q8lightning.tools.conversion import Conversion, check_not_there
 from q8lightning.tools.decompress import decompress
+from q8lightning.tools.html import write_html
 from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorEntry, inspect
+from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
+from q8lightning.tools.save import Saved, save
 from q8lightning.tools.tensors import BytesAParameter
 from q8lightning.tools.verify import Verification, verify
 
@@ -21,14 +24,19 @@ __all__ = [
     "NewerFormatError",
     "Reshaped",
     "Row",
+    "Saved",
     "Size",
     "StoredOtherwise",
     "TensorEntry",
     "ToolError",
     "Verification",
+    "check_not_there",
     "compare",
     "compress",
     "decompress",
     "inspect",
+    "load",
+    "save",
     "verify",
+    "write_html",
 ]

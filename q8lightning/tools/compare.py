@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
+from q8lightning.checkpoint.places import item_at, place_of
 from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.checkpoint.sections import (
     DEFAULT_EPS,
-    OPTIMIZER_STATES,
     epsilons_of,
     name_of,
-    optimizers_in,
+    optimizer_keys,
     path_of,
 )
 from q8lightning.checkpoint.tree import Keys
@@ -192,9 +192,10 @@ def _compare(first: OpenCheckpoint, second: OpenCheckpoint, progress: Progress) 
     if one.keys().isdisjoint(two):
         raise ToolError(f"{first.path} and {second.path} have no tensor in common; `q8lightning inspect` shows both")
     parameters = {**second.parameters, **first.parameters}
+    places = {**second.places, **first.places}
 
     def name(keys: Keys) -> str:
-        return name_of(keys, parameters.get(keys[:-1]))
+        return name_of(keys, parameters.get(keys[:-1]), places)
 
     rows: list[Row] = []
     reshaped: list[Reshaped] = []
@@ -207,7 +208,7 @@ def _compare(first: OpenCheckpoint, second: OpenCheckpoint, progress: Progress) 
             reshaped.append(Reshaped(path, name(keys), tuple(a.shape), tuple(b.shape)))
             continue
         difference = _sum(_differences(first.values(a).detach(), second.values(b).detach()))
-        rows.append(Row(path, name(keys), kind_of(keys, a), _stored_as(a), _stored_as(b), difference))
+        rows.append(Row(path, name(keys), kind_of(place_of(keys, places), a), _stored_as(a), _stored_as(b), difference))
     return Comparison(
         rows=(*rows, *_update_directions(first, second, parameters)),
         only_first=tuple(name(keys) for path, (keys, _) in one.items() if path not in two),
@@ -255,13 +256,15 @@ def _sum(differences: Iterator[Difference]) -> Difference:
 def _update_directions(first: OpenCheckpoint, second: OpenCheckpoint, parameters: Mapping[Keys, str]) -> Iterator[Row]:
     """Yield the difference of Adam's update direction for each parameter that both have moments of."""
     epsilons = epsilons_of(first.content) if isinstance(first.content, Mapping) else {}
-    both = zip(optimizers_in(first.content), optimizers_in(second.content), strict=False)
-    for index, (one, two) in enumerate(both):
+    for there in optimizer_keys(first.content):
+        one, two = item_at(first.content, there), item_at(second.content, there)
+        if not isinstance(one, Mapping) or not isinstance(two, Mapping):
+            continue
         for key, state in one.get("state", {}).items():
             a, b = _moments(state), _moments(two.get("state", {}).get(key))
             if a is None or b is None or a[0].shape != b[0].shape:
                 continue
-            keys = (OPTIMIZER_STATES, index, "state", key)
+            keys = (*there, "state", key)
             eps = epsilons.get(keys, DEFAULT_EPS)
             parts = zip(_direction(first, a, eps), _direction(second, b, eps), strict=True)
             difference = _sum(_difference(x, y) for x, y in parts)

@@ -54,8 +54,8 @@ class PartEncoder(Converter):
         super().__init__(opened, content, (value for _, value in found), progress)
         self._policy = policy
         self._parameters = parameter_names_in(opened.content)
-        self._parts = parts_of(found)
-        self._said = SummaryOfParts(opened.summary)
+        self._parts = parts_of(found, opened.places)
+        self._said = SummaryOfParts(opened.summary, opened.places)
         self._block_sizes_of_shards: set[str] = set()
         """Paths of tensors that were read from shards, each encoded by one codec."""
         self._codes: dict[str, Mapping[str, Any]] = dict(opened.summary.get(CODES_KEY, {}))
@@ -67,12 +67,15 @@ class PartEncoder(Converter):
         for key in (INPUTS_KEY, PARAMETERS_KEY):
             if key in opened.summary:
                 self._summary[key] = opened.summary[key]
-        content[SUMMARY_KEY] = self._summary
+        if () not in opened.places:  # load_state_dict refuses keys that it does not know
+            content[SUMMARY_KEY] = self._summary
 
     @property
     def metrics(self) -> dict[str, float]:
         """What was lost, as the summary has it; complete once everything is written."""
-        return dict(self._summary.get("metrics", {}))
+        if "metrics" not in self._summary:
+            self._complete()  # a bare state has no summary
+        return dict(self._summary["metrics"])
 
     def replace(self, value: Any, store: Store) -> Any:
         if value is self._summary:
@@ -154,7 +157,7 @@ class PartEncoder(Converter):
         """
         rules = self._policy.rules
         named = any(isinstance(rule, Rule) and rule.parameter != "*" for rule in rules)
-        codec = self._policy.codec_for(path_of(keys))
+        codec = self._policy.codec_at(path_of(keys), path_of(self.opened.place(keys)))
         if codec is not None and path_of(keys) in self._block_sizes_of_shards:
             codec = replace(codec, block_size=min(codec.block_size, payload.codec.block_size))
         return not named and codec == payload.codec
@@ -175,9 +178,10 @@ class PartEncoder(Converter):
         }
         messages: list[str] = []
         with _caught(messages):
-            encoded, report = encode_and_report(around, self._policy, ModelNames(frozenset(), self._parameters, codecs))
+            names = ModelNames(frozenset(), self._parameters, codecs, places=self.opened.places)
+            encoded, report = encode_and_report(around, self._policy, names)
             warn_of_refused([self._named(text) for text in report.refused])
-        codes = encoded.pop(SUMMARY_KEY).get(CODES_KEY, {})
+        codes = encoded.pop(SUMMARY_KEY, {}).get(CODES_KEY, {})
         report.stored_bytes -= _bytes_in(codes)  # counted at the end, when all codes are known
         seen = {keys for keys, _ in wanted}
         for keys, value in part.leaves:

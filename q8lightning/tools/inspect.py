@@ -197,7 +197,7 @@ def _entries(opened: OpenCheckpoint) -> list[TensorEntry]:
             TensorEntry(
                 path=path,
                 name=name,
-                kind=kind_of(keys, value),
+                kind=kind_of(opened.place(keys), value),
                 shape=tuple(value.shape),
                 dtype=dtype_of(value),
                 codec=codec_of(value),

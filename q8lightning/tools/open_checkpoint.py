@@ -22,7 +22,8 @@ from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.loading import keep_encoded, watch_apart
 from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor, register_functions
-from q8lightning.checkpoint.sections import name_of, summary_in
+from q8lightning.checkpoint.places import Places, place_of
+from q8lightning.checkpoint.sections import name_of, places_in, summary_in
 from q8lightning.checkpoint.sharded.open_folder import OpenFolder, is_folder
 from q8lightning.checkpoint.sharded.read_codes import with_codes
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
@@ -96,9 +97,18 @@ class OpenCheckpoint:
         """Names in messages of optimizer states whose parameters are known, by their paths."""
         return names_of_states(self.content)
 
+    @cached_property
+    def places(self) -> Places:
+        """Where states of modules and optimizers under a user's own keys stand in Lightning's layout."""
+        return places_in(self.content)
+
+    def place(self, keys: Keys) -> Keys:
+        """Return the keys that would lead to a tensor in Lightning's layout."""
+        return place_of(keys, self.places)
+
     def name(self, keys: Keys) -> str:
         """Return the name in messages of the tensor that keys lead to."""
-        return name_of(keys, self.parameters.get(keys[:-1]))
+        return name_of(keys, self.parameters.get(keys[:-1]), self.places)
 
     def values(self, value: Value) -> Tensor:
         """Return the values of one of its tensors, decoded if it is a payload.
@@ -181,7 +191,7 @@ def _explaining(path: str | os.PathLike[str], read: Callable[[], T]) -> T:
     except (CorruptCheckpointError, NewerFormatError):
         raise
     except Exception as error:  # pickle raises anything
-        raise _explain(os.fspath(path), error) from error
+        raise explain(os.fspath(path), error) from error
 
 
 def open_file(path: str | os.PathLike[str]) -> OpenFile:
@@ -218,12 +228,12 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     except Exception as error:  # torch and pickle raise anything for a file that is no checkpoint
         with verified(file):  # raises if the file is damaged
             pass
-        raise _explain(path, error) from error
+        raise explain(path, error) from error
     check_version(summary_in(content))
     return OpenCheckpoint(file, content, locations)
 
 
-def _explain(path: str, error: Exception) -> Exception:
+def explain(path: str, error: Exception) -> Exception:
     newer = newer_format_in(error)
     if newer is not None:
         return newer

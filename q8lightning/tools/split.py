@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import is_in_state, is_optimizer
+from q8lightning.checkpoint.places import NOWHERE, Places, is_optimizer, place_of
+from q8lightning.checkpoint.sections import is_in_state
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
@@ -44,11 +45,12 @@ def memory_of(value: Value) -> Any:
     return value.untyped_storage()._cdata
 
 
-def parts_of(found: Sequence[Found]) -> dict[int, Part]:
+def parts_of(found: Sequence[Found], places: Places = NOWHERE) -> dict[int, Part]:
     """Return the part that each tensor belongs to, by the tensor's id.
 
     Args:
         found: All tensors that have memory in the sense of :func:`memory_of`.
+        places: Those of the checkpoint.
     """
     leader: dict[Any, Any] = {}  # a union-find: marks of one part lead to the same one
 
@@ -58,8 +60,9 @@ def parts_of(found: Sequence[Found]) -> dict[int, Part]:
         return mark
 
     for keys, value in found:
-        if is_in_state(keys):
-            leader[find(keys[:4])] = find(memory_of(value))
+        place = place_of(keys, places)
+        if is_in_state(place):
+            leader[find(keys[: len(keys) - len(place) + 4])] = find(memory_of(value))
     parts: dict[Any, Part] = {}
     by_tensor: dict[int, Part] = {}
     for keys, value in found:

@@ -5,6 +5,7 @@ from typing import Any
 
 from q8lightning.checkpoint.optimizer_states import moments_of
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.places import NOWHERE, Places, place_of
 from q8lightning.checkpoint.report import Guarded, Kept, SaveReport
 from q8lightning.checkpoint.sections import kind_of, path_of
 from q8lightning.checkpoint.tree import Keys
@@ -18,10 +19,12 @@ class SummaryOfParts:
 
     Args:
         before: The summary of the file that was read; empty if it has none.
+        places: Those of the checkpoint.
     """
 
-    def __init__(self, before: Mapping[str, Any]) -> None:
+    def __init__(self, before: Mapping[str, Any], places: Places = NOWHERE) -> None:
         self._before = before
+        self._places = places
         self._report = SaveReport()
         self._kept: dict[str, str] = {}
         """The kinds of payloads that stay as they were, by path."""
@@ -50,7 +53,7 @@ class SummaryOfParts:
             payload: The payload.
             tried: Bytes that the report of its part has for it, if it was encoded again in vain; None if it was not.
         """
-        self._kept[path_of(keys)] = kind_of(keys)
+        self._kept[path_of(keys)] = kind_of(place_of(keys, self._places))
         if id(payload) not in self._kept_bytes:
             self._kept_bytes[id(payload)] = (decoded_bytes(payload), payload.nbytes)
             self._report.original_bytes += decoded_bytes(payload) if tried is None else 0

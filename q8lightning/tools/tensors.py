@@ -11,7 +11,8 @@ from q8lightning.checkpoint import tree
 from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
 from q8lightning.checkpoint.parameter_names import identity_of
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import STATE_DICT
+from q8lightning.checkpoint.places import place_of
+from q8lightning.checkpoint.sections import STATE_DICT, places_in
 from q8lightning.checkpoint.sections import kind_of as kind_by_keys
 from q8lightning.checkpoint.sharded.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
@@ -42,7 +43,9 @@ class BytesAParameter:
 def bytes_a_parameter(content: Any, size: int) -> BytesAParameter:
     """Return what a checkpoint of ``size`` bytes takes for each parameter; tied tensors count once."""
     parameters, kinds, seen = 0, dict.fromkeys(KINDS, 0), set[Any]()
-    for keys, value in tensors_in(content):
+    places = places_in(content)
+    for path, value in tensors_in(content):
+        keys = place_of(path, places)
         if (identity := identity_of(value)) in seen:
             continue
         seen.add(identity)
@@ -61,7 +64,12 @@ def tensors_in(content: Any) -> list[tuple[Keys, Value]]:
 
 
 def kind_of(keys: Keys, value: Value) -> str:
-    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats."""
+    """Return one of :data:`KINDS`. Entries of a state dict count as weights if they are floats.
+
+    Args:
+        keys: Keys that would lead to it in Lightning's layout.
+        value: The tensor.
+    """
     if not keys or not (value.dtype.is_floating_point or value.dtype.is_complex):
         return "other"
     kind = kind_by_keys(keys)

@@ -2,8 +2,9 @@
 
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
@@ -45,6 +46,12 @@ class Verification:
     def is_whole(self) -> bool:
         """Whether nothing is damaged."""
         return not self.damage
+
+    def as_primitives(self) -> dict[str, Any]:
+        """Return everything as JSON has it."""
+        found = asdict(self)
+        del found["path"]
+        return {"file": str(self.path), "whole": self.is_whole, **found, "damage": list(self.damage)}
 
 
 def verify(path: str | os.PathLike[str], *, trust: bool = False, progress: Progress = silent) -> Verification:

@@ -17,6 +17,7 @@ from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.describe_fit import tell_what_comes
 from q8lightning.trainer.describe_saves import describe_saves
 from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
 from q8lightning.trainer.io_chain import check_not_async
@@ -29,7 +30,7 @@ from q8lightning.trainer.pending_names import (
     tell_callbacks,
     wait_until_durable,
 )
-from q8lightning.trainer.publishing import print_totals, warn_safely
+from q8lightning.trainer.publishing import harmless, print_totals, warn_safely
 from q8lightning.trainer.qat_training import QATTraining
 from q8lightning.trainer.recording import (
     defer_publishing,
@@ -205,6 +206,8 @@ class QuantizationCallback(pl.Callback):
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
             quantized = self.qat_training.trained.codecs(pl_module)
         self._warm_up = warm_up_for(trainer, quantized)
+        with harmless(self.recorder, "describing the fit"):
+            tell_what_comes(trainer, self.policy, quantized, self.async_save)
 
     def on_train_start(self, *_: Any) -> None:
         """Begin to count moments: from now on hooks follow before training changes what was saved."""

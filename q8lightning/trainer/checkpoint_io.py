@@ -1,5 +1,6 @@
-"""The CheckpointIO that every save of a Trainer passes: it encodes what the policy selects."""
+"""The CheckpointIO that every save of a Trainer or of Fabric passes: it encodes what the policy selects."""
 
+import atexit
 import gc
 import os
 from collections import deque
@@ -7,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
 from q8lightning.system.private_names import check_names
-from q8lightning.system.save_queue import BackgroundSaves
+from q8lightning.system.save_queue import BackgroundSaveError, BackgroundSaves
 from q8lightning.trainer.durable_io import DurableCheckpointIO, is_ours, make_durable
 from q8lightning.trainer.io_chain import chain_of, check_not_async, is_async, writes_where_told
 from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
@@ -50,10 +52,17 @@ _NOTEWORTHY = 0.1
 class QuantizedCheckpointIO(WrappingCheckpointIO):
     """Saves checkpoints quantized through the CheckpointIO that it wraps; loading needs nothing special.
 
-    The callback installs it. ``Trainer(plugins=[QuantizedCheckpointIO()])`` does the same, and its methods work without
-    a Trainer. Passed by itself it does not know the model: except for BatchNorm's running statistics, only the policy's
-    rules then tell buffers from weights. Nor does it know the Trainer's callbacks: with ``async_save``, two
-    ModelCheckpoints need different folders or names.
+    The callback installs it. ``Trainer(plugins=[QuantizedCheckpointIO()])`` and ``Fabric(plugins=[...])`` do the same,
+    and its methods work without either. Passed by itself it does not know the model: except for BatchNorm's running
+    statistics, only the policy's rules then tell buffers from weights. Nor does it know the Trainer's callbacks: with
+    ``async_save``, two ModelCheckpoints need different folders or names.
+
+    Fabric's checkpoints have keys of the user's own. What ``state_dict()`` returns is a module's state wherever it
+    stands, a mapping with ``state`` and ``param_groups`` an optimizer's, and the rules for Lightning's sections apply
+    to them (docs/fabric.md).
+
+    With ``async_save`` and without a Trainer, end with :meth:`finish`, or use it as a context manager, which does that.
+    A process that does neither still writes everything before it ends, and prints what failed.
 
     Args:
         checkpoint_io: What writes, reads and removes files. Lightning's default is replaced by a durable version of it,
@@ -108,6 +117,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         self.telling = False
         """Whether they are being taken out at the moment."""
         self._warnings = WarningQueue()
+        self._said_nothing = False
         self._background: BackgroundSaves | None = None  # made by the first save: before, a Trainer is pickled to spawn
         self._memory = HostMemory()
         self._starter = SaveStarter()
@@ -124,6 +134,20 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
             "telling": False,
         }
         return {**self.__dict__, **fresh}
+
+    def __enter__(self) -> "QuantizedCheckpointIO":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Finish the saves; a failed one does not replace the error that the block ends with."""
+        try:
+            self.finish()
+        except BackgroundSaveError as failure:
+            if error is None:
+                raise
+            advise(str(failure))
 
     @property
     def base(self) -> CheckpointIO:
@@ -222,6 +246,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         if self.async_save:
             if self._background is None:
                 self._background = BackgroundSaves()
+                atexit.register(self._background.tell_at_exit)
             self._background.save(path, write)
             if os.path.basename(path).startswith(_URGENT):
                 self._wait()
@@ -273,11 +298,22 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
                 self._starter.learn(save)
                 self._warnings.add(save.report)
                 known.set_result(save.report)
+                if not save.report.tensors:
+                    self._say_nothing(path)
                 self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
         finally:
             known.cancel()  # does nothing if it is completed
         if self.durable is not None:
             self.durable.append(os.fspath(path))
+
+    def _say_nothing(self, path: str | os.PathLike[str]) -> None:
+        """Log once that a file is not smaller, where no callback has checked the policy before."""
+        if self.moment is None and not self._said_nothing:
+            self._said_nothing = True
+            rank_zero_info(
+                f"q8lightning has quantized nothing in {os.fspath(path)}: no tensor of at least"
+                f" {self.policy.min_numel} elements has a rule and becomes smaller. The file is as large as without"
+            )
 
     def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``, decoded; further arguments go to the wrapped CheckpointIO.
@@ -357,6 +393,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         finally:
             for error in () if self._background is None else self._background.unheard():
                 advise(str(error))  # only one can be raised
+            if self._background is not None:
+                atexit.unregister(self._background.tell_at_exit)
             self._background = None
             self._starter.release()
             self._memory.release()

@@ -131,7 +131,7 @@ def miniatures_of(
             continue
         place = places.get(id(parameter))
         weight, codec, shard = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name), _shard_of(parameter)
-        states = () if place is None else tuple(_states_to_come(optimizers[place[0]], parameter))
+        states = () if place is None else tuple(states_to_come(optimizers[place[0]], parameter))
         path = "" if place is None else "optimizer_states.{}.state.{}".format(*place)
         codecs = tuple(policy.codec_for(f"{path}.{key}", name) for key, _ in states)
         if codec is not None or any(codecs):
@@ -152,7 +152,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Form]]:
+def states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Form]]:
     """Yield the keys and forms of what an optimizer keeps for a parameter, or will keep if it has no state yet."""
     state = optimizer.state.get(parameter)
     if state:

@@ -80,22 +80,30 @@ def warn_safely(message: str) -> None:
 
 
 def print_totals(trainer: pl.Trainer, recorder: Recorder) -> None:
-    """Print the totals of all saves as the Trainer prints: through rich if it does, nothing without progress bar."""
+    """Print the totals of all saves below the last bar, through rich if the Trainer does; log them if it has no bar."""
     with harmless(recorder, "printing what all saves come to"):
         _print(trainer, recorder.totals.lines())
 
 
 def _print(trainer: pl.Trainer, lines: list[tuple[str, str]]) -> None:
     bar = trainer.progress_bar_callback
-    if not lines or not trainer.is_global_zero or bar is None or getattr(bar, "is_disabled", False):
+    if not lines or not trainer.is_global_zero:
         return
-    if is_a(bar, RichProgressBar):
+    if bar is None or getattr(bar, "is_disabled", False):
+        rank_zero_info(_line(lines))
+    elif is_a(bar, RichProgressBar):
         from rich import get_console
         from rich.table import Table
 
+        if bar.progress is not None:
+            bar.progress.stop()  # or else it draws its bars again below this
         table = Table(title="q8lightning", title_justify="left", show_header=False)
         for line in lines:
             table.add_row(*line)
         get_console().print(table)
     else:
-        print("q8lightning: " + "; ".join(f"{label} {value}" for label, value in lines))
+        print(_line(lines))
+
+
+def _line(lines: list[tuple[str, str]]) -> str:
+    return "q8lightning: " + "; ".join(f"{label} {value}" for label, value in lines)

@@ -647,9 +647,9 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
 
 
 UNNAMED: dict[str, Callable[[], Any]] = {
-    "bare state dict": lambda: model().state_dict(),
-    "of parameters": lambda: dict(model().named_parameters()),
-    "Fabric's": lambda: {"model": (net := model()).state_dict(), "optimizer": optimizer_of(net).state_dict()},
+    "a tensor": lambda: {"my_weight": torch.randn(64, 128)},
+    "in a list": lambda: {"my_weights": [torch.randn(64, 128)]},
+    "data of the user's own": lambda: {"replay": {"observed_weight": torch.randn(64, 128), "step": 1}},
 }
 
 

@@ -315,11 +315,11 @@ def test_decompressing_a_plain_file_is_nothing_to_do(run: Run, plain: Path, tmp_
 
 
 def test_a_file_without_anything_to_quantize_is_refused(run: Run, tmp_path: Path) -> None:
-    torch.save({"weight": torch.randn(100, 100)}, tmp_path / "bare.pt")
+    torch.save({"images": torch.randn(100, 100)}, tmp_path / "bare.pt")
     done = run("compress", tmp_path / "bare.pt", tmp_path / "out.ckpt")
     assert done.status == 1
     assert "the policy selects no tensor" in done.err
-    assert "sections: weight" in done.err
+    assert "sections: images" in done.err
     assert names(tmp_path) == ["bare.pt"]
 
 

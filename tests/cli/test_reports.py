@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -480,8 +481,11 @@ def test_a_plot_shows_every_tensor_that_differs(run: Run, plain: Path, by_callba
         errors = [row["relative_error"] for row in found if row["kind"] == kind.replace(" ", "_")]
         (line,) = axes.get_lines()
         assert list(line.get_xdata()) == [error for error in errors if error]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["encoder.0.weight", "decoder.weight"]
     for axes in panels.values():
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.0.weight", "decoder.weight"]
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert len(boxes) >= 1
+        assert all(one.x1 < two.x0 for one, two in pairwise(boxes)), "labels of ticks do not collide"
 
 
 def test_a_plot_of_equal_files_says_so(run: Run, plain: Path, tmp_path: Path) -> None:

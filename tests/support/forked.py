@@ -9,10 +9,18 @@ from typing import Any
 
 import torch
 
+_WHOLE = (
+    "q8lightning.trainer.callback",
+    "q8lightning.export.quantized",
+    "q8lightning.tools",
+    "q8lightning.qat.masters",
+)
+"""Modules that import the whole package, of which ``q8lightning`` itself imports nothing before it is used."""
+
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.models", "q8lightning"])
+    context.set_forkserver_preload(["support.models", *_WHOLE])
     return context
 
 

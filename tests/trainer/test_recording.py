@@ -1,6 +1,7 @@
 """What saves lose reaches loggers, ``callback_metrics``, the file and the end of fit; training does not notice."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -350,17 +351,46 @@ def test_it_says_so_through_rich_where_the_trainer_does(tmp_path: Path, capsys: 
     fitted(tmp_path, QuantizationCallback(), RichProgressBar(), enable_progress_bar=True)
     printed = capsys.readouterr().out
     assert "q8lightning:" not in printed
+    assert "Epoch" not in printed[printed.rindex("saves") :], "a bar is drawn below it"
     table = [line for line in printed.splitlines() if "│" in line]
     assert any("saves" in line and "2" in line for line in table)
     assert any("longest stall" in line for line in table)
 
 
 @pytest.mark.parametrize("options", [{"enable_progress_bar": False}, {"enable_progress_bar": True, "max_steps": 1}])
-def test_it_says_nothing_without_a_progress_bar_or_without_a_save(
-    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_it_prints_nothing_without_a_progress_bar_or_without_a_save(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    fitted(tmp_path, QuantizationCallback(), **options)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fitted(tmp_path, QuantizationCallback(), **options)
     assert "q8lightning" not in capsys.readouterr().out
+    said = [each.message for each in caplog.records if each.message.startswith("q8lightning: saves 2; size ")]
+    assert len(said) == (0 if options["enable_progress_bar"] else 1), "without a bar it stands in the log"
+
+
+def test_the_fit_begins_with_a_line_that_says_what_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said_by(name: str, callback: QuantizationCallback) -> tuple[str, Autoencoder]:
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            _, module = fitted(tmp_path / name, callback)
+        (said,) = [each.message for each in caplog.records if each.message.startswith("QuantizationCallback: ")]
+        return said, module
+
+    said, module = said_by("compact", QuantizationCallback("compact", async_save=True))
+    found = re.fullmatch(
+        r".*by the preset compact, about (.*) bytes a parameter instead of 12\.00, .* on the CPU, .* background", said
+    )
+    assert found is not None, said
+    elements = sum(each.numel() for each in module.parameters())
+    sizes = load(tmp_path / "compact" / "step=4.ckpt")["q8lightning"]["bytes"]
+    saved = sizes["original"] - sizes["stored"]
+    assert float(found[1]) == pytest.approx(12 - saved / elements, abs=0.02)
+    qat = QATConfig([WeightRule("*.weight", codebook="int4", block_size=64)])
+    said, module = said_by("qat", QuantizationCallback(None, qat=qat))
+    weights = [each.numel() for name, each in module.named_parameters() if name.endswith(".weight") and each.ndim > 1]
+    assert said == (
+        f"QuantizationCallback: QAT trains {len(weights)} weights as int4 in blocks of 64 ({sum(weights):,} elements)"
+    )
 
 
 def test_bytes_a_parameter_are_a_range_if_saves_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,8 @@ def summarize(
     if names.quantized and (stored := state_dicts_in(content).get(STATE_DICT)) is not None:
         described = describe_codes(stored, names.quantized, codes)
     report.stored_bytes += sum(each.nbytes for name in codes.keys() & described.keys() for each in codes[name])
+    if () in names.places:
+        return  # a bare state, whose load_state_dict refuses keys that it does not know
     if report.tensors or not isinstance(before, Mapping) or not plan.holds_payloads:
         parameters = names.optimizer_parameters
         restored = names.restored or (before.get("restored", 0) if isinstance(before, Mapping) else 0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from q8lightning.checkpoint.memory import has_memory, is_dense
 from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM, UNKNOWN, is_exact, state_of
+from q8lightning.checkpoint.places import NOWHERE, Places, place_of
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Kept
 from q8lightning.checkpoint.sections import (
@@ -20,11 +21,11 @@ from q8lightning.checkpoint.sections import (
     is_in_state,
     is_state,
     kind_of,
-    name_of,
     options_in,
     parameter_names_in,
     parameter_of,
     path_of,
+    places_in,
     state_dicts_in,
 )
 from q8lightning.checkpoint.tree import PATHS, Keys, tensors
@@ -46,6 +47,7 @@ class ModelNames:
         quantized: The codecs of weights that are trained quantized, by name.
         inputs: How inputs of modules are trained quantized, by the modules' names.
         restored: How often the run was restored from a quantized checkpoint.
+        places: The places of what stands under a user's own keys.
     """
 
     parameters: frozenset[str] = frozenset()
@@ -53,6 +55,7 @@ class ModelNames:
     quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     restored: int = 0
+    places: Places = field(default_factory=lambda: NOWHERE)
 
     def is_same_model(self, other: "ModelNames") -> bool:
         """Whether both name the same parameters, quantized alike."""
@@ -60,12 +63,14 @@ class ModelNames:
             self.parameters == other.parameters
             and self.optimizer_parameters == other.optimizer_parameters
             and self.quantized == other.quantized
+            and self.places == other.places
         )
 
 
 def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
-    """Return the names that a checkpoint has itself: of optimizers that were made from named parameters."""
-    return ModelNames(optimizer_parameters=parameter_names_in(checkpoint))
+    """Return what a checkpoint says itself: the names in optimizers that were made from named parameters, and where
+    states of modules and optimizers are."""
+    return ModelNames(optimizer_parameters=parameter_names_in(checkpoint), places=places_in(checkpoint))
 
 
 class Shard(NamedTuple):
@@ -101,7 +106,8 @@ class Leaf(NamedTuple):
 
     Attributes:
         keys: Keys and indices that lead to it.
-        path: The same, joined by dots.
+        place: Those that would lead to it in Lightning's layout; see ``places.py``.
+        path: The keys, joined by dots.
         parameter: The name of the parameter that it is or belongs to; None if that is not known.
         tensor: The tensor.
         codec: The codec that the policy selects for it; None to store it as it is.
@@ -111,6 +117,7 @@ class Leaf(NamedTuple):
     """
 
     keys: Keys
+    place: Keys
     path: str
     parameter: str | None
     tensor: Tensor
@@ -122,12 +129,13 @@ class Leaf(NamedTuple):
     @property
     def name(self) -> str:
         """What messages call it."""
-        return name_of(self.keys, self.parameter)
+        known = self.parameter is not None and is_state(self.place)
+        return f"{self.parameter}: {self.place[-1]}" if known else self.path
 
     @property
     def kind(self) -> str:
         """See :class:`~q8lightning.checkpoint.report.TensorLoss`."""
-        return kind_of(self.keys)
+        return kind_of(self.place)
 
 
 class Pair(NamedTuple):
@@ -189,7 +197,7 @@ def find(
             # A view is saved with all of its memory, even a small one such as the bias of a fused LSTM.
             found.neighbours.extend(view for view in views if view not in members)
     encoded = {id(leaf.tensor) for member in found.members for leaf in member}
-    found.pairs.extend(_pairs_of(leaves, encoded, epsilons_of(checkpoint)))
+    found.pairs.extend(_pairs_of(leaves, encoded, epsilons_of(checkpoint, names.places)))
     return found
 
 
@@ -204,6 +212,7 @@ def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: Che
         and is_encodable(leaf.tensor)
         and not (leaf.keys and leaf.keys[0] in sections)
         and not policy.names(leaf.path, leaf.parameter)
+        and not policy.names(path_of(leaf.place), leaf.parameter)
     ]
 
 
@@ -232,12 +241,12 @@ def _leaves_of(
     checkpoint: Mapping[str, Any], policy: CheckpointPolicy, names: ModelNames, shards: Mapping[int, Shard]
 ) -> Iterator[Leaf]:
     """Yield all tensors of a checkpoint in its order, each with the codec that it gets."""
-    options = options_in(checkpoint)
+    options = options_in(checkpoint, names.places)
     tells = policy.may_encode(OPTIMIZER_STATES)
     known = {name for name, found in state_dicts_in(checkpoint).items() if not names.parameters.isdisjoint(found)}
     for keys, tensor in tensors(checkpoint, PATHS):
-        path = path_of(keys)
-        parameter = parameter_of(keys, names.optimizer_parameters)
+        path, place = path_of(keys), place_of(keys, names.places)
+        parameter = parameter_of(place, names.optimizer_parameters)
         wanted = storage = refused = kept = None
         if has_memory(tensor):
             storage = tensor.device, tensor.untyped_storage().data_ptr()
@@ -247,21 +256,26 @@ def _leaves_of(
                 and not (keys[0] in known and parameter not in names.parameters)
                 and is_encodable(tensor)
             ):
-                wanted = policy.codec_for(path, parameter)
+                wanted = policy.codec_at(path, path_of(place), parameter)
                 if wanted is not None and shard is not None:
                     wanted = shard.aligned(wanted)
-                if is_in_state(keys):
-                    state = state_of(str(keys[-1]))
-                    if wanted is not None and state.unless and options.get(keys[:4], {}).get(state.unless):
+                if is_in_state(place):
+                    state, group = state_of(str(keys[-1])), options.get(_state(keys, place), {})
+                    if wanted is not None and state.unless and group.get(state.unless):
                         wanted, kept = None, state.why
-                    elif tells and not is_exact(keys[4:]) and not policy.mentions(path):
+                    elif tells and not is_exact(place[4:]) and not any(map(policy.mentions, (path, path_of(place)))):
                         kept = UNKNOWN.why
                 if wanted is not None and wanted.encoded_bytes(tensor.numel()) >= tensor.nbytes:
                     wanted = None
                 if wanted is not None and tensor.__dict__:
                     wanted = None
                     refused = f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there"
-        yield Leaf(keys, path, parameter, tensor, wanted, storage, refused, kept)
+        yield Leaf(keys, place, path, parameter, tensor, wanted, storage, refused, kept)
+
+
+def _state(keys: Keys, place: Keys) -> Keys:
+    """Return the keys that lead to all states of a parameter, from those that lead into one of them."""
+    return keys[: len(keys) - len(place) + 4]
 
 
 def _by_storage(leaves: list[Leaf]) -> list[list[Leaf]]:
@@ -330,10 +344,10 @@ def _pairs_of(leaves: list[Leaf], encoded: set[int], epsilons: Mapping[Keys, flo
         encoded: The ids of those that are encoded.
         epsilons: The eps of each parameter's optimizer; see :func:`epsilons_of`.
     """
-    moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.keys) and leaf.keys[-1] in _MOMENTS}
-    rotated = {leaf.keys[:4] for leaf in leaves if is_in_state(leaf.keys) and leaf.keys[4] in BASES}
+    moments = {leaf.keys: leaf for leaf in leaves if is_state(leaf.place) and leaf.keys[-1] in _MOMENTS}
+    rotated = {_state(leaf.keys, leaf.place) for leaf in leaves if is_in_state(leaf.place) and leaf.place[4] in BASES}
     for keys, first in moments.items():
-        if keys[-1] != FIRST_OF_ADAM or keys[:4] in rotated:
+        if keys[-1] != FIRST_OF_ADAM or keys[:-1] in rotated:
             continue
         seconds = [moments[place] for key in SECONDS_OF_ADAM if (place := (*keys[:-1], key)) in moments]
         for second in seconds:

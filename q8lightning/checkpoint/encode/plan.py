@@ -231,7 +231,7 @@ class Plan:
             policy is self.policy
             and self.names.is_same_model(names)
             and self.outline.is_that_of(outline)
-            and epsilons_of(checkpoint) == self.epsilons
+            and epsilons_of(checkpoint, names.places) == self.epsilons
         )
 
     def reviewing(self, numbers: frozenset[int]) -> "Plan":

@@ -62,7 +62,7 @@ def plan_save(
         outline=outline,
         policy=policy,
         names=names,
-        epsilons=epsilons_of(checkpoint),
+        epsilons=epsilons_of(checkpoint, names.places),
         members=tuple(members),
         places=places,
         pairs=tuple(pairs),

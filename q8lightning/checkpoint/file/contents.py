@@ -9,7 +9,7 @@ from q8lightning.checkpoint.file.compact_pickle import PICKLE
 from q8lightning.checkpoint.format import read_header
 from q8lightning.checkpoint.parameter_names import parameters_of_states
 from q8lightning.checkpoint.payload import TENSOR, rebuild_v1
-from q8lightning.checkpoint.sections import name_of
+from q8lightning.checkpoint.sections import name_of, places_in
 from q8lightning.checkpoint.tree import PATHS, leaves
 
 WORTHWHILE = 64
@@ -133,8 +133,12 @@ class _Storage(str):
 def _tensors_with(checkpoint: Any, key: str) -> list[str]:
     """Return the names of the tensors that have a storage."""
     holders = _Holders(key)
-    parameters = parameters_of_states(checkpoint)
-    return [name_of(keys, parameters.get(keys[:-1])) for keys, leaf in leaves(checkpoint, PATHS) if holders.has(leaf)]
+    parameters, places = parameters_of_states(checkpoint), places_in(checkpoint)
+    return [
+        name_of(keys, parameters.get(keys[:-1]), places)
+        for keys, leaf in leaves(checkpoint, PATHS)
+        if holders.has(leaf)
+    ]
 
 
 class _Holders:

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 from q8lightning.checkpoint.encode.find import Shard
+from q8lightning.checkpoint.places import is_optimizer
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT, listed
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, local_tensor
 from q8lightning.checkpoint.tree import Keys
@@ -36,13 +37,18 @@ def local_shards(checkpoint: Mapping[str, Any], plan: ShardPlan, planner: ShardP
     """Return what this process writes of a checkpoint.
 
     Args:
-        checkpoint: Of Lightning, whose tensors may be DTensors or ShardedTensors; left as it is.
+        checkpoint: Whose tensors may be DTensors or ShardedTensors; left as it is.
         plan: What this process writes.
         planner: Knows where it is.
         with_rest: Whether this process writes what is neither of the model nor of the optimizers.
     """
-    groups = [_without_state(each) for each in listed(checkpoint.get(OPTIMIZER_STATES))]
-    states: dict[str, Any] = {STATE_DICT: {}, OPTIMIZER_STATES: groups}
+    states: dict[str, Any]
+    if planner.roots is None:
+        groups = [_without_state(each) for each in listed(checkpoint.get(OPTIMIZER_STATES))]
+        states = {STATE_DICT: {}, OPTIMIZER_STATES: groups}
+    else:
+        parts = {key: checkpoint[key] for key in planner.roots}
+        states = {key: _without_state(part) if is_optimizer(part) else {} for key, part in parts.items()}
     places: dict[MetadataIndex, Keys] = {}
     shards: dict[int, Shard] = {}
     taken: set[Keys] = set()

@@ -24,6 +24,7 @@ from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying, save_of
 from q8lightning.checkpoint.loading import keep_encoded
 from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.places import VERSION_KEY
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT, SUMMARY_KEY
 from q8lightning.checkpoint.sharded.check import check_metadata, describe_chunk, read_meta, shards_in
 from q8lightning.checkpoint.sharded.metadata_file import load_metadata
@@ -122,7 +123,7 @@ class OpenFolder:
             known = self._metadata.state_dict_metadata[name]
             value = self.tensor(name, known) if isinstance(known, TensorStorageMetadata) else self._value(name)
             _put(found, self._keys(name), value)
-        if self.meta:
+        if VERSION_KEY in self.meta:
             found = _as_lightning(found)
         if SUMMARY_KEY in self.meta:
             found[SUMMARY_KEY] = self.meta[SUMMARY_KEY]

@@ -31,6 +31,7 @@ from q8lightning.checkpoint.file.write import (
     write_checkpoint,
 )
 from q8lightning.checkpoint.integrity import shard_name
+from q8lightning.checkpoint.places import place_of
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT, SUMMARY_KEY, name_of, parameter_of
 from q8lightning.checkpoint.sharded.local_shards import at
@@ -84,13 +85,22 @@ class ShardedSave:
         plan: What this process writes.
         places: Where that stands in the part.
         ranks: All processes; used by no other thread while this is written.
+        sharded: The sections that the plan covers; the rest goes into ``meta.pt``.
     """
 
-    def __init__(self, save: Save, plan: ShardPlan, places: Mapping[MetadataIndex, Keys], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        save: Save,
+        plan: ShardPlan,
+        places: Mapping[MetadataIndex, Keys],
+        ranks: Ranks,
+        sharded: Sequence[str] = (STATE_DICT, OPTIMIZER_STATES),
+    ) -> None:
         self.save = save
         self._plan = plan
         self._places = places
         self._ranks = ranks
+        self._sharded = sharded
 
     def write(self, path: str, memory: HostMemory | None = None) -> SaveReport:
         """Write the folder, in all processes at once; return what the whole checkpoint lost and takes.
@@ -132,7 +142,9 @@ class ShardedSave:
 
     def _item(self, content: Mapping[str, Any], index: MetadataIndex) -> Item:
         keys = self._places[index]
-        return Item(name_of(keys, parameter_of(keys, ())), tuple(index.offset or ()), at(content, keys))
+        places = self.save.plan.names.places
+        name = name_of(keys, parameter_of(place_of(keys, places), ()), places)
+        return Item(name, tuple(index.offset or ()), at(content, keys))
 
     def _finish(
         self,
@@ -146,7 +158,7 @@ class ShardedSave:
         metadata = self._plan.metadata
         assert metadata is not None
         sum_of_metadata = _write_metadata(folder, metadata, parts, save_id)
-        rest = {key: value for key, value in content.items() if key not in (STATE_DICT, OPTIMIZER_STATES)}
+        rest = {key: value for key, value in content.items() if key not in self._sharded}
         rest[SUMMARY_KEY] = {
             **rest.get(SUMMARY_KEY, {}),
             **report.summary(),

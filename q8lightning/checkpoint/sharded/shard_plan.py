@@ -44,7 +44,15 @@ class ShardPlan:
 
 
 class ShardPlanner(DefaultSavePlanner):
-    """DCP's planner, except that the two moments of a parameter stay together: they are judged by each other."""
+    """DCP's planner, except that the two moments of a parameter stay together: they are judged by each other.
+
+    Args:
+        roots: The keys in the checkpoint to each part of the state; None for a checkpoint of Lightning.
+    """
+
+    def __init__(self, roots: Mapping[str, Keys] | None = None) -> None:
+        super().__init__()
+        self.roots = roots
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Let one process write what several have, as evenly as possible."""
@@ -64,8 +72,9 @@ class ShardPlanner(DefaultSavePlanner):
         return found
 
     def keys_of(self, index: MetadataIndex) -> Keys:
-        """Return where what is written stands in a checkpoint of Lightning."""
-        return checkpoint_keys(self.mappings[index.fqn])
+        """Return where what is written stands in the checkpoint."""
+        path = self.mappings[index.fqn]
+        return checkpoint_keys(path) if self.roots is None else (*self.roots[str(path[0])], *path[1:])
 
 
 def checkpoint_keys(path: Keys) -> Keys:
