@@ -272,6 +272,16 @@ def test_levels_of_ones_own_survive_in_the_file(tmp_path: Path) -> None:
     assert torch.equal(after.unique(), levels * weight.abs().max())
 
 
+@pytest.mark.parametrize("levels", [(0.0, 1.0), (-1.0, 0.0)], ids=str)
+def test_two_levels_of_ones_own_take_one_bit(tmp_path: Path, levels: tuple[float, float]) -> None:
+    weight = 3 * levels[int(levels[0] == 0)] * (torch.rand(5001) > 0.5)
+    save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt", Rule("state_dict.*", levels, 32))
+    payload = payloads_of(tmp_path / "a.ckpt")["state_dict.weight"]
+    assert (payload.codec.bits, payload.nbytes) == (1, 157 * (4 + 32 // 8))
+    assert torch.equal(load(tmp_path / "a.ckpt")["state_dict"]["weight"], weight)
+    assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["weight"], weight)
+
+
 def test_a_policy_is_not_changed_by_use(tmp_path: Path) -> None:
     rules = [Rule("state_dict.*", "softsign")]
     policy = CheckpointPolicy(rules)

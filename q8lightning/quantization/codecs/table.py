@@ -38,7 +38,7 @@ def get_codec(codec: str, block_size: int = 256, bits: int | None = None, residu
     """
     check_block_size(block_size)
     if bits is not None:
-        check_bits("bits", bits)
+        check_bits("bits", bits, least=1)  # two levels of one's own need one bit; every other codec checks again
     if residual_bits:
         check_bits("residual_bits", residual_bits)
         family = FAMILY_OF.get(codec)

@@ -151,8 +151,8 @@ def check_block_size(block_size: int) -> int:
     return block_size
 
 
-def check_bits(name: str, bits: int) -> int:
-    """Return ``bits`` if it is an integer from 2 to 8, else raise ValueError."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+def check_bits(name: str, bits: int, least: int = 2) -> int:
+    """Return ``bits`` if it is an integer from ``least`` to 8, else raise ValueError."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
         raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}; try 6")
     return bits
