@@ -107,7 +107,7 @@ def _packed(weight: Weight, pack: Any) -> list[Part]:
     assert weight.codec is not None
     bits = weight.codec.bits
     words = -(-weight.row * bits // 32)
-    shape = torch.tensor(weight.shape, device="cpu")
+    shape = torch.tensor(weight.shape, dtype=torch.int64, device="cpu")
     return [
         Part(f"{weight.name}_packed", torch.int32, (weight.shape[0], words), lambda: pack(_codes(weight), bits)),
         _scales(weight),

@@ -246,4 +246,4 @@ def identity(value: Any) -> Any:
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return torch.empty_strided(shape, strides, device="meta").is_contiguous()
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device="meta").is_contiguous()

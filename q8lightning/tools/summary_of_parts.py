@@ -41,8 +41,9 @@ class SummaryOfParts:
         """States of optimizers that are kept as they are, and of which the user should hear, once for each key."""
         found: dict[str, Kept] = {}
         for each in self._report.kept:
-            before = found.get(each.key)
-            found[each.key] = each if before is None else before._replace(number=before.number + each.number)
+            first = found.get(each.key, each)
+            number = each.number if first is each else first.number + each.number
+            found[each.key] = Kept(first.key, first.name, number, first.why)
         return list(found.values())
 
     def keep(self, keys: Keys, payload: QuantizedTensor, tried: int | None) -> None:
