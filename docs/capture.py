@@ -26,7 +26,7 @@ sys.path.append(str(HERE.parent / "examples"))
 
 from char_lm import CharLM, PythonDocs  # noqa: E402
 
-from q8lightning import QuantizationCallback  # noqa: E402
+from q8lightning import QATConfig, QuantizationCallback, WeightRule  # noqa: E402
 from q8lightning.cli.main import main  # noqa: E402
 
 BLOCK = re.compile(r"```console\n\$ (q8lightning [^\n]*)\n(.*?)```", re.DOTALL)
@@ -38,8 +38,14 @@ DURATION = re.compile(r"; \d+\.\d s$")
 
 
 def train(folder: Path) -> None:
-    """Save one state of the example model as ``plain.ckpt`` and, by the callback, as ``epoch1.ckpt``."""
-    for name, callbacks in (("plain.ckpt", []), ("epoch1.ckpt", [QuantizationCallback()])):
+    """Save the example model as ``plain.ckpt``, by the callback as ``epoch1.ckpt``, and with QAT as ``qat.ckpt``."""
+    qat = QATConfig([WeightRule("*.qkv.weight", "int4", 32)])
+    callbacks_of = {
+        "plain.ckpt": [],
+        "epoch1.ckpt": [QuantizationCallback()],
+        "qat.ckpt": [QuantizationCallback(qat=qat)],
+    }
+    for name, callbacks in callbacks_of.items():
         pl.seed_everything(1)
         trainer = pl.Trainer(
             max_steps=30, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu",

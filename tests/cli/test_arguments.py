@@ -223,7 +223,8 @@ def test_short_lines_leave_columns_out_and_split_no_figure(
     width: int, run: Run, packed: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def figures(*command: object) -> set[str]:
-        return {word for word in run(*command).out.split() if any(map(str.isdigit, word)) and not word.startswith("(")}
+        words = run(*command).out.split()
+        return {word for word in words if any(map(str.isdigit, word)) and not word.startswith(("(", "/"))}
 
     for command in (("inspect", packed, "--depth", 1), ("compare", plain, packed, "--top", 4), ("verify", packed)):
         wide = figures(*command)

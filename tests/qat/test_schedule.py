@@ -137,7 +137,7 @@ def test_a_pattern_that_matches_nothing_is_refused(options: dict[str, Any], mess
         ({"wieghts": []}, "qat has the key 'wieghts' in {'wieghts': []}, but the arguments of QATConfig are weights,"),
         ({"wieghts": []}, "did you mean 'weights'?"),
         ({"weights": [{}, {"pattern": "*.w", "codebok": "int4"}]}, "weights[1] has the key 'codebok' in"),
-        ({"weights": [{"codebok": "int4"}]}, "pattern, codebook, block_size, axis; did you mean 'codebook'?"),
+        ({"weights": [{"codebok": "int4"}]}, "block_size, axis, scale_dtype; did you mean 'codebook'?"),
         ({"weights": ["int4"]}, "weights[0] is of type WeightRule or a mapping of its arguments, got 'int4'; write"),
         ({"weights": [{}, {"pattern": "*.w", "codebook": "int44"}]}, "weights[1]: weight rule for '*.w': codebook is"),
         ({"weights": [{"codebook": "int44"}]}, "got 'int44'; did you mean 'int4'?"),

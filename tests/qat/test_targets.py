@@ -14,6 +14,7 @@ from q8lightning.qat.targets import Target
 def test_its_format_holds_what_is_trained_for_a_target(target: str, tmp_path: Path) -> None:
     format = next(each for each in ("bitsandbytes", "compressed-tensors", "gguf", "torchao") if target.startswith(each))
     pytest.importorskip(format.replace("-", "_"))
+    pytest.importorskip("safetensors")
     config = QATConfig.for_target(target, transpose=["*.down.weight"])  # type: ignore[arg-type]
     source = saved(tmp_path, *config.weight_rules, checkpoint=None)
     floats = [] if format == "gguf" else ["*.embed.weight"]

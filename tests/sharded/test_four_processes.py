@@ -184,7 +184,8 @@ def test_replicas_are_encoded_and_written_once(folder: Path) -> None:
     assert len(names) == len(set(names))
     assert len(tables) == 4
     sizes = [sum(chunk.nbytes for chunk in table.chunks) for table in tables]
-    assert max(sizes) < 1.5 * min(sizes), sizes
+    # DCP gives each process as many plain bytes. A tensor that no rule names counts for four times as many as others.
+    assert max(sizes) < 2 * min(sizes), sizes
     assert check_shards(folder / "saved" / "hsdp.ckpt")
 
 
