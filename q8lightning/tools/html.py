@@ -67,7 +67,7 @@ def write_html(found: Inspection, path: str | os.PathLike[str]) -> None:
     """Write the page of a checkpoint: one file that needs nothing else, also without a network.
 
     Args:
-        found: What :func:`q8lightning.inspect` returned.
+        found: What ``q8lightning.inspect`` returned.
         path: The page; what is there is replaced.
 
     Raises:

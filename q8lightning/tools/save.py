@@ -53,7 +53,7 @@ def save(
     *,
     keep: Sequence[str] = (),
 ) -> Saved:
-    """Save a state quantized; ``torch.load`` and :func:`q8lightning.load` return ordinary tensors.
+    """Save a state quantized; ``torch.load`` and ``q8lightning.load`` return ordinary tensors.
 
     Modules and optimizers in the state are saved as their state dicts, and a module by itself as its own, so that
     ``load_state_dict`` takes what is loaded. Buffers stay as they are. State dicts count as what they are of, but do
