@@ -21,7 +21,7 @@ from q8lightning.export.folder import module_of, unquantized_modules, write_fold
 from q8lightning.export.holds import check_all
 from q8lightning.export.options import Options
 from q8lightning.export.safetensors import Part, values
-from q8lightning.export.weights import Source, Weight
+from q8lightning.export.weights import Source, Weight, why_not_in_groups
 
 _REMEDY = 'WeightRule(..., "int4", block_size=128, axis=0, scale_dtype="bfloat16"), or "int8" and block_size="row"'
 
@@ -40,7 +40,7 @@ def write(source: Source, path: Path, options: Options) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationConfig
 
-    check_all(source, "compressed-tensors", _reason, _REMEDY)
+    check_all(source, "compressed-tensors", why_not_in_groups, _REMEDY)
     schemes: dict[_Scheme, list[str]] = defaultdict(list)
     parts: list[Part] = []
     for weight in source:
@@ -59,20 +59,6 @@ def write(source: Source, path: Path, options: Options) -> None:
         ignore=unquantized_modules(source),
     )
     write_folder(source, path, parts, options, config.to_dict())
-
-
-def _reason(weight: Weight) -> str | None:
-    codec = weight.codec
-    assert codec is not None
-    if codec.book.scale_unit == 1.0:
-        return f"it holds the integers int2 to int8, not {codec.book.name}"
-    if len(weight.shape) != 2:
-        return "it holds matrices only; exclude it, or pass as_floats=..."
-    if weight.group is None:
-        return "its groups do not run along rows; axis=0 makes them (for Conv1D axis=1, and export with transpose=...)"
-    if weight.row % weight.group:
-        return f"groups of {weight.group} do not divide its rows of {weight.row} elements"
-    return None
 
 
 def _scheme(source: Source, weight: Weight) -> _Scheme:

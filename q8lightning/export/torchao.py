@@ -18,7 +18,7 @@ from q8lightning.export.errors import library
 from q8lightning.export.floats import later, values_of, write_state
 from q8lightning.export.holds import check_all
 from q8lightning.export.options import Options
-from q8lightning.export.weights import Source, Weight
+from q8lightning.export.weights import Source, Weight, why_not_in_groups
 from q8lightning.tools.write_tensor_by_tensor import Store
 
 _REMEDY = 'WeightRule(..., "int4", block_size=128, axis=0, scale_dtype="bfloat16"), or "int8" and block_size="row"'
@@ -38,19 +38,9 @@ def write(source: Source, path: Path, options: Options) -> None:
 
 
 def _reason(weight: Weight) -> str | None:
-    codec = weight.codec
-    assert codec is not None
-    if codec.book.scale_unit == 1.0:
-        return f"it holds the integers int2 to int8, not {codec.book.name}"
-    if len(weight.shape) != 2:
-        return "it holds matrices only; exclude it, or pass as_floats=..."
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it holds float32, float16 and bfloat16, not {str(weight.dtype).removeprefix('torch.')}"
-    if weight.group is None:
-        return "its groups do not run along rows; axis=0 makes them (for Conv1D axis=1, and export with transpose=...)"
-    if weight.row % weight.group:
-        return f"groups of {weight.group} do not divide its rows of {weight.row} elements"
-    return None
+    return why_not_in_groups(weight)
 
 
 def _quantized(weight: Weight, quantization: Any) -> Tensor:

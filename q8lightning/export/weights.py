@@ -238,6 +238,21 @@ class Source:
         )
 
 
+def why_not_in_groups(weight: Weight) -> str | None:
+    """Say why a format of integers in groups along rows cannot hold a weight; None if it can."""
+    codec = weight.codec
+    assert codec is not None
+    if codec.book.scale_unit == 1.0:
+        return f"it holds the integers int2 to int8, not {codec.book.name}"
+    if len(weight.shape) != 2:
+        return "it holds matrices only; exclude it, or pass as_floats=..."
+    if weight.group is None:
+        return "its groups do not run along rows; axis=0 makes them (for Conv1D axis=1, and export with transpose=...)"
+    if weight.row % weight.group:
+        return f"groups of {weight.group} do not divide its rows of {weight.row} elements"
+    return None
+
+
 def identity(value: Any) -> Any:
     """Return a key that is equal for tied tensors only, which are objects of their own over the same memory."""
     if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():

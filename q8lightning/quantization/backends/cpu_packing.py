@@ -4,6 +4,8 @@ The results are those of ``spec/packing.py``. A word is as long as the codes tha
 32 for fields of 2, 64 for single bits.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,8 @@ class Packed:
         elif codes.numel() % block:
             packed.view(-1).copy_(pack(codes, bits, block))
         else:
-            start = 0
-            for width, below in fields_of(bits):
-                plane = packed[:, start : start + block * width // 8]
+            for (width, below), plane in zip(fields_of(bits), _planes(packed, bits, block), strict=True):
                 _gather(codes, width, below, plane, spare)
-                start += plane.shape[1]
 
     def _unpack(self, packed: Tensor, bits: int, codes: Tensor, spare: Tensor) -> None:
         block = self._layout.block_size
@@ -89,11 +88,14 @@ class Packed:
         elif codes.numel() % block:
             codes.copy_(unpack(packed.reshape(-1), bits, block, codes.numel()))
         else:
-            start = 0
-            for width, below in fields_of(bits):
-                plane = packed[:, start : start + block * width // 8]
+            for (width, below), plane in zip(fields_of(bits), _planes(packed, bits, block), strict=True):
                 _spread(plane, width, below, codes, spare)
-                start += plane.shape[1]
+
+
+def _planes(packed: Tensor, bits: int, block_size: int) -> Iterator[Tensor]:
+    """Yield the plane of each field, ``[rows, block_size * width / 8]``, from the packed codes of whole blocks."""
+    for width, below in fields_of(bits):  # the fields before have ``below`` bits together
+        yield packed[:, block_size * below // 8 : block_size * (below + width) // 8]
 
 
 def _without_scale(parts: Parts) -> Parts:
