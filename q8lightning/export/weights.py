@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.layout.sections import CODES_KEY, INPUTS_KEY, STATE_DICT
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
-from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, STATE_DICT
-from q8lightning.checkpoint.sharded.open_folder import OpenFolder
-from q8lightning.checkpoint.sharded.read_codes import codes_in
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.read.open_folder import OpenFolder
+from q8lightning.checkpoint.sharded.read.read_codes import codes_in
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.export.errors import ExportError
 from q8lightning.export.naming import Naming
 from q8lightning.quantization.codecs.weight import WeightCodec

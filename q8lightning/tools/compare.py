@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
-from q8lightning.checkpoint.places import item_at, place_of
-from q8lightning.checkpoint.report import relative_error, sqnr_db
-from q8lightning.checkpoint.sections import (
+from q8lightning.checkpoint.layout.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
+from q8lightning.checkpoint.layout.places import item_at, place_of
+from q8lightning.checkpoint.layout.sections import (
     DEFAULT_EPS,
     epsilons_of,
     name_of,
     optimizer_keys,
     path_of,
 )
+from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
 from q8lightning.tools.tensors import (

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from q8lightning.checkpoint.parameter_names import identity_of
-from q8lightning.checkpoint.sections import CODES_KEY, path_of
+from q8lightning.checkpoint.layout.parameter_names import identity_of
+from q8lightning.checkpoint.layout.sections import CODES_KEY, path_of
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, open_checkpoint
 from q8lightning.tools.tensors import KINDS, codec_of, decoded_bytes, dtype_of, kind_of, stored_bytes, tensors_in
 

@@ -11,15 +11,15 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
-from q8lightning.checkpoint.file.summed_file import SummedFile
+from q8lightning.checkpoint.file.verify.archive import verified
+from q8lightning.checkpoint.file.verify.summed_file import SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying, without_verification
+from q8lightning.checkpoint.layout.parameter_names import names_of_states
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES
 from q8lightning.checkpoint.loading import collect_encoded, stays_encoded
-from q8lightning.checkpoint.parameter_names import names_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES
 from q8lightning.system.workers import MOST, Workers, count_workers
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
-from q8lightning.checkpoint.file import zip_writer
+from q8lightning.checkpoint.file.pack import zip_writer
 from q8lightning.checkpoint.file.write_behind import WriteBehind
 from q8lightning.system.advice import advise
 from q8lightning.system.ambient import neutral

@@ -1,0 +1,1 @@
+"""The records of a file, compared with their sums while it is loaded."""

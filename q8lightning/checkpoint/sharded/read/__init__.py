@@ -1,0 +1,1 @@
+"""A folder of shards, opened by one process."""

@@ -1,0 +1,1 @@
+"""A folder of shards, written by all processes together."""

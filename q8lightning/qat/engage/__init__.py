@@ -1,0 +1,1 @@
+"""Quantized values shown in the place of weights, and the masters put back."""

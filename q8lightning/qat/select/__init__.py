@@ -1,0 +1,1 @@
+"""Which parameters and modules of a model are trained quantized."""

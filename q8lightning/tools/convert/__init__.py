@@ -1,0 +1,1 @@
+"""A checkpoint written anew tensor by tensor: compressed, or decompressed."""

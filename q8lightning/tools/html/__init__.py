@@ -1,0 +1,1 @@
+"""A checkpoint drawn on one page for the browser."""
