@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import q8lightning
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, export_quantized
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.qat.config import QATConfig

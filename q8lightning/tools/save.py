@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
-from q8lightning.checkpoint.encode.select.find import ModelNames, names_in
-from q8lightning.checkpoint.encode.select.model_names import as_states, describe_state
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, as_states, describe_state, names_in
 from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.layout.places import BUFFERS, STATE_DICT, VERSION_KEY

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.sharded.write.local_shards import local_shards

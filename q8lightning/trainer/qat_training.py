@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from q8lightning.metrics.recorder import Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
-from q8lightning.qat.select.selection import check_optimizers
+from q8lightning.qat.select.checks import check_optimizers
 from q8lightning.qat.select.trained_weights import TrainedWeights
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics

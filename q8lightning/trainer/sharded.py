@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.encode.select.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.layout.sections import summary_in

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, path_of
 from q8lightning.checkpoint.payload import QuantizedTensor

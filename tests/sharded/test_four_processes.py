@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ByRows
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.sharded.check import check_shards
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.sharded.shard_file import read_table

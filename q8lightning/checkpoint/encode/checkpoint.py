@@ -9,7 +9,7 @@ from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
-from q8lightning.checkpoint.encode.select.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.layout.sections import (

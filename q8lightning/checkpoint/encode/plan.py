@@ -15,7 +15,7 @@ from torch import Tensor
 from q8lightning.checkpoint.encode.judge.limits import Limits
 from q8lightning.checkpoint.encode.judge.refuse import is_held_if_finite
 from q8lightning.checkpoint.encode.outline import Outline
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.layout.sections import epsilons_of
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Kept

@@ -8,7 +8,8 @@ from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
 from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.encode.select.find import WHOLE, ModelNames, Shard
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Shard
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.staging.transfer import HostMemory
 

@@ -6,16 +6,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from q8lightning.qat.compiled import forget_compiled_code
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.engage.hooks import Blocks, QuantizeInputs, StateDictHooks
-from q8lightning.qat.engage.sharded_model import Gathered, OtherParameters, wait_for_readers
-from q8lightning.qat.engage.weight_groups import WeightGroups
+from q8lightning.qat.engage.attachment import Attachment
+from q8lightning.qat.engage.hooks import Blocks
+from q8lightning.qat.engage.sharded_model import ShardedModel
 from q8lightning.qat.lost_write import BESIDE_SHARDED, NOT_FOLLOWED, SHARDED, LostWriteError
-from q8lightning.qat.select.selection import SelectedModule, SelectedWeight, Selection, select
-from q8lightning.qat.select.structure import Structure
+from q8lightning.qat.select.selected import SelectedModule, SelectedWeight, Selection
+from q8lightning.qat.select.selection import select
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.ambient import untraced
 
@@ -64,30 +62,20 @@ class FakeQuantizer:
         self._suspended = 0  # how many contexts of masters() are open
         self._statistics: dict[str, ErrorStatistics] = {}
         self._of_parts = False  # whether the statistics are those of the parts that this process holds
-        self._handles: list[RemovableHandle] = []
-        self._gathered = Gathered(module)
-        self._gathered.drop()
-        self._attach(select(module, config))
+        sharded = ShardedModel(module)
+        sharded.drop_gathered()
+        self._attach(select(module, config), sharded)
 
-    def _attach(self, selection: Selection) -> None:
-        """Group the selected weights, and hook into their modules."""
-        self._selection = selection
-        self._parts = [weight.parameter for weight in selection.weights if weight.portion is not None]
-        self._structure = Structure(self.module)
-        self._groups = WeightGroups(self.weights)
+    def _attach(self, selection: Selection, sharded: ShardedModel) -> None:
+        """Hook a selection into the model."""
+        self._sharded = sharded
+        self._attached = Attachment(self, self.module, selection)
+        self._groups = self._attached.groups
         self.places = self._groups.places
         """The place of each selected parameter, by its identity. Each selection has a dictionary of its own."""
         self.fingerprints = self._groups.fingerprints
-        self._others = OtherParameters(self.module, self.places) if self.distributed else None
-        self._inputs = [QuantizeInputs(each.rule.codebook, each.rule.per == "tensor") for each in selection.modules]
-        for each, hook in zip(selection.modules, self._inputs, strict=True):
-            self._handles.append(each.module.register_forward_pre_hook(hook))
-        if selection.modules:
-            forget_compiled_code()
-        selected = {weight.parameter for weight in self.weights}
-        self._owners = [each for each in self.module.modules() if not selected.isdisjoint(each.parameters(False))]
-        for owner in self._owners:
-            self._handles += StateDictHooks(self).attach(owner)
+        parts = [weight.parameter for weight in selection.weights if weight.portion is not None]
+        sharded.select(self.module, parts, self.places.keys())
         _opened.add(self)
 
     def follow(self) -> bool:
@@ -101,38 +89,36 @@ class FakeQuantizer:
         Raises:
             ValueError: If a parameter that the rules select now cannot be changed in place.
         """
-        if self._gathered.hides_nothing_but(self._structure):
+        if self._sharded.hides_nothing_but(self._attached.structure):
             return False
         self.release()
-        self._gathered = Gathered(self.module)
+        sharded = ShardedModel(self.module)
         selection = select(self.module, self.config, again=True)
-        self.change = self._selection.change_to(selection)
+        self.change = self._attached.selection.change_to(selection)
         self.close()
-        self._attach(selection)
+        self._attach(selection, sharded)
         return True
 
     def replaced(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that have taken the place of selected weights since the last selection, by name."""
-        if self._gathered.hides_nothing_but(self._structure):
+        if self._sharded.hides_nothing_but(self._attached.structure):
             return []
-        selected = {name: weight.parameter for weight in self.weights for name in weight.names}
-        now = self.module.named_parameters(remove_duplicate=False)
-        return [(name, each) for name, each in now if name in selected and each is not selected[name]]
+        return self._attached.replaced()
 
     @property
     def distributed(self) -> bool:
         """Whether there are weights of which this process holds a part."""
-        return bool(self._parts)
+        return bool(self._sharded.parts)
 
     @property
     def weights(self) -> list[SelectedWeight]:
         """The selected weights."""
-        return self._selection.weights
+        return self._attached.selection.weights
 
     @property
     def modules(self) -> list[SelectedModule]:
         """The modules whose inputs are quantized."""
-        return self._selection.modules
+        return self._attached.selection.modules
 
     @property
     def engaged(self) -> bool:
@@ -178,10 +164,10 @@ class FakeQuantizer:
         """
         with self._at_work():
             lost = self._groups.lost()
-            others = self._others.written() if self._others is not None else []
+            others = self._sharded.written_others()
         self.restore()
         if lost:
-            parts = set(map(id, self._parts))
+            parts = set(map(id, self._sharded.parts))
             raise LostWriteError(self.names(lost), NOT_FOLLOWED if parts.isdisjoint(lost) else SHARDED)
         if others:
             raise LostWriteError(others, BESIDE_SHARDED)
@@ -190,13 +176,11 @@ class FakeQuantizer:
         """Put the masters back as :meth:`release` does, without looking for lost writes: an error is on its way."""
         with self._at_work():
             if self.engaged:
-                self._before_change()
-            if self._others is not None:
-                self._others.written()  # forget them
+                self._sharded.before_change()
+            self._sharded.written_others()  # forget them
             self._groups.release()
         self._state = None
-        for hook in self._inputs:
-            hook.enabled = False
+        self._attached.quantize_inputs(False)
 
     def requantize(self) -> None:
         """Quantize those masters again that were written to."""
@@ -248,7 +232,7 @@ class FakeQuantizer:
 
     def drop_frozen_gradients(self, step: int) -> None:
         """Remove the gradients of parameters that are frozen at a step: optimizers skip parameters without one."""
-        for parameter, first in self._selection.frozen:
+        for parameter, first in self._attached.selection.frozen:
             if step >= first:
                 parameter.grad = None
 
@@ -258,21 +242,16 @@ class FakeQuantizer:
 
     def has_weights_of(self, module: nn.Module) -> bool:
         """Whether a module has selected weights, also while others stand in for them because they are gathered."""
-        owners = set(map(id, self._owners))
-        return any(id(each) in owners for each in module.modules()) or any(
-            id(parameter) in self.places for parameter in module.parameters()
-        )
+        return self._attached.has_weights_of(module)
 
     def wait_for_writes(self) -> None:
         """Let the host wait until the weights are written, if what gathers them next would not."""
-        for device in self._groups.devices if self.distributed and self._gathered else ():
-            if device.type != "cpu":
-                torch.accelerator.current_stream(device).synchronize()
+        self._sharded.wait_for_writes(self._groups.devices)
 
     def note_others(self) -> None:
         """Note that parameters which are not quantized were updated as they should, by an optimizer."""
-        if self._others is not None and self.engaged:
-            self._others.note()
+        if self.engaged:
+            self._sharded.note_others()
 
     def add_up_statistics(self) -> None:
         """Make :attr:`statistics` those of whole weights; all processes call this at once, after the same step."""
@@ -284,9 +263,7 @@ class FakeQuantizer:
         """Put the masters back, and remove all hooks from the model."""
         self.restore()
         _opened.discard(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._attached.remove()
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -299,25 +276,18 @@ class FakeQuantizer:
         finally:
             self.busy = outer
 
-    def _before_change(self) -> None:
-        """Drop the gathered values of sharded weights, and wait until nothing reads the parts."""
-        if self._parts:
-            self._gathered.drop()
-            wait_for_readers(self._parts)
-
     def _write(self, share: float, seed: int, measure: bool) -> None:
         self.release()
         try:
             with self._at_work():
-                self._before_change()
+                self._sharded.before_change()
                 statistics = self._groups.engage(share, seed, measure)
         except BaseException:
             self.restore()  # some groups are engaged already
             raise
         self._state = (share, seed)
         self.note_others()
-        for hook in self._inputs:
-            hook.enabled = True
+        self._attached.quantize_inputs(True)
         if measure:
             self._statistics, self._of_parts = statistics, True
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.qat.engage.fingerprints import Fingerprints
-from q8lightning.qat.select.selection import SelectedWeight
+from q8lightning.qat.select.selected import SelectedWeight
 from q8lightning.qat.select.shards import add_up
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.fake_quantize import FakeQuantizeGroup

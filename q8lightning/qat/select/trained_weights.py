@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from q8lightning.qat.select.selection import SelectedModule, SelectedWeight
+from q8lightning.qat.select.selected import SelectedModule, SelectedWeight
 from q8lightning.quantization.codecs.weight import WeightCodec
 
 

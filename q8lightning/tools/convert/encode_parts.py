@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
-from q8lightning.checkpoint.encode.select.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.encode.warn import warn_of_guarded, warn_of_kept, warn_of_refused
 from q8lightning.checkpoint.format import FORMAT_VERSION
 from q8lightning.checkpoint.layout.sections import (

@@ -1,15 +1,53 @@
-"""Ask the modules and optimizers of a state what a checkpoint does not say: buffers, and the names of parameters."""
+"""Know what a checkpoint does not say about its model: names of parameters, buffers, what is trained quantized."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from q8lightning.checkpoint.encode.select.find import ModelNames
-from q8lightning.checkpoint.layout.places import BUFFERS, OPTIMIZER_STATES, STATE_DICT
+from q8lightning.checkpoint.layout.places import BUFFERS, NOWHERE, OPTIMIZER_STATES, STATE_DICT, Places
 from q8lightning.checkpoint.layout.sections import parameter_names_in, places_in
 from q8lightning.checkpoint.tree import Keys
+from q8lightning.quantization.codecs.weight import WeightCodec
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What a checkpoint does not say about its model.
+
+    Attributes:
+        parameters: Names of the model's parameters. What else its state dict holds (buffers, states of metrics, extra
+            state) is not encoded. If it holds none of these names, as when a hook renames them, they do not count.
+        optimizer_parameters: For each optimizer, the names of its parameters in the order of its groups.
+        quantized: The codecs of weights that are trained quantized, by name.
+        inputs: How inputs of modules are trained quantized, by the modules' names.
+        restored: How often the run was restored from a quantized checkpoint.
+        places: The places of what stands under a user's own keys.
+    """
+
+    parameters: frozenset[str] = frozenset()
+    optimizer_parameters: tuple[tuple[str, ...], ...] = ()
+    quantized: Mapping[str, WeightCodec] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    restored: int = 0
+    places: Places = field(default_factory=lambda: NOWHERE)
+
+    def is_same_model(self, other: "ModelNames") -> bool:
+        """Whether both name the same parameters, quantized alike."""
+        return self is other or (
+            self.parameters == other.parameters
+            and self.optimizer_parameters == other.optimizer_parameters
+            and self.quantized == other.quantized
+            and self.places == other.places
+        )
+
+
+def names_in(checkpoint: Mapping[str, Any]) -> ModelNames:
+    """Return what a checkpoint says itself: the names in optimizers that were made from named parameters, and where
+    states of modules and optimizers are."""
+    return ModelNames(optimizer_parameters=parameter_names_in(checkpoint), places=places_in(checkpoint))
 
 
 def describe_state(state: Mapping[str, Any], rename: Callable[[str], str] = str) -> ModelNames:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
-from q8lightning.checkpoint.encode.select.find import Shard
+from q8lightning.checkpoint.encode.select.leaves import Shard
 from q8lightning.checkpoint.layout.places import is_optimizer
 from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, STATE_DICT, listed
 from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlan, ShardPlanner, local_tensor
