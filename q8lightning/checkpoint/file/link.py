@@ -4,7 +4,8 @@ import os
 import shutil
 from contextlib import suppress
 
-from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX, write_durably
+from q8lightning.checkpoint.file.temporaries import TEMPORARY_SUFFIX
+from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.system.paths import PathLike
 
 

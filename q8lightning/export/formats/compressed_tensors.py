@@ -19,9 +19,9 @@ from torch import Tensor
 from q8lightning.export.errors import ExportError, library
 from q8lightning.export.formats.folder import module_of, unquantized_modules, write_folder
 from q8lightning.export.formats.safetensors import Part, values
-from q8lightning.export.holds import check_all
+from q8lightning.export.holds import check_all, why_not_in_groups
 from q8lightning.export.options import Options
-from q8lightning.export.weights import Source, Weight, why_not_in_groups
+from q8lightning.export.weights import Source, Weight
 
 _REMEDY = 'WeightRule(..., "int4", block_size=128, axis=0, scale_dtype="bfloat16"), or "int8" and block_size="row"'
 

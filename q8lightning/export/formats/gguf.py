@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.export.errors import ExportError, library
-from q8lightning.export.holds import check_all
+from q8lightning.export.holds import check_all, check_only_tensors
 from q8lightning.export.options import Options
 from q8lightning.export.weights import Source, Weight
 from q8lightning.export.whole_file import whole_file
@@ -54,8 +54,7 @@ def write(source: Source, path: Path, options: Options) -> None:
                 f"gguf holds float32, float16 and bfloat16, and {weight.original} is {source.kept_dtype(weight)}; pass"
                 " dtype=torch.float32 for floats, or leave it out by prefix"
             )
-    if source.others:
-        raise ExportError(f"gguf holds tensors only, and {next(iter(source.others))} is none; leave it out")
+    check_only_tensors(source, "gguf", "leave it out")
     metadata = dict(options.metadata)
     with whole_file(path) as file, source.opened.verified():
         writer = gguf.GGUFWriter(str(file), str(metadata.pop("general.architecture", "q8lightning")))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from q8lightning.export.errors import ExportError, library
+from q8lightning.export.holds import check_only_tensors
 from q8lightning.export.options import Options
 from q8lightning.export.weights import Source, Weight
 from q8lightning.export.whole_file import whole_file
@@ -62,10 +63,7 @@ def write_parts(source: Source, path: Path, parts: Sequence[Part], metadata: Map
         CorruptCheckpointError: If the checkpoint is damaged; nothing is written then.
     """
     safetensors = library(LIBRARY, "safetensors")
-    if source.others:
-        raise ExportError(
-            f"safetensors holds tensors only, and {next(iter(source.others))} is none; leave it out of the state dict"
-        )
+    check_only_tensors(source, "safetensors", "leave it out of the state dict")
     names = [part.name for part in parts]
     for name, count in Counter(names).items():
         if count > 1:

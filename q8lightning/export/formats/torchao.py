@@ -16,9 +16,9 @@ from torch import Tensor
 
 from q8lightning.export.errors import library
 from q8lightning.export.formats.floats import later, values_of, write_state
-from q8lightning.export.holds import check_all
+from q8lightning.export.holds import check_all, why_not_in_groups
 from q8lightning.export.options import Options
-from q8lightning.export.weights import Source, Weight, why_not_in_groups
+from q8lightning.export.weights import Source, Weight
 from q8lightning.tools.convert.write_tensor_by_tensor import Store
 
 _REMEDY = 'WeightRule(..., "int4", block_size=128, axis=0, scale_dtype="bfloat16"), or "int8" and block_size="row"'

@@ -6,14 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.sharded.check import checked_table
-from q8lightning.checkpoint.sharded.shard_file import Chunk
-
-_STEP = 2**22
-"""Bytes that are read and summed at a time."""
+from q8lightning.checkpoint.sharded.shard_file import Chunk, has_its_sum
 
 
 class OpenShard:
@@ -53,15 +48,11 @@ class OpenShard:
         """Whether a chunk is what was written: by the table's sum, or by the sums that ``torch.save`` writes."""
         with self.reader(chunk) as reader:
             if not self._has_table:
-                return _has_its_sums(reader)
-            found, left = xxhash.xxh3_64(), chunk.nbytes
-            while data := reader.read(_STEP):
-                found.update(data)
-                left -= len(data)
-            return not left and found.intdigest() == chunk.checksum
+                return _has_sums_of_torch(reader)
+            return has_its_sum(reader, chunk)
 
 
-def _has_its_sums(file: IO[bytes]) -> bool:
+def _has_sums_of_torch(file: IO[bytes]) -> bool:
     """Whether what ``torch.save`` wrote has the CRC32 of its records; those that have none count as whole."""
     try:
         with zipfile.ZipFile(file) as archive:

@@ -13,14 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.file.write import (
-    announce,
-    flush_directory,
-    locked_folder,
-    remove_leftovers,
-    warn_not_flushed,
-    write_checkpoint,
-)
+from q8lightning.checkpoint.file.temporaries import locked_folder, remove_leftovers
+from q8lightning.checkpoint.file.write import announce, flush_directory, warn_not_flushed, write_checkpoint
 from q8lightning.checkpoint.integrity import shard_name
 from q8lightning.checkpoint.layout.places import place_of
 from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, STATE_DICT, SUMMARY_KEY, name_of, parameter_of
