@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import processes
-from support.models import Autoencoder, Diary, saving_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, saving_trainer
 from support.promises import assert_same, load
 from support.steps import step_of
 
