@@ -118,9 +118,10 @@ def leaves_of(
         leaf = Leaf(keys, place, path_of(keys), parameter, tensor, None, _storage_of(tensor))
         shard = shards.get(id(tensor))
         is_buffer = keys[0] in known and parameter not in names.parameters
-        is_large = (tensor.numel() if shard is None else shard.numel) >= policy.min_numel
-        if leaf.storage is not None and is_large and not is_buffer and is_encodable(tensor):
-            leaf = _decided(leaf, shard, policy, options)
+        if leaf.storage is not None and not is_buffer and is_encodable(tensor):
+            numel = tensor.numel() if shard is None else shard.numel
+            if numel >= policy.min_numel:
+                leaf = _decided(leaf, shard, policy, options)
         yield leaf
 
 
