@@ -82,7 +82,7 @@ class Weight:
 
     @property
     def flat_block(self) -> int | None:
-        """The elements that share a scale, counted through the target's matrix row by row; None if blocks do not so."""
+        """The elements that share a scale, counted through the target's rows; None if blocks run otherwise."""
         codec = self.codec
         if codec is None:
             return None

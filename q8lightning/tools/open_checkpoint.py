@@ -235,6 +235,7 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
 
 
 def explain(path: str, error: Exception) -> Exception:
+    """Return the error that tells the user why a file could not be read."""
     newer = newer_format_in(error)
     if newer is not None:
         return newer

@@ -1,4 +1,4 @@
-"""Turn a link to a newer checkpoint so that there is a link at every moment."""
+"""Point a link at a newer checkpoint, so that there is a link at every moment."""
 
 import os
 import shutil

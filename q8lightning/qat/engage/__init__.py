@@ -1,1 +1,1 @@
-"""Quantized values shown in the place of weights, and the masters put back."""
+"""Show quantized values in the place of weights, and put the masters back."""

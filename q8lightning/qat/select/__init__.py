@@ -1,1 +1,1 @@
-"""Which parameters and modules of a model are trained quantized."""
+"""Select the parameters and modules of a model that are trained quantized."""

@@ -1,1 +1,1 @@
-"""A checkpoint written anew tensor by tensor: compressed, or decompressed."""
+"""Write a checkpoint anew, compressed or decompressed, with one tensor in memory at a time."""

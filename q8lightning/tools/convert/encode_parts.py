@@ -56,8 +56,8 @@ class PartEncoder(Converter):
         self._parameters = parameter_names_in(opened.content)
         self._parts = parts_of(found, opened.places)
         self._said = SummaryOfParts(opened.summary, opened.places)
-        self._block_sizes_of_shards: set[str] = set()
-        """Paths of tensors that were read from shards, each encoded by one codec."""
+        self._from_shards: set[str] = set()
+        """Paths of payloads that were put together from shards."""
         self._codes: dict[str, Mapping[str, Any]] = dict(opened.summary.get(CODES_KEY, {}))
         self._summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -116,7 +116,7 @@ class PartEncoder(Converter):
         payload = QuantizedTensor.encode(whole, codecs[0], path_of(keys))
         if not torch.equal(payload.decode(), whole):
             return whole  # its blocks begin where shards begin
-        self._block_sizes_of_shards.add(path_of(keys))
+        self._from_shards.add(path_of(keys))
         return payload
 
     def _encode_known(self, part: Part) -> dict[int, Any]:
@@ -158,7 +158,7 @@ class PartEncoder(Converter):
         rules = self._policy.rules
         named = any(isinstance(rule, Rule) and rule.parameter != "*" for rule in rules)
         codec = self._policy.codec_at(path_of(keys), path_of(self.opened.place(keys)))
-        if codec is not None and path_of(keys) in self._block_sizes_of_shards:
+        if codec is not None and path_of(keys) in self._from_shards:
             codec = replace(codec, block_size=min(codec.block_size, payload.codec.block_size))
         return not named and codec == payload.codec
 
@@ -192,9 +192,9 @@ class PartEncoder(Converter):
                     self._codes[keys[-1]] = codes[keys[-1]]
             elif isinstance(value, QuantizedTensor):
                 self._said.keep(keys, value, None if new is None else new.nbytes)
-        refused = bool(report.refused)
-        self._said.add(report)
-        if report.refused or not refused:  # no warning of payloads that were tried again and stay
+        was_refused = bool(report.refused)
+        self._said.add(report)  # leaves out payloads that stay as they were
+        if report.refused or not was_refused:
             self.warnings += messages
 
     def _named(self, text: str) -> str:

@@ -1,1 +1,1 @@
-"""A checkpoint drawn on one page for the browser."""
+"""Draw a checkpoint on one page for the browser."""

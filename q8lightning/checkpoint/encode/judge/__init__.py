@@ -1,1 +1,1 @@
-"""Whether a codec holds a tensor well enough, and what is stored if it does not."""
+"""Judge what codecs lose, and store better what would lose too much."""

@@ -1,1 +1,1 @@
-"""Which tensors of a checkpoint are encoded, with which codec, and which belong together."""
+"""Select the tensors to encode, each with its codec, and find those that belong together."""

@@ -1,1 +1,1 @@
-"""The content of a file: payloads, small tensors and the pickle, as records of a zip."""
+"""Pack the content of a file: payloads, small tensors and the pickle become records of a zip."""

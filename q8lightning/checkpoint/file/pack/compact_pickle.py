@@ -20,11 +20,11 @@ PICKLE = "data.pkl"
 """The name of the record that has everything but the values of tensors."""
 
 WORTHWHILE = 2**20
-"""Bytes of a pickle up to which it is compressed. Beside the tensors of so large a model, longer ones are nothing."""
+"""Bytes of the longest pickle that is compressed. A longer one is small beside the tensors of its model."""
 
 _NO_STORAGES = ATOMS | {dict, list, tuple, Tensor, QuantizedTensor, FunctionType, BuiltinFunctionType}
-"""Types of nearly everything that is pickled. Torch asks of each object, in Python, whether it is a storage. That takes
-as long as pickling it."""
+"""Types of nearly everything that is pickled, and of no storage. To ask each object whether it is a storage, as torch
+does in Python, takes as long as to pickle it."""
 
 _LEVEL = 3
 """Of 9. The pickle is a twentieth smaller with 6, in twice the time, and another hundredth smaller with 9, in ten times

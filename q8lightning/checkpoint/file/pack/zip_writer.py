@@ -31,10 +31,10 @@ CHUNK = 2**25
 """Bytes that are summed and written at a time. Fewer would be no faster, and each time takes Python's lock."""
 
 ALONE = 2**22
-"""Bytes up to which the thread that writes a record sums it, which takes less time than asking another one."""
+"""Bytes of the longest record that the thread which writes it also sums: asking another thread takes longer."""
 
 SUMMING_THREADS = 2
-"""At most. One sums about as fast as another writes to the page cache, two are faster."""
+"""The most threads that sum. One sums about as fast as another writes to the page cache; two are faster."""
 
 ZIP64_LIMIT = 0xFFFFFFFF
 """Sizes and offsets from here on take 64 bits."""
@@ -113,7 +113,7 @@ def _knows_torch() -> bool:
 
 @cache
 def _say_that_torch_writes(request: str) -> None:
-    """Say once what check_names cannot find out: it is not asked for before something is saved."""
+    """Say once that ``torch.save`` writes; ``check_names`` cannot, since torch asks for this only when it saves."""
     advise(
         f"torch {torch.__version__} asks for {request} when it saves, which this q8lightning does not have: torch.save"
         " writes the files, more slowly and larger; a newer q8lightning may have it"

@@ -1,1 +1,1 @@
-"""The records of a file, compared with their sums while it is loaded."""
+"""Compare the records of a file with their sums while it is loaded."""

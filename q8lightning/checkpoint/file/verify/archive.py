@@ -18,17 +18,17 @@ from q8lightning.checkpoint.file.verify.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 
 CHUNK = 2**20
-"""Bytes that are read at a time. So few stay in the cache until they are summed."""
+"""Bytes that are read at a time: few enough to stay in the cache until they are summed."""
 
 THREADS = 4
 """At most. Reading and CRC32, about 2.4 GB a second a thread, release Python's lock."""
 
 
 _HEADER, _NAME_LENGTH = 30, 26
-"""A record's header has so many bytes before its name. There, the lengths of name and extra fields begin."""
+"""Bytes of a record's header before its name, and where in it the lengths of name and extra fields begin."""
 
 _FOLDER = 0x10
-"""An attribute of a record. Torch takes such a record for a folder, and returns memory that nobody has written to."""
+"""The attribute of a folder. Torch does not read such a record, and returns memory that nobody has written to."""
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""A folder of shards, opened by one process."""
+"""Read a folder of shards in one process, tensor by tensor."""

@@ -1,1 +1,1 @@
-"""A folder of shards, written by all processes together."""
+"""Write a folder of shards, all processes together."""

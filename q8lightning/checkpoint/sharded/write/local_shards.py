@@ -15,7 +15,7 @@ from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlan, ShardPlan
 from q8lightning.checkpoint.tree import Keys
 
 _MORE = "more shards"
-"""Where the second shard of a tensor stands that one process has several of, and any after it: stored as they are."""
+"""The key of further shards of a tensor, where one process has several of it. They are stored as they are."""
 
 
 class LocalShards(NamedTuple):
