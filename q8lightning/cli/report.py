@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from q8lightning.tools import Comparison, Difference, Inspection, Size, TensorEntry, Verification
-from q8lightning.tools.compare import UPDATE_DIRECTION
+from q8lightning.tools.comparison import UPDATE_DIRECTION
 
 
 class Column(NamedTuple):

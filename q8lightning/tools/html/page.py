@@ -9,7 +9,7 @@ from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.tools.html.modules import DEPTH, Module, modules_in
 from q8lightning.tools.html.picture import decibels, draw, legend
 from q8lightning.tools.html.template import PAGE, SCRIPT, STYLE
-from q8lightning.tools.inspect import Inspection
+from q8lightning.tools.inspection import Inspection
 
 
 def write_html(found: Inspection, path: str | os.PathLike[str]) -> None:
