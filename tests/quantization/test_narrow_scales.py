@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
-from support.devices import NOT_INTERPRETED
+from support.devices import NOT_INTERPRETED, interpreted
 from support.oracle import same_bits
 from torch import Tensor
 
@@ -146,7 +146,7 @@ def test_ten_generations_have_the_same_bytes_in_every_backend(codec: Codec, x: T
             assert torch.equal(data, first)
         assert bool(decoded.isfinite().all())
         assert codec.name != "log" or torch.equal(decoded == 0, values == 0)
-        with launching(True):
+        with launching(interpreted()):
             launched = encode_many([values, decoded], [codec, codec], measure=True)
         assert all(torch.equal(each, first) for each in launched.data)
         assert not launched.failed.any()
@@ -157,7 +157,7 @@ def test_ten_generations_have_the_same_bytes_in_every_backend(codec: Codec, x: T
 def test_what_is_not_finite_is_told(codec: Codec, poison: float) -> None:
     x = torch.ones(100)
     x[40] = poison
-    for launch in (False, True):
+    for launch in {False, interpreted()}:
         with launching(launch):
             encoded = encode_many([x, torch.ones(100)], [codec, codec], measure=True)
         assert encoded.failed.bool().tolist() == [True, False]
