@@ -16,23 +16,16 @@ from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.describe_fit import tell_what_comes
-from q8lightning.trainer.describe_saves import describe_saves
-from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
-from q8lightning.trainer.io_chain import check_not_async
-from q8lightning.trainer.lightning_internals import saves_in_shards
-from q8lightning.trainer.model_structure import in_state_dict
-from q8lightning.trainer.moments import Moments
-from q8lightning.trainer.pending_names import (
-    begin_to_tell,
-    let_callbacks_know,
-    tell_callbacks,
-    wait_until_durable,
-)
-from q8lightning.trainer.publishing import harmless, print_totals, warn_safely
-from q8lightning.trainer.qat_training import QATTraining
-from q8lightning.trainer.recording import (
+from q8lightning.trainer.checkpoint_io.chain import check_not_async
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.lightning_api.internals import saves_in_shards
+from q8lightning.trainer.lightning_api.model import in_state_dict
+from q8lightning.trainer.lightning_api.strategies import bypasses_io, check_qat, optimizer_device
+from q8lightning.trainer.prepare.first_line import tell_what_comes
+from q8lightning.trainer.prepare.warm_up import WarmUp
+from q8lightning.trainer.record.publish import harmless, print_totals, warn_safely
+from q8lightning.trainer.save.describe_saves import describe_saves
+from q8lightning.trainer.save.door import (
     defer_publishing,
     failures_of,
     is_watched,
@@ -44,8 +37,15 @@ from q8lightning.trainer.recording import (
     watch_of,
     watch_saves,
 )
-from q8lightning.trainer.strategies import bypasses_io, check_qat, optimizer_device
-from q8lightning.trainer.warm_up import WarmUp
+from q8lightning.trainer.save.install import finish_saves, install, is_installed, warm_up_for
+from q8lightning.trainer.save.pauses import Moments
+from q8lightning.trainer.save.pending_names import (
+    begin_to_tell,
+    let_callbacks_know,
+    tell_callbacks,
+    wait_until_durable,
+)
+from q8lightning.trainer.train.training import QATTraining
 
 
 class QuantizationCallback(pl.Callback):

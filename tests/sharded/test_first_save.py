@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback
 from q8lightning.quantization.codecs.table import get_codec
-from q8lightning.trainer.miniatures import ALIGNED, Form, miniatures_of
-from q8lightning.trainer.recording import watch_of
+from q8lightning.trainer.prepare.miniatures import ALIGNED, Form, miniatures_of
+from q8lightning.trainer.save.door import watch_of
 
 
 class Look(pl.Callback):

@@ -24,10 +24,10 @@ from support.packages import PACKAGES, package
 from support.promises import load
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.trainer import engage
-from q8lightning.trainer.checkpoint_io import find_quantized_io
-from q8lightning.trainer.durable_io import DurableCheckpointIO
-from q8lightning.trainer.twins import is_a, is_exactly_a, twin_of
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO
+from q8lightning.trainer.checkpoint_io.quantized import find_quantized_io
+from q8lightning.trainer.lightning_api.both_packages import is_a, is_exactly_a, twin_of
+from q8lightning.trainer.train import engage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STANDALONE = "pytorch_lightning"

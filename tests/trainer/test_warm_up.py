@@ -24,9 +24,9 @@ from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import PATHS, tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.miniatures import Form, miniatures_of
-from q8lightning.trainer.recording import watch_of
-from q8lightning.trainer.warm_up import WarmUp, guarded
+from q8lightning.trainer.prepare.miniatures import Form, miniatures_of
+from q8lightning.trainer.prepare.warm_up import WarmUp, guarded
+from q8lightning.trainer.save.door import watch_of
 
 CPU = torch.device("cpu")
 

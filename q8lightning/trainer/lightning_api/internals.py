@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor
 
 from q8lightning.system.private_names import check_names
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.lightning_api.both_packages import is_a
 
 try:
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO

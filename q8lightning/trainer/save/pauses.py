@@ -6,7 +6,7 @@ saves share a moment only where no code of the user's runs between them: if Mode
 
 import inspect
 
-from q8lightning.trainer.twins import is_from_lightning
+from q8lightning.trainer.lightning_api.both_packages import is_from_lightning
 
 
 class Moments:

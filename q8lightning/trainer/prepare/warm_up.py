@@ -31,8 +31,8 @@ from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.checkpoint.tree import tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
-from q8lightning.trainer.miniatures import Miniature, miniatures_of, parameters_of
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
+from q8lightning.trainer.prepare.miniatures import Miniature, miniatures_of, parameters_of
 
 LEAVE = 5.0
 """Seconds that the end of the process waits, so that nothing is compiled while the process is torn down."""

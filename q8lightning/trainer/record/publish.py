@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from q8lightning.metrics.recorder import Recorder
-from q8lightning.trainer.lightning_internals import logged_steps
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.lightning_api.both_packages import is_a
+from q8lightning.trainer.lightning_api.internals import logged_steps
 
 
 def publish(trainer: pl.Trainer, recorder: Recorder, values: Mapping[str, float], step: int) -> None:

@@ -6,12 +6,12 @@ import lightning.pytorch as pl
 
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.describe_model import DescribeModel, Quantizes
-from q8lightning.trainer.lightning_internals import saves_in_shards
-from q8lightning.trainer.pending_names import leave_callbacks_alone
-from q8lightning.trainer.strategies import bypasses_io, check_saves, encoding_device
-from q8lightning.trainer.warm_up import WarmUp
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.lightning_api.internals import saves_in_shards
+from q8lightning.trainer.lightning_api.strategies import bypasses_io, check_saves, encoding_device
+from q8lightning.trainer.prepare.warm_up import WarmUp
+from q8lightning.trainer.save.describe_model import DescribeModel, Quantizes
+from q8lightning.trainer.save.pending_names import leave_callbacks_alone
 
 
 def install(
@@ -48,7 +48,7 @@ def install(
     if installed is not None:
         installed.describe_model = DescribeModel(trainer, callback)
         if saves_in_shards(strategy):
-            from q8lightning.trainer.sharded import open_sharded_door  # imports what other strategies do not need
+            from q8lightning.trainer.save.shards import open_sharded_door  # imports what other strategies do not need
 
             open_sharded_door(strategy, installed)
     return installed

@@ -20,7 +20,7 @@ from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree
 from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
 
 
 class FabricShards:

@@ -7,7 +7,7 @@ from torch import nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.model_structure import ModelStructure, in_state_dict
+from q8lightning.trainer.lightning_api.model import ModelStructure, in_state_dict
 
 
 class Quantizes(Protocol):

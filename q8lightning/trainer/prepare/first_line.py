@@ -10,9 +10,9 @@ from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy
 from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.miniatures import parameters_of, states_to_come
-from q8lightning.trainer.model_structure import in_state_dict
-from q8lightning.trainer.strategies import encoding_device
+from q8lightning.trainer.lightning_api.model import in_state_dict
+from q8lightning.trainer.lightning_api.strategies import encoding_device
+from q8lightning.trainer.prepare.miniatures import parameters_of, states_to_come
 
 
 class Expected(NamedTuple):

@@ -3,8 +3,8 @@
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from q8lightning.trainer.lightning_internals import saves_in_shards
-from q8lightning.trainer.twins import is_a, is_from_lightning
+from q8lightning.trainer.lightning_api.both_packages import is_a, is_from_lightning
+from q8lightning.trainer.lightning_api.internals import saves_in_shards
 
 
 def check_saves(strategy: Strategy) -> None:

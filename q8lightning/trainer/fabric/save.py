@@ -13,10 +13,10 @@ from q8lightning.checkpoint.encode.describe_state import describe_state
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
 from q8lightning.checkpoint.sharded.ranks import Ranks
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.fabric_shards import FabricShards
-from q8lightning.trainer.model_structure import in_state_dict
-from q8lightning.trainer.twins import is_a, twin_of
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.fabric.shards import FabricShards
+from q8lightning.trainer.lightning_api.both_packages import is_a, twin_of
+from q8lightning.trainer.lightning_api.model import in_state_dict
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 """For keys of a state, functions that say by name and value what of it is saved."""

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
 from q8lightning.system.advice import advise
-from q8lightning.trainer.twins import twin_of
+from q8lightning.trainer.lightning_api.both_packages import twin_of
 
 
 class OtherRankError(RuntimeError):

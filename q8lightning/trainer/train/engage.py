@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.follow import WriteFollower
 from q8lightning.system.ambient import untraced
-from q8lightning.trainer.twins import is_from_lightning
+from q8lightning.trainer.lightning_api.both_packages import is_from_lightning
 
 BETWEEN = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward")
 """Hooks between forward and backward."""

@@ -15,7 +15,7 @@ from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.system.paths import PathLike, local_path
-from q8lightning.trainer.durable_io import is_ours
+from q8lightning.trainer.checkpoint_io.durable import is_ours
 
 
 def load(

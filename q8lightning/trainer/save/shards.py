@@ -34,9 +34,9 @@ from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_exact
-from q8lightning.trainer.model_structure import in_state_dict
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, is_exact
+from q8lightning.trainer.lightning_api.both_packages import is_a
+from q8lightning.trainer.lightning_api.model import in_state_dict
 
 PathLike = str | Path
 

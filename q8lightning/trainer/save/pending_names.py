@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 
 from q8lightning.system.advice import advise
 from q8lightning.system.paths import PathLike, check_is_there
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.io_chain import is_async
-from q8lightning.trainer.ranks import Failures
-from q8lightning.trainer.twins import is_from_lightning
+from q8lightning.trainer.checkpoint_io.chain import is_async
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.lightning_api.both_packages import is_from_lightning
+from q8lightning.trainer.save.failures import Failures
 
 HOOK = "on_checkpoint_durable"
 

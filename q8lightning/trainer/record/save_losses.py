@@ -7,7 +7,7 @@ from torch import Tensor
 
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.metrics.recorder import Loss, Recorded, Recorder, Save
-from q8lightning.trainer.publishing import as_tensors
+from q8lightning.trainer.record.publish import as_tensors
 
 
 def losses_of(report: "Future[SaveReport]", recorder: Recorder) -> "Future[tuple[Recorded, dict[str, Tensor]]]":

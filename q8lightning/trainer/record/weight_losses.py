@@ -10,7 +10,7 @@ from torch import Tensor
 
 from q8lightning.metrics.recorder import PREFIX, Loss, Recorder
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.trainer.publishing import harmless, publish, step_of
+from q8lightning.trainer.record.publish import harmless, publish, step_of
 
 QAT_PREFIX = f"{PREFIX}/qat"
 """The prefix of values that are measured in training, not when a checkpoint is saved."""

@@ -29,11 +29,11 @@ from q8lightning.system.advice import advise
 from q8lightning.system.paths import check_is_there, keeping, local_path
 from q8lightning.system.private_names import check_names
 from q8lightning.system.save_queue import BackgroundSaveError, BackgroundSaves
-from q8lightning.trainer.durable_io import DurableCheckpointIO, is_ours, make_durable
-from q8lightning.trainer.io_chain import chain_of, check_not_async, is_async, writes_where_told
-from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
-from q8lightning.trainer.load import load
-from q8lightning.trainer.twins import count_as_twins
+from q8lightning.trainer.checkpoint_io.chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO, is_ours, make_durable
+from q8lightning.trainer.checkpoint_io.load import load
+from q8lightning.trainer.lightning_api.both_packages import count_as_twins
+from q8lightning.trainer.lightning_api.internals import WrappingCheckpointIO
 
 _EXACT = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
 """Names of files, by how they begin, that the Trainer loads again a moment later: the tuner's, and those of processes

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from q8lightning.trainer.lightning_internals import WrappingCheckpointIO
-from q8lightning.trainer.twins import is_a
+from q8lightning.trainer.lightning_api.both_packages import is_a
+from q8lightning.trainer.lightning_api.internals import WrappingCheckpointIO
 
 
 def chain_of(checkpoint_io: CheckpointIO | None) -> Iterator[CheckpointIO]:

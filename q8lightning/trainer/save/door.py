@@ -18,14 +18,14 @@ from torch import Tensor
 
 from q8lightning.checkpoint.sharded.ranks import is_alone
 from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
-from q8lightning.trainer.lightning_internals import unmark
-from q8lightning.trainer.pending_names import let_callbacks_know, tell_callbacks
-from q8lightning.trainer.publishing import as_tensors, harmless, log, put, step_of
-from q8lightning.trainer.ranks import Failures, is_from_making, saves_silently
-from q8lightning.trainer.save_losses import losses_of
-from q8lightning.trainer.twins import is_a
-from q8lightning.trainer.warm_up import WarmUp
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
+from q8lightning.trainer.lightning_api.both_packages import is_a
+from q8lightning.trainer.lightning_api.internals import unmark
+from q8lightning.trainer.prepare.warm_up import WarmUp
+from q8lightning.trainer.record.publish import as_tensors, harmless, log, put, step_of
+from q8lightning.trainer.record.save_losses import losses_of
+from q8lightning.trainer.save.failures import Failures, is_from_making, saves_silently
+from q8lightning.trainer.save.pending_names import let_callbacks_know, tell_callbacks
 
 SAME = 1e-6
 """Relative difference up to which two measurements of one state are the same: sums are added in any order."""

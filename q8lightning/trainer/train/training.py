@@ -13,10 +13,10 @@ from q8lightning.qat.selection import check_optimizers
 from q8lightning.qat.trained_weights import TrainedWeights
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
-from q8lightning.trainer.engage import Engagement
-from q8lightning.trainer.lightning_internals import logs_next_step
-from q8lightning.trainer.model_structure import ModelStructure
-from q8lightning.trainer.weight_losses import WeightLosses
+from q8lightning.trainer.lightning_api.internals import logs_next_step
+from q8lightning.trainer.lightning_api.model import ModelStructure
+from q8lightning.trainer.record.weight_losses import WeightLosses
+from q8lightning.trainer.train.engage import Engagement
 
 
 class _KnownCodecs:
