@@ -44,7 +44,7 @@ from q8lightning.checkpoint.sharded.check import check_shards, read_meta
 from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.shard_file import read_table
 from q8lightning.trainer.checkpoint_io import durable
-from q8lightning.trainer.save import shards as sharded
+from q8lightning.trainer.checkpoint_io import shards as sharded
 
 RAW = ("state_dict.seen",)
 """Buffers are stored as they are."""

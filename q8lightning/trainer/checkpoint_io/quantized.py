@@ -1,14 +1,12 @@
 """The CheckpointIO that every save of a Trainer or of Fabric passes: it encodes what the policy selects."""
 
-import atexit
 import gc
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,38 +16,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard, names_in
 from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.encode.start import SaveStarter
-from q8lightning.checkpoint.encode.warn import WarningQueue
-from q8lightning.checkpoint.file.link import link_checkpoint
 from q8lightning.checkpoint.file.write import announce
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.system.advice import advise
-from q8lightning.system.paths import check_is_there, keeping, local_path
+from q8lightning.system.paths import PathLike, keeping
 from q8lightning.system.private_names import check_names
-from q8lightning.system.save_queue import BackgroundSaveError, BackgroundSaves
-from q8lightning.trainer.checkpoint_io.chain import chain_of, check_not_async, is_async, writes_where_told
+from q8lightning.trainer.checkpoint_io.chain import chain_of, check_not_async
 from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO, is_ours, make_durable
+from q8lightning.trainer.checkpoint_io.file_names import is_exact, is_urgent
+from q8lightning.trainer.checkpoint_io.in_order import OrderedCheckpointIO
 from q8lightning.trainer.checkpoint_io.load import load
-from q8lightning.trainer.lightning_api.both_packages import count_as_twins
-from q8lightning.trainer.lightning_api.internals import WrappingCheckpointIO
-
-_EXACT = (".lr_find_", ".scale_batch_size_", ".temp.ckpt")
-"""Names of files, by how they begin, that the Trainer loads again a moment later: the tuner's, and those of processes
-that were spawned. They must come back exactly."""
-
-_URGENT = ("hpc_ckpt_",)
-"""Names of files, by how they begin, that the Trainer saves when SLURM is about to end the process."""
+from q8lightning.trainer.lightning_api.both_packages import register_in_both
 
 _REPORTS = 8
 """How many reports of saves are kept until they are read."""
 
-_NOTEWORTHY = 0.1
-"""Seconds of waiting that are worth a line in the log."""
 
-
-class QuantizedCheckpointIO(WrappingCheckpointIO):
+class QuantizedCheckpointIO(OrderedCheckpointIO):
     """Saves checkpoints quantized through the CheckpointIO that it wraps; loading needs nothing special.
 
     The callback installs it. ``Trainer(plugins=[QuantizedCheckpointIO()])`` and ``Fabric(plugins=[...])`` do the same,
@@ -92,7 +77,7 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
                 ' have a name of their own, as in QuantizedCheckpointIO(checkpoint="compact")'
             )
         check_names(["saving"])
-        count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning accepts only its own CheckpointIOs
+        register_in_both(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning accepts only its own CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
         self.async_save = async_save
@@ -101,24 +86,15 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Returns what only the model knows, at each save; set by the callback."""
         self.optimizer_device: torch.device | None = None
         """The GPU on which optimizer states are decoded when they are loaded; set by the callback."""
-        self.moment: Callable[[], Hashable] | None = None
-        """Names the moment of the training; set by the callback. Saves of one moment are encoded once, and the caller
-        calls :meth:`let_go` before training changes what was saved. Where this is None or returns None,
+        self.pause: Callable[[], Hashable] | None = None
+        """Tells in which pause of training a save is made; set by the callback. Saves of one pause are encoded once,
+        and the caller calls :meth:`let_go` before training changes what was saved. Where this is None or returns None,
         :meth:`let_go` is not called, and each save waits until it is encoded."""
-        self.waits: list[float] = []
-        """Seconds that each save held training until the save before it was written."""
         self.reports: deque[Future[SaveReport]] = deque(maxlen=_REPORTS)
         """What the last saves lost, in their order. Any thread completes them; a save that fails cancels its own."""
-        self.kept: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Keeps what removals, links and the end raise in the one process that does them, until all meet; set by the
-        callback."""
-        self.durable: deque[str] | None = None
-        """Paths of checkpoints that became durable. The caller takes them out; None if it does not want them."""
-        self.telling = False
-        """Whether they are being taken out at the moment."""
-        self._warnings = WarningQueue()
+        self.on_durable: Callable[[str], object] | None = None
+        """Called with the path of each checkpoint that became durable, on any thread; set by the callback."""
         self._said_nothing = False
-        self._background: BackgroundSaves | None = None  # made by the first save: before, a Trainer is pickled to spawn
         self._memory = HostMemory()
         self._starter = SaveStarter()
         make_durable(self)
@@ -127,60 +103,40 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to saves that go on: Trainers are pickled."""
-        fresh: dict[str, Any] = {
-            "_background": None,
-            "_memory": HostMemory(),
-            "reports": deque(maxlen=_REPORTS),
-            "telling": False,
-        }
-        return {**self.__dict__, **fresh}
+        return {**super().__getstate__(), "_memory": HostMemory(), "reports": deque(maxlen=_REPORTS)}
 
-    def __enter__(self) -> "QuantizedCheckpointIO":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Finish the saves; a failed one does not replace the error that the block ends with."""
-        try:
-            self.finish()
-        except BackgroundSaveError as failure:
-            if error is None:
-                raise
-            advise(str(failure))
-
-    @property
-    def base(self) -> CheckpointIO:
-        """The wrapped CheckpointIO."""
-        assert self.checkpoint_io is not None
-        return self.checkpoint_io
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Encode a copy of ``checkpoint`` and save it to ``path``.
 
         Raises:
             BackgroundSaveError: If an earlier save in the background failed; nothing is saved then.
         """
         if is_exact(path):
-            self._wait()
+            self.wait()
             self.base.save_checkpoint(checkpoint, path, storage_options=storage_options)  # type: ignore[arg-type]
             return
         names = self.describe_model() if self.describe_model is not None else names_in(checkpoint)
-        save = self._start(checkpoint, path, names)
-        known: Future[SaveReport] = Future()
-        self.reports.append(known)
-        place = self._fixed(path) if self.async_save else None
+        save = self._encode(checkpoint, path, names)
+        place = self.absolute(path) if self.async_save else None
         if place is not None:
             os.makedirs(os.path.dirname(place), exist_ok=True)  # as a save that writes at once does
-        self._hand_over(path, partial(self._write, save, known, path, storage_options, place))
+
+        def write(tell: Callable[[SaveReport], None]) -> None:
+            memory = self._memory if self._only_pickles else None  # others may keep what they are given
+            with save.fetch(memory) as content, keeping(place and os.path.dirname(place)):
+                announce("fetched", path)
+                tell(save.report)
+                if not save.report.tensors:
+                    self._say_nothing(path)
+                self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
+
+        self._hand_over(path, save, write)
 
     def save_shards(
         self,
         checkpoint: dict[str, Any],
         shards: Mapping[int, Shard],
-        path: str | os.PathLike[str],
+        path: PathLike,
         names: ModelNames,
         ranks: Ranks,
         write: Callable[[Save, HostMemory], SaveReport],
@@ -199,32 +155,17 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
             BackgroundSaveError: In all processes, if an earlier save in the background failed in one of them.
         """
         with talking():
-            save = ranks.together(lambda: self._start(checkpoint, path, names, shards))
-        known: Future[SaveReport] = Future()
-        if ranks.is_first:
-            self.reports.append(known)
+            save = ranks.together(lambda: self._encode(checkpoint, path, names, shards))
 
-        def write_own() -> None:
-            try:
-                with talking():
-                    report = write(save, self._memory)
-                self._starter.learn(save)
-                if ranks.is_first:
-                    self._warnings.add(report)
-                    known.set_result(report)
-            finally:
-                known.cancel()  # does nothing if it is completed
-            if ranks.is_first and self.durable is not None:
-                self.durable.append(os.fspath(path))
+        def write_own(tell: Callable[[SaveReport], None]) -> None:
+            with talking():
+                report = write(save, self._memory)
+            tell(report)
 
-        self._hand_over(path, write_own)
+        self._hand_over(path, save, write_own, ranks.is_first)
 
-    def _start(
-        self,
-        checkpoint: Mapping[str, Any],
-        path: str | os.PathLike[str],
-        names: ModelNames,
-        shards: Mapping[int, Shard] = WHOLE,
+    def _encode(
+        self, checkpoint: Mapping[str, Any], path: PathLike, names: ModelNames, shards: Mapping[int, Shard] = WHOLE
     ) -> Save:
         """Encode or copy what training may change."""
         with _without_collection():
@@ -232,26 +173,51 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
                 checkpoint,
                 self.policy,
                 names,
-                None if self.moment is None else self.moment(),
+                None if self.pause is None else self.pause(),
                 live=self.async_save,
                 stand_ins=self._only_pickles,
-                wait_for_room=partial(self._wait_for_room, path),
+                wait_for_room=partial(self.wait_for_room, path),
                 shards=shards,
             )
         announce("frozen", path)
         return save
 
-    def _hand_over(self, path: str | os.PathLike[str], write: Callable[[], object]) -> None:
-        """Write a save that was started, now or in the background."""
-        if self.async_save:
-            if self._background is None:
-                self._background = BackgroundSaves()
-                atexit.register(self._background.tell_at_exit)
-            self._background.save(path, write)
-            if os.path.basename(path).startswith(_URGENT):
-                self._wait()
-        else:
-            write()
+    def _hand_over(
+        self,
+        path: PathLike,
+        save: Save,
+        write: Callable[[Callable[[SaveReport], None]], None],
+        is_first: bool = True,
+    ) -> None:
+        """Write what was encoded, at once or in the background, and tell what it lost and when it is durable.
+
+        Args:
+            path: Where to, as the caller said it.
+            save: What was encoded.
+            write: Writes it. It calls what it is given with what the save lost, once that is known.
+            is_first: Whether this process tells.
+        """
+        report: Future[SaveReport] = Future()
+        if is_first:
+            self.reports.append(report)
+
+        def tell(lost: SaveReport) -> None:
+            self._starter.learn(save)
+            if is_first:
+                self._warnings.add(lost)
+                report.set_result(lost)
+
+        def write_and_tell() -> None:
+            try:
+                write(tell)
+            finally:
+                report.cancel()  # does nothing if it is completed
+            if is_first and self.on_durable is not None:
+                self.on_durable(os.fspath(path))
+
+        self.write_in_order(path, write_and_tell)
+        if self.async_save and is_urgent(path):
+            self.wait()
         if not self._starter.is_waited_for:
             self._starter.let_go()
         self._warnings.warn()
@@ -269,53 +235,16 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         """Whether the wrapped CheckpointIO surely does nothing with a checkpoint but to write it at once."""
         return is_ours(self.base, "save_checkpoint")
 
-    def _fixed(self, path: str | os.PathLike[str]) -> str | None:
-        """Return the absolute path of a local file, so that a change of the working directory does not matter."""
-        local = local_path(path) if writes_where_told(self) else None
-        return None if local is None else os.path.abspath(local)
-
-    def _write(
-        self,
-        save: Save,
-        known: "Future[SaveReport]",
-        path: str | os.PathLike[str],
-        storage_options: Any | None,
-        place: str | None = None,
-    ) -> None:
-        """Fetch the content of a save and write it, on any thread.
-
-        Args:
-            save: The save.
-            known: Completed with what it lost; cancelled if it fails before.
-            path: Where to, as the caller said it.
-            storage_options: For the wrapped CheckpointIO.
-            place: The absolute path of a local file; see :meth:`_fixed`.
-        """
-        memory = self._memory if self._only_pickles else None  # others may keep what they are given
-        try:
-            with save.fetch(memory) as content, keeping(place and os.path.dirname(place)):
-                announce("fetched", path)
-                self._starter.learn(save)
-                self._warnings.add(save.report)
-                known.set_result(save.report)
-                if not save.report.tensors:
-                    self._say_nothing(path)
-                self.base.save_checkpoint(content, place or path, storage_options=storage_options)  # type: ignore[arg-type]
-        finally:
-            known.cancel()  # does nothing if it is completed
-        if self.durable is not None:
-            self.durable.append(os.fspath(path))
-
-    def _say_nothing(self, path: str | os.PathLike[str]) -> None:
+    def _say_nothing(self, path: PathLike) -> None:
         """Log once that a file is not smaller, where no callback has checked the policy before."""
-        if self.moment is None and not self._said_nothing:
+        if self.pause is None and not self._said_nothing:
             self._said_nothing = True
             rank_zero_info(
                 f"q8lightning has quantized nothing in {os.fspath(path)}: no tensor of at least"
                 f" {self.policy.min_numel} elements has a rule and becomes smaller. The file is as large as without"
             )
 
-    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the checkpoint at ``path``, decoded; further arguments go to the wrapped CheckpointIO.
 
         With ``verify``, payloads are compared with their checksums, and the rest of a local file with the zip's.
@@ -325,120 +254,13 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
             NewerFormatError: If the file was written in a later format than this version reads.
             BackgroundSaveError: If a save in the background failed.
         """
-        self._wait()
+        self.wait()
         return load(self.base, path, self.verify, self.optimizer_device, *args, **kwargs)
 
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove the checkpoint at ``path`` after the saves before this; keep it if the last of them failed."""
-        if self._background is None:
-            with self.kept():
-                self._remove(path)
-        else:
-            self._background.remove(path, partial(self._remove, self._fixed(path) or path))
-
-    def _remove(self, path: str | os.PathLike[str]) -> None:
-        announce("removing", path)
-        self.base.remove_checkpoint(path)  # type: ignore[arg-type]
-        announce("removed", path)
-
-    def link_checkpoint(self, target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-        """Make ``path`` a link to ``target``, in the order in which :meth:`remove_checkpoint` would remove it."""
-        link = partial(link_checkpoint, os.path.abspath(target), os.path.abspath(path))
-        if self._background is None:
-            with self.kept():
-                link()
-        else:
-            self._background.link(path, target, link)
-
-    def exists(self, path: str | os.PathLike[str]) -> bool | None:
-        """Whether there will be a file at ``path`` when nothing is pending; None if nothing pending changes it."""
-        return None if self._background is None else self._background.exists(path)
-
-    def settle(self, path: str | os.PathLike[str]) -> None:
-        """Wait until nothing pending changes ``path``, whether that succeeds or fails."""
-        if self._background is not None:
-            self._background.settle(path)
-
-    def wait_until_durable(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Wait until the checkpoint at ``path`` is on the disk, or with None until all are.
-
-        For a folder, wait for all that is in it. Only the process that writes has anything to wait for.
-
-        Raises:
-            BackgroundSaveError: If a save or removal failed that no save, load or wait has reported yet. It names the
-                path, and is not raised again.
-            FileNotFoundError: If there is nothing at ``path``, and no save of it is pending: it was never saved, it was
-                removed, or its save failed and that has been reported.
-            RuntimeError: If an AsyncCheckpointIO does the saving, because it does not say when it is done.
-        """
-        if is_async(self):
-            raise RuntimeError(
-                "AsyncCheckpointIO does not say when a checkpoint is durable; remove it from the Trainer's plugins and"
-                " pass async_save=True to the QuantizationCallback or the QuantizedCheckpointIO"
-            )
-        if self._background is not None:
-            self._background.wait(path)
-        self._warnings.warn()
-        if path is not None and writes_where_told(self):
-            check_is_there(path)
-
-    def finish(self) -> None:
-        """Wait for everything in the background and give pinned memory back.
-
-        Raises:
-            BackgroundSaveError: The first failure that no save has reported yet. The others are warnings.
-        """
-        try:
-            self._wait()
-        finally:
-            for error in () if self._background is None else self._background.unheard():
-                advise(str(error))  # only one can be raised
-            if self._background is not None:
-                atexit.unregister(self._background.tell_at_exit)
-            self._background = None
-            self._starter.release()
-            self._memory.release()
-        self._warnings.warn()
-
-    def teardown(self) -> None:
-        """Finish what is in the background and tear the wrapped CheckpointIO down."""
-        try:
-            with self.kept():
-                self.finish()
-        finally:
-            self.base.teardown()
-
-    def wait(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Wait for everything in the background, or with ``path`` for what changes that path.
-
-        Raises:
-            BackgroundSaveError: If a save or removal failed that no save has reported yet.
-        """
-        self._wait(path)
-
-    def _wait(self, path: str | os.PathLike[str] | None = None) -> None:
-        if self._background is not None:
-            self._background.wait(path)
-
-    def _wait_for_room(self, path: str | os.PathLike[str]) -> None:
-        if self._background is None:
-            return
-        if not self.async_save:
-            self._background.wait()
-            return
-        seconds = self._background.wait_for_room()
-        if seconds:
-            self.waits.append(seconds)
-        if seconds > _NOTEWORTHY:
-            rank_zero_info(
-                f"saving {os.fspath(path)} held training for {seconds:.3f} s, until the checkpoint before it was"
-                " written; save less often, or to a faster disk, if that is too long"
-            )
-
-
-def is_exact(path: str | os.PathLike[str]) -> bool:
-    """Whether a file of this name must come back exactly, because the Trainer loads it again a moment later."""
-    return os.path.basename(path).startswith(_EXACT)
+    def _release(self) -> None:
+        """Forget the plan, and give pinned memory back."""
+        self._starter.release()
+        self._memory.release()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Save with the strategies of Fabric that hand states to torch.distributed.checkpoint: FSDP and ModelParallel."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,68 +12,42 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.save import Save
-from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sharded.local_shards import local_shards
-from q8lightning.checkpoint.sharded.ranks import Ranks, talking
-from q8lightning.checkpoint.sharded.save import ShardedSave
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree
-from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
+from q8lightning.checkpoint.sharded.shard_plan import ShardPlanner
+from q8lightning.system.paths import PathLike
+from q8lightning.trainer.checkpoint_io.shards import ShardSaver
+
+Filter = Mapping[str, Callable[[str, Any], bool]]
+"""For keys of a state, functions that say by name and value what of it is saved."""
 
 
-class FabricShards:
-    """Saves the states of one strategy; made and called in all processes.
+def save_in_shards(saver: ShardSaver, path: PathLike, state: Mapping[str, Any], names: ModelNames) -> None:
+    """Save a state to a folder, each process its own shards.
 
     Args:
-        io: What encodes.
+        saver: What saves the states of the strategy.
+        path: The folder.
+        state: Modules, optimizers and anything else, unwrapped.
+        names: What is known of them.
     """
+    checkpoint = states_of(state, StateDictOptions())
+    roots = {key: (key,) for key, value in state.items() if isinstance(value, nn.Module | Optimizer)}
+    parts = {key: checkpoint[key] for key in roots}
+    saver.save(path, checkpoint, parts, ShardPlanner(roots), lambda: names, tuple(roots))
 
-    def __init__(self, io: QuantizedCheckpointIO) -> None:
-        self.io = io
-        self._front, self._back = Ranks.of_all(), Ranks.of_all()  # one for the training, one for what writes
-        self._last: ShardPlan | None = None
 
-    def save(self, path: Any, state: Mapping[str, Any], names: ModelNames, filter: Any) -> None:
-        """Save a state to a folder, each process its own shards.
+def save_gathered(saver: ShardSaver, path: PathLike, state: Mapping[str, Any], filter: Filter | None) -> None:
+    """Gather a state in the first process, which saves one file.
 
-        Args:
-            path: The folder.
-            state: Modules, optimizers and anything else, unwrapped.
-            names: What is known of them.
-            filter: Must be None.
-
-        Raises:
-            NotImplementedError: If there is a filter, as from ``fabric.save``.
-        """
-        if filter is not None:
-            raise NotImplementedError("checkpoints in shards cannot be filtered; save without filter")
-        checkpoint = states_of(state, StateDictOptions())
-        roots = {key: (key,) for key, value in state.items() if isinstance(value, nn.Module | Optimizer)}
-        with talking():
-            target = self._front.at_first(lambda: os.path.abspath(path))
-            planner = ShardPlanner(roots)
-            parts = {key: checkpoint[key] for key in roots}
-            plan = self._last = agree(planner, parts, self._front, self._last)
-            part = self._front.together(lambda: local_shards(checkpoint, plan, planner, self._front.is_first))
-
-        def write(save: Save, memory: HostMemory) -> SaveReport:
-            return ShardedSave(save, plan, part.places, self._back, tuple(roots)).write(target, memory)
-
-        self.io.save_shards(part.checkpoint, part.shards, path, names, self._front, write)
-
-    def save_gathered(self, path: Any, state: Mapping[str, Any], filter: Any) -> None:
-        """Gather a state in the first process, which saves one file.
-
-        Args:
-            path: The file.
-            state: Modules, optimizers and anything else, unwrapped.
-            filter: For keys of the state, functions that say by name and value what is saved.
-        """
-        checkpoint = states_of(state, StateDictOptions(full_state_dict=True, cpu_offload=True))
-        for key, keep in (filter or {}).items():
-            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if keep(name, value)}
-        self._front.at_first(lambda: self.io.save_checkpoint(checkpoint, path))
+    Args:
+        saver: What saves the states of the strategy.
+        path: The file.
+        state: Modules, optimizers and anything else, unwrapped.
+        filter: For keys of the state, functions that say by name and value what is saved.
+    """
+    checkpoint = states_of(state, StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for key, keep in (filter or {}).items():
+        checkpoint[key] = {name: value for name, value in checkpoint[key].items() if keep(name, value)}
+    saver.ranks.at_first(lambda: saver.io.save_checkpoint(checkpoint, path))
 
 
 def states_of(state: Mapping[str, Any], options: StateDictOptions) -> dict[str, Any]:

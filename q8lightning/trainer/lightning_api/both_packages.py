@@ -33,7 +33,7 @@ def is_exactly_a(instance: object, cls: type[T]) -> TypeGuard[T]:
     return type(instance) in (cls, twin_of(cls))
 
 
-def count_as_twins(cls: type) -> None:
+def register_in_both(cls: type) -> None:
     """Register ``cls`` as a subclass of the twins of its base classes, if these are abstract base classes."""
     for base in cls.__mro__:
         twin = twin_of(base)

@@ -16,6 +16,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
@@ -31,7 +32,9 @@ from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.checkpoint.tree import tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.system.advice import advise
-from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
+from q8lightning.trainer.lightning_api.internals import saves_in_shards
+from q8lightning.trainer.lightning_api.strategies import encoding_device
 from q8lightning.trainer.prepare.miniatures import Miniature, miniatures_of, parameters_of
 
 LEAVE = 5.0
@@ -140,6 +143,24 @@ class WarmUp:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(LEAVE)
+
+
+def warm_up_for(trainer: pl.Trainer, quantized: Mapping[str, WeightCodec]) -> WarmUp | None:
+    """Return what loads the kernels of a Trainer's saves; None if this process needs none.
+
+    Args:
+        trainer: The Trainer.
+        quantized: How weights that are trained quantized are, by name.
+    """
+    installed, strategy = find_quantized_io(trainer.strategy.checkpoint_io), trainer.strategy
+    device = encoding_device(strategy)
+    if installed is None or device is None or device.type != "cuda":
+        return None
+    encodes = trainer.is_global_zero or saves_in_shards(strategy)
+    if trainer.fast_dev_run or not encodes:  # type: ignore[attr-defined]
+        return None
+    module, optimizers = trainer.lightning_module, strategy.optimizers
+    return WarmUp(installed.policy, module, optimizers, device, installed.async_save, quantized)
 
 
 def _write_nothing(save: Save, memory: HostMemory) -> SaveReport:

@@ -7,7 +7,7 @@ from torch import nn
 
 from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.lightning_api.model import ModelStructure, in_state_dict
+from q8lightning.trainer.lightning_api.model import WeakStructure, in_state_dict
 
 
 class Quantizes(Protocol):
@@ -23,7 +23,7 @@ class _Names:
     """The names of a model's parameters, valid while the model has this structure."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.structure = ModelStructure(module)
+        self.structure = WeakStructure(module)
         parameters = module.named_parameters(remove_duplicate=False)
         named = [(in_state_dict(name), id(parameter)) for name, parameter in parameters]
         self.of = {identity: name for name, identity in reversed(named)}

@@ -1,70 +1,43 @@
-"""Record what every save of a Trainer lost, and publish it when it is known.
+"""The door that every save of a Trainer passes, in every process: encode, write, record, tell.
 
-It is known when the save's :class:`SaveReport` is complete. In the background that is after the save has returned. The
-thread that completes the report computes the values. The training thread publishes them at the next save, batch or end
-of an epoch. It waits for them only where a callback decides by one of them.
+Lightning has no hook after a save. The door stands in for the ``save_checkpoint`` of the Trainer's strategy, which all
+processes call, before the barrier that ends every save. What hooks of the callback do around saves is here as well.
 """
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
 from q8lightning.checkpoint.sharded.ranks import is_alone
-from q8lightning.metrics.recorder import PREFIX, STALL, Recorded, Recorder
+from q8lightning.metrics.recorder import Recorder
+from q8lightning.system.paths import PathLike, check_is_there
+from q8lightning.trainer.checkpoint_io.chain import is_async
 from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
-from q8lightning.trainer.lightning_api.both_packages import is_a
 from q8lightning.trainer.lightning_api.internals import unmark
-from q8lightning.trainer.prepare.warm_up import WarmUp
-from q8lightning.trainer.record.publish import as_tensors, harmless, log, put, step_of
-from q8lightning.trainer.record.save_losses import losses_of
+from q8lightning.trainer.record.publish import warn_safely
+from q8lightning.trainer.record.save_losses import SaveLosses
+from q8lightning.trainer.save.durable_files import DurableFiles
 from q8lightning.trainer.save.failures import Failures, is_from_making, saves_silently
-from q8lightning.trainer.save.pending_names import let_callbacks_know, tell_callbacks
-
-SAME = 1e-6
-"""Relative difference up to which two measurements of one state are the same: sums are added in any order."""
-
-PATIENCE = 600.0
-"""Seconds to wait for what a save lost. After that the run ends without it."""
+from q8lightning.trainer.save.pending_names import show_pending_files, stop_showing
 
 
-class _Pending(NamedTuple):
-    """A save that has not been published.
+class Waited(Protocol):
+    """What a save waits for."""
 
-    Attributes:
-        step: The step at which Lightning logged then.
-        state: The optimizer's steps by then; None outside of a fit, where the state may change between saves.
-        seconds: How long it held training.
-        known: What is recorded of it, and the same as tensors; cancelled if the save failed.
-    """
-
-    step: int
-    state: int | None
-    seconds: float
-    known: "Future[tuple[Recorded, dict[str, Tensor]]]"
+    def wait(self) -> None: ...
 
 
-class _Row(NamedTuple):
-    """What is published of a save; ``step`` and ``state`` are those of :class:`_Pending`."""
+class SaveDoor:
+    """What every save of a Trainer passes.
 
-    step: int
-    state: int | None
-    values: dict[str, float]
-
-
-class SaveWatch:
-    """Stands in for the ``save_checkpoint`` of a Trainer's strategy, which every process calls, and records the save.
-
-    Lightning has no hook after a save. All processes pass here, before the barrier that ends every save.
-
-    The process that encodes logs what it knows on its loggers. All processes decide by ``callback_metrics``, so these
-    change only where all of them meet: here, and at the end of an epoch, of a validation and of the fit.
+    Args:
+        trainer: The Trainer that saves.
+        checkpoint_io: What encodes the saves.
+        recorder: Computes and counts what they lose.
+        save: What other code put in place of the strategy's method; None for the method itself.
     """
 
     def __init__(
@@ -75,24 +48,23 @@ class SaveWatch:
         save: Callable[..., Any] | None,
     ) -> None:
         self.save = save
-        """What other code put in place of the strategy's method; None for the method itself."""
-        self.fitting = False
-        """Whether hooks follow in which to publish. Otherwise a save waits until it is known what it lost."""
-        self.warm_up: WarmUp | None = None
-        """What loads kernels at the moment. The first save waits for it."""
+        self.warm_up: Waited | None = None
+        """What loads kernels at the moment. The first save waits for it: it would load the same a second time."""
+        self.training = False
+        """Whether hooks follow before training changes what is saved."""
+        self.losses = SaveLosses(trainer, recorder)
         self.failures = Failures(trainer)
         """What failed in this process alone. It is raised in all when they meet."""
+        self.durable = DurableFiles(trainer)
         self._trainer = trainer
         self._io = checkpoint_io
-        self._recorder = recorder
-        self._pending: deque[_Pending] = deque()
-        self._untold: list[_Row] = []  # published here, and not yet in the other processes
-        self._others_wait = False
-        self._last: tuple[int | None, dict[str, float]] = None, {}
+        checkpoint_io.kept = self.failures.kept
+        if not is_async(checkpoint_io):  # which hides when files are durable
+            checkpoint_io.on_durable = self.durable.add
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is pending: a copy has saved nothing."""
-        return {**self.__dict__, "warm_up": None, "_pending": deque(), "_untold": [], "_others_wait": False}
+        """Leave out what goes on: a copy loads nothing, and trains only when it is told so."""
+        return {**self.__dict__, "warm_up": None, "training": False}
 
     def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save and record; tell callbacks what is durable last, so that what they raise does not undo a save.
@@ -101,19 +73,70 @@ class SaveWatch:
         that has left others in the middle of a save in shards raises at once. They hear of it when the process ends.
         """
         trainer, failures = self._trainer, self.failures
-        let_callbacks_know(trainer)
+        show_pending_files(trainer, self._io)
         with failures.kept(BaseException, unless=is_alone):
             unmark(trainer.strategy, checkpoint)
             self._save(checkpoint, *args, **kwargs)
-        self._others_wait = trainer.world_size > 1
-        # A Checkpoint callback may look right after this save, in the same hook.
-        looks_now = any(is_a(each, Checkpoint) and _watches(each) for each in trainer.checkpoint_callbacks)
-        self.publish(wait=looks_now or not self.fitting, together=True)
+        self.losses.publish_after_save()
         if not failures:
-            with failures.kept():
-                tell_callbacks(trainer)
+            self._tell()
         failures.meet()
         failures.due = True
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Save through the strategy, whose CheckpointIO encodes, and take what it reports."""
+        strategy = self._trainer.strategy
+        self._io.reports.clear()
+        start = time.perf_counter()
+        if self.warm_up is not None:
+            self.warm_up.wait()
+            self.warm_up = None
+        if self.save is None:
+            type(strategy).save_checkpoint(strategy, *args, **kwargs)
+        else:
+            self.save(*args, **kwargs)
+        self.losses.take(self._io.reports, seconds=time.perf_counter() - start)
+
+    def _tell(self) -> None:
+        with self.failures.kept():
+            self.durable.tell()
+
+    def after_batch(self) -> None:
+        """Publish what is known of saves, and tell callbacks what is durable by now."""
+        self.losses.publish()
+        show_pending_files(self._trainer, self._io)  # to callbacks that were added
+        self._tell()
+
+    def let_go(self) -> None:
+        """Wait until training may change what was saved last."""
+        with self.failures.kept():
+            self._io.let_go()
+
+    def finish(self, end_background: bool) -> None:
+        """Finish the pending saves, and let callbacks ask the disk again which names are taken.
+
+        Args:
+            end_background: Let later saves, which are outside of the Trainer's loops, return when the file is there.
+
+        Raises:
+            BackgroundSaveError: If a save or removal failed that was not reported yet.
+        """
+        if end_background:
+            self._io.async_save = False
+        try:
+            self._io.finish()
+        finally:
+            stop_showing(self._trainer, self._io)
+
+    def end_fit(self, finish: Callable[[], None]) -> None:
+        """Finish the saves and publish the rest; raise in all processes what one of them failed with."""
+        try:
+            with self.failures.kept():
+                finish()
+        finally:
+            self.losses.publish_rest(together=True)
+        self._tell()
+        self.failures.meet()
 
     def join(self, error: BaseException) -> None:
         """Tell the processes that are in a save that this one failed before it got here.
@@ -123,82 +146,48 @@ class SaveWatch:
         """
         trainer = self._trainer
         is_silent = self.save is None and saves_silently(trainer.strategy)
-        if trainer.world_size > 1 and is_silent and is_from_making(trainer, error, SaveWatch.__call__):
-            self._others_wait = True
-            self.publish(together=True)
+        if trainer.world_size > 1 and is_silent and is_from_making(trainer, error, SaveDoor.__call__):
+            self.losses.publish_after_failure()
             self.failures.meet_after(error)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        trainer, strategy, reports = self._trainer, self._trainer.strategy, self._io.reports
-        reports.clear()
-        start = time.perf_counter()
-        if self.warm_up is not None:
-            self.warm_up.wait()  # it would load the same kernels a second time
-            self.warm_up = None
-        if self.save is None:
-            type(strategy).save_checkpoint(strategy, *args, **kwargs)
-        else:
-            self.save(*args, **kwargs)
-        seconds = time.perf_counter() - start
-        state = trainer.global_step if self.fitting else None
-        while reports:  # none if nothing was encoded, or not in this process
-            known = losses_of(reports.popleft(), self._recorder)
-            self._pending.append(_Pending(step_of(trainer), state, seconds, known))
+    def fail(self, error: BaseException, finish: Callable[[], None]) -> None:
+        """Finish the saves after an exception of the Trainer, which nothing replaces: what fails here is a warning."""
+        self.training = False
+        try:
+            finish()
+        except Exception as failure:  # a save, or a warning that is an error
+            warn_safely(str(failure))
+        self.losses.publish_rest(together=False)
+        self.durable.tell()
+        for each in self.failures.forget():
+            warn_safely(f"{type(each).__name__}: {each}")
+        if self.failures.ends_all(error):  # launchers kill the process that writes when another has ended
+            with suppress(RuntimeError):  # it has
+                self._trainer.strategy.barrier()
 
-    def publish(self, wait: bool = False, together: bool = False) -> None:
-        """Publish what is known of the saves so far, in their order.
+    def end(self, finish: Callable[[], None]) -> None:
+        """Finish the saves at the end of a run, also of one that failed."""
+        with self.failures.kept():
+            finish()
+        self.losses.publish_rest(together=False)
+        self._tell()
+        self.failures.meet_if_due()
 
-        Args:
-            wait: Wait until everything is known.
-            together: All processes call this at the same moment, so that ``callback_metrics`` change in all of them.
+    def wait_until_durable(self, path: PathLike | None) -> None:
+        """Wait for what this process writes, then tell callbacks.
+
+        Of a whole checkpoint the first process writes all. Of one in shards each writes a part, and hears of any that
+        fails.
         """
-        while self._pending and (wait or self._pending[0].known.done()):
-            self._publish(self._pending.popleft())
-        if together and self._others_wait and self._recorder.detail is not None:
-            self._tell_others()
-
-    def _publish(self, save: _Pending) -> None:
-        with harmless(self._recorder, "computing what a save lost"):
-            try:
-                recorded, tensors = save.known.result(PATIENCE)
-            except CancelledError:
-                return  # the save failed, which is raised elsewhere
-            self._recorder.count(recorded, save.seconds)
-            if self._recorder.detail is None:
-                return
-            row = _Row(save.step, save.state, {**recorded.values, STALL: save.seconds * 1e3})
-            self._log(row)
-            if self._trainer.world_size > 1:
-                self._untold.append(row)
-            else:
-                put(self._trainer, self._recorder, {**tensors, **as_tensors({STALL: row.values[STALL]})})
-
-    def _log(self, row: _Row) -> None:
-        """Log a row, except what an earlier save of the same state has logged."""
-        values, (last, said) = row.values, self._last
-        if row.state is None or row.state != last:
-            self._last = row.state, dict(values)
+        if self._trainer.is_global_zero:
+            self._io.wait_until_durable(path)
         else:
-            values = {name: value for name, value in values.items() if name != STALL and not _same(value, said, name)}
-            if not values:
-                return
-            said.update(values)
-        log(self._trainer, self._recorder, values, row.step)
-
-    def _tell_others(self) -> None:
-        """Publish in all processes what the first one has logged since the last time."""
-        trainer, rows = self._trainer, self._untold
-        self._untold, self._others_wait = [], False
-        with harmless(self._recorder, "telling other processes what a save lost"):
-            theirs, self._others_wait = trainer.strategy.broadcast((rows, bool(self._pending)))
-            for row in theirs:
-                if not trainer.is_global_zero:
-                    self._log(row)
-                put(trainer, self._recorder, as_tensors(row.values))
+            self._io.wait(path)
+        self.durable.tell()
 
 
-def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
-    """Record every save from now on, also after the run, when the CheckpointIO goes on encoding.
+def open_door(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recorder: Recorder) -> None:
+    """Let every save pass a door from now on, also after the run, when the CheckpointIO goes on encoding.
 
     Args:
         trainer: The Trainer that saves.
@@ -206,83 +195,30 @@ def watch_saves(trainer: pl.Trainer, checkpoint_io: QuantizedCheckpointIO, recor
         recorder: Computes and counts; it replaces that of an earlier run.
     """
     save = vars(trainer.strategy).get("save_checkpoint")
-    if isinstance(save, SaveWatch):
+    if isinstance(save, SaveDoor):
         save = save.save
-    watch = SaveWatch(trainer, checkpoint_io, recorder, save)
-    checkpoint_io.kept = watch.failures.kept
-    trainer.strategy.save_checkpoint = watch  # type: ignore[method-assign]
+    trainer.strategy.save_checkpoint = SaveDoor(trainer, checkpoint_io, recorder, save)  # type: ignore[method-assign]
+    show_pending_files(trainer, checkpoint_io)
 
 
-def watch_of(trainer: pl.Trainer) -> SaveWatch | None:
-    """Return what records the saves of a Trainer; None before its first setup."""
+def door_of(trainer: pl.Trainer) -> SaveDoor | None:
+    """Return the door of a Trainer; None before its first setup, and where nothing encodes its saves."""
     save = vars(trainer.strategy).get("save_checkpoint")
-    return save if isinstance(save, SaveWatch) else None
+    return save if isinstance(save, SaveDoor) else None
 
 
-def failures_of(trainer: pl.Trainer) -> Failures:
-    """Return what has failed in this process alone; nothing if no setup has seen the Trainer."""
-    watch = watch_of(trainer)
-    return Failures(trainer) if watch is None else watch.failures
+def wait_until_durable(trainer: pl.Trainer, path: PathLike | None) -> None:
+    """Let every process wait until a checkpoint is on the disk, or all are.
 
-
-def start_warm_up(trainer: pl.Trainer, warm_up: WarmUp) -> None:
-    """Load the kernels of saves while training goes on; the first save waits until they are there."""
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.warm_up = warm_up
-        warm_up.start()
-
-
-def join_others(trainer: pl.Trainer, error: BaseException) -> None:
-    """Tell the processes that are in a save that this one failed in it."""
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.join(error)
-
-
-def defer_publishing(trainer: pl.Trainer) -> None:
-    """Let the hooks that follow publish what later saves lose, if it is not known at once."""
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.fitting = True
-
-
-def publish_known(trainer: pl.Trainer) -> None:
-    """Publish what is known by now, without waiting."""
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.publish()
-
-
-def publish_for_monitors(trainer: pl.Trainer) -> None:
-    """Publish in all processes, before callbacks read what they monitor; wait for all values if one monitors ours."""
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.publish(wait=is_watched(trainer), together=True)
-
-
-def publish_rest(trainer: pl.Trainer, together: bool) -> None:
-    """Publish what is left when no hook follows.
-
-    Args:
-        trainer: The Trainer that saved.
-        together: Whether all processes get here, which they do not if one of them has failed.
+    Raises:
+        Exception: In every process, what :meth:`QuantizedCheckpointIO.wait_until_durable` or a callback raises in the
+            first.
     """
-    watch = watch_of(trainer)
-    if watch is not None:
-        watch.fitting = False
-        watch.publish(wait=True, together=together)
-
-
-def is_watched(trainer: pl.Trainer) -> bool:
-    """Whether a callback of a Trainer decides by a value that is recorded here."""
-    return any(map(_watches, trainer.callbacks))  # type: ignore[attr-defined]
-
-
-def _watches(callback: object) -> bool:
-    """Whether a callback monitors a value that is recorded here."""
-    return str(getattr(callback, "monitor", None)).startswith(f"{PREFIX}/")
-
-
-def _same(value: float, said: dict[str, float], name: str) -> bool:
-    return name in said and math.isclose(value, said[name], rel_tol=SAME)
+    door = door_of(trainer)
+    failures = Failures(trainer) if door is None else door.failures
+    with failures.kept(BaseException):
+        if door is not None:
+            door.wait_until_durable(path)
+        elif path is not None and trainer.is_global_zero:
+            check_is_there(path)
+    failures.meet()

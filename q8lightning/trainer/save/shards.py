@@ -23,18 +23,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from q8lightning.checkpoint.encode.find import ModelNames, names_in
-from q8lightning.checkpoint.encode.save import Save
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
-from q8lightning.checkpoint.sharded.local_shards import local_shards
-from q8lightning.checkpoint.sharded.ranks import Ranks, talking
-from q8lightning.checkpoint.sharded.save import ShardedSave
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
-from q8lightning.checkpoint.staging.transfer import HostMemory
-from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, is_exact
+from q8lightning.checkpoint.sharded.ranks import talking
+from q8lightning.checkpoint.sharded.shard_plan import ShardPlanner, state_for_dcp
+from q8lightning.trainer.checkpoint_io.file_names import is_exact
+from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
+from q8lightning.trainer.checkpoint_io.shards import ShardSaver
 from q8lightning.trainer.lightning_api.both_packages import is_a
 from q8lightning.trainer.lightning_api.model import in_state_dict
 
@@ -55,12 +52,7 @@ class ShardedDoor:
         self.io = checkpoint_io
         self._strategy = strategy
         self._weights = "model" if is_a(strategy, FSDPStrategy) else "state_dict"
-        self._front, self._back = Ranks.of_all(), Ranks.of_all()  # one for the training, one for the thread that writes
-        self._last: ShardPlan | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the processes: Trainers are pickled."""
-        return {**self.__dict__, "_front": Ranks(), "_back": Ranks(), "_last": None}
+        self._saver = ShardSaver(checkpoint_io)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
         """Save a checkpoint to the folder ``filepath``; to be called in all processes.
@@ -71,21 +63,12 @@ class ShardedDoor:
         own = type(self._strategy).save_checkpoint
         if storage_options is not None or is_exact(filepath):
             with talking():
-                self._front.together(self.io.wait)
+                self._saver.ranks.together(self.io.wait)
                 own(self._strategy, checkpoint, filepath, storage_options)  # which refuses options
             return
         with talking():
-            path = self._front.at_first(lambda: os.path.abspath(filepath))
-            planner, state = ShardPlanner(), state_for_dcp(checkpoint, self._weights)
-            plan = self._last = agree(planner, state, self._front, self._last)
-            part, names = self._front.together(
-                lambda: (local_shards(checkpoint, plan, planner, self._front.is_first), self._names(checkpoint))
-            )
-
-        def write(save: Save, memory: HostMemory) -> SaveReport:
-            return ShardedSave(save, plan, part.places, self._back).write(path, memory)
-
-        self.io.save_shards(part.checkpoint, part.shards, filepath, names, self._front, write)
+            state = state_for_dcp(checkpoint, self._weights)
+        self._saver.save(filepath, checkpoint, state, ShardPlanner(), lambda: self._names(checkpoint))
 
     def _names(self, checkpoint: Mapping[str, Any]) -> ModelNames:
         """Return what is known of the model, by the names that the states of sharded models have."""
@@ -105,11 +88,12 @@ class ShardedDoor:
             NewerFormatError: If it was written in a later format than this version reads.
             BackgroundSaveError: If a save in the background failed.
         """
-        self._front.together(self.io.wait)
-        path, in_shards = self._front.at_first(lambda: (os.path.abspath(checkpoint_path), is_sharded(checkpoint_path)))
+        ranks = self._saver.ranks
+        ranks.together(self.io.wait)
+        path, in_shards = ranks.at_first(lambda: (os.path.abspath(checkpoint_path), is_sharded(checkpoint_path)))
         own = type(self._strategy).load_checkpoint
         if in_shards and self.io.verify:
-            check_shards(path, self._front, *args, **kwargs)
+            check_shards(path, ranks, *args, **kwargs)
         try:
             with nullcontext() if self.io.verify else without_verification():
                 checkpoint: dict[str, Any] = own(self._strategy, checkpoint_path, *args, **kwargs)

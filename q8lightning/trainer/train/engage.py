@@ -9,7 +9,6 @@ accumulate. Where such code runs, it sees the masters, and what it leaves is qua
 backward.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,43 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from q8lightning.qat.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.follow import WriteFollower
 from q8lightning.system.ambient import untraced
-from q8lightning.trainer.lightning_api.both_packages import is_from_lightning
-
-BETWEEN = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward")
-"""Hooks between forward and backward."""
-
-AFTER_BACKWARD = ("on_after_backward",)
-
-EVERY_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-ACCUMULATING = (
-    *AFTER_BACKWARD,
-    *EVERY_BATCH,
-    "on_train_batch_end",
-    "on_train_batch_start",
-    "optimizer_step",
-    "lr_scheduler_step",
-    "on_validation_model_zero_grad",
-    "on_validation_model_eval",
-)
-"""Hooks between backward and the next forward when no optimizer step comes between."""
-
-EVALUATING = (
-    *EVERY_BATCH,
-    "write_on_batch_end",
-    *(f"on_{stage}_batch_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")),
-)
-"""Hooks between two batches of an evaluation."""
-
-READERS = ("weight_averaging", "stochastic_weight_avg", "lambda_function", "pruning", "finetuning")
-"""Modules of Lightning's own callbacks whose hooks read or write weights."""
-
-
-def somebody_runs(hooks: Iterable[str], owners: Iterable[Any]) -> bool:
-    """Whether one of ``hooks`` is defined outside of Lightning, or by a callback of Lightning that reads weights."""
-    functions = [getattr(owner, hook, None) for owner in owners for hook in hooks]
-    modules = [getattr(function, "__module__", None) or "" for function in functions if function is not None]
-    return any(not is_from_lightning(module) or module.rsplit(".", 1)[-1] in READERS for module in modules)
+from q8lightning.trainer.lightning_api.stand_in import StandIn
+from q8lightning.trainer.train.user_code import ACCUMULATING, AFTER_BACKWARD, BETWEEN, EVALUATING, somebody_runs
 
 
 class Engagement:
@@ -243,22 +207,12 @@ class Engagement:
         return any(id(parameter) in selected for group in optimizer.param_groups for parameter in group["params"])
 
 
-class _Around:
-    """A method with something around it. It is copied and pickled as the method alone."""
+class _Around(StandIn):
+    """A method with something around it."""
 
-    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
-        self._original = original
+    def __init__(self, method: Callable[..., Any], around: Callable[..., Any]) -> None:
+        super().__init__(method)
         self._around = around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self._original, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self._original,)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._original, memo)
-
-
-def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
-    return method
+        return self._around(self.method, *args, **kwargs)

@@ -14,7 +14,8 @@ from q8lightning.qat.trained_weights import TrainedWeights
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.trainer.lightning_api.internals import logs_next_step
-from q8lightning.trainer.lightning_api.model import ModelStructure
+from q8lightning.trainer.lightning_api.model import WeakStructure
+from q8lightning.trainer.lightning_api.strategies import check_qat
 from q8lightning.trainer.record.weight_losses import WeightLosses
 from q8lightning.trainer.train.engage import Engagement
 
@@ -24,7 +25,7 @@ class _KnownCodecs:
 
     def __init__(self, trained: TrainedWeights, module: pl.LightningModule) -> None:
         self.trained = trained
-        self.structure = ModelStructure(module)
+        self.structure = WeakStructure(module)
         self.replaced = trained.replaced(module)
         self.codecs = trained.codecs(module)
 
@@ -78,6 +79,10 @@ class QATTraining:
         """Return how the last step quantized inputs of modules, by the modules' names."""
         steps = trainer.global_step
         return {} if steps and not self.config.active(steps - 1) else self.trained.inputs
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raise ValueError if the Trainer's strategy cannot train weights quantized."""
+        check_qat(trainer.strategy)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Sequence[pl.Callback]) -> None:
         """Select the weights and begin to engage them around every step.
