@@ -13,8 +13,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard, names_in
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Shard
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.encode.start import SaveStarter
 from q8lightning.checkpoint.file.write import announce
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.strategy import Strategy
 
-from q8lightning.checkpoint.encode.describe_state import describe_state
+from q8lightning.checkpoint.encode.select.model_names import describe_state
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO, find_quantized_io
 from q8lightning.trainer.checkpoint_io.shards import ShardSaver

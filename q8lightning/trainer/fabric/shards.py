@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlanner
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
+from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlanner
 from q8lightning.system.paths import PathLike
 from q8lightning.trainer.checkpoint_io.shards import ShardSaver
 

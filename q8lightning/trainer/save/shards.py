@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.layout.sections import summary_in
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
 from q8lightning.checkpoint.sharded.ranks import talking
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlanner, state_for_dcp
+from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlanner, state_for_dcp
 from q8lightning.trainer.checkpoint_io.file_names import is_exact
 from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
 from q8lightning.trainer.checkpoint_io.shards import ShardSaver
