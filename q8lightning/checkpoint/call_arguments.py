@@ -78,7 +78,7 @@ def check_stretch(what: str, buffer: Any, start: Any, nbytes: Any) -> None:
         nbytes: How many bytes it takes.
     """
     if not isinstance(buffer, Tensor) or buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
-        raise damaged(what, f"whose bytes are {_described(buffer)}")
+        raise damaged(what, f"whose bytes are {described(buffer)}")
     if not _are_sizes([start, nbytes]) or start + nbytes > len(buffer):
         raise damaged(what, f"which has {nbytes!r:.40} bytes from {start!r:.40} on, of {len(buffer)}")
 
@@ -93,7 +93,7 @@ def check_together(data: Any, shapes: Any, strides: Any) -> None:
     """
     what = "the small tensors"
     if not isinstance(data, Tensor) or data.ndim != 1 or not data.is_contiguous():
-        raise damaged(what, f"whose elements are {_described(data)}")
+        raise damaged(what, f"whose elements are {described(data)}")
     if not isinstance(shapes, list | tuple) or not isinstance(strides, list | tuple) or len(shapes) != len(strides):
         raise damaged(what, "whose shapes and strides are not as many")
     for shape, stride in zip(shapes, strides, strict=True):
@@ -113,7 +113,7 @@ def check_raw(name: Any, save: Any, checksum: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(save, str) or type(checksum) is not int:
         raise damaged("a tensor", f"with the name {name!r:.200}, the save {save!r:.40} and the sum {checksum!r:.40}")
     if not isinstance(tensor, Tensor):
-        raise damaged(f"the tensor {name}", f"which is {_described(tensor)}")
+        raise damaged(f"the tensor {name}", f"which is {described(tensor)}")
     if type(tensor) is Tensor and tensor.layout == torch.strided:
         there = tensor.untyped_storage().nbytes()
         if tensor.nbytes > there:
@@ -142,7 +142,8 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return what something is, for a message."""
     if not isinstance(value, Tensor):
         return f"of the type {type(value).__name__}"
     return f"a tensor of {value.dtype} with the shape {list(value.shape)} and the strides {list(value.stride())}"

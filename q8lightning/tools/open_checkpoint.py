@@ -228,6 +228,8 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     except Exception as error:  # torch and pickle raise anything for a file that is no checkpoint
         with verified(file):  # raises if the file is damaged
             pass
+        if isinstance(error, CorruptCheckpointError):  # although its sums fit
+            raise CorruptCheckpointError(error.what, path) from error
         raise explain(path, error) from error
     check_version(summary_in(content))
     return OpenCheckpoint(file, content, locations)
