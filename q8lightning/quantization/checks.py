@@ -11,6 +11,8 @@ def check_tensor(x: Any, name: str) -> None:
     """Raise ValueError if ``x`` is no tensor."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got the layout {x.layout}; convert it with to_dense()")
 
 
 def check_float(x: Tensor, name: str) -> None:
@@ -21,6 +23,8 @@ def check_float(x: Tensor, name: str) -> None:
 
 def check_float_dtype(dtype: Any, name: str) -> None:
     """Raise ValueError if ``dtype`` is none that can be encoded."""
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the dtype of {name} is a torch.dtype, got {dtype!r}; pass such as torch.float32")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}; convert it first")
 

@@ -10,6 +10,7 @@ from q8lightning.quantization import ops
 from q8lightning.quantization.checks import check_buffer, check_codes, check_float, result_dtype
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, CodebookName, get_codebook
 from q8lightning.quantization.spec.layout import check_block_size
+from q8lightning.system.arguments import check_bool
 
 Code = CodebookName | Codebook | Tensor | Sequence[float]
 """A codebook, its name or its levels; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
@@ -134,6 +135,7 @@ def fake_quantize(
         tensor([-2.,  0.,  1.])
     """
     check_float(x, "x")
+    check_bool("return_statistics", return_statistics)
     spec = _spec(code)
     check_block_size(block_size)
     values: Tensor

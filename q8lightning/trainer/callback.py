@@ -14,6 +14,7 @@ from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
+from q8lightning.system.arguments import check_bool, names_arguments
 from q8lightning.system.paths import check_is_there
 from q8lightning.system.private_names import Part, check_names
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
@@ -48,6 +49,7 @@ from q8lightning.trainer.strategies import bypasses_io, check_qat, optimizer_dev
 from q8lightning.trainer.warm_up import WarmUp
 
 
+@names_arguments
 class QuantizationCallback(pl.Callback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
@@ -96,8 +98,8 @@ class QuantizationCallback(pl.Callback):
         self.qat_training = None if qat is None else QATTraining(QATConfig.of(qat), self.recorder)
         """The part that trains with quantized weights; None without ``qat``."""
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
-        self.async_save = async_save
-        self.verify = verify
+        self.async_save = check_bool("async_save", async_save)
+        self.verify = check_bool("verify", verify)
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None

@@ -27,6 +27,7 @@ from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.system.advice import advise
+from q8lightning.system.arguments import check_bool, names_arguments
 from q8lightning.system.paths import check_is_there, keeping, local_path
 from q8lightning.system.private_names import check_names
 from q8lightning.system.save_queue import BackgroundSaveError, BackgroundSaves
@@ -50,6 +51,7 @@ _NOTEWORTHY = 0.1
 """Seconds of waiting that are worth a line in the log."""
 
 
+@names_arguments
 class QuantizedCheckpointIO(WrappingCheckpointIO):
     """Saves checkpoints quantized through the CheckpointIO that it wraps; loading needs nothing special.
 
@@ -96,8 +98,8 @@ class QuantizedCheckpointIO(WrappingCheckpointIO):
         count_as_twins(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning accepts only its own CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
-        self.async_save = async_save
-        self.verify = verify
+        self.async_save = check_bool("async_save", async_save)
+        self.verify = check_bool("verify", verify)
         self.describe_model: Callable[[], ModelNames] | None = None
         """Returns what only the model knows, at each save; set by the callback."""
         self.optimizer_device: torch.device | None = None
