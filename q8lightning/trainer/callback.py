@@ -14,6 +14,7 @@ from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
+from q8lightning.system.arguments import check_bool, names_arguments
 from q8lightning.system.paths import check_is_there
 from q8lightning.trainer.prepare.first_line import tell_what_comes
 from q8lightning.trainer.prepare.warm_up import WarmUp, warm_up_for
@@ -24,6 +25,7 @@ from q8lightning.trainer.save.install import check_installed_versions, check_pol
 from q8lightning.trainer.train.training import QATTraining
 
 
+@names_arguments
 class QuantizationCallback(pl.Callback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
@@ -72,8 +74,8 @@ class QuantizationCallback(pl.Callback):
         self.qat_training = None if qat is None else QATTraining(QATConfig.of(qat), self.recorder)
         """The part that trains with quantized weights; None without ``qat``."""
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
-        self.async_save = async_save
-        self.verify = verify
+        self.async_save = check_bool("async_save", async_save)
+        self.verify = check_bool("verify", verify)
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None

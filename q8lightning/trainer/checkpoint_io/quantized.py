@@ -22,6 +22,7 @@ from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
 from q8lightning.checkpoint.staging.transfer import HostMemory
+from q8lightning.system.arguments import check_bool, names_arguments
 from q8lightning.system.paths import PathLike, keeping
 from q8lightning.system.private_names import check_names
 from q8lightning.trainer.checkpoint_io.chain import chain_of, check_not_async
@@ -35,6 +36,7 @@ _REPORTS = 8
 """How many reports of saves are kept until they are read."""
 
 
+@names_arguments
 class QuantizedCheckpointIO(OrderedCheckpointIO):
     """Saves checkpoints quantized through the CheckpointIO that it wraps; loading needs nothing special.
 
@@ -81,8 +83,8 @@ class QuantizedCheckpointIO(OrderedCheckpointIO):
         register_in_both(QuantizedCheckpointIO)  # a Trainer of pytorch_lightning accepts only its own CheckpointIOs
         super().__init__(checkpoint_io or DurableCheckpointIO())
         self.policy = CheckpointPolicy.of(checkpoint)
-        self.async_save = async_save
-        self.verify = verify
+        self.async_save = check_bool("async_save", async_save)
+        self.verify = check_bool("verify", verify)
         self.describe_model: Callable[[], ModelNames] | None = None
         """Returns what only the model knows, at each save; set by the callback."""
         self.optimizer_device: torch.device | None = None
