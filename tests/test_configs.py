@@ -120,7 +120,8 @@ def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tm
 
 def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "train_char_lm.py")
-    command = [sys.executable, script, "--steps=3", "--resume-steps=2", "--folder=demo", "--picture=demo.png"]
+    options = ["--steps=3", "--resume-steps=2", "--batch-size=2", "--folder=demo", "--picture=demo.png"]
+    command = [sys.executable, script, *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     output = result.stdout
