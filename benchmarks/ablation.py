@@ -50,21 +50,11 @@ from save import Training
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor, keep_encoded
-from q8lightning.checkpoint.file import (
-    archive,
-    compact_pickle,
-    contents,
-    crc32,
-    parts,
-    read,
-    small_tensors,
-    summed_file,
-    write,
-    write_behind,
-    zip_writer,
-)
+from q8lightning.checkpoint.file import crc32, read, write, write_behind
 from q8lightning.checkpoint.file.open_file import FileView
+from q8lightning.checkpoint.file.pack import compact_pickle, parts, small_tensors, zip_writer
 from q8lightning.checkpoint.file.payloads import payloads_in
+from q8lightning.checkpoint.file.verify import archive, contents, summed_file
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.staging import transfer
 from q8lightning.checkpoint.tree import leaves

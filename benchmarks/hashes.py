@@ -24,7 +24,8 @@ import xxhash
 
 from q8lightning import QuantizedTensor, without_verification
 from q8lightning.checkpoint import payload
-from q8lightning.checkpoint.file import archive, read, write
+from q8lightning.checkpoint.file import read, write
+from q8lightning.checkpoint.file.verify import archive
 from q8lightning.quantization.codecs.table import get_codec
 
 RUNS = 9

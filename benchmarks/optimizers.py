@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO, Rule, keep_encoded
-from q8lightning.checkpoint.optimizer_states import EXACT, state_of
+from q8lightning.checkpoint.layout.optimizer_states import EXACT, state_of
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.checkpoint.tree import PATHS, leaves
 from q8lightning.tools.tensors import Value, codec_of, decoded_bytes

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from char_lm import GPT
 
 from q8lightning import ActivationRule, QATConfig, WeightRule, fake_quantize
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 
 SIZES = {
     "tiny": {"vocabulary": 128, "width": 128, "depth": 2, "heads": 2},

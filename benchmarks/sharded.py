@@ -3,6 +3,7 @@
     python benchmarks/sharded.py                                    # 1 B parameters under FSDP2, NCCL, all GPUs here
     python benchmarks/sharded.py --ranks 2 --device cpu --size 10m  # processes on this machine's CPUs, gloo
     python benchmarks/sharded.py --only resume-async,dcp-async --saves 5
+    python benchmarks/sharded.py --only lightning,resume-async --resume-on 2,1
 
 A decoder of transformer blocks, each under ``fully_shard``, is trained by a real Trainer with ``ModelParallelStrategy``
 and AdamW on random tokens. Every way to save runs in processes of its own, so that its first save is the first of a
@@ -12,6 +13,10 @@ process; ways take turns if there are several ``--rounds``.
 that, until the next step begins, on the slowest process: the median of all saves but the first, and the first. "durable
 after" is the time from the call until every process has flushed its file (Lightning's and ``dcp.async_save``: until
 DCP says that it is done; DCP flushes files, and no folder). "bytes" are those of the folder.
+
+With ``--resume-on``, the last checkpoint of a way is resumed from in new processes, as many as it says. "ready after"
+is the time from the Trainer's ``setup`` to its first step, in which the model is made, divided and loaded; "without" is
+that of the run that saved, which loads nothing. "loss" is that of one fixed batch.
 """
 
 import argparse
@@ -23,7 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,7 @@ SIZES = {
     "10m": (6, 256, 4, 2, 64),
     "100m": (12, 768, 12, 4, 256),
     "1b": (20, 2048, 16, 4, 1024),
+    "7b": (32, 4096, 32, 1, 1024),
 }
 VOCABULARY = 8192
 
@@ -96,6 +102,9 @@ class Model(pl.LightningModule):
         fully_shard(self.net, mesh=mesh)
 
     def training_step(self, tokens: Tensor, index: int) -> Tensor:
+        return self.loss_of(tokens)
+
+    def loss_of(self, tokens: Tensor) -> Tensor:
         predicted = self.net(tokens[:, :-1])
         return nn.functional.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -140,6 +149,33 @@ class Saves(pl.Callback):
             self.wait = self.save(trainer, self.folder / f"{trainer.global_step}.ckpt")
 
 
+class Looks(pl.Callback):
+    """Takes the time until training begins, and the loss of a fixed batch at its begin and its end."""
+
+    def __init__(self, batch: Tensor) -> None:
+        self.batch = batch
+        self.began = 0.0
+        self.ready = 0.0
+        self.losses: list[float] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ready = time.perf_counter() - self.began
+        self._look(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(pl_module)
+
+    def _look(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Model)
+        with torch.no_grad():
+            self.losses.append(float(pl_module.loss_of(self.batch.to(pl_module.device))))
+
+
 def way_to_save(
     way: str, callback: QuantizationCallback | None
 ) -> Callable[[pl.Trainer, Path], Callable[[], None]] | None:
@@ -180,6 +216,9 @@ def run(arguments: argparse.Namespace, way: str) -> None:
     if preset in ("resume", "compact"):
         callback = QuantizationCallback(preset, async_save=way.endswith("-async"))
         callbacks.append(callback)
+    looks = Looks(tokens[:batch])
+    if arguments.resume_from:
+        steps += 1
     trainer = pl.Trainer(
         accelerator="gpu" if arguments.device == "cuda" else "cpu",
         devices=size,
@@ -197,15 +236,17 @@ def run(arguments: argparse.Namespace, way: str) -> None:
 
     class Begin(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            saves.save = way_to_save(way, callback)
+            if not arguments.resume_from:
+                saves.save = way_to_save(way, callback)
 
-    trainer.callbacks += [Begin(), saves]  # type: ignore[attr-defined]
-    trainer.fit(Model(arguments.size), DataLoader(tokens, batch_size=batch))  # type: ignore[arg-type]
+    trainer.callbacks += [Begin(), saves, looks]  # type: ignore[attr-defined]
+    loader = DataLoader(tokens, batch_size=batch)  # type: ignore[arg-type]
+    trainer.fit(Model(arguments.size), loader, ckpt_path=arguments.resume_from, weights_only=False)
     found = [saves.steps, saves.with_save, saves.durable]
     everybody: list[Any] = [None] * size
     dist.all_gather_object(everybody, found)
     if trainer.is_global_zero:
-        step = statistics.median(saves.steps[2:])
+        step = statistics.median(saves.steps[2:] or saves.steps)
         held = [max(each[1][i] for each in everybody) - step for i in range(len(saves.with_save))]
         durable = [max(each[2][i] for each in everybody) for i in range(len(saves.durable))]
         newest = max(Path(arguments.folder).glob("*.ckpt"), key=os.path.getmtime, default=None)
@@ -219,58 +260,93 @@ def run(arguments: argparse.Namespace, way: str) -> None:
             "holds": statistics.median(held[1:]) if held[1:] else None,
             "durable": statistics.median(durable[1:]) if durable[1:] else None,
             "bytes": sum(file.stat().st_size for file in newest.iterdir()) if newest else None,
+            "ready": looks.ready,
+            "loss": looks.losses[0 if arguments.resume_from else -1],
         }
         print(json.dumps(row), flush=True)
 
 
-def launch(arguments: argparse.Namespace, way: str) -> dict[str, Any]:
+def launch(arguments: argparse.Namespace, way: str, ranks: int, resume_from: Path | None = None) -> dict[str, Any]:
     """Start the processes of one way; return the row that the first one prints."""
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    os.makedirs(arguments.folder)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.port), "NODE_RANK": "0"}
-    environment |= {"WORLD_SIZE": str(arguments.ranks)}
+    environment |= {"WORLD_SIZE": str(ranks)}
     if arguments.device == "cpu":
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.ranks))
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+    if resume_from is not None:
+        command += ["--resume-from", str(resume_from)]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--way", way, "--ranks", str(arguments.ranks)],
+            command,
             env=environment | {"LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             stderr=None if arguments.verbose else subprocess.DEVNULL,
             text=True,
         )
-        for rank in range(arguments.ranks)
+        for rank in range(ranks)
     ]
     said = processes[0].communicate()[0]
     for process in processes:
         process.wait()
-    shutil.rmtree(arguments.folder, ignore_errors=True)
     rows = [line for line in said.splitlines() if line.startswith("{")]
     if not rows:
         raise RuntimeError(f"{way} ended with {[each.returncode for each in processes]}; --verbose shows why")
     row: dict[str, Any] = json.loads(rows[-1])
+    if resume_from is not None:
+        row["resumes"] = True
     return row
 
 
+def measure(arguments: argparse.Namespace, way: str) -> Iterator[dict[str, Any]]:
+    """Yield the row of one way to save, and of resuming from what it saved last."""
+    folder = Path(arguments.folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield launch(arguments, way, arguments.ranks)
+    newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
+    if newest is not None and way != "dcp-async":  # it has no loops and callbacks, which a Trainer asks for
+        for ranks in arguments.resume_on:
+            yield launch(arguments, way, ranks, newest)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return all that was measured as a table, the medians of the rounds."""
+    """Return all that was measured as tables, the medians of the rounds."""
     lines = [
         "| way | step | the first save holds | a save holds | durable after | bytes a parameter |",
         "|---|---|---|---|---|---|",
     ]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        own = [row for row in rows if row["way"] == way]
-
-        def median(key: str, own: list[dict[str, Any]] = own) -> float | None:
-            found = [row[key] for row in own if row[key] is not None]
-            return statistics.median(found) if found else None
-
-        times = [median(key) for key in ("step", "first", "holds", "durable")]
+    saved = [row for row in rows if "resumes" not in row]
+    for way in dict.fromkeys(row["way"] for row in saved):
+        own = [row for row in saved if row["way"] == way]
+        times = [_median(own, key) for key in ("step", "first", "holds", "durable")]
         said = ["" if each is None else f"{each * 1e3:,.0f} ms" for each in times]
-        nbytes = median("bytes")
+        nbytes = _median(own, "bytes")
         said.append("" if nbytes is None else f"{nbytes / own[0]['parameters']:.2f}")
         lines.append(f"| {way} | {' | '.join(said)} |")
+    resumed = [row for row in rows if "resumes" in row]
+    if resumed:
+        lines += [
+            "",
+            "| resumes from | processes | ready after | without | loss when saved | when loaded |",
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+    for way, ranks in dict.fromkeys((row["way"], row["ranks"]) for row in resumed):
+        own = [row for row in resumed if (row["way"], row["ranks"]) == (way, ranks)]
+        before = [row for row in saved if row["way"] == way]
+        ready, fresh = (f"{(_median(each, 'ready') or 0) * 1e3:,.0f} ms" for each in (own, before))
+        losses = [f"{_median(each, 'loss'):.6f}" for each in (before, own)]
+        lines.append(f"| {way} | {ranks} | {ready} | {fresh} | {' | '.join(losses)} |")
     return "\n".join(lines)
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> float | None:
+    found = [row[key] for row in rows if row[key] is not None]
+    return statistics.median(found) if found else None
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
 
 
 def main() -> None:
@@ -282,11 +358,13 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--every", type=int, default=5, help="steps between saves")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--resume-on", type=_numbers, default=[], help="numbers of processes, such as 2,1")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 alone, as bf16-true")
     parser.add_argument("--folder", default="sharded-benchmark")
     parser.add_argument("--port", type=int, default=29531)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--resume-from", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
         run(arguments, arguments.way)
@@ -294,8 +372,9 @@ def main() -> None:
     rows = []
     for _ in range(arguments.rounds):
         for way in arguments.only.split(","):
-            rows.append(launch(arguments, way))
-            print(json.dumps(rows[-1]), flush=True)
+            for row in measure(arguments, way):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     print(table(rows))
 
 

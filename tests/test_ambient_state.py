@@ -40,11 +40,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import q8lightning
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, export_quantized
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionSQNR, UpdateDirectionError
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.rules import ActivationRule, WeightRule
 from q8lightning.quantization import functional
 from q8lightning.quantization.codecs.weight import WeightCodec

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
-from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
+from q8lightning.checkpoint.encode.judge.encode_tensors import encode_tensors
 from q8lightning.checkpoint.file.payloads import decode_payloads, payloads_in
+from q8lightning.checkpoint.layout.sections import path_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Rule
-from q8lightning.checkpoint.sections import path_of
 from q8lightning.checkpoint.tree import rebuild, tensors
 from resuming.training import Checkpoint
 

@@ -98,7 +98,7 @@ def save_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def check_save(name: str, save: str | None) -> None:
-    """Compare the save that a payload names with the one that the file does which is being loaded.
+    """Compare the save that a payload names with the save in the name of its file.
 
     Raises:
         CorruptCheckpointError: If they are not the same.

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
-from q8lightning.checkpoint.sections import NEVER, OPTIMIZER_STATES, RUNNING_STATISTICS, WEIGHTS
+from q8lightning.checkpoint.layout.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
+from q8lightning.checkpoint.layout.sections import NEVER, OPTIMIZER_STATES, RUNNING_STATISTICS, WEIGHTS
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook

@@ -207,7 +207,7 @@ def _read(path: str) -> dict[str, Any]:
     import yaml
 
     from q8lightning.tools import ToolError
-    from q8lightning.tools.compress import policy_of
+    from q8lightning.tools.convert.compress import policy_of
 
     try:
         with open(path, encoding="utf-8") as file:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from q8lightning.tools import Comparison, Row
-from q8lightning.tools.compare import UPDATE_DIRECTION
+from q8lightning.tools.comparison import UPDATE_DIRECTION
 from q8lightning.tools.tensors import KINDS
 
 _LABELS = 60

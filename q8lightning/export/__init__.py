@@ -1,1 +1,1 @@
-"""Write trained models in the formats in which they are deployed, one module for each."""
+"""Export trained models: one function over the formats in which they are deployed."""

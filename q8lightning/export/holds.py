@@ -1,4 +1,4 @@
-"""Find the weights that a target cannot hold, and say which rule it could."""
+"""Refuse what a target cannot hold: weights, with the rule that it could, and entries that are no tensors."""
 
 from collections.abc import Callable
 
@@ -30,3 +30,33 @@ def check_all(source: Source, format: str, reason: Reason, remedy: str) -> None:
         f'format="{format}" cannot hold {len(wrong)} of {len(source.quantized)} quantized weights: {"; ".join(lines)}'
         f"{more}. Train them with {remedy}, or export to another format"
     )
+
+
+def why_not_in_groups(weight: Weight) -> str | None:
+    """Say why a format of integers in groups along rows cannot hold a weight; None if it can."""
+    codec = weight.codec
+    assert codec is not None
+    if codec.book.scale_unit == 1.0:
+        return f"it holds the integers int2 to int8, not {codec.book.name}"
+    if len(weight.shape) != 2:
+        return "it holds matrices only; exclude it, or pass as_floats=..."
+    if weight.group is None:
+        return "its groups do not run along rows; axis=0 makes them (for Conv1D axis=1, and export with transpose=...)"
+    if weight.row % weight.group:
+        return f"groups of {weight.group} do not divide its rows of {weight.row} elements"
+    return None
+
+
+def check_only_tensors(source: Source, format: str, remedy: str) -> None:
+    """Refuse entries of the state dict that are no tensors.
+
+    Args:
+        source: The weights.
+        format: The name of the format.
+        remedy: What to do.
+
+    Raises:
+        ExportError: Naming the first of them.
+    """
+    if source.others:
+        raise ExportError(f"{format} holds tensors only, and {next(iter(source.others))} is none; {remedy}")

@@ -26,10 +26,9 @@ import torch
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.export import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors, torchao
 from q8lightning.export.errors import ExportError
-from q8lightning.export.naming import Naming, Rename
-from q8lightning.export.options import Options, as_mapping
+from q8lightning.export.formats import bitsandbytes, codes, compressed_tensors, floats, gguf, safetensors, torchao
+from q8lightning.export.options import Naming, Options, Rename, as_mapping
 from q8lightning.export.weights import Source
 from q8lightning.system.ambient import neutral
 from q8lightning.system.arguments import did_you_mean

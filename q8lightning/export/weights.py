@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.layout.sections import CODES_KEY, INPUTS_KEY, STATE_DICT
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.qat_codes import Codes, read_codes
-from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, STATE_DICT
-from q8lightning.checkpoint.sharded.open_folder import OpenFolder
-from q8lightning.checkpoint.sharded.read_codes import codes_in
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.read.open_folder import OpenFolder
+from q8lightning.checkpoint.sharded.read.read_codes import codes_in
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.export.errors import ExportError
-from q8lightning.export.naming import Naming
+from q8lightning.export.options import Naming
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.tools.open_checkpoint import OpenCheckpoint
 from q8lightning.tools.tensors import Value
@@ -82,7 +82,7 @@ class Weight:
 
     @property
     def flat_block(self) -> int | None:
-        """The elements that share a scale, counted through the target's matrix row by row; None if blocks do not so."""
+        """The elements that share a scale, counted through the target's rows; None if blocks run otherwise."""
         codec = self.codec
         if codec is None:
             return None
@@ -236,21 +236,6 @@ class Source:
             value=value,
             source=self,
         )
-
-
-def why_not_in_groups(weight: Weight) -> str | None:
-    """Say why a format of integers in groups along rows cannot hold a weight; None if it can."""
-    codec = weight.codec
-    assert codec is not None
-    if codec.book.scale_unit == 1.0:
-        return f"it holds the integers int2 to int8, not {codec.book.name}"
-    if len(weight.shape) != 2:
-        return "it holds matrices only; exclude it, or pass as_floats=..."
-    if weight.group is None:
-        return "its groups do not run along rows; axis=0 makes them (for Conv1D axis=1, and export with transpose=...)"
-    if weight.row % weight.group:
-        return f"groups of {weight.group} do not divide its rows of {weight.row} elements"
-    return None
 
 
 def identity(value: Any) -> Any:

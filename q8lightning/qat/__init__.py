@@ -1,1 +1,1 @@
-"""Training with quantized weights: which ones and when, engage and release, export."""
+"""Training with quantized weights: rules, the selection, engage and release, and writes inside a step."""

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from q8lightning.qat.fake_quantizer import open_quantizers
+from q8lightning.qat.engage.fake_quantizer import open_quantizers
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
-from q8lightning.tools.compare import Comparison, Difference, Reshaped, Row, compare
-from q8lightning.tools.compress import compress
-from q8lightning.tools.conversion import Conversion, check_not_there
-from q8lightning.tools.decompress import decompress
-from q8lightning.tools.html import write_html
-from q8lightning.tools.inspect import Inspection, Size, StoredOtherwise, TensorEntry, inspect
+from q8lightning.tools.compare import compare
+from q8lightning.tools.comparison import Comparison, Difference, Reshaped, Row
+from q8lightning.tools.convert.compress import compress
+from q8lightning.tools.convert.conversion import Conversion, check_not_there
+from q8lightning.tools.convert.decompress import decompress
+from q8lightning.tools.html.page import write_html
+from q8lightning.tools.inspect import inspect
+from q8lightning.tools.inspection import Inspection, Size, StoredOtherwise, TensorEntry
 from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
 from q8lightning.tools.save import Saved, save

@@ -1,18 +1,15 @@
 """Compare two checkpoints tensor by tensor, quantized or not; decode one tensor of each at a time."""
 
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
-from q8lightning.checkpoint.places import item_at, place_of
-from q8lightning.checkpoint.report import relative_error, sqnr_db
-from q8lightning.checkpoint.sections import (
+from q8lightning.checkpoint.layout.optimizer_states import BASES, FIRST_OF_ADAM, SECONDS_OF_ADAM
+from q8lightning.checkpoint.layout.places import item_at, place_of
+from q8lightning.checkpoint.layout.sections import (
     DEFAULT_EPS,
     epsilons_of,
     name_of,
@@ -20,10 +17,9 @@ from q8lightning.checkpoint.sections import (
     path_of,
 )
 from q8lightning.checkpoint.tree import Keys
+from q8lightning.tools.comparison import UPDATE_DIRECTION, Comparison, Difference, Reshaped, Row
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
 from q8lightning.tools.tensors import (
-    KINDS,
-    BytesAParameter,
     Value,
     bytes_a_parameter,
     codec_of,
@@ -34,129 +30,6 @@ from q8lightning.tools.tensors import (
 
 CHUNK = 2**18
 """Elements that are compared at a time, in float64."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The difference of values from those that they are compared with.
-
-    Attributes:
-        error: Sum of the squared differences.
-        signal: Sum of the squares of the first values.
-        max_error: The largest difference.
-    """
-
-    error: float = 0.0
-    signal: float = 0.0
-    max_error: float = 0.0
-
-    def __add__(self, other: "Difference") -> "Difference":
-        largest = math.nan if math.isnan(self.max_error + other.max_error) else max(self.max_error, other.max_error)
-        return Difference(self.error + other.error, self.signal + other.signal, largest)
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the difference over the norm of the first values; 0 if both are the same."""
-        return relative_error(self.error, self.signal)
-
-    @property
-    def sqnr_db(self) -> float:
-        """The same as a signal-to-noise ratio in dB; infinite if both are the same."""
-        return sqnr_db(self.error, self.signal)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The comparison of one tensor, or of the update direction of one parameter.
-
-    Attributes:
-        path: Its path; for an update direction, the path of the parameter's state.
-        name: Its name for people, such as ``layer.weight: exp_avg``; the path if the parameter is not known.
-        kind: Its kind; ``update_direction`` for exp_avg / (sqrt(exp_avg_sq) + eps).
-        first: Dtype or codec in the first file.
-        second: Dtype or codec in the second file.
-        difference: The difference of the second from the first.
-    """
-
-    path: str
-    name: str
-    kind: str
-    first: str
-    second: str
-    difference: Difference
-
-
-@dataclass(frozen=True)
-class Reshaped:
-    """A tensor that has another shape in the second file.
-
-    Attributes:
-        path: Its path.
-        name: Its name for people.
-        first: Its shape in the first file.
-        second: Its shape in the second file.
-    """
-
-    path: str
-    name: str
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-
-
-UPDATE_DIRECTION = "update_direction"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The differences of a second checkpoint from a first.
-
-    Attributes:
-        rows: Tensors that both have, in the first file's order, then update directions.
-        only_first: Names of tensors that only the first file has.
-        only_second: Names of tensors that only the second file has.
-        reshaped: Tensors whose shapes differ.
-        first: What the first file takes.
-        second: What the second file takes.
-    """
-
-    rows: tuple[Row, ...]
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-    reshaped: tuple[Reshaped, ...]
-    first: BytesAParameter
-    second: BytesAParameter
-
-    @property
-    def differing(self) -> tuple[Row, ...]:
-        """The rows of tensors that are not the same."""
-        return tuple(row for row in self.rows if row.difference.error != 0)
-
-    def by_kind(self) -> dict[str, Difference]:
-        """Return the differences of all tensors of a kind together."""
-        totals: dict[str, Difference] = {}
-        for kind in (*KINDS, UPDATE_DIRECTION):
-            for row in self.rows:
-                if row.kind == kind:
-                    totals[kind] = totals.get(kind, Difference()) + row.difference
-        return totals
-
-    def as_primitives(self) -> dict[str, Any]:
-        """Return everything as JSON has it; a ratio that is not finite is None."""
-        rows = [{key: getattr(row, key) for key in ("path", "name", "kind", "first", "second")} for row in self.rows]
-        return {
-            "kinds": {kind: _numbers(difference) for kind, difference in self.by_kind().items()},
-            "bytes_a_parameter": {"first": asdict(self.first), "second": asdict(self.second)},
-            "tensors": [each | _numbers(row.difference) for each, row in zip(rows, self.rows, strict=True)],
-            "only_first": list(self.only_first),
-            "only_second": list(self.only_second),
-            "different_shapes": [asdict(each) for each in self.reshaped],
-        }
-
-
-def _numbers(difference: Difference) -> dict[str, float | None]:
-    names = ("relative_error", "sqnr_db", "max_error")
-    numbers: dict[str, float] = {name: getattr(difference, name) for name in names}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def compare(

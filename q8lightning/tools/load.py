@@ -10,9 +10,9 @@ from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.layout.sections import summary_in
 from q8lightning.checkpoint.payload import register_functions
-from q8lightning.checkpoint.sections import summary_in
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import rebuild
 from q8lightning.tools.open_checkpoint import explain, open_checkpoint
 

@@ -14,19 +14,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.load_errors import explained, newer_format_in
 from q8lightning.checkpoint.file.open_file import OpenFile
+from q8lightning.checkpoint.file.verify.archive import verified
 from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
+from q8lightning.checkpoint.layout.parameter_names import names_of_states, parameters_of_states
+from q8lightning.checkpoint.layout.places import Places, place_of
+from q8lightning.checkpoint.layout.sections import name_of, places_in, summary_in
 from q8lightning.checkpoint.loading import keep_encoded, watch_apart
-from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor, register_functions
-from q8lightning.checkpoint.places import Places, place_of
-from q8lightning.checkpoint.sections import name_of, places_in, summary_in
-from q8lightning.checkpoint.sharded.open_folder import OpenFolder, is_folder
-from q8lightning.checkpoint.sharded.read_codes import with_codes
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.folder import is_folder
+from q8lightning.checkpoint.sharded.read.open_folder import OpenFolder
+from q8lightning.checkpoint.sharded.read.read_codes import with_codes
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 from q8lightning.tools.tensors import Value
 
@@ -234,6 +235,7 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
 
 
 def explain(path: str, error: Exception) -> Exception:
+    """Return the error that tells the user why a file could not be read."""
     newer = newer_format_in(error)
     if newer is not None:
         return newer

@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from q8lightning.checkpoint.encode.checkpoint import encode_and_report
-from q8lightning.checkpoint.encode.describe_state import as_states, describe_state
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, as_states, describe_state, names_in
 from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.file.write import write_checkpoint
-from q8lightning.checkpoint.places import BUFFERS, STATE_DICT, VERSION_KEY
+from q8lightning.checkpoint.layout.places import BUFFERS, STATE_DICT, VERSION_KEY
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset, Rule
-from q8lightning.tools.compress import policy_of
+from q8lightning.tools.convert.compress import policy_of
 
 
 @dataclass(frozen=True)

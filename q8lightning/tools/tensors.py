@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from q8lightning.checkpoint import tree
-from q8lightning.checkpoint.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
-from q8lightning.checkpoint.parameter_names import identity_of
+from q8lightning.checkpoint.layout.optimizer_states import FIRST_MOMENTS, OTHER_WEIGHTS, SECOND_MOMENTS
+from q8lightning.checkpoint.layout.parameter_names import identity_of
+from q8lightning.checkpoint.layout.places import place_of
+from q8lightning.checkpoint.layout.sections import STATE_DICT, places_in
+from q8lightning.checkpoint.layout.sections import kind_of as kind_by_keys
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.places import place_of
-from q8lightning.checkpoint.sections import STATE_DICT, places_in
-from q8lightning.checkpoint.sections import kind_of as kind_by_keys
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
 
 KINDS = ("weights", *FIRST_MOMENTS, *SECOND_MOMENTS, *OTHER_WEIGHTS, "other")

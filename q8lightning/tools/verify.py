@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from q8lightning.checkpoint.file.archive import verified
+from q8lightning.checkpoint.file.verify.archive import verified
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sharded.unread import UnreadTensor
+from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.tools.open_checkpoint import (
     OpenCheckpoint,
     Progress,

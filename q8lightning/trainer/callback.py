@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from q8lightning.checkpoint.layout.sections import SUMMARY_KEY
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
-from q8lightning.checkpoint.sections import SUMMARY_KEY
 from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.quantization.codecs.weight import WeightCodec

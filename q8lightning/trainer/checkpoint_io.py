@@ -15,8 +15,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard, names_in
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Shard
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.encode.start import SaveStarter
 from q8lightning.checkpoint.encode.warn import WarningQueue
 from q8lightning.checkpoint.file.link import link_checkpoint

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.miniatures import parameters_of, states_to_come
 from q8lightning.trainer.model_structure import in_state_dict

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from torch import nn
 
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.trainer.model_structure import ModelStructure, in_state_dict
 

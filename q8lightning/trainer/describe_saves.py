@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from q8lightning.checkpoint.format import FORMAT_VERSION
+from q8lightning.checkpoint.layout.sections import CODES_KEY, INPUTS_KEY, STATE_DICT, SUMMARY_KEY
 from q8lightning.checkpoint.qat_codes import describe_codes
-from q8lightning.checkpoint.sections import CODES_KEY, INPUTS_KEY, STATE_DICT, SUMMARY_KEY
 from q8lightning.trainer.describe_model import Quantizes
 
 

@@ -6,7 +6,8 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-from q8lightning.checkpoint.file.write import remove_folder, write_checkpoint
+from q8lightning.checkpoint.file.temporaries import remove_folder
+from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.system.paths import local_path
 from q8lightning.trainer.lightning_internals import WrappingCheckpointIO, replace_wrapped
 from q8lightning.trainer.twins import is_a, is_exactly_a

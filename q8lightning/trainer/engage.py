@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.follow import WriteFollower
 from q8lightning.system.ambient import untraced
 from q8lightning.trainer.twins import is_from_lightning

@@ -9,7 +9,7 @@ from lightning.fabric.strategies.fsdp import FSDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
 
-from q8lightning.checkpoint.encode.describe_state import describe_state
+from q8lightning.checkpoint.encode.select.model_names import describe_state
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
 from q8lightning.checkpoint.sharded.ranks import Ranks

@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
-from q8lightning.checkpoint.sharded.save import ShardedSave
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree
+from q8lightning.checkpoint.sharded.write.local_shards import local_shards
+from q8lightning.checkpoint.sharded.write.save import ShardedSave
+from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlan, ShardPlanner, agree
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
 

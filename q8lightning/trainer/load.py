@@ -13,7 +13,7 @@ from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint, read_elsewhere
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
-from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.layout.sections import summary_in
 from q8lightning.system.paths import PathLike, local_path
 from q8lightning.trainer.durable_io import is_ours
 

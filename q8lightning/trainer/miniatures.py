@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.encode.find import Shard
+from q8lightning.checkpoint.encode.select.leaves import Shard
 from q8lightning.checkpoint.memory import has_memory
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.tree import tensors

@@ -8,9 +8,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from q8lightning.metrics.recorder import Recorder
 from q8lightning.qat.config import QATConfig
-from q8lightning.qat.fake_quantizer import FakeQuantizer
-from q8lightning.qat.selection import check_optimizers
-from q8lightning.qat.trained_weights import TrainedWeights
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
+from q8lightning.qat.select.checks import check_optimizers
+from q8lightning.qat.select.trained_weights import TrainedWeights
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
 from q8lightning.trainer.engage import Engagement

@@ -22,17 +22,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.integrity import without_verification
+from q8lightning.checkpoint.layout.sections import summary_in
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sections import summary_in
 from q8lightning.checkpoint.sharded.check import check_shards, is_sharded
-from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.ranks import Ranks, talking
-from q8lightning.checkpoint.sharded.save import ShardedSave
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
+from q8lightning.checkpoint.sharded.write.local_shards import local_shards
+from q8lightning.checkpoint.sharded.write.save import ShardedSave
+from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlan, ShardPlanner, agree, state_for_dcp
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, is_exact
 from q8lightning.trainer.model_structure import in_state_dict

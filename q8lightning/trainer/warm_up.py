@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.encode.warn import WarningQueue
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, path_of
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy, Rule
 from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES, path_of
 from q8lightning.checkpoint.sharded.ranks import Ranks
 from q8lightning.checkpoint.staging.transfer import HostMemory
 from q8lightning.checkpoint.tree import tensors

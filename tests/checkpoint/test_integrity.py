@@ -21,7 +21,7 @@ from q8lightning import (
     keep_encoded,
     without_verification,
 )
-from q8lightning.checkpoint.file.summed_file import LONG
+from q8lightning.checkpoint.file.verify.summed_file import LONG
 
 WEIGHT = "state_dict.decoder.weight"
 

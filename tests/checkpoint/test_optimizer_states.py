@@ -15,7 +15,7 @@ from support.promises import assert_same, load, payloads_of, same_bits
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule
-from q8lightning.checkpoint import optimizer_states
+from q8lightning.checkpoint.layout import optimizer_states
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.quantization.codecs.table import get_codec
 
@@ -161,7 +161,7 @@ def test_a_rule_for_some_parameters_is_a_rule_for_the_state(tmp_path: Path) -> N
 
 
 def test_compressing_a_file_says_the_same_and_encodes_the_same(tmp_path: Path) -> None:
-    from q8lightning.tools.compress import compress
+    from q8lightning.tools.convert.compress import compress
 
     module = Autoencoder("factored")
     with warnings.catch_warnings(record=True) as caught:

@@ -14,8 +14,8 @@ from support.promises import load, payloads_of
 from torch import Tensor, nn
 
 from q8lightning import CorruptCheckpointError, QuantizationCallback, QuantizedCheckpointIO, keep_encoded
-from q8lightning.checkpoint.parameter_names import names_of_states, parameters_of_states
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES, PARAMETERS_KEY, SUMMARY_KEY, name_of
+from q8lightning.checkpoint.layout.parameter_names import names_of_states, parameters_of_states
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, PARAMETERS_KEY, SUMMARY_KEY, name_of
 
 Shapes = dict[str, tuple[int, ...]]
 

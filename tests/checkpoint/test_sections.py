@@ -8,9 +8,8 @@ from support.models import Autoencoder, train_and_save
 from support.promises import load
 
 from q8lightning import QuantizationCallback
-from q8lightning.checkpoint.optimizer_states import moments_of
-from q8lightning.checkpoint.policy import PRESETS
-from q8lightning.checkpoint.sections import (
+from q8lightning.checkpoint.layout.optimizer_states import moments_of
+from q8lightning.checkpoint.layout.sections import (
     FOR_TRAINING,
     NEVER,
     SECTIONS,
@@ -22,6 +21,7 @@ from q8lightning.checkpoint.sections import (
     optimizers_in,
     parameter_of,
 )
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.checkpoint.tree import tensors
 
 PROGRESS = {"epoch", "global_step", "pytorch-lightning_version", "hparams_name"}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import q8lightning
-from q8lightning.tools.treemap import Box, lay_out
+from q8lightning.tools.html.treemap import Box, lay_out
 
 Run = Callable[..., Any]
 

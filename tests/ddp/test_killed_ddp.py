@@ -15,8 +15,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import processes
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, saving_trainer
 from support.promises import assert_same, load
+from support.steps import step_of
 
 from q8lightning import QuantizationCallback
 from q8lightning.checkpoint.file.write import STEPS, write_checkpoint
@@ -31,15 +32,8 @@ def train(rank: int, folder: Path, async_save: bool, kill: tuple[int, str] | Non
     warnings.filterwarnings("ignore")
     torch.manual_seed(9)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=keep, monitor="step", mode="max")
-    trainer = quiet_trainer(
-        folder,
-        max_steps=TRAINING_STEPS,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[saving, Diary(), QuantizationCallback(async_save=async_save)],
-        devices=2,
-        strategy="ddp",
-    )
+    callbacks = saving, Diary(), QuantizationCallback(async_save=async_save)
+    trainer = saving_trainer(folder, *callbacks, max_steps=TRAINING_STEPS, devices=2, strategy="ddp")
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     if kill is not None:
         kill_at(folder, *kill)
@@ -56,10 +50,6 @@ def kill_at(folder: Path, victim: int, step: str) -> None:
             os.kill(int((folder / f"pid{victim}").read_text()), signal.SIGKILL)
 
     sys.addaudithook(hear)
-
-
-def step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step="))
 
 
 @pytest.fixture(scope="module")

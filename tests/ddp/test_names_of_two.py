@@ -10,34 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import processes
-from support.models import batches, quiet_trainer
+from support.models import Waves, quiet_trainer
 from support.promises import load
 from support.steps import announced
-from torch import Tensor, nn
 
 from q8lightning import QuantizationCallback
 
 STEPS = 4
-
-
-class Small(pl.LightningModule):
-    """Logs a value that gets better, and one that goes up and down."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 64)
-
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        step = self.global_step + 1
-        self.log_dict({"rise": float(step), "wave": float((step * 5) % 3)})
-        loss: Tensor = self.layer(batch).square().mean()
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self) -> Any:
-        return batches(STEPS)
 
 
 class Notes(pl.Callback):
@@ -80,7 +59,7 @@ def train(rank: int, folder: Path) -> tuple[list[list[str]], list[int], list[str
     with announced() as steps, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         steps.delay("opened", 0.03)
-        trainer.fit(Small())
+        trainer.fit(Waves(STEPS))
     return [list(map(os.path.basename, each.best_k_models)) for each in (wave, rise)], notes.steps, notes.heard
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.exported import saved
-from support.language_models import CONV1D, NO_LINEAR, TOKENS, tiny_gpt2, tiny_llama, trained
+from support.language_models import CONV1D, NO_LINEAR, distance, tiny_gpt2, tiny_llama, trained
 from torch import Tensor
 
 from q8lightning import QATConfig, WeightRule, export_quantized
@@ -95,13 +95,6 @@ def test_what_it_cannot_hold_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         export_quantized(source.path, tmp_path / "out", "bitsandbytes", prefix="net.", **options)
     assert not (tmp_path / "out").exists()
-
-
-def distance(model: Any, expected: Tensor) -> float:
-    """Return how far a model's logits are from others, relative to those."""
-    with torch.no_grad():
-        logits = model(input_ids=TOKENS).logits.float()
-    return float((logits - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("preset", ["resume", None])

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule, export_quantized
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 
 INT4 = WeightRule(codebook="int4", block_size=64)
 CHANGED = "the model has changed since its last step, and QAT follows it: "

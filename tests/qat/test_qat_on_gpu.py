@@ -14,7 +14,7 @@ from support.straight_through import Call, Trained, as_it_is, quantized, straigh
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, QATConfig, QuantizationCallback, WeightRule, export_quantized
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.quantization.backends.choose import launching
 
 pytestmark = [

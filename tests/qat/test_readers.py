@@ -30,7 +30,7 @@ from support.straight_through import (
 from torch import Tensor, nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=64)])
 HOOKS = [

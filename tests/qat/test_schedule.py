@@ -16,7 +16,7 @@ from support.straight_through import Adversaries, Trained, assert_trained_alike,
 from torch import Tensor, nn
 
 from q8lightning import ActivationRule, FreezeRule, QATConfig, QuantizationCallback, WeightRule
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.quantization.functional import fake_quantize_rows
 from q8lightning.quantization.spec.block_choice import chosen_blocks
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import q8lightning.export.quantized
 from q8lightning import CorruptCheckpointError, QATConfig, QuantizationCallback, WeightRule, export_quantized
 from q8lightning.checkpoint.sharded.check import check_shards
-from q8lightning.checkpoint.sharded.read_codes import codes_of_shards
+from q8lightning.checkpoint.sharded.read.read_codes import codes_of_shards
 from q8lightning.tools import compress, decompress
 
 POLICIES = (None, "resume", "compact")

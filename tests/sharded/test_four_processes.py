@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ByRows
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.sharded.check import check_shards
-from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.ranks import Ranks
-from q8lightning.checkpoint.sharded.save import ShardedSave
 from q8lightning.checkpoint.sharded.shard_file import read_table
-from q8lightning.checkpoint.sharded.shard_plan import ShardPlanner, agree, state_for_dcp
+from q8lightning.checkpoint.sharded.write.local_shards import local_shards
+from q8lightning.checkpoint.sharded.write.save import ShardedSave
+from q8lightning.checkpoint.sharded.write.shard_plan import ShardPlanner, agree, state_for_dcp
 
 RAW = ("state_dict.seen",)
 

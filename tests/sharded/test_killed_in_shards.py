@@ -16,8 +16,8 @@ from support.sharded_models import ShardedModel, samples, trainer_of
 from support.sharded_scenarios import play, results
 
 from q8lightning import QuantizationCallback
-from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
+from q8lightning.checkpoint.sharded.write import save as sharded_save
 
 STEPS = ("frozen", "opened", "fetched", "flushed", "renamed", "durable", "removing", "removed")
 """What a save announces, in some process; what happens elsewhere comes between two of these."""

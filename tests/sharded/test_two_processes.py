@@ -39,10 +39,10 @@ from q8lightning import (
     Rule,
     without_verification,
 )
-from q8lightning.checkpoint.sharded import save as sharded_save
 from q8lightning.checkpoint.sharded.check import check_shards, read_meta
-from q8lightning.checkpoint.sharded.local_shards import local_shards
 from q8lightning.checkpoint.sharded.shard_file import read_table
+from q8lightning.checkpoint.sharded.write import save as sharded_save
+from q8lightning.checkpoint.sharded.write.local_shards import local_shards
 from q8lightning.trainer import durable_io, sharded
 
 RAW = ("state_dict.seen",)

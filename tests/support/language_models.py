@@ -83,3 +83,10 @@ def trained(folder: Path, model: Any, qat: QATConfig, checkpoint: Any = "resume"
     trainer.limit_val_batches = 1
     trainer.validate(module, verbose=False)
     return Answered(folder / "qat.ckpt", model.config, module.logits, module.weights)
+
+
+def distance(model: Any, expected: Tensor) -> float:
+    """Return how far a model's logits are from others, relative to those."""
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS).logits.float()
+    return float((logits - expected).norm() / expected.norm())

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from support.optimizers import Small
+
 WIDTH = 64
 
 
@@ -28,6 +30,12 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
         "num_sanity_val_steps": 0,
     }
     return pl.Trainer(**(defaults | options))
+
+
+def saving_trainer(folder: Path, saving: pl.Callback, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """Return a quiet Trainer that does nothing but train, and save as a ModelCheckpoint says."""
+    defaults = {"limit_val_batches": 0, "enable_checkpointing": True, "callbacks": [saving, *callbacks]}
+    return quiet_trainer(folder, **(defaults | options))
 
 
 def train_and_save(
@@ -67,7 +75,7 @@ def batches(count: int = 4, *shape: int, size: int = 8) -> DataLoader[Tensor]:
     return DataLoader(samples, batch_size=size)  # type: ignore[arg-type]
 
 
-class FactoredMoments(torch.optim.Optimizer):
+class FactoredMoments(Small):
     """An optimizer in the manner of Adafactor: second moments as a row and a column, and a state of its own.
 
     Its ``exp_avg`` has a name that the policy knows; ``exp_avg_sq_row`` and ``exp_avg_sq_col`` are small; ``memory`` is
@@ -77,19 +85,7 @@ class FactoredMoments(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group["lr"])
-        return loss
-
-    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+    def update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         rows = grad.reshape(grad.shape[0], -1)
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -103,7 +99,7 @@ class FactoredMoments(torch.optim.Optimizer):
         state["exp_avg"].lerp_(grad, 0.1)
         state["memory"].add_(grad)
         scale = torch.outer(state["exp_avg_sq_row"], state["exp_avg_sq_col"]).view_as(grad)
-        parameter.sub_(lr * state["exp_avg"] / (scale / state["exp_avg_sq_row"].mean()).sqrt().add(1e-3))
+        parameter.sub_(group["lr"] * state["exp_avg"] / (scale / state["exp_avg_sq_row"].mean()).sqrt().add(1e-3))
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -111,6 +107,27 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
     "factored": FactoredMoments,
 }
+
+
+class Waves(pl.LightningModule):
+    """Logs a value that gets better, one that goes up and down, and one of two values in turn."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.steps = steps
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        step = self.global_step + 1
+        self.log_dict({"rise": float(step), "wave": float((step * 5) % 3), "turn": float(step % 2)})
+        loss: Tensor = self.layer(batch).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return batches(self.steps)
 
 
 class Autoencoder(pl.LightningModule):

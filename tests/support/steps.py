@@ -66,6 +66,11 @@ def announced() -> Iterator[Steps]:
             steps.release()
 
 
+def step_of(path: Path) -> int:
+    """Return the training step in the name of a file such as ``step=3.ckpt``."""
+    return int(path.stem.removeprefix("step="))
+
+
 def our_threads() -> list[str]:
     """Return the names of the threads of ours that run."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("q8lightning")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from q8lightning.checkpoint.file.write import locked_folder, remove_leftovers, temporary_name
+from q8lightning.checkpoint.file.temporaries import locked_folder, remove_leftovers, temporary_name
 from q8lightning.system import exchange
 from q8lightning.system.exchange import put_in_place
 

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.calls import calls_of
 from support.files import checkpoint, names
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, quiet_trainer, saving_trainer
 from support.promises import assert_same, load, payloads_of, same_bits
 from support.steps import Steps, our_threads
 from torch import Tensor, nn
@@ -251,14 +251,7 @@ def test_a_save_that_finds_the_queue_empty_does_not_count_as_waiting(io: Quantiz
 
 def test_an_older_file_is_removed_after_the_newer_one_is_durable(steps: Steps, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=2, monitor="step", mode="max")
-    trainer = quiet_trainer(
-        tmp_path,
-        max_steps=5,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[saving, QuantizationCallback(async_save=True)],
-    )
-    trainer.fit(Autoencoder())
+    saving_trainer(tmp_path, saving, QuantizationCallback(async_save=True), max_steps=5).fit(Autoencoder())
     for old, new in ((1, 3), (2, 4), (3, 5)):
         assert steps.seen.index(("durable", f"step={new}.ckpt")) < steps.seen.index(("removing", f"step={old}.ckpt"))
     assert names(tmp_path) == ["step=4.ckpt", "step=5.ckpt"]

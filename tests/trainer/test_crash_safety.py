@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import forked
-from support.models import Autoencoder, Diary, quiet_trainer
+from support.models import Autoencoder, Diary, saving_trainer
 from support.promises import assert_same
+from support.steps import step_of
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint.file.write import STEPS, write_checkpoint
@@ -46,18 +47,9 @@ def train(folder: Path, async_save: bool, save_top_k: int, kill: tuple[str, int]
     sys.addaudithook(note)
     torch.manual_seed(9)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=save_top_k, monitor="step", mode="max")
-    trainer = quiet_trainer(
-        folder,
-        max_steps=TRAINING_STEPS,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[saving, Diary(), QuantizationCallback(async_save=async_save)],
-    )
+    callbacks = saving, Diary(), QuantizationCallback(async_save=async_save)
+    trainer = saving_trainer(folder, *callbacks, max_steps=TRAINING_STEPS)
     trainer.fit(Autoencoder())
-
-
-def step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step="))
 
 
 @pytest.fixture(scope="module")

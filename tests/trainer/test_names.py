@@ -35,10 +35,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from support.audit import listening
 from support.files import checkpoint
-from support.models import batches, quiet_trainer
+from support.models import Waves, quiet_trainer
 from support.promises import assert_same, load
 from support.steps import Steps
-from torch import Tensor, nn
 
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
 
@@ -46,26 +45,6 @@ SLOW = 0.03
 """Seconds that each file waits before it is written: longer than anything that training does between two saves."""
 
 STEPS = 4
-
-
-class Small(pl.LightningModule):
-    """Logs a value that gets better, one that goes up and down, and one of two values in turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 64)
-
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        step = self.global_step + 1
-        self.log_dict({"rise": float(step), "wave": float((step * 5) % 3), "turn": float(step % 2)})
-        loss: Tensor = self.layer(batch).square().mean()
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self) -> Any:
-        return batches(STEPS)
 
 
 def every_step(folder: Path, *arguments: Any, **options: Any) -> ModelCheckpoint:
@@ -164,7 +143,7 @@ def run(folder: Path, callbacks: list[pl.Callback], **options: Any) -> pl.Traine
     )
     breaks = any(isinstance(each, Breaks) for each in callbacks)
     with pytest.raises(ValueError, match="mine") if breaks else nullcontext():
-        trainer.fit(Small())
+        trainer.fit(Waves(STEPS))
     return trainer
 
 

@@ -20,7 +20,7 @@ from support.models import batches, quiet_trainer
 from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import PATHS, tensors
 from q8lightning.quantization.codecs.weight import WeightCodec

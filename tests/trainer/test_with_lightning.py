@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Wei
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from support.disk import Disk
-from support.models import Autoencoder, batches, quiet_trainer
+from support.models import Autoencoder, batches, quiet_trainer, saving_trainer
 from support.promises import (
     assert_kept,
     assert_same,
@@ -149,14 +149,7 @@ def test_saving_over_a_link_replaces_the_link_not_the_file_behind_it(tmp_path: P
 
 def test_old_checkpoints_are_removed_as_before(preset: str, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, "{step}", monitor="step", mode="max", every_n_train_steps=1, save_top_k=2)
-    trainer = quiet_trainer(
-        tmp_path,
-        max_steps=4,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[saving, QuantizationCallback(preset)],
-    )
-    trainer.fit(Autoencoder())
+    saving_trainer(tmp_path, saving, QuantizationCallback(preset), max_steps=4).fit(Autoencoder())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=3.ckpt", "step=4.ckpt"]
 
 
@@ -166,14 +159,7 @@ def test_old_checkpoints_are_removed_as_before(preset: str, tmp_path: Path) -> N
 def test_a_users_own_checkpoint_io_does_all_the_work(preset: str, tmp_path: Path) -> None:
     own = RecordingIO()
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
-    trainer = quiet_trainer(
-        tmp_path,
-        max_steps=2,
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[saving, QuantizationCallback(preset)],
-        plugins=[own],
-    )
+    trainer = saving_trainer(tmp_path, saving, QuantizationCallback(preset), max_steps=2, plugins=[own])
     trainer.fit(Autoencoder())
     installed = trainer.strategy.checkpoint_io
     assert type(installed) is QuantizedCheckpointIO

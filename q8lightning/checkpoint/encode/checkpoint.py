@@ -5,18 +5,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from q8lightning.checkpoint.encode.find import ModelNames, names_in
 from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
+from q8lightning.checkpoint.encode.select.model_names import ModelNames, names_in
 from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.format import FORMAT_VERSION
-from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.policy import CheckpointPolicy
-from q8lightning.checkpoint.qat_codes import describe_codes
-from q8lightning.checkpoint.report import SaveReport
-from q8lightning.checkpoint.sections import (
+from q8lightning.checkpoint.layout.sections import (
     CODES_KEY,
     INPUTS_KEY,
     PARAMETERS_KEY,
@@ -24,6 +20,10 @@ from q8lightning.checkpoint.sections import (
     SUMMARY_KEY,
     state_dicts_in,
 )
+from q8lightning.checkpoint.payload import QuantizedTensor
+from q8lightning.checkpoint.policy import CheckpointPolicy
+from q8lightning.checkpoint.qat_codes import describe_codes
+from q8lightning.checkpoint.report import SaveReport
 from q8lightning.checkpoint.tree import rebuild
 
 

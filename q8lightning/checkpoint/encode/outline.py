@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from q8lightning.checkpoint.containers import ATOMS, is_container
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.memory import has_memory, is_ordinary
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES, STATE_DICT
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import leaves
 

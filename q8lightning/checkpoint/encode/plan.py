@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.find import ModelNames
-from q8lightning.checkpoint.encode.limits import Limits
+from q8lightning.checkpoint.encode.judge.limits import Limits
+from q8lightning.checkpoint.encode.judge.refuse import is_held_if_finite
 from q8lightning.checkpoint.encode.outline import Outline
-from q8lightning.checkpoint.encode.refuse import is_held_if_finite
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
+from q8lightning.checkpoint.layout.sections import epsilons_of
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.report import Kept
-from q8lightning.checkpoint.sections import epsilons_of
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
@@ -31,7 +31,7 @@ class Member(NamedTuple):
     Attributes:
         number: Its number in the outline; that of the first of tied ones.
         path: Its path in the checkpoint.
-        name: What messages call it; see :func:`~q8lightning.checkpoint.sections.name_of`.
+        name: What messages call it; see :func:`~q8lightning.checkpoint.layout.sections.name_of`.
         kind: See :class:`~q8lightning.checkpoint.report.TensorLoss`.
         parameter: The name of the parameter that it is or belongs to; its path where that is not known.
         codec: What its rule names.

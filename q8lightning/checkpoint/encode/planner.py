@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.find import WHOLE, Found, Leaf, ModelNames, Pair, Shard, find, kept_states, not_named
-from q8lightning.checkpoint.encode.limits import Limits
+from q8lightning.checkpoint.encode.judge.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
+from q8lightning.checkpoint.encode.select.find import Found, find
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Leaf, Shard, kept_states, not_named
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
+from q8lightning.checkpoint.encode.select.pairs import Pair
+from q8lightning.checkpoint.layout.sections import STATE_DICT, epsilons_of, state_dicts_in
 from q8lightning.checkpoint.memory import has_memory, is_ordinary
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.qat_codes import is_first_stage
-from q8lightning.checkpoint.sections import STATE_DICT, epsilons_of, state_dicts_in
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import leaves
 from q8lightning.quantization.backends.choose import has_kernels

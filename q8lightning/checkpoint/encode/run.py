@@ -169,8 +169,8 @@ class Run:
                 reviewed |= part.review.numbers
                 self._store(part, part.review, losses, directions)
                 for i in part.plan.members:
-                    # Here, where it is waited for: on training's stream it would be done behind what training asked
-                    # for, and be brought to the host before.
+                    # On this stream, which is waited for. On training's stream, the copy would come after all that
+                    # training has asked for, and the host would read it before.
                     if self.payloads[i] is None:
                         self._store_raw(i, self.plan.members[i].number)
                 self._codes.pack(part.plan.device)

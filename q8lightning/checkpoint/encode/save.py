@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from q8lightning.checkpoint.encode.checkpoint import replacements_for, summarize
-from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.run import Run
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.staging.copier import Copier, Copies

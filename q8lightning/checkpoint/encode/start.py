@@ -3,12 +3,13 @@
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from q8lightning.checkpoint.encode.find import WHOLE, ModelNames, Shard
 from q8lightning.checkpoint.encode.outline import outline_to_plan
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
 from q8lightning.checkpoint.encode.run import Run
 from q8lightning.checkpoint.encode.save import Save
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Shard
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.policy import CheckpointPolicy
 from q8lightning.checkpoint.staging.transfer import HostMemory
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from q8lightning.checkpoint.optimizer_states import UNKNOWN
+from q8lightning.checkpoint.layout.optimizer_states import UNKNOWN
 from q8lightning.checkpoint.report import Guarded, Kept, SaveReport
 
 NAMED = 20

@@ -1,10 +1,11 @@
-"""Turn a link to a newer checkpoint so that there is a link at every moment."""
+"""Point a link at a newer checkpoint, so that there is a link at every moment."""
 
 import os
 import shutil
 from contextlib import suppress
 
-from q8lightning.checkpoint.file.write import TEMPORARY_SUFFIX, write_durably
+from q8lightning.checkpoint.file.temporaries import TEMPORARY_SUFFIX
+from q8lightning.checkpoint.file.write import write_durably
 from q8lightning.system.paths import PathLike
 
 

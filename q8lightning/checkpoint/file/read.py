@@ -11,15 +11,15 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from q8lightning.checkpoint.file.archive import verified
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import TensorsWantedError, decode_payloads, payloads_in, replace_payloads
-from q8lightning.checkpoint.file.summed_file import SummedFile
+from q8lightning.checkpoint.file.verify.archive import verified
+from q8lightning.checkpoint.file.verify.summed_file import SummedFile
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying, without_verification
+from q8lightning.checkpoint.layout.parameter_names import names_of_states
+from q8lightning.checkpoint.layout.sections import OPTIMIZER_STATES
 from q8lightning.checkpoint.loading import collect_encoded, stays_encoded
-from q8lightning.checkpoint.parameter_names import names_of_states
 from q8lightning.checkpoint.payload import QuantizedTensor
-from q8lightning.checkpoint.sections import OPTIMIZER_STATES
 from q8lightning.system.workers import MOST, Workers, count_workers
 
 
@@ -64,7 +64,7 @@ def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any
     """Let other code load a checkpoint by its name, and verify the file meanwhile.
 
     If another file takes the name meanwhile, it is not known which of the two was loaded. The checkpoint is then loaded
-    again. If that happens each of several times, payloads alone are verified, by their own checksums, with a warning.
+    again. If that happens five times, only payloads are verified, by their own checksums, and a warning says so.
     Inside :func:`without_verification`, the checkpoint is loaded once, and not verified.
 
     Raises:
@@ -85,7 +85,7 @@ def read_elsewhere(path: str | os.PathLike[str], load: Callable[[], Any]) -> Any
                     return content
     warnings.warn(
         f"{os.fspath(path)} was replaced each of the {_ATTEMPTS} times that it was loaded: of this load, only quantized"
-        " tensors are compared with their checksums; load a file that stays if everything is to be",
+        " tensors are compared with their checksums; to have everything compared, load a file that nothing replaces",
         stacklevel=2,
     )
     return load()

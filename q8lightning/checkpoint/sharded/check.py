@@ -11,9 +11,9 @@ import xxhash
 from q8lightning.checkpoint.file.load_errors import explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.integrity import CorruptCheckpointError, is_verifying
-from q8lightning.checkpoint.sections import summary_in
+from q8lightning.checkpoint.layout.sections import summary_in
+from q8lightning.checkpoint.sharded.folder import META, METADATA, SHARDS_KEY
 from q8lightning.checkpoint.sharded.ranks import Ranks
-from q8lightning.checkpoint.sharded.save import META, METADATA, SHARDS_KEY
 from q8lightning.checkpoint.sharded.shard_file import Chunk, Table, damaged_chunks, read_table
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from io import BufferedIOBase, RawIOBase
 from typing import IO, Any, NamedTuple, cast
 
 import torch
@@ -177,15 +178,17 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 def damaged_chunks(path: str | os.PathLike[str], table: Table) -> Iterator[Chunk]:
     """Yield the chunks of a file that are not what was written."""
     with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_STEP))
         for chunk in table.chunks:
             file.seek(chunk.start)
-            found, left = xxhash.xxh3_64(), chunk.nbytes
-            while left:
-                count = file.readinto(buffer[: min(left, _STEP)])
-                if not count:
-                    break
-                found.update(buffer[:count])
-                left -= count
-            if left or found.intdigest() != chunk.checksum:
+            if not has_its_sum(file, chunk):
                 yield chunk
+
+
+def has_its_sum(file: RawIOBase | BufferedIOBase, chunk: Chunk) -> bool:
+    """Whether what a file has from its position on is a chunk as it was written."""
+    buffer = memoryview(bytearray(min(_STEP, chunk.nbytes)))
+    found, left = xxhash.xxh3_64(), chunk.nbytes
+    while left and (count := file.readinto(buffer[:left])):
+        found.update(buffer[:count])
+        left -= count
+    return not left and found.intdigest() == chunk.checksum

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from q8lightning.qat.fake_quantizer import open_quantizers
+from q8lightning.qat.engage.fake_quantizer import open_quantizers
 
 _plain: Any = torch.Tensor.data  # the descriptor, not a tensor
 

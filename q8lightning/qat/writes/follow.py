@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from q8lightning.qat.compiled import compiled_modules
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.data_access import DataAccess
 from q8lightning.qat.writes.fast_paths import fast_paths
 from q8lightning.qat.writes.max_norm import renormalize_masters

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from q8lightning.qat.compiled import compiled_modules
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 
 
 def renormalize_masters(quantizer: FakeQuantizer) -> list[RemovableHandle]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.operators import mapped, storage_of
 from q8lightning.qat.writes.storage_owners import StorageOwners
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from q8lightning.qat.fake_quantizer import FakeQuantizer
+from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.writes.operators import storage_of
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
 from q8lightning.checkpoint.encode import start
-from q8lightning.checkpoint.encode.find import ModelNames
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.packed_bits import unpack_bits
 

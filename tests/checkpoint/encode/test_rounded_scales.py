@@ -5,7 +5,7 @@ import torch
 
 from q8lightning import CheckpointPolicy, keep_encoded
 from q8lightning.checkpoint.encode.checkpoint import encode_checkpoint
-from q8lightning.checkpoint.encode.find import ModelNames
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.qat_codes import read_codes
 from q8lightning.quantization.backends.choose import launching
 from q8lightning.quantization.codecs.weight import WHOLE_ROW, WeightCodec

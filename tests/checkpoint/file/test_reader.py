@@ -31,13 +31,13 @@ from q8lightning import (
     keep_encoded,
     without_verification,
 )
-from q8lightning.checkpoint.file import archive
 from q8lightning.checkpoint.file import payloads as payload_group
 from q8lightning.checkpoint.file import read as reader
 from q8lightning.checkpoint.file.open_file import OpenFile
 from q8lightning.checkpoint.file.payloads import decode_payloads, replace_payloads
 from q8lightning.checkpoint.file.read import read_checkpoint
-from q8lightning.checkpoint.file.summed_file import LONG, SummedFile
+from q8lightning.checkpoint.file.verify import archive
+from q8lightning.checkpoint.file.verify.summed_file import LONG, SummedFile
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem

@@ -11,10 +11,10 @@ from support.promises import assert_same, load
 from torch import nn
 
 from q8lightning import QuantizedCheckpointIO
-from q8lightning.checkpoint.file import zip_writer
-from q8lightning.checkpoint.file.compact_pickle import WORTHWHILE
+from q8lightning.checkpoint.file.pack import zip_writer
+from q8lightning.checkpoint.file.pack.compact_pickle import WORTHWHILE
+from q8lightning.checkpoint.file.pack.small_tensors import SMALL, SmallTensors
 from q8lightning.checkpoint.file.read import read_checkpoint
-from q8lightning.checkpoint.file.small_tensors import SMALL, SmallTensors
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.load_locations import located
 from q8lightning.checkpoint.memory import is_dense

@@ -25,7 +25,8 @@ from support.promises import load, payloads_of, same_bits
 from support.steps import Steps
 
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
-from q8lightning.checkpoint.file.write import STEPS, TEMPORARY_SUFFIX, write_checkpoint
+from q8lightning.checkpoint.file.temporaries import TEMPORARY_SUFFIX
+from q8lightning.checkpoint.file.write import STEPS, write_checkpoint
 
 SAVE = "q8lightning.save"
 CONTENT = {"weight": torch.arange(50_000.0)}

@@ -29,14 +29,15 @@ from support.promises import assert_same, same_bits
 from support.steps import our_threads
 
 from q8lightning import QuantizedCheckpointIO, QuantizedTensor
-from q8lightning.checkpoint.encode.encode_tensors import encode_tensors
+from q8lightning.checkpoint.encode.judge.encode_tensors import encode_tensors
 from q8lightning.checkpoint.file import write as writer
-from q8lightning.checkpoint.file import write_behind, zip_writer
+from q8lightning.checkpoint.file import write_behind
 from q8lightning.checkpoint.file.crc32 import combine
-from q8lightning.checkpoint.file.parts import Parts
+from q8lightning.checkpoint.file.pack import zip_writer
+from q8lightning.checkpoint.file.pack.parts import Parts
+from q8lightning.checkpoint.file.pack.zip_writer import ALONE, CHUNK, ZipWriter
 from q8lightning.checkpoint.file.payloads import payloads_in
 from q8lightning.checkpoint.file.write_behind import WriteBehind
-from q8lightning.checkpoint.file.zip_writer import ALONE, CHUNK, ZipWriter
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.system.workers import Workers
 
@@ -433,7 +434,7 @@ def test_without_threads_the_work_is_done_all_the_same(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        patch.setattr("q8lightning.checkpoint.file.parts.WORTH_THREADS", 0)
+        patch.setattr("q8lightning.checkpoint.file.pack.parts.WORTH_THREADS", 0)
         writer.write_checkpoint(LARGE | everything(), tmp_path / "a.ckpt")
     found = torch.load(tmp_path / "a.ckpt", weights_only=False)
     assert_same(found["large"], everything()["large"])

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from q8lightning.checkpoint.encode.guard import Candidate, CandidatePair, guard
+from q8lightning.checkpoint.encode.judge.guard import Candidate, CandidatePair, guard
+from q8lightning.checkpoint.encode.judge.refuse import reason_to_refuse
 from q8lightning.checkpoint.encode.plan import DevicePlan, Measured, Plan
-from q8lightning.checkpoint.encode.refuse import reason_to_refuse
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.report import Guarded, SaveReport
 

@@ -1,0 +1,1 @@
+"""Judge what codecs lose, and store better what would lose too much."""

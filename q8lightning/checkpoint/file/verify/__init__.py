@@ -1,0 +1,1 @@
+"""Compare the records of a file with their sums while it is loaded."""

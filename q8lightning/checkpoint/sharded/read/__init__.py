@@ -1,0 +1,1 @@
+"""Read a folder of shards in one process, tensor by tensor."""

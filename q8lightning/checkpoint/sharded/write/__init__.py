@@ -1,0 +1,1 @@
+"""Write a folder of shards, all processes together."""

@@ -1,0 +1,1 @@
+"""The formats in which models are deployed, one module for each."""

@@ -1,0 +1,1 @@
+"""Show quantized values in the place of weights, and put the masters back."""

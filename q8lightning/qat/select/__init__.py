@@ -1,0 +1,1 @@
+"""Select the parameters and modules of a model that are trained quantized."""

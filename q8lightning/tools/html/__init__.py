@@ -1,0 +1,1 @@
+"""Draw a checkpoint on one page for the browser."""
