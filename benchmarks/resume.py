@@ -3,6 +3,7 @@
     python benchmarks/resume.py --scenario small --output records.jsonl      # a CPU, minutes
     python benchmarks/resume.py --scenario gpt --device cuda:0 --seed 0 --beta2 0.95 --output records.jsonl
     python benchmarks/resume.py --scenario vit --device cuda:0 --output records.jsonl
+    python benchmarks/resume.py --scenario small_vit --output records.jsonl  # a CPU; needs timm and scikit-learn
     python benchmarks/resume.py --report records.jsonl --plot docs/fidelity.png
 
 A model is trained, and its state is kept early, in the middle and late. From each of these it goes on several times, on

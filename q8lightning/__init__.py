@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from q8lightning.system.save_queue import BackgroundSaveError
     from q8lightning.tools import ToolError, compare, compress, decompress, inspect, load, save, verify
     from q8lightning.trainer.callback import QuantizationCallback
-    from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+    from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
 
 _HOMES = {
     "ActivationRule": "qat.rules",
@@ -39,7 +39,7 @@ _HOMES = {
     "NewerFormatError": "checkpoint.format",
     "QATConfig": "qat.config",
     "QuantizationCallback": "trainer.callback",
-    "QuantizedCheckpointIO": "trainer.checkpoint_io",
+    "QuantizedCheckpointIO": "trainer.checkpoint_io.quantized",
     "QuantizedTensor": "checkpoint.payload",
     "Rule": "checkpoint.policy",
     "ToolError": "tools",

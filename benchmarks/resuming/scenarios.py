@@ -1,4 +1,4 @@
-"""The trainings that are resumed: a large GPT, a vision transformer, and a GPT that a CPU trains in seconds."""
+"""The trainings that are resumed: a large GPT and a vision transformer, and small ones that a CPU trains in seconds."""
 
 import pydoc_data.topics
 import re
@@ -192,6 +192,13 @@ SCENARIOS: dict[str, tuple[Callable[[Settings, int], Task], Settings]] = {
         Settings(
             **_CPU, width=96, depth=2, heads=4, vocabulary=128, batch=8, context=64,
             learning_rate=2e-3, warmup=20, schedule=600, checkpoints=(100, 200, 400), steps=100,
+        ),
+    ),
+    "small_vit": (  # 599 thousand parameters
+        Digits,
+        Settings(
+            **_CPU, width=128, depth=3, heads=4, vocabulary=0, batch=32, context=0,
+            learning_rate=5e-4, warmup=20, schedule=600, checkpoints=(100, 200, 400), steps=100,
         ),
     ),
 }  # fmt: skip

@@ -143,22 +143,23 @@ def _weights(bits: int, residual_bits: int = 0) -> Options:
     return {"codec": codec, "block_size": 256, "bits": bits, "residual_bits": residual_bits}
 
 
-def _first(bits: int) -> Options:
-    return {"codec": "softsign", "block_size": 128, "bits": bits}
+def _first(bits: int, block_size: int = 128) -> Options:
+    return {"codec": "softsign", "block_size": block_size, "bits": bits}
 
 
-def _second(bits: int) -> Options:
-    return {"codec": "log", "block_size": 128, "bits": bits}
+def _second(bits: int, block_size: int = 128) -> Options:
+    return {"codec": "log", "block_size": block_size, "bits": bits}
 
 
-def whole(bits: int, residual_bits: int, first: int, second: int) -> Variant:
+def whole(bits: int, residual_bits: int, first: int, second: int, block_size: int = 128) -> Variant:
     """Return a variant for a whole state, named by the bits of weights and their residual, first and second moments.
 
-    It has the limits that a policy has by default, as the presets have.
+    It has the limits that a policy has by default, as the presets have. The block size is that of the moments.
     """
     name = f"{bits}+{residual_bits}" if residual_bits else str(bits)
-    encoded = CheckpointPolicy(rules(_weights(bits, residual_bits), _first(first), _second(second)))
-    return Variant(f"{name} / {first} / {second}", "frontier", encoded)
+    name = f"{name} / {first} / {second}" + ("" if block_size == 128 else f", blocks of {block_size}")
+    moments = _first(first, block_size), _second(second, block_size)
+    return Variant(name, "frontier", CheckpointPolicy(rules(_weights(bits, residual_bits), *moments)))
 
 
 _LINEAR = {"codec": "linear", "block_size": 128}
@@ -196,6 +197,11 @@ LATER: tuple[Variant, ...] = (
     whole(8, 3, 5, 5),
     whole(8, 0, 4, 5),
     whole(8, 6, 7, 6),
+    whole(8, 3, 7, 6),
+    whole(8, 3, 6, 5),
+    whole(8, 4, 5, 5),
+    whole(8, 5, 6, 6),
+    *(whole(8, *bits, block_size=256) for bits in ((4, 6, 5), (3, 6, 6), (4, 6, 6), (3, 7, 6))),
     Variant("moments: bitsandbytes' maps", "part", policy(first=_MAP, second=_UNSIGNED_MAP), guarded=False),
 )
 """What is compared if there is time, after the restores of :data:`RESTORED_OFTEN`."""

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -220,10 +221,12 @@ class CheckpointPolicy:
                 return
         if not names:
             return
-        known = tuple(f"{section}." for section in (*WEIGHTS, OPTIMIZER_STATES))
+        sections = (*WEIGHTS, OPTIMIZER_STATES)
+        known = tuple(f"{section}." for section in sections)
         if any(
             rule.codec
             and not rule.pattern.startswith(known)
+            and not get_close_matches(rule.pattern.split(".", 1)[0], sections, cutoff=0.9)  # misspelled
             and not any(fnmatchcase(name, rule.pattern) for name in names)  # a name in place of a path
             for rule in self._rules
         ):

@@ -135,7 +135,10 @@ def load_codes(
             four = (four | (four << 12)) & 0x000F000F
             word |= ((four | (four << 6)) & 0x03030303) << (BITS & 4)
         if BITS & 1:
-            eight = load_code(block + (BLOCK * (BITS - 1) // 8) + part // 8, place // 2, rows)
+            # Two lanes load the same byte. The hint has lanes load along rows, as they do for the other planes. Loads
+            # stay single bytes, since the pointer is not aligned to more.
+            half = tl.max_contiguous(place // 2, (1, ROW // 4))
+            eight = load_code(block + (BLOCK * (BITS - 1) // 8) + part // 8, half, rows)
             four = (eight >> ((place % 2) * 4)) & 15
             four = (four | (four << 14)) & 0x00030003
             word |= ((four | (four << 7)) & 0x01010101) << (BITS - 1)

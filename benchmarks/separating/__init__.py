@@ -1,0 +1,1 @@
+"""Codes of second moments that use their near separability over rows and columns (``separable.py``)."""
