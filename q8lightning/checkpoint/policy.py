@@ -296,7 +296,7 @@ def _preset(
 
 
 PRESETS: dict[str, CheckpointPolicy] = {
-    "resume": _preset({"codec": "linear", "residual_bits": 4}, 6, 5),
+    "resume": _preset({"codec": "linear", "residual_bits": 3}, 6, 6),
     "compact": _preset({"codec": "softsign"}, 5, 4, max_update_direction_error=0.5),
     "precise": _preset({"codec": "linear", "residual_bits": 8}, 8, 8, "float32"),
 }
