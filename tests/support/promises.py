@@ -18,7 +18,7 @@ from q8lightning.quantization.spec.codebook import get_codebook, name_with_bits
 SUMMARY = "q8lightning"
 
 WEIGHTS = {
-    "resume": ("residual", 256, (8, 4), (12 + 32 / 256) / 8),
+    "resume": ("residual", 256, (8, 3), (11 + 32 / 256) / 8),
     "compact": ("softsign", 256, (8,), (8 + 32 / 256) / 8),
     "precise": ("residual", 256, (8, 8), (16 + 32 / 256) / 8),
 }
@@ -28,7 +28,7 @@ FIRST_MOMENTS = {
     "precise": ("softsign", 128, (8,), (8 + 32 / 128) / 8),
 }
 SECOND_MOMENTS = {
-    "resume": ("log with bfloat16 scales", 128, (5,), (5 + 32 / 128) / 8),
+    "resume": ("log with bfloat16 scales", 128, (6,), (6 + 32 / 128) / 8),
     "compact": ("log with bfloat16 scales", 128, (4,), (4 + 32 / 128) / 8),
     "precise": ("log", 128, (8,), (8 + 64 / 128) / 8),
 }
