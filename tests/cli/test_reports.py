@@ -176,7 +176,7 @@ def test_what_a_trainer_lost_is_shown(module: type[Autoencoder], run: Run, prese
     ratio = sum(value.nbytes for value in one.values()) / sum(each["bytes"] for each in found["tensors"])
     assert found["summary"]["metrics"]["compression_ratio"] == pytest.approx(ratio)
     weights = (
-        "linear, block_size 256, bits 8, residual_bits 4" if preset == "resume" else "softsign, block_size 256, bits 8"
+        "linear, block_size 256, bits 8, residual_bits 3" if preset == "resume" else "softsign, block_size 256, bits 8"
     )
     first, second = (6, 5) if preset == "resume" else (5, 4)
     for line in (f"state_dict.*: codec {weights}", f".exp_avg: codec softsign, block_size 128, bits {first}",
