@@ -6,7 +6,8 @@ from typing import Any
 
 from q8lightning.checkpoint.layout.parameter_names import identity_of
 from q8lightning.checkpoint.layout.sections import CODES_KEY, path_of
-from q8lightning.tools.inspection import Inspection, Size, StoredOtherwise, TensorEntry, primitives_of
+from q8lightning.tools.entries import Size, StoredOtherwise, TensorEntry
+from q8lightning.tools.inspection import Inspection, primitives_of
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, open_checkpoint
 from q8lightning.tools.tensors import KINDS, codec_of, decoded_bytes, dtype_of, kind_of, stored_bytes, tensors_in
 
