@@ -184,6 +184,7 @@ class SaveReport:
         turned = [relative_error(each.squared_error, each.squares) for each in self.directions]
         for direction, error in zip(self.directions, _all_rounded(turned), strict=True):
             tensors.setdefault(direction.path, {})["update_direction_error"] = error
+        kept = {each.key: {"name": each.name, "number": each.number, "why": each.why} for each in self.kept}
         return {
             "metrics": {name: _rounded(value) for name, value in self.metrics.items()},
             "bytes": {
@@ -195,6 +196,7 @@ class SaveReport:
             "tensors": tensors,
             "guarded": {each.path: {"found": each.found, "remedy": each.remedy} for each in self.guarded},
             "refused": list(self.refused),
+            **({"kept": kept} if kept else {}),
         }
 
 

@@ -56,11 +56,11 @@ class Size:
 
 @dataclass(frozen=True)
 class StoredOtherwise:
-    """A tensor that is not stored as its rule says.
+    """A tensor that is not stored as its rule says, or states of an optimizer that no rule says anything of.
 
     Attributes:
-        name: Its name for people; see :class:`TensorEntry`.
-        reason: What its rule's codec would have lost, or why it cannot hold the tensor.
+        name: Its name for people; see :class:`TensorEntry`. Of several states with one key, the first, and how many.
+        reason: What its rule's codec would have lost, why it cannot hold the tensor, or that no rule names it.
         remedy: ``"residual"`` if it is stored in 16 bits instead, with a residual, ``"raw"`` if it is stored as it is.
     """
 

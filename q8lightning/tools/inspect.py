@@ -106,12 +106,16 @@ def _errors_by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]
 
 
 def _exceptions(opened: OpenCheckpoint) -> tuple[StoredOtherwise, ...]:
-    """Return the tensors that would lose too much by their rules, and those that no codec holds."""
+    """Return the tensors that would lose too much, those that no codec holds, and states that are kept as they are."""
     found = [(path, each["found"], each["remedy"]) for path, each in (opened.summary.get("guarded") or {}).items()]
     for text in opened.summary.get("refused") or ():
         path, _, reason = text.partition(" (")
         found.append((path, reason.removesuffix(")"), "raw"))
-    return tuple(StoredOtherwise(opened.names.get(path, path), reason, remedy) for path, reason, remedy in found)
+    named = [(opened.names.get(path, path), reason, remedy) for path, reason, remedy in found]
+    for each in (opened.summary.get("kept") or {}).values():
+        more = f" and {each['number'] - 1} more" if each["number"] > 1 else ""
+        named.append((opened.names.get(each["name"], each["name"]) + more, each["why"], "raw"))
+    return tuple(StoredOtherwise(*each) for each in named)
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
