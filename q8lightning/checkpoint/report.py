@@ -124,6 +124,7 @@ class SaveReport:
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that are stored as they are because no codec can hold them, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        unmatched: If nothing is encoded of a checkpoint in Lightning's layout, the patterns that match nothing of it.
         kept: States of optimizers that are kept as they are, although the policy encodes others.
         original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
@@ -136,6 +137,7 @@ class SaveReport:
     guarded: list[Guarded] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
