@@ -169,7 +169,8 @@ def tables_of(result: Comparison, top: int | None = None) -> Iterator[Table]:
 def lines_about(result: Comparison) -> Iterator[str]:
     """Yield lines that say how many tensors differ, and which have no counterpart."""
     tensors = [row.difference.error != 0 for row in result.rows if row.kind != UPDATE_DIRECTION]
-    yield f"{sum(tensors)} of {len(tensors)} tensors differ, the others are the same"
+    same = f"all {len(tensors)} tensors are the same"
+    yield f"{sum(tensors)} of {len(tensors)} tensors differ, the others are the same" if any(tensors) else same
     for where, names in (("first", result.only_first), ("second", result.only_second)):
         yield from (f"only in the {where} file: {name}" for name in names)
     yield from (f"different shapes: {each.name}: {each.first} and {each.second}" for each in result.reshaped)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.tools.entries import Size, StoredOtherwise, TensorEntry
 from q8lightning.tools.text import Column, Table
 from q8lightning.tools.tree_of_tensors import ratio_of, tree_of
@@ -120,6 +121,9 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
         return []
     if not isinstance(policy, Mapping) or "rules" not in policy:
         return [f"  {'policy':12}{policy}"]
+    for name, preset in PRESETS.items():
+        if policy == preset.as_primitives():
+            return [f"  {'policy':12}{name}"]
     lines = [f"  {'policy':12}" + ", ".join(f"{key} {value}" for key, value in policy.items() if key != "rules")]
     for rule in policy["rules"]:
         if isinstance(rule, Mapping):
