@@ -22,7 +22,7 @@ from q8lightning.tools.tensors import KINDS
 Run = Callable[..., Any]
 GOLDEN = Path(__file__).parent.parent / "golden"
 CODECS = {
-    "resume": {"weights": "linear8+4/256", "exp_avg": "softsign6/128", "exp_avg_sq": "log5/128"},
+    "resume": {"weights": "linear8+3/256", "exp_avg": "softsign6/128", "exp_avg_sq": "log6/128"},
     "compact": {"weights": "softsign/256", "exp_avg": "softsign5/128", "exp_avg_sq": "log4/128"},
 }
 """What is said of the codecs of each preset."""
@@ -190,7 +190,7 @@ def test_rules_of_the_users_own_are_shown(run: Run, plain: Path, tmp_path: Path)
     assert [line.strip() for line in lines[at + 1 : at + 5]] == [
         "*.running_mean: as it is",
         "*.running_var: as it is",
-        "state_dict.*: codec linear, block_size 256, bits 8, residual_bits 4",
+        f"state_dict.*: codec linear, block_size 256, bits 8, residual_bits {rules[2].residual_bits}",
         "*.exp_avg: codec softsign, block_size 128, bits 6, parameter decoder.*",
     ]
 
