@@ -16,10 +16,10 @@ from q8lightning.checkpoint.policy import PRESETS
 
 ROOT = Path(__file__).parent.parent
 CODECS = {
-    "resume": ("linear", 4),
+    "resume": ("linear", 3),
     "compact": ("softsign", 0),
     "custom_policy": ("linear", 8),
-    "async_save": ("linear", 4),
+    "async_save": ("linear", 3),
 }
 """The codec of weights, and the bits of its residual."""
 

@@ -22,6 +22,8 @@ def test_every_public_name_is_listed_everywhere_and_is_there() -> None:
     for name in q8lightning.__all__:
         assert getattr(q8lightning, name).__doc__, name
         assert name in dir(q8lightning)
+    assert {name for name in dir(q8lightning) if not name.startswith("__")} == set(q8lightning.__all__)
+    assert "__version__" in dir(q8lightning)
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         _ = q8lightning.quantise  # type: ignore[attr-defined]
 

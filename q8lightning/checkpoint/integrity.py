@@ -30,10 +30,12 @@ class CorruptCheckpointError(RuntimeError):
 
     def __init__(self, what: str, file: str | os.PathLike[str] | None = None) -> None:
         where = "" if file is None else f" in {os.fspath(file)}"
+        rest = (
+            "; where only tensors are damaged, the rest can be loaded inside `with q8lightning.without_verification():`"
+        )
         super().__init__(
             f"{what}{where} is damaged: its content is not what was saved. Load another checkpoint or fetch the file"
-            " again; `q8lightning verify` says which files are whole, and where only tensors are damaged, the rest can"
-            " be loaded inside `with q8lightning.without_verification():`"
+            f" again; `q8lightning verify` says which files are whole{rest if what.startswith('the tensor ') else ''}"
         )
         self.what = what
         self.file = file

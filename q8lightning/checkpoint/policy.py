@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -214,6 +214,11 @@ class CheckpointPolicy:
     def mentions(self, path: str) -> bool:
         """Whether a rule has a pattern for a path, if only for some parameters."""
         return any(fnmatchcase(path, rule.pattern) for rule in self._rules)
+
+    def patterns_without(self, paths: Collection[str]) -> list[str]:
+        """Return the patterns of rules with a codec that match none of these paths."""
+        patterns = dict.fromkeys(rule.pattern for rule in self._rules if rule.codec)
+        return [pattern for pattern in patterns if not any(fnmatchcase(path, pattern) for path in paths)]
 
     def may_encode(self, section: str) -> bool:
         """Whether a rule with a codec may match tensors of a section."""

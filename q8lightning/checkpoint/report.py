@@ -124,6 +124,7 @@ class SaveReport:
         guarded: Tensors that would have lost more than the policy allows.
         refused: Tensors that are stored as they are because no codec can hold them, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        unmatched: If nothing is encoded of a checkpoint in Lightning's layout, the patterns that match nothing of it.
         kept: States of optimizers that are kept as they are, although the policy encodes others.
         original_bytes: Bytes of the tensors of the checkpoint, encoded or not, without the scores of callbacks.
         stored_bytes: Bytes that are stored of them.
@@ -136,6 +137,7 @@ class SaveReport:
     guarded: list[Guarded] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     original_bytes: int = 0
     stored_bytes: int = 0
@@ -184,6 +186,7 @@ class SaveReport:
         turned = [relative_error(each.squared_error, each.squares) for each in self.directions]
         for direction, error in zip(self.directions, _all_rounded(turned), strict=True):
             tensors.setdefault(direction.path, {})["update_direction_error"] = error
+        kept = {each.key: {"name": each.name, "number": each.number, "why": each.why} for each in self.kept}
         return {
             "metrics": {name: _rounded(value) for name, value in self.metrics.items()},
             "bytes": {
@@ -195,6 +198,7 @@ class SaveReport:
             "tensors": tensors,
             "guarded": {each.path: {"found": each.found, "remedy": each.remedy} for each in self.guarded},
             "refused": list(self.refused),
+            **({"kept": kept} if kept else {}),
         }
 
 

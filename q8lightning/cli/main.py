@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import ArgumentError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,8 @@ def compress(options: Namespace) -> int:
             progress=progress,
         )
     _print_done(done, "quantized", time.perf_counter() - begin)
+    if lost := list(_losses(done.metrics)):
+        print(f"lost, as relative errors: {', '.join(lost)}")
     return 0
 
 
@@ -254,6 +256,18 @@ def _print_done(done: "Conversion", verb: str, seconds: float) -> None:
     change = f"{done.ratio:.2f}x smaller" if done.ratio >= 1 else f"{1 / done.ratio:.2f}x larger"
     sizes = f"{done.bytes_before:,} -> {done.bytes_after:,} bytes"
     print(f"{done.path}: {done.converted} tensors {verb}{kept}; {sizes}, {change}; {seconds:.1f} s")
+
+
+def _losses(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Yield the relative errors of each kind of tensor and of the update direction."""
+    from q8lightning.tools.text import number
+
+    for name, value in metrics.items():
+        kind, _, figure = name.rpartition("/")
+        if figure == "relative_error":
+            yield f"{kind} {number(value)}"
+        elif figure == "update_direction_error":
+            yield f"update direction {number(value)}"
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {

@@ -1,31 +1,14 @@
-"""Print tables that fit the terminal, and numbers as people read them."""
+"""Print tables that fit the terminal."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-
-class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        name: Its header.
-        goes: When it is left out where the lines are too short for all: the largest first, 0 never.
-        is_text: Whether it may be folded; figures never are.
-    """
-
-    name: str
-    goes: int = 0
-    is_text: bool = False
-
-
-GAP = 2
-"""Spaces between columns."""
+from q8lightning.tools.text import GAP, Column
 
 _NARROW = 44
 """Characters that a column of names has at least before others are left out for it."""
@@ -63,13 +46,3 @@ def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequ
     left_out = [column.name for i, column in enumerate(columns) if i not in shown]
     if left_out:
         console.print(f"[dim](without {', '.join(left_out)}: the lines are too short)[/dim]", highlight=False)
-
-
-def number(value: float, digits: int = 2) -> str:
-    """Return a number in scientific notation; 0 as it is."""
-    return "0" if value == 0 else f"{value:.{digits - 1}e}"
-
-
-def decibels(value: float) -> str:
-    """Return a ratio in dB."""
-    return f"{value:.1f}" if math.isfinite(value) else "inf" if value > 0 else str(value)

@@ -7,9 +7,10 @@ from q8lightning.tools.comparison import Comparison, Difference, Reshaped, Row
 from q8lightning.tools.convert.compress import compress
 from q8lightning.tools.convert.conversion import Conversion, check_not_there
 from q8lightning.tools.convert.decompress import decompress
+from q8lightning.tools.entries import Size, StoredOtherwise, TensorEntry
 from q8lightning.tools.html.page import write_html
 from q8lightning.tools.inspect import inspect
-from q8lightning.tools.inspection import Inspection, Size, StoredOtherwise, TensorEntry
+from q8lightning.tools.inspection import Inspection
 from q8lightning.tools.load import load
 from q8lightning.tools.open_checkpoint import ToolError
 from q8lightning.tools.save import Saved, save

@@ -1,11 +1,14 @@
 """The result of comparing two checkpoints: the differences of their tensors, and sums of them by kind."""
 
+import html
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from q8lightning.checkpoint.report import relative_error, sqnr_db
 from q8lightning.tools.tensors import KINDS, BytesAParameter
+from q8lightning.tools.text import Column, Table, decibels, number
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ class Reshaped:
 UPDATE_DIRECTION = "update_direction"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The differences of a second checkpoint from a first.
+
+    ``print`` shows them as ``q8lightning compare`` does, and so does a notebook.
 
     Attributes:
         rows: Tensors that both have, in the first file's order, then update directions.
@@ -123,6 +128,69 @@ class Comparison:
             "only_second": list(self.only_second),
             "different_shapes": [asdict(each) for each in self.reshaped],
         }
+
+    def __repr__(self) -> str:
+        tensors = [row for row in self.rows if row.kind != UPDATE_DIRECTION]
+        differing = sum(row.difference.error != 0 for row in tensors)
+        return f"{type(self).__name__}({len(tensors):,} tensors, {differing:,} of them differ)"
+
+    def __str__(self) -> str:
+        tables = (line for table in tables_of(self) for line in (*table.lines(), ""))
+        return "\n".join([*tables, *lines_about(self)])
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table.html() for table in tables_of(self))
+        return f"{tables}<pre>{html.escape(chr(10).join(lines_about(self)))}</pre>"
+
+
+def tables_of(result: Comparison, top: int | None = None) -> Iterator[Table]:
+    """Yield the tables of differences by kind and, if tensors differ, by tensor.
+
+    Args:
+        result: The comparison.
+        top: Show only so many tensors, the largest errors first; None for all in their order.
+    """
+    sizes = result.first, result.second
+    rows = [
+        [kind, _from_to([each.kinds.get(kind) for each in sizes]), *_errors(difference)]
+        for kind, difference in result.by_kind().items()
+    ]
+    if any(size.parameters for size in sizes):
+        rows.append(["whole", _from_to([each.whole for each in sizes])])
+    yield Table([Column("kind"), Column("bytes a parameter", 2), *_ERRORS], rows)
+    shown = list(result.differing)
+    if top is not None:
+        shown = sorted(shown, key=lambda row: -row.difference.relative_error)[:top]
+    if shown:
+        columns = [Column("tensor", is_text=True), Column("first", 3), Column("second", 2), *_ERRORS]
+        yield Table(columns, [[row.name, row.first, row.second, *_errors(row.difference)] for row in shown])
+
+
+def lines_about(result: Comparison) -> Iterator[str]:
+    """Yield lines that say how many tensors differ, and which have no counterpart."""
+    tensors = [row.difference.error != 0 for row in result.rows if row.kind != UPDATE_DIRECTION]
+    same = f"all {len(tensors)} tensors are the same"
+    yield f"{sum(tensors)} of {len(tensors)} tensors differ, the others are the same" if any(tensors) else same
+    for where, names in (("first", result.only_first), ("second", result.only_second)):
+        yield from (f"only in the {where} file: {name}" for name in names)
+    yield from (f"different shapes: {each.name}: {each.first} and {each.second}" for each in result.reshaped)
+
+
+def _from_to(values: Sequence[float | None]) -> str:
+    """Return the number of each file; empty if neither has one."""
+    said = ["none" if value is None else f"{value:.2f}" for value in values]
+    return "" if set(said) == {"none"} else " -> ".join(said)
+
+
+_ERRORS = (Column("relative error"), Column("SQNR dB", 1), Column("max error", 4))
+
+
+def _errors(difference: Difference) -> tuple[str, str, str]:
+    return (
+        number(difference.relative_error),
+        decibels(difference.sqnr_db),
+        number(difference.max_error),
+    )
 
 
 def _numbers(difference: Difference) -> dict[str, float | None]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from q8lightning.checkpoint.layout.parameter_names import identity_of
 from q8lightning.checkpoint.layout.sections import CODES_KEY, path_of
-from q8lightning.tools.inspection import Inspection, Size, StoredOtherwise, TensorEntry, primitives_of
+from q8lightning.tools.entries import Size, StoredOtherwise, TensorEntry
+from q8lightning.tools.inspection import Inspection, primitives_of
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, open_checkpoint
 from q8lightning.tools.tensors import KINDS, codec_of, decoded_bytes, dtype_of, kind_of, stored_bytes, tensors_in
 
@@ -105,12 +106,16 @@ def _errors_by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]
 
 
 def _exceptions(opened: OpenCheckpoint) -> tuple[StoredOtherwise, ...]:
-    """Return the tensors that would lose too much by their rules, and those that no codec holds."""
+    """Return the tensors that would lose too much, those that no codec holds, and states that are kept as they are."""
     found = [(path, each["found"], each["remedy"]) for path, each in (opened.summary.get("guarded") or {}).items()]
     for text in opened.summary.get("refused") or ():
         path, _, reason = text.partition(" (")
         found.append((path, reason.removesuffix(")"), "raw"))
-    return tuple(StoredOtherwise(opened.names.get(path, path), reason, remedy) for path, reason, remedy in found)
+    named = [(opened.names.get(path, path), reason, remedy) for path, reason, remedy in found]
+    for each in (opened.summary.get("kept") or {}).values():
+        more = f" and {each['number'] - 1} more" if each["number"] > 1 else ""
+        named.append((opened.names.get(each["name"], each["name"]) + more, each["why"], "raw"))
+    return tuple(StoredOtherwise(*each) for each in named)
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:

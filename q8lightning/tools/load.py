@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from q8lightning.checkpoint.file.load_errors import explained
+from q8lightning.checkpoint.file.load_errors import FOREIGN, explained
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.format import NewerFormatError, check_version
 from q8lightning.checkpoint.integrity import CorruptCheckpointError
@@ -58,7 +58,11 @@ def load(
             content = read_checkpoint(
                 path, lambda file: torch.load(file, map_location=map_location, weights_only=not trust), verify
             )
-    except (CorruptCheckpointError, NewerFormatError):
+    except NewerFormatError:
+        raise
+    except CorruptCheckpointError as error:
+        if error.what == FOREIGN and isinstance(error.__cause__, Exception):
+            raise explain(os.fspath(path), error.__cause__) from error.__cause__
         raise
     except Exception as error:
         raise explain(os.fspath(path), error) from error

@@ -22,7 +22,7 @@ from q8lightning.trainer.record.publish import harmless, print_totals
 from q8lightning.trainer.record.save_losses import is_monitored
 from q8lightning.trainer.save.door import SaveDoor, door_of, wait_until_durable
 from q8lightning.trainer.save.install import check_installed_versions, check_policy, set_up, set_up_late
-from q8lightning.trainer.train.training import QATTraining
+from q8lightning.trainer.train.training import QATTraining, warn_of_weights_no_longer_quantized
 
 
 @names_arguments
@@ -232,10 +232,12 @@ class QuantizationCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count how often the run was restored from a quantized checkpoint."""
+        """Count how often the run was restored from a quantized checkpoint; warn if QAT ends here."""
         summary = checkpoint.get(SUMMARY_KEY)
         if trainer.state.fn == "fit" and isinstance(summary, Mapping):
             self.restored = summary.get("restored", 0) + (summary.get("policy", True) is not None)
+            if self.qat is None:
+                warn_of_weights_no_longer_quantized(summary)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

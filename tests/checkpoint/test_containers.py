@@ -36,7 +36,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.parsing import AttributeDict
 from support.containers import Bag, Pair, Row, Stack, Typed, deep, shared
 from support.files import without_identity
-from support.models import Shrink, quiet_trainer, train_and_save
+from support.models import Autoencoder, Shrink, quiet_trainer, train_and_save
 from support.promises import load, payloads_of
 from support.steps import Steps
 from torch import Tensor, nn
@@ -706,4 +706,18 @@ def test_a_small_model_of_a_trainer_is_saved_without_a_word(tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert not payloads_of(tmp_path / "a.ckpt")
+
+
+def test_patterns_that_match_nothing_of_a_trainer_are_named(tmp_path: Path) -> None:
+    """Its weights are under "state_dict" already, so that advice to put them there would not help."""
+    policy = CheckpointPolicy([Rule("my_callback.*", "softsign"), Rule("buffers.*", "log"), Rule("*.mean")])
+    callback = QuantizationCallback(policy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_and_save(tmp_path, Autoencoder(), callback)
+    (said,) = (str(each.message) for each in caught if "nothing of the checkpoint" in str(each.message))
+    assert "nothing in it matches 'my_callback.*', 'buffers.*'; patterns match whole paths" in said
+    assert "`q8lightning inspect` shows" in said
+    assert 'under "state_dict"' not in said
     assert not payloads_of(tmp_path / "a.ckpt")

@@ -14,7 +14,7 @@ from support.optimizers import Soap
 from support.promises import assert_same, load, payloads_of, same_bits
 from torch import Tensor, nn
 
-from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule
+from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, inspect
 from q8lightning.checkpoint.layout import optimizer_states
 from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.quantization.codecs.table import get_codec
@@ -176,6 +176,21 @@ def test_compressing_a_file_says_the_same_and_encodes_the_same(tmp_path: Path) -
     files = [payloads_of(tmp_path / name) for name in ("a.ckpt", "b.ckpt")]
     states = [{path for path in each if path.startswith("optimizer_states")} for each in files]
     assert states[0] == states[1] != set()
+    for name in ("a.ckpt", "b.ckpt"):
+        found = inspect(tmp_path / name)
+        (each,) = found.exceptions
+        assert said[0].startswith(f"stored as they are, not quantized: {each.name} ({each.reason})")
+        assert f"  exceptions  {each.name} (no rule of the policy names it); as it is" in str(found).splitlines()
+
+
+def test_the_summary_names_states_that_no_rule_names(tmp_path: Path) -> None:
+    saved(unknown(), tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt")["q8lightning"]["kept"] == {
+        key: {"name": f"optimizer_states.0.state.0.{first}", "number": number, "why": "no rule of the policy names it"}
+        for key, first, number in (("memory", "memory", 1), ("velocity", "own.velocity", 1), ("pair.*", "pair.0", 2))
+    }
+    saved(of_one({"exp_avg": torch.randn(64, 64)}), tmp_path / "b.ckpt")
+    assert "kept" not in load(tmp_path / "b.ckpt")["q8lightning"]
 
 
 # SOAP

@@ -71,10 +71,11 @@ def test_exceptions_say_what_was_done_instead(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "plain")
     policy = CheckpointPolicy([Rule("state_dict.*", "linear", 4096), Rule("*.exp_avg", "softsign")])
     done = compress(tmp_path / "plain", tmp_path / "a", policy)
-    first, second = tools.inspect(tmp_path / "a").exceptions
+    first, second, third = tools.inspect(tmp_path / "a").exceptions
     assert (first.name, first.remedy) == ("state_dict.outlier", "residual")
     assert first.reason.endswith("dB under linear")
     assert dataclasses.astuple(second) == ("other: exp_avg", "it holds NaN or infinity", "raw")
+    assert dataclasses.astuple(third) == ("other: exp_avg_sq", "no rule of the policy names it", "raw")
     assert any("other: exp_avg (it holds NaN or infinity)" in each for each in done.warnings)
     assert any("state_dict.outlier (" in each for each in done.warnings)
 

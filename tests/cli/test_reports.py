@@ -15,7 +15,8 @@ from support.models import Autoencoder, TwoOptimizers, quiet_trainer
 from support.promises import load, payloads_of, tensors
 from torch import Tensor, nn
 
-from q8lightning import QuantizationCallback, QuantizedCheckpointIO, tools
+from q8lightning import CheckpointPolicy, QuantizationCallback, QuantizedCheckpointIO, Rule, tools
+from q8lightning.checkpoint.policy import PRESETS
 from q8lightning.tools.tensors import KINDS
 
 Run = Callable[..., Any]
@@ -175,14 +176,38 @@ def test_what_a_trainer_lost_is_shown(module: type[Autoencoder], run: Run, prese
     assert f"  update      direction off by {off:.2%}" in text.splitlines()
     ratio = sum(value.nbytes for value in one.values()) / sum(each["bytes"] for each in found["tensors"])
     assert found["summary"]["metrics"]["compression_ratio"] == pytest.approx(ratio)
-    weights = (
-        "linear, block_size 256, bits 8, residual_bits 3" if preset == "resume" else "softsign, block_size 256, bits 8"
-    )
-    first, second = (6, 5) if preset == "resume" else (5, 4)
-    for line in (f"state_dict.*: codec {weights}", f".exp_avg: codec softsign, block_size 128, bits {first}",
-                 f".exp_avg_sq: codec log, block_size 128, bits {second}", *CODECS[preset].values(),
-                 "*.running_mean: as it is", "min_numel 4096", "restored    0 times"):  # fmt: skip
+    for line in (*CODECS[preset].values(), f"  policy      {preset}", "restored    0 times"):
         assert line in text
+    assert "*.running_mean" not in text, "--json has the rules of a preset"
+    assert found["summary"]["policy"] == PRESETS[preset].as_primitives()
+
+
+def test_rules_of_the_users_own_are_shown(run: Run, plain: Path, tmp_path: Path) -> None:
+    rules = [*PRESETS["resume"].rules[:3], Rule("*.exp_avg", "softsign", 128, 6, parameter="decoder.*")]
+    tools.compress(plain, tmp_path / "a.ckpt", CheckpointPolicy(rules, min_sqnr_db=None))
+    lines = run("inspect", tmp_path / "a.ckpt").out.splitlines()
+    at = lines.index("  policy      min_numel 4096, min_sqnr_db None, max_update_direction_error 0.2")
+    assert [line.strip() for line in lines[at + 1 : at + 5]] == [
+        "*.running_mean: as it is",
+        "*.running_var: as it is",
+        f"state_dict.*: codec linear, block_size 256, bits 8, residual_bits {rules[2].residual_bits}",
+        "*.exp_avg: codec softsign, block_size 128, bits 6, parameter decoder.*",
+    ]
+
+
+def test_compress_says_what_it_lost(run: Run, plain: Path, preset: str, tmp_path: Path) -> None:
+    said = run("compress", plain, tmp_path / "a.ckpt", "--preset", preset).out.splitlines()
+    metrics = described(run, tmp_path / "a.ckpt")["summary"]["metrics"]
+    kinds = [f"{kind} {metrics[f'{kind}/relative_error']:.1e}" for kind in ("weights", "exp_avg", "exp_avg_sq")]
+    assert said[1:] == [
+        f"lost, as relative errors: {', '.join(kinds)}, update direction {metrics['update_direction_error']:.1e}"
+    ]
+    assert len(run("decompress", tmp_path / "a.ckpt", tmp_path / "b.ckpt").out.splitlines()) == 1
+
+
+def test_files_that_are_alike_are_called_the_same(run: Run, plain: Path) -> None:
+    count = len(described(run, plain)["tensors"])
+    assert run("compare", plain, plain).out.splitlines()[-1] == f"all {count} tensors are the same"
 
 
 def test_a_tensor_that_lost_nothing_has_an_infinite_ratio(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,15 @@ def test_checkpoints_load_with_and_without_qat(before: bool, after: bool, tmp_pa
     first, _ = fit(3, before)
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
     assert list(saved["state_dict"]) == list(Autoencoder().state_dict())
-    _, start = fit(5, after, tmp_path / "3.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, start = fit(5, after, tmp_path / "3.ckpt")
+    said = [str(each.message) for each in caught if "trained quantized" in str(each.message)]
+    assert len(said) == (before and not after)
+    if said:
+        names = list(saved["q8lightning"]["qat"])
+        assert f"trained quantized ({', '.join(names)})" in said[0]
+        assert "QuantizationCallback(qat=...)" in said[0]
     for name, value in first.state_dict().items():
         assert torch.equal(start["weights"][name], value)
     for index, state in saved["optimizer_states"][0]["state"].items():

@@ -192,6 +192,7 @@ class Plan:
         holds_payloads: Whether some of the checkpoint was loaded encoded and stays so.
         refused: Tensors that the policy selects and that cannot be encoded, with the reason.
         passed_over: If nothing is encoded, the tensors that are large enough but that no rule names.
+        unmatched: If nothing is encoded of a checkpoint in Lightning's layout, the patterns that match nothing of it.
         kept: States of optimizers that are kept as they are, and of which the user should hear.
         reviewed: Numbers of tensors that a save copies at once, because the save before it reviewed them.
     """
@@ -213,6 +214,7 @@ class Plan:
     holds_payloads: bool
     refused: tuple[str, ...]
     passed_over: tuple[str, ...]
+    unmatched: tuple[str, ...]
     kept: tuple[Kept, ...]
     reviewed: frozenset[int] = frozenset()
 

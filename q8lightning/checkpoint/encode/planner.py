@@ -12,7 +12,7 @@ from q8lightning.checkpoint.encode.judge.limits import Limits
 from q8lightning.checkpoint.encode.outline import Outline
 from q8lightning.checkpoint.encode.plan import CodesTogether, DevicePlan, Member, PairPlan, Plan, RawPlan, Side, Storage
 from q8lightning.checkpoint.encode.select.find import Found, find
-from q8lightning.checkpoint.encode.select.leaves import WHOLE, Leaf, Shard, kept_states, not_named
+from q8lightning.checkpoint.encode.select.leaves import WHOLE, Leaf, Shard, kept_states, not_named, unmatched_patterns
 from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.encode.select.pairs import Pair
 from q8lightning.checkpoint.layout.sections import STATE_DICT, epsilons_of, state_dicts_in
@@ -79,6 +79,7 @@ def plan_save(
         holds_payloads=holds_payloads,
         refused=tuple(found.refused),
         passed_over=tuple(not_named(checkpoint, found.leaves, policy)) if nothing else (),
+        unmatched=tuple(unmatched_patterns(checkpoint, found.leaves, policy)) if nothing else (),
         kept=kept_states(found.leaves),
     )
     return plan.reviewing(frozenset())

@@ -71,7 +71,12 @@ class Run:
         self.payloads: list[QuantizedTensor | None] = [None] * len(plan.members)
         self.buffers: list[Buffer] = []
         self.own: dict[int, Tensor] = {}
-        self.report = SaveReport(refused=list(plan.refused), passed_over=list(plan.passed_over), kept=list(plan.kept))
+        self.report = SaveReport(
+            refused=list(plan.refused),
+            passed_over=list(plan.passed_over),
+            unmatched=list(plan.unmatched),
+            kept=list(plan.kept),
+        )
         self._live = live
         self._originals = Originals(tensors)
         self._parts = [DeviceRun(plan, each) for each in plan.devices]

@@ -16,7 +16,7 @@ def warn_of(report: SaveReport) -> None:
     """Warn of all that a report has, in one warning for each reason."""
     warn_of_refused(report.refused)
     warn_of_guarded(report.guarded)
-    warn_of_passed_over(report.passed_over)
+    warn_of_passed_over(report.passed_over, report.unmatched)
     if not report.passed_over:
         warn_of_kept(report.kept)
 
@@ -45,15 +45,27 @@ def warn_of_guarded(guarded: Iterable[Guarded]) -> None:
         )
 
 
-def warn_of_passed_over(paths: list[str]) -> None:
-    """Name the tensors that no rule reaches, if that leaves nothing encoded; say nothing if there are none."""
+def warn_of_passed_over(paths: list[str], unmatched: list[str]) -> None:
+    """Name the tensors that no rule reaches, if that leaves nothing encoded; say nothing if there are none.
+
+    Args:
+        paths: The tensors.
+        unmatched: Patterns that match nothing of a checkpoint in Lightning's layout; empty for another.
+    """
     if paths:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        remedy = (
+            'put the weights under "state_dict" and what optimizers remember under "optimizer_states", as Lightning'
+            " does, or pass a CheckpointPolicy with rules for these paths"
+        )
+        if unmatched:
+            remedy = (
+                f"nothing in it matches {', '.join(map(repr, unmatched))}; patterns match whole paths, which"
+                " `q8lightning inspect` shows, such as 'state_dict.encoder.*' or 'optimizer_states.*.exp_avg'"
+            )
         warnings.warn(
             f"nothing of the checkpoint is quantized: no rule of the policy names {', '.join(paths[:3])}{more}. The"
-            ' checkpoint is complete but as large as without a policy; put the weights under "state_dict" and what'
-            ' optimizers remember under "optimizer_states", as Lightning does, or pass a CheckpointPolicy with rules'
-            " for these paths",
+            f" checkpoint is complete but as large as without a policy; {remedy}",
             stacklevel=3,
         )
 
@@ -107,7 +119,7 @@ class WarningQueue:
             warn_of_guarded(new)
             if report.passed_over and not self._passed_over:
                 self._passed_over = True
-                warn_of_passed_over(report.passed_over)
+                warn_of_passed_over(report.passed_over, report.unmatched)
             kept = [] if report.passed_over else [each for each in report.kept if each.key not in self._kept]
             self._kept |= {each.key for each in kept}
             warn_of_kept(kept)

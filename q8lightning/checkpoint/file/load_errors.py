@@ -16,7 +16,7 @@ from q8lightning.checkpoint.payload import register_functions
 
 CONTENTS = "the end of the file (cut off or changed)"
 
-_FOREIGN = "the file (it ends too early, or is none of torch.save: perhaps a page that was fetched instead)"
+FOREIGN = "the file (it ends too early, or is none of torch.save: perhaps a page that was fetched instead)"
 
 _BEGINNINGS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 """The first bytes of zips and pickles. ``torch.save`` writes nothing else."""
@@ -42,7 +42,7 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(error.what, path) from error.__cause__  # it knows the tensor; add the file
     except Exception as error:
-        damage = damage_in(error) or (_FOREIGN if _torch_read_something_else(path, error) else None)
+        damage = damage_in(error) or (FOREIGN if _torch_read_something_else(path, error) else None)
         if damage is not None:
             raise CorruptCheckpointError(damage, path) from error
         newer = newer_format_in(error)
@@ -62,7 +62,7 @@ def damage_in(error: Exception) -> str | None:
         or any(words in text for words in _NO_PICKLE)
         or (operand is not None and chr(int(operand[1])) not in _OPERANDS)
     ):
-        return _FOREIGN
+        return FOREIGN
     return None
 
 

@@ -133,7 +133,13 @@ def _reason(weight: Weight, round_scales: bool) -> str | None:
     if round_scales:
         return None
     if not kind.is_exact:
-        return "steps are float16, and a scale over 127 is not; int8 is exact, or pass round_scales=True"
+        return (
+            f"the format stores float16 steps, and a scale divided by {kind.steps:g} is none; int8 is exact, or pass"
+            " round_scales=True"
+        )
     if codec.book.scale_dtype != "float16":
-        return 'steps are float16; scale_dtype="float16" trains with them, or pass round_scales=True'
+        return (
+            f'the format stores float16 steps, yours are {codec.book.scale_dtype}; scale_dtype="float16" trains with'
+            " such steps, or pass round_scales=True"
+        )
     return None

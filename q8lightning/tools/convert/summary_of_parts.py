@@ -77,6 +77,7 @@ class SummaryOfParts:
             stored_beside: Bytes of tensors in the summary itself.
         """
         self._report.stored_bytes += stored_beside
+        self._report.kept = self.kept_states
         said = self._report.summary()
         tensors = {path: dict(figures) for path, figures in self._entries("tensors")}
         said["metrics"] = {**dict(self._metrics(tensors)), **said["metrics"]}

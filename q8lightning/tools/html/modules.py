@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from q8lightning.tools.inspection import Inspection, TensorEntry
+from q8lightning.tools.entries import TensorEntry
+from q8lightning.tools.inspection import Inspection
 
 DEPTH = 4
 """Levels of modules that are shown; tensors below stand in the last one."""

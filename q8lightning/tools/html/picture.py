@@ -4,9 +4,9 @@ import html
 import math
 from collections.abc import Iterator
 
+from q8lightning.tools.entries import TensorEntry
 from q8lightning.tools.html.modules import DEPTH, Module, place_of
 from q8lightning.tools.html.treemap import Box, lay_out
-from q8lightning.tools.inspection import TensorEntry
 
 WIDTH, HEIGHT = 1100.0, 560.0
 """The size of the picture in its own units."""

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from q8lightning.checkpoint.layout.sections import CODES_KEY
 from q8lightning.metrics.recorder import Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
@@ -18,6 +19,21 @@ from q8lightning.trainer.lightning_api.model import WeakStructure
 from q8lightning.trainer.lightning_api.strategies import check_qat
 from q8lightning.trainer.record.weight_losses import WeightLosses
 from q8lightning.trainer.train.engage import Engagement
+
+
+def warn_of_weights_no_longer_quantized(summary: Mapping[str, Any]) -> None:
+    """Warn that a run without QAT goes on from a checkpoint of weights that were trained quantized.
+
+    Args:
+        summary: The summary of the checkpoint.
+    """
+    if names := list(summary.get(CODES_KEY) or ()):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        rank_zero_warn(
+            f"the checkpoint holds weights that were trained quantized ({', '.join(names[:3])}{more}), and this run has"
+            " no qat. It goes on with their masters in full precision, and its checkpoints cannot be exported as codes."
+            " Pass the QATConfig of the earlier run, QuantizationCallback(qat=...), if they should stay quantized"
+        )
 
 
 class _KnownCodecs:

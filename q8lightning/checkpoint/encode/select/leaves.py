@@ -174,6 +174,11 @@ def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: Che
     ]
 
 
+def unmatched_patterns(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: CheckpointPolicy) -> list[str]:
+    """Return the patterns that match nothing of a checkpoint in Lightning's layout; none of any other checkpoint."""
+    return policy.patterns_without([leaf.path for leaf in leaves]) if state_dicts_in(checkpoint) else []
+
+
 def kept_states(leaves: Iterable[Leaf]) -> tuple[Kept, ...]:
     """Return what the user should hear of states that are kept as they are, once for each key."""
     found: dict[str, list[Leaf]] = {}

@@ -34,6 +34,7 @@ def merge_reports(reports: Sequence[SaveReport]) -> SaveReport:
         guarded=[_guarded_of(found, len(holders[path])) for (path, _), found in guarded.items()],
         refused=list(dict.fromkeys(name for report in reports for name in report.refused)),
         passed_over=passed_over,
+        unmatched=[each for each in reports[0].unmatched if all(each in other.unmatched for other in reports)],
         kept=list({each.key: each for report in reversed(reports) for each in report.kept}.values()),
         original_bytes=sum(report.original_bytes for report in reports),
         stored_bytes=sum(report.stored_bytes for report in reports),
