@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# A CPU build of torch, pinned here only: a bare `torch` drags in gigabytes of CUDA packages.
+# A CPU build of torch, pinned here only: a bare `torch` drags in gigabytes of CUDA packages. It stands beside whatever
+# is installed, so that no library can bring another.
 TORCH ?= torch==2.13.0
+
+# Python compiles what is imported when it is; compiling all that is installed takes longer than installing it.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help demo test lint types layers doctest site unit docs package format clean
 .DELETE_ON_ERROR:
@@ -16,8 +20,7 @@ help:  ## list the commands
 $(READY): pyproject.toml Makefile
 	@echo "== setting up $(VENV) with $(TORCH) (about two minutes on a fresh machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench,docs]"
+	@$(PIP) "$(TORCH)" --editable ".[dev,bench,docs]"
 	@touch $@
 
 demo: $(READY)  ## train a small language model, save it with and without the callback, compare
@@ -58,7 +61,7 @@ docs: $(READY)  ## renew what the commands print in docs/cli.md
 package: $(READY)  ## the wheel and the source distribution in dist/, checked, and tried in a clean environment
 	@echo "== package"
 	@rm -rf dist build/lib
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	@$(PIP) build twine
 	@$(BIN)/python -m build --outdir dist .
 	@$(BIN)/python -m twine check --strict dist/*
 	@$(BIN)/python .ci/check_package.py dist "$(TORCH)"

@@ -73,8 +73,7 @@ def try_in_clean_environment(wheel: Path, torch: str) -> None:
             require(done.returncode == 0, f"python {' '.join(arguments)}:\n{done.stdout}\n{done.stderr}")
             return done.stdout
 
-        run("-m", "pip", "install", "--quiet", torch)
-        run("-m", "pip", "install", "--quiet", str(wheel.resolve()))
+        run("-m", "pip", "install", "--quiet", "--no-compile", torch, str(wheel.resolve()))
         run("-m", "pip", "check")
         where = run("-I", "-c", "import q8lightning; print(q8lightning.__file__)").strip()
         require(Path(folder).resolve() in Path(where).resolve().parents, f"q8lightning came from {where}")

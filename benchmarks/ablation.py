@@ -169,7 +169,7 @@ def patch(owner: Any, **names: Any) -> AbstractContextManager[Any]:
 
 
 def memory(kind: type) -> AbstractContextManager[Any]:
-    return patch(import_module("q8lightning.trainer.checkpoint_io"), HostMemory=kind)
+    return patch(import_module("q8lightning.trainer.checkpoint_io.quantized"), HostMemory=kind)
 
 
 @contextmanager

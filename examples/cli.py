@@ -1,4 +1,7 @@
-"""The language model under LightningCLI: ``python examples/cli.py fit --config configs/resume.yaml``."""
+"""The language model under LightningCLI: ``python examples/cli.py fit --config configs/resume.yaml``.
+
+LightningCLI needs ``pip install "jsonargparse[signatures]"``.
+"""
 
 from char_lm import CharLM, PythonDocs
 from lightning.pytorch.cli import LightningCLI
@@ -6,4 +9,5 @@ from lightning.pytorch.cli import LightningCLI
 import q8lightning  # noqa: F401  lets the CLI load quantized checkpoints whether or not the config has the callback
 
 if __name__ == "__main__":
-    LightningCLI(CharLM, PythonDocs)
+    # Without this, LightningCLI refuses to run a second time where it has left its config.yaml.
+    LightningCLI(CharLM, PythonDocs, save_config_kwargs={"overwrite": True})

@@ -76,12 +76,12 @@ def trainer(steps: int, folder: Path, *callbacks: pl.Callback, **options: Any) -
     )
 
 
-def train(steps: int, folder: Path) -> pl.Trainer:
+def train(data: PythonDocs, steps: int, folder: Path) -> pl.Trainer:
     """Train with the callback; every checkpoint of this run is quantized."""
     pl.seed_everything(1)
     checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=max(steps // 3, 1), save_top_k=-1)
     run = trainer(steps, folder, checkpoints, QuantizationCallback())
-    run.fit(CharLM(decay_steps=2 * steps), PythonDocs())
+    run.fit(CharLM(decay_steps=2 * steps), data)
     return run
 
 
@@ -97,21 +97,21 @@ def save_each_way(run: pl.Trainer, folder: Path) -> dict[str, Path]:
     return dict(sorted(paths.items(), key=lambda item: -item[1].stat().st_size))
 
 
-def resume(path: Path, steps: int, folder: Path) -> list[float]:
+def resume(data: PythonDocs, path: Path, steps: int, folder: Path) -> list[float]:
     """Go on from a checkpoint for ``steps`` steps and return their losses."""
     pl.seed_everything(2)
     losses = Losses()
     start = torch.load(path, weights_only=True)["global_step"]
     run = trainer(start + steps, folder, losses, enable_checkpointing=False)
-    run.fit(CharLM(decay_steps=2 * start), PythonDocs(), ckpt_path=path)
+    run.fit(CharLM(decay_steps=2 * start), data, ckpt_path=path)
     return losses.values
 
 
-def validate(path: Path, folder: Path) -> float:
+def validate(data: PythonDocs, path: Path, folder: Path) -> float:
     """Return the validation loss of the model that ``load_from_checkpoint`` gives."""
     model = CharLM.load_from_checkpoint(path, map_location="cpu")
     run = trainer(1, folder, enable_progress_bar=False, enable_checkpointing=False)
-    return run.validate(model, PythonDocs(), verbose=False)[0]["val_loss"]
+    return run.validate(model, data, verbose=False)[0]["val_loss"]
 
 
 def tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -213,19 +213,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=450, help="training steps before the state is saved")
     parser.add_argument("--resume-steps", type=int, default=100, help="steps after each resume")
+    parser.add_argument("--batch-size", type=int, default=24, help="windows of text in a batch")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where checkpoints go")
     parser.add_argument("--picture", type=Path, help="also draw the tables to this file")
     arguments = parser.parse_args()
 
     started = time.monotonic()
     console.rule("train with the callback")
-    run = train(arguments.steps, arguments.folder)
+    data = PythonDocs(batch_size=arguments.batch_size)
+    run = train(data, arguments.steps, arguments.folder)
     paths = save_each_way(run, arguments.folder)
     losses, validation = {}, {}
     for name, path in paths.items():
         console.rule(f"resume from {path}")
-        losses[name] = resume(path, arguments.resume_steps, arguments.folder)
-        validation[name] = validate(path, arguments.folder)
+        losses[name] = resume(data, path, arguments.resume_steps, arguments.folder)
+        validation[name] = validate(data, path, arguments.folder)
     size = {name: sizes(path) for name, path in paths.items()}
     report(paths, size, losses, validation)
     if arguments.picture is not None:

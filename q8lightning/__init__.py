@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from q8lightning.qat.lost_write import LostWriteError
     from q8lightning.qat.masters import masters
     from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule
+    from q8lightning.quantization.affine import dequantize_affine_blockwise, quantize_affine_blockwise
     from q8lightning.quantization.functional import dequantize_blockwise, fake_quantize, quantize_blockwise
     from q8lightning.quantization.spec.codebook import Codebook
     from q8lightning.system.save_queue import BackgroundSaveError
     from q8lightning.tools import ToolError, compare, compress, decompress, inspect, load, save, verify
     from q8lightning.trainer.callback import QuantizationCallback
-    from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO
+    from q8lightning.trainer.checkpoint_io.quantized import QuantizedCheckpointIO
 
 _HOMES = {
     "ActivationRule": "qat.rules",
@@ -38,7 +39,7 @@ _HOMES = {
     "NewerFormatError": "checkpoint.format",
     "QATConfig": "qat.config",
     "QuantizationCallback": "trainer.callback",
-    "QuantizedCheckpointIO": "trainer.checkpoint_io",
+    "QuantizedCheckpointIO": "trainer.checkpoint_io.quantized",
     "QuantizedTensor": "checkpoint.payload",
     "Rule": "checkpoint.policy",
     "ToolError": "tools",
@@ -46,6 +47,7 @@ _HOMES = {
     "compare": "tools",
     "compress": "tools",
     "decompress": "tools",
+    "dequantize_affine_blockwise": "quantization.affine",
     "dequantize_blockwise": "quantization.functional",
     "export_quantized": "export.quantized",
     "fabric": "",
@@ -54,6 +56,7 @@ _HOMES = {
     "keep_encoded": "checkpoint.loading",
     "load": "tools",
     "masters": "qat.masters",
+    "quantize_affine_blockwise": "quantization.affine",
     "quantize_blockwise": "quantization.functional",
     "save": "tools",
     "tools": "",
@@ -81,6 +84,7 @@ __all__ = [
     "compare",
     "compress",
     "decompress",
+    "dequantize_affine_blockwise",
     "dequantize_blockwise",
     "export_quantized",
     "fabric",
@@ -89,6 +93,7 @@ __all__ = [
     "keep_encoded",
     "load",
     "masters",
+    "quantize_affine_blockwise",
     "quantize_blockwise",
     "save",
     "tools",

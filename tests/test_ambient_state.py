@@ -46,7 +46,7 @@ from q8lightning.metrics import CodebookUsage, CompressionRatio, ReconstructionS
 from q8lightning.qat.config import QATConfig
 from q8lightning.qat.engage.fake_quantizer import FakeQuantizer
 from q8lightning.qat.rules import ActivationRule, WeightRule
-from q8lightning.quantization import functional
+from q8lightning.quantization import affine, functional
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.codebook import get_codebook
 
@@ -239,6 +239,8 @@ def call_the_functions(content: dict[str, Any], file: Path, folder: Path) -> Any
         for code in ("dynamic", "int4", "softsign", [-1.0, -(2.0**-130), 0.0, 0.25, 1.0]):
             codes, absmax = functional.quantize_blockwise(x, code, 64)
             results += [codes, absmax, functional.dequantize_blockwise(codes, absmax, code, 64, dtype=x.dtype)]
+        parts = affine.quantize_affine_blockwise(x, 64, 5)
+        results += [*parts, affine.dequantize_affine_blockwise(*parts, 64, dtype=x.dtype)]
         values, statistics = functional.fake_quantize(x, "linear", 64, return_statistics=True)
         results += [values, statistics.float(), functional.fake_quantize_rows(x, "int8"), get_codebook("int5").tensor()]
     return results

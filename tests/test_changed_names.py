@@ -19,8 +19,8 @@ from support.models import Shrink, quiet_trainer
 from torch import nn
 
 from q8lightning import QATConfig, QuantizationCallback, WeightRule
-from q8lightning.trainer.checkpoint_io import find_quantized_io
-from q8lightning.trainer.describe_model import DescribeModel
+from q8lightning.trainer.checkpoint_io.quantized import find_quantized_io
+from q8lightning.trainer.save.describe_model import DescribeModel
 
 QAT = QATConfig([WeightRule(codebook="int4", block_size=64)])
 

@@ -31,12 +31,12 @@ SMALL = (
 )
 
 
-def fit(config: str, folder: str) -> None:
+def fit(config: str, folder: str, *more: str) -> None:
     """Do what ``python examples/cli.py fit --config=...`` does, in a process that has imported Lightning already."""
     os.chdir(folder)
     script = ROOT / "examples" / "cli.py"
     sys.path.insert(0, str(script.parent))
-    sys.argv = [str(script), "fit", f"--config={config}", *SMALL]
+    sys.argv = [str(script), "fit", f"--config={config}", *SMALL, *more]
     with open("said", "w") as said, redirect_stdout(said), redirect_stderr(said):
         runpy.run_path(str(script), run_name="__main__")
 
@@ -57,6 +57,14 @@ def test_a_configuration_trains_and_saves_what_it_says(name: str, tmp_path: Path
     embedding = state["model.embed.weight"]
     assert (feed_forward.codec.name, feed_forward.codec.residual_bits) == CODECS[name]
     assert isinstance(embedding, QuantizedTensor) == (name != "custom_policy")  # it leaves the embedding as it is
+
+
+def test_the_same_command_runs_a_second_time(tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "resume.yaml")
+    for _ in range(2):
+        ran = forked.run(fit, config, str(tmp_path), "--trainer.max_steps=1")
+        assert ran == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "runs" / "resume" / "config.yaml").exists(), "what the second run wrote over"
 
 
 def fail(config: str, folder: str) -> None:
@@ -112,7 +120,8 @@ def test_a_configuration_trains_with_the_quantized_weights_it_says(name: str, tm
 
 def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
     script = str(ROOT / "examples" / "train_char_lm.py")
-    command = [sys.executable, script, "--steps=3", "--resume-steps=2", "--folder=demo", "--picture=demo.png"]
+    options = ["--steps=3", "--resume-steps=2", "--batch-size=2", "--folder=demo", "--picture=demo.png"]
+    command = [sys.executable, script, *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     output = result.stdout

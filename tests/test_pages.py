@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HOME = "https://github.com/q8lightning/q8lightning/blob/main/"
 
 
-@pytest.mark.parametrize("name", ["../README", "index", "quickstart", "policies", "resuming"])
+@pytest.mark.parametrize("name", ["../README", "codecs", "index", "quickstart", "policies", "resuming"])
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pages.run(ROOT / "docs" / f"{name}.md")

@@ -22,7 +22,7 @@ import q8lightning
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.system.find_names import is_declared
 from q8lightning.system.private_names import PRIVATE_NAMES, MissingNameError, PrivateName, is_there, owners, resolve
-from q8lightning.trainer.lightning_internals import logged_steps
+from q8lightning.trainer.lightning_api.internals import logged_steps
 
 PACKAGE = Path(q8lightning.__file__).parent
 LIST = PACKAGE / "system" / "private_names.py"

@@ -56,7 +56,8 @@ def check_version(summary: Any) -> None:
     Raises:
         NewerFormatError: If the version is later.
     """
-    if isinstance(summary, Mapping) and (version := summary.get("format_version", 0)) > FORMAT_VERSION:
+    version = summary.get("format_version") if isinstance(summary, Mapping) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise NewerFormatError.of_version(version)
 
 

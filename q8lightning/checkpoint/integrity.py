@@ -72,7 +72,7 @@ def verify(name: str, header: str, data: Tensor, expected: int | None) -> None:
     if expected is None or not _VERIFY.get() or type(data) is not Tensor or data.device.type == "meta":
         return  # fake and meta tensors have no content to verify
     if checksum(header, bytes_of(data)) != expected:
-        raise CorruptCheckpointError(f"the tensor {name}", _file_being_loaded())
+        raise CorruptCheckpointError(f"the tensor {name}", file_being_loaded())
 
 
 def is_verifying() -> bool:
@@ -105,13 +105,13 @@ def check_save(name: str, save: str | None) -> None:
     """
     if save is None or not _VERIFY.get():
         return
-    file = _file_being_loaded()
+    file = file_being_loaded()
     expected = None if file is None else save_of(file)
     if expected not in (None, save):
         raise CorruptCheckpointError(f"the tensor {name}, of another save than the rest of the checkpoint,", file)
 
 
-def _file_being_loaded() -> str | None:
+def file_being_loaded() -> str | None:
     """Return the file that a ``torch.load`` of this thread is reading; None if its name is not known.
 
     The functions that a file calls are not told which file it is. The callers' variables say it, so that an error can

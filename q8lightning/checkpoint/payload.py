@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from q8lightning.checkpoint.call_arguments import (
+    check_count,
+    check_header,
+    check_item,
+    check_raw,
+    check_stretch,
+    check_together,
+    damaged,
+    damaged_header,
+)
 from q8lightning.checkpoint.format import (
     FORMAT_VERSION,
     NewerFormatError,
@@ -21,7 +31,7 @@ from q8lightning.checkpoint.format import (
     read_header,
     write_header,
 )
-from q8lightning.checkpoint.integrity import CorruptCheckpointError, bytes_of, check_save, checksum, verify
+from q8lightning.checkpoint.integrity import bytes_of, check_save, checksum, verify
 from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.checkpoint.loading import kept_encoded, watcher
 from q8lightning.checkpoint.memory import check_dense, in_memory_order
@@ -187,13 +197,18 @@ def rebuild_v1(what: str, *arguments: Any) -> Any:
 
     Raises:
         NewerFormatError: If this version does not know what is asked for.
-        CorruptCheckpointError: If a payload differs from what was saved. Payloads that stay encoded are verified when
-            they are decoded, so that opening a memory-mapped file does not read all of it.
+        CorruptCheckpointError: If an argument is nothing that was ever saved, or a payload differs from what was saved.
+            Payloads that stay encoded are verified when they are decoded, so that opening a memory-mapped file does not
+            read all of it.
     """
-    parts: dict[str, Callable[..., Any]] = {TENSOR: _tensor, TENSORS: _tensors, ITEM: _item, RAW: _raw}
-    if what not in parts:
+    parts: dict[str, tuple[Callable[..., Any], int]] = {
+        TENSOR: (_tensor, 5), TENSORS: (_tensors, 3), ITEM: (_item, 2), RAW: (_raw, 4)
+    }  # fmt: skip
+    if not isinstance(what, str) or what not in parts:
         raise NewerFormatError(f"content of the kind {what!r}")
-    return parts[what](*map(read, arguments))
+    part, count = parts[what]
+    check_count(what, arguments, count)
+    return part(*map(read, arguments))
 
 
 def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -> Tensor | QuantizedTensor:
@@ -208,13 +223,14 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
         start: Where scales and codes begin in the buffer.
         nbytes: How many bytes they take.
     """
-    data = buffer[start : start + nbytes]
     try:
         header = read_header(text)
-    except ValueError:
-        verify(f"with the header {text!r}", text, data, checksum)
-        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged_header(text, error) from None
+    check_header(header, text)
     name = header["name"]
+    check_stretch(f"the tensor {name}", buffer, start, nbytes)
+    data = buffer[start : start + nbytes]
     check_save(name, header.get("save"))
     if type(checksum) is not int:
         raise NewerFormatError(f"checksum {checksum!r} for the tensor {name}")
@@ -224,7 +240,7 @@ def _tensor(text: str, checksum: int, buffer: Tensor, start: int, nbytes: int) -
         verify(name, text, data, checksum)  # the header may be damaged instead
         raise
     if len(data) != codec.encoded_bytes(math.prod(header["shape"])):  # a kernel would read beyond its memory
-        raise CorruptCheckpointError(f"the tensor {name} (with fewer or more codes than its shape has elements)")
+        raise damaged(f"the tensor {name}", "with fewer or more codes than its shape has elements")
     payload = QuantizedTensor(
         *(codec, data, tuple(header["shape"]), tuple(header["stride"]), dtype, name, checksum),
         requires_grad=header.get("requires_grad", False),
@@ -248,6 +264,7 @@ def _tensors(
         shapes: Their shapes.
         strides: Their strides in elements; None for a contiguous tensor.
     """
+    check_together(data, shapes, strides)
     watch = watcher()
     result = []
     parts = torch.split(data, [math.prod(shape) for shape in shapes])
@@ -268,6 +285,7 @@ def _raw(name: str, save: str, checksum: int, tensor: Tensor) -> Tensor:
         checksum: Of name, save and elements.
         tensor: The tensor.
     """
+    check_raw(name, save, checksum, tensor)
     check_save(name, save)
     if type(tensor) is Tensor and tensor.device.type == "cpu":
         verify(name, header_of_raw(name, save), elements_of(tensor), checksum)
@@ -286,6 +304,7 @@ def elements_of(tensor: Tensor) -> Tensor:
 
 def _item(tensors: tuple[Tensor, ...], number: int) -> Tensor:
     """Return one of several tensors that were stored together."""
+    check_item(tensors, number)
     return tensors[number]
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -12,12 +13,22 @@ from q8lightning.checkpoint.layout.sections import NEVER, OPTIMIZER_STATES, RUNN
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import CodecName, get_codec
 from q8lightning.quantization.spec.codebook import get_codebook
-from q8lightning.system.arguments import check_keys, did_you_mean, end_in_one_line
+from q8lightning.quantization.spec.layout import check_block_size
+from q8lightning.system.arguments import (
+    as_integer,
+    check_integer,
+    check_keys,
+    check_pattern,
+    did_you_mean,
+    end_in_one_line,
+    names_arguments,
+)
 
 Preset = Literal["resume", "compact", "precise"]
 """The names of :data:`PRESETS`, for type checkers."""
 
 
+@names_arguments
 @dataclass(frozen=True)
 class Rule:
     """A rule: tensors whose path matches ``pattern`` get this codec.
@@ -49,9 +60,13 @@ class Rule:
         try:
             if not isinstance(self.codec, str | None):
                 object.__setattr__(self, "codec", get_codebook(self.codec).spec)
-            for name, kind in (("pattern", str), ("parameter", str)):
-                if not isinstance(value := getattr(self, name), kind):
-                    raise ValueError(f"{name} is a {kind.__name__}, got {value!r}")
+            check_pattern("pattern", self.pattern)
+            check_pattern("parameter", self.parameter)
+            if isinstance(self.residual_bits, bool) or not isinstance(self.residual_bits, int):
+                raise ValueError(
+                    "residual_bits is 0 for no second code, or an integer from 2 to 8, got"
+                    f" {self.residual_bits!r}{as_integer(self.residual_bits) or '; write 0, or such as 4'}"
+                )
             if codec := self.resolve():
                 object.__setattr__(self, "codec", codec.name)  # the name that files have, not an alias
                 object.__setattr__(self, "bits", codec.bits)
@@ -61,6 +76,13 @@ class Rule:
     def resolve(self) -> Codec | None:
         """Return the codec of this rule, None to store tensors as they are."""
         if self.codec is None:
+            check_block_size(self.block_size)
+            if self.bits is not None or self.residual_bits:
+                raise ValueError(
+                    "bits and residual_bits are a codec's, got"
+                    f" codec=None, bits={self.bits!r} and residual_bits={self.residual_bits!r}; name a codec, such as"
+                    ' codec="softsign", or leave them out to store these tensors as they are'
+                )
             return None
         assert isinstance(self.codec, str)
         return get_codec(self.codec, self.block_size, self.bits, self.residual_bits)
@@ -72,6 +94,7 @@ class Rule:
         return self.parameter == "*" or (parameter is not None and fnmatchcase(parameter, self.parameter))
 
 
+@names_arguments
 @dataclass(frozen=True)
 class CheckpointPolicy:
     """Ordered rules: the first one that matches a tensor's path decides. Other tensors are stored as they are.
@@ -125,8 +148,7 @@ class CheckpointPolicy:
                 f"a checkpoint policy has at least one rule with a codec, got {len(rules)} rules and none has one;"
                 ' add Rule("state_dict.*", "softsign"), or pass checkpoint=None to quantize nothing'
             )
-        if self.min_numel < 1:
-            raise ValueError(f"min_numel must be at least 1, got {self.min_numel}; the default is 4096")
+        check_integer("min_numel", self.min_numel, 1, "; the default is 4096")
         _check_limit("min_sqnr_db", self.min_sqnr_db, "30 (an error of 3%)")
         _check_limit("max_update_direction_error", self.max_update_direction_error, "0.2 (an error of 20%)")
         object.__setattr__(self, "rules", rules)
@@ -199,10 +221,12 @@ class CheckpointPolicy:
                 return
         if not names:
             return
-        known = tuple(f"{section}." for section in (*WEIGHTS, OPTIMIZER_STATES))
+        sections = (*WEIGHTS, OPTIMIZER_STATES)
+        known = tuple(f"{section}." for section in sections)
         if any(
             rule.codec
             and not rule.pattern.startswith(known)
+            and not get_close_matches(rule.pattern.split(".", 1)[0], sections, cutoff=0.9)  # misspelled
             and not any(fnmatchcase(name, rule.pattern) for name in names)  # a name in place of a path
             for rule in self._rules
         ):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q8lightning.checkpoint.call_arguments import damaged, described
 from q8lightning.checkpoint.format import NewerFormatError
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.quantization.codecs.codec import Codec
@@ -60,20 +61,50 @@ def read_codes(value: Tensor | QuantizedTensor, entry: Mapping[str, Any]) -> Cod
         entry: The weight's description from :func:`describe_codes`.
 
     Raises:
-        NewerFormatError: If the description has an entry that this version does not know.
+        NewerFormatError: If the description has an entry or a codec that this version does not know.
+        CorruptCheckpointError: If codes and scales are not as many as the weight has.
     """
     if not entry.keys() <= _KEYS:
         raise NewerFormatError(f"weights that were trained quantized with {sorted(entry.keys() - _KEYS)}")
-    codec = WeightCodec(entry["codebook"], entry["block_size"], entry["axis"])
+    codec = _codec_of(entry)
     like = torch.empty_strided(value.shape, _strides(value), dtype=value.dtype, device="meta")
     if "codes" in entry:
         scales = entry["scales"]
+        _check_codes(value, codec, entry["codes"], scales, like)
         codes = unpack_bits(entry["codes"], codec.bits, like.numel())
         return codec, codes.view(scales.shape[0], -1), scales, like
     if isinstance(value, QuantizedTensor):
         codes, scales = value.parts[:2]
         return codec, codes.view(1, -1), scales.view(1, -1), like
     return codec, *codec.encode(value), like
+
+
+def _codec_of(entry: Mapping[str, Any]) -> WeightCodec:
+    """Return the codec of a weight's description."""
+    try:
+        codebook, block_size, axis = (entry[key] for key in ("codebook", "block_size", "axis"))
+        if isinstance(codebook, str) and type(block_size) is int and (axis is None or type(axis) is int):
+            return WeightCodec(codebook, block_size, axis)
+    except (KeyError, ValueError):
+        pass
+    said = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+    raise NewerFormatError(f"weights that were trained quantized with {said}")
+
+
+def _check_codes(value: Tensor | QuantizedTensor, codec: WeightCodec, codes: Any, scales: Any, like: Tensor) -> None:
+    """Refuse codes and scales that are not those of a weight like this."""
+    what = f"the tensor {value.name}" if isinstance(value, QuantizedTensor) else "a weight"
+    if codec.axis is not None and not -like.ndim <= codec.axis < like.ndim:
+        raise damaged(what, f"whose codes are of the axis {codec.axis} of {like.ndim}")
+    rows, row = codec.to_rows(like).shape
+    nbytes, blocks = -(-rows * row * codec.bits // 8), -(-row // codec.block_size)
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.shape != (nbytes,):
+        raise damaged(what, f"whose codes are {described(codes)} instead of {nbytes} bytes")
+    # A shard that begins inside a block has one block more.
+    if not isinstance(scales, Tensor) or scales.dtype != torch.float32 or scales.ndim != 2 or len(scales) != rows:
+        raise damaged(what, f"whose scales are {described(scales)} instead of {rows} rows")
+    if not blocks <= scales.shape[1] <= blocks + 1:
+        raise damaged(what, f"whose scales are {scales.shape[1]} a row instead of {blocks}")
 
 
 def is_first_stage(stored: Codec, codec: WeightCodec) -> bool:

@@ -94,6 +94,14 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
 
+def _pattern(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "a pattern is empty, which matches nothing; write such as 'state_dict.*.table'"
+        )
+    return text
+
+
 def _compress(parser: argparse.ArgumentParser) -> None:
     _convert(parser)
     parser.add_argument(
@@ -103,6 +111,7 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep",
         metavar="PATTERN",
+        type=_pattern,
         action="append",
         default=[],
         help="leave tensors with such paths as they are, for instance 'state_dict.*.table'; can be given several times",
@@ -124,11 +133,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
         help=f"replace what matches the regular expression OLD in names{several}",
     )  # fmt: skip
     parser.add_argument(
-        "--transpose", metavar="PATTERN", action="append", default=[],
+        "--transpose", metavar="PATTERN", type=_pattern, action="append", default=[],
         help=f"matrices that the target holds transposed, such as '*.c_attn.weight' of GPT-2{several}",
     )  # fmt: skip
     parser.add_argument(
-        "--as-floats", "--as_floats", metavar="PATTERN", action="append", default=[],
+        "--as-floats", "--as_floats", metavar="PATTERN", type=_pattern, action="append", default=[],
         help=f"weights that are written as floats, not as codes, such as '*.embed.weight'{several}",
     )  # fmt: skip
     parser.add_argument(

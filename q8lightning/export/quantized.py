@@ -31,7 +31,7 @@ from q8lightning.export.formats import bitsandbytes, codes, compressed_tensors, 
 from q8lightning.export.options import Naming, Options, Rename, as_mapping
 from q8lightning.export.weights import Source
 from q8lightning.system.ambient import neutral
-from q8lightning.system.arguments import did_you_mean
+from q8lightning.system.arguments import check_bool, did_you_mean
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, ToolError, open_checkpoint
 
 Format = Literal["float", "codes", "safetensors", "gguf", "bitsandbytes", "compressed-tensors", "torchao"]
@@ -112,6 +112,8 @@ def export_quantized(
         CorruptCheckpointError: If the checkpoint is damaged.
         NewerFormatError: If the checkpoint was written in a later format than this version reads.
     """
+    check_bool("weights_only", weights_only)
+    check_bool("round_scales", round_scales)
     if format not in FORMATS:
         raise ExportError(f"format is one of {', '.join(FORMATS)}, got {format!r}{did_you_mean(str(format), FORMATS)}")
     opened = _open(checkpoint, trust=not weights_only)

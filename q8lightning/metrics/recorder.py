@@ -35,7 +35,7 @@ class Loss(NamedTuple):
     statistics: Sequence[float]
 
 
-class Save(NamedTuple):
+class Saved(NamedTuple):
     """What one save lost and took.
 
     Attributes:
@@ -174,7 +174,7 @@ class Recorder:
                 values[f"{prefix}/{loss.kind}/{loss.name}/relative_error"] = error
         return values
 
-    def record(self, save: Save) -> Recorded:
+    def record(self, save: Saved) -> Recorded:
         """Compute the logged values of a save, in any thread. The totals stay as they are."""
         values = self.losses(save.losses)
         if save.directions:

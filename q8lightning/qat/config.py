@@ -1,14 +1,15 @@
 """The configuration of QAT: rules, and a schedule over the global step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from q8lightning.qat.rules import ActivationRule, FreezeRule, WeightRule, as_rules, check_types
 from q8lightning.qat.targets import Target, rule_for
-from q8lightning.system.arguments import check_keys, end_in_one_line
+from q8lightning.system.arguments import check_integer, check_keys, check_patterns, end_in_one_line, names_arguments
 
 
+@names_arguments
 @dataclass(frozen=True)
 class QATConfig:
     """Which weights and activations are quantized in the forward and backward pass, and at which steps.
@@ -58,11 +59,8 @@ class QATConfig:
         for name, kind in (("weights", WeightRule), ("activations", ActivationRule), ("freeze", FreezeRule)):
             object.__setattr__(self, name, as_rules(name, kind, getattr(self, name)))
         check_types(self)
-        if isinstance(self.exclude, str):
-            raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write [{self.exclude!r}]")
-        if not isinstance(self.exclude, Iterable) or not all(isinstance(each, str) for each in self.exclude):
-            raise ValueError(f"exclude is a list of patterns, got {self.exclude!r}; write such as ['*.embed.weight']")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_integer("min_rank", self.min_rank, 0, "; write 0 to quantize parameters of every rank")
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         rules: tuple[WeightRule | ActivationRule, ...] = (*self.weight_rules, *self.activation_rules)
         if all(rule.codebook is None for rule in rules):
             raise ValueError("QATConfig has no rule with a codebook, so nothing is quantized; pass qat=None for that")
@@ -132,9 +130,12 @@ class QATConfig:
             >>> QATConfig.for_target("gguf-q4_0", exclude=["head.*"]).weight_rules
             (WeightRule(pattern='*', codebook='int4', block_size=32, axis=0, scale_dtype='float16'),)
         """
-        for name, given in (("patterns", patterns), ("transpose", transpose)):
-            if isinstance(given, str):
-                raise ValueError(f"{name} is a list of patterns, got {given!r}; write [{given!r}]")
+        patterns, transpose = check_patterns("patterns", patterns), check_patterns("transpose", transpose)
+        if "weights" in options:
+            raise ValueError(
+                f"the target decides the rules for weights, got weights={options['weights']!r}; name parameters in"
+                " patterns, or write QATConfig(weights=...)"
+            )
         transposed = (rule_for(target, pattern, True) for pattern in transpose)
         return QATConfig([*transposed, *(rule_for(target, pattern) for pattern in patterns)], **options)
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 from q8lightning.quantization.codecs.weight import WHOLE_ROW, WeightCodec
 from q8lightning.quantization.spec.codebook import CodebookName, get_codebook
 from q8lightning.quantization.spec.layout import check_block_size
-from q8lightning.quantization.spec.scale_dtype import ScaleDtype
-from q8lightning.system.arguments import check_keys
+from q8lightning.quantization.spec.scale_dtype import ScaleDtype, check_scale_dtype
+from q8lightning.system.arguments import as_integer, check_keys, check_pattern, names_arguments
 
 
 def check_types(rule: Any) -> None:
@@ -19,9 +19,13 @@ def check_types(rule: Any) -> None:
         if kind not in (int, int | None, bool, str):
             continue
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{each.name} is of type {getattr(kind, '__name__', kind)}, got {value!r}")
+            remedy = "; write True or False" if kind is bool else as_integer(value)
+            raise ValueError(f"{each.name} is of type {getattr(kind, '__name__', kind)}, got {value!r}{remedy}")
+        if each.name == "pattern":
+            check_pattern("pattern", value)
 
 
+@names_arguments
 @dataclass(frozen=True)
 class WeightRule:
     """Train the parameters whose name matches ``pattern`` with a codec.
@@ -59,16 +63,20 @@ class WeightRule:
 
     def resolve(self) -> WeightCodec | None:
         """Return the codec, None if the parameters stay as they are."""
+        if self.block_size != "row":
+            check_block_size(self.block_size)
+        check_scale_dtype(self.scale_dtype)
         if self.codebook is None:
             return None
         book = get_codebook(self.codebook).with_scales(self.scale_dtype)
         if self.block_size != "row":
-            return WeightCodec(book.spec, check_block_size(self.block_size), self.axis)
+            return WeightCodec(book.spec, self.block_size, self.axis)
         if self.axis is None:
             raise ValueError('block_size="row" needs the axis of the channels, got None; write axis=0')
         return WeightCodec(book.spec, WHOLE_ROW, self.axis)
 
 
+@names_arguments
 @dataclass(frozen=True)
 class ActivationRule:
     """Quantize the inputs of modules whose name matches ``pattern``, each with scales of its own.
@@ -99,6 +107,7 @@ class ActivationRule:
             raise ValueError(f"activation rule for {self.pattern!r}: {error}") from None
 
 
+@names_arguments
 @dataclass(frozen=True)
 class FreezeRule:
     """Let no optimizer update the parameters whose name matches ``pattern`` from a global step on.

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from q8lightning.quantization import ops
+from q8lightning.quantization.checks import check_buffer, check_codes, check_float, result_dtype
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, CodebookName, get_codebook
 from q8lightning.quantization.spec.layout import check_block_size
+from q8lightning.system.arguments import check_bool
 
 Code = CodebookName | Codebook | Tensor | Sequence[float]
 """A codebook, its name or its levels; see :func:`q8lightning.quantization.spec.codebook.get_codebook`."""
@@ -16,19 +18,6 @@ Code = CodebookName | Codebook | Tensor | Sequence[float]
 
 def _spec(code: Code) -> str:
     return code if isinstance(code, str) and code in BUILTIN else get_codebook(code).spec
-
-
-def _check_float(x: Tensor, name: str) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first")
-
-
-def _check_buffer(buffer: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(buffer.shape) != tuple(shape) or buffer.dtype != dtype or buffer.device != device:
-        raise ValueError(
-            f"{name} must be {dtype} of shape {list(shape)} on {device},"
-            f" got {buffer.dtype} of shape {list(buffer.shape)} on {buffer.device}; pass such a tensor, or leave it out"
-        )
 
 
 def quantize_blockwise(
@@ -62,15 +51,15 @@ def quantize_blockwise(
         >>> codes.tolist(), absmax.tolist()
         ([0, 2, 3], [2.0])
     """
-    _check_float(A, "A")
+    check_float(A, "A")
     spec = _spec(code)
     blocks = -(-A.numel() // check_block_size(blocksize))
     if out is not None:
-        _check_buffer(out, "out", A.shape, torch.uint8, A.device)
+        check_buffer(out, "out", A.shape, torch.uint8, A.device)
     if absmax is not None:
-        _check_buffer(absmax, "absmax", [blocks], torch.float32, A.device)
+        check_buffer(absmax, "absmax", [blocks], torch.float32, A.device)
     if statistics is not None:
-        _check_buffer(statistics, "statistics", [5], torch.float64, A.device)
+        check_buffer(statistics, "statistics", [5], torch.float64, A.device)
     codes, scale, lost = ops.quantize(A.detach(), spec, blocksize, measure=statistics is not None)
     if statistics is not None:
         statistics.copy_(lost)
@@ -107,17 +96,12 @@ def dequantize_blockwise(
         >>> dequantize_blockwise(codes, absmax, "int2", 32, dtype=torch.float32)
         tensor([-2.,  0.,  1.])
     """
-    if out is None and dtype is None:
-        raise ValueError("dequantize_blockwise needs a dtype or an out tensor, got neither; pass dtype=torch.float32")
-    if a.dtype != torch.uint8:
-        raise ValueError(f"codes must be uint8, got {a.dtype}; pass what quantize_blockwise returned")
-    dtype = out.dtype if dtype is None and out is not None else dtype
-    assert dtype is not None
-    _check_float(torch.empty(0, dtype=dtype, device="cpu"), "the result")
+    dtype = result_dtype(dtype, out, "dequantize_blockwise")
+    check_codes(a, "quantize_blockwise")
     spec = _spec(code)
-    _check_buffer(absmax, "absmax", [-(-a.numel() // check_block_size(blocksize))], torch.float32, a.device)
+    check_buffer(absmax, "absmax", [-(-a.numel() // check_block_size(blocksize))], torch.float32, a.device)
     if out is not None:
-        _check_buffer(out, "out", a.shape, dtype, a.device)
+        check_buffer(out, "out", a.shape, dtype, a.device)
     values = ops.dequantize(a, absmax, spec, blocksize, dtype)
     return values if out is None else out.copy_(values)
 
@@ -150,7 +134,8 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-2.0, 0.3, 0.9]), "int2", 32)
         tensor([-2.,  0.,  1.])
     """
-    _check_float(x, "x")
+    check_float(x, "x")
+    check_bool("return_statistics", return_statistics)
     spec = _spec(code)
     check_block_size(block_size)
     values: Tensor
@@ -174,7 +159,7 @@ def fake_quantize_rows(x: Tensor, code: Code, per_tensor: bool = False) -> Tenso
         tensor([[-2.0000,  0.0000],
                 [ 0.2500,  0.2500]])
     """
-    _check_float(x, "x")
+    check_float(x, "x")
     row = x.numel() if per_tensor or x.ndim == 0 else x.shape[-1]
     result: Tensor = ops.fake_quantize_rows(x, _spec(code), max(row, 1))
     return result

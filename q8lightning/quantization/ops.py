@@ -157,13 +157,15 @@ def _(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dt
 
 @custom_op("q8lightning::quantize_affine", mutates_args=())
 @neutral()
-def quantize_affine(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_affine(
+    x: Tensor, block_size: int, bits: int = 8, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lost = _empty_lost(x, measure)
-    return *backend_of(x).quantize_affine(x, block_size, lost if measure else None), lost
+    return *backend_of(x).quantize_affine(x, block_size, bits, lost if measure else None), lost
 
 
 @quantize_affine.register_fake
-def _(x: Tensor, block_size: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, block_size: int, bits: int = 8, measure: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         empty_codes(x),
         empty_scales(x, block_size),

@@ -14,14 +14,14 @@ _AT_FDCWD, _EXCHANGE = -100, 2
 
 
 def put_in_place(new: str, target: str) -> None:
-    """Let the folder ``new`` be ``target``; remove what was there.
+    """Give the folder ``new`` the name ``target``; remove what was there.
 
     On Linux there is always something whole at ``target``. Elsewhere, and on most network file systems, what was there
     lies for a moment in a folder beside it (the name of ``new`` with ``.old``). If the process is killed then,
     :func:`finish` does the rest.
 
     Raises:
-        OSError: If that cannot be; both stay as they were.
+        OSError: If the names cannot be changed; both stay as they were.
     """
     try:
         if not os.path.lexists(target):
@@ -55,7 +55,7 @@ def finish(aside: str) -> None:
         aside: What that process left; its name ends in :data:`ASIDE`.
 
     Raises:
-        OSError: If that cannot be; everything stays as it is.
+        OSError: If a name cannot be changed; everything stays as it is.
     """
     new = aside.removesuffix(ASIDE)
     for name in os.listdir(aside):  # one, or none

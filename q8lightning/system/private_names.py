@@ -1,7 +1,7 @@
 """The private names of torch, Lightning and torchmetrics that the package relies on.
 
 Here is the whole list: what each is for, and what happens where a version does not have it. What is used of Lightning
-stands in ``trainer/lightning_internals.py`` besides. ``tests/test_private_names.py`` compares the list with the
+stands in ``trainer/lightning_api/internals.py`` besides. ``tests/test_private_names.py`` compares the list with the
 versions that are installed, and with the package: all were there in torch 2.13, Lightning 2.6.6 in both packages, and
 torchmetrics 1.9. Nothing here imports Lightning: who has not imported it has no objects of it.
 """

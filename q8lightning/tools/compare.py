@@ -118,8 +118,9 @@ def _differences(a: Tensor, b: Tensor) -> Iterator[Difference]:
 def _difference(one: Tensor, two: Tensor) -> Difference:
     if not one.numel():
         return Difference()
-    gap = (two - one).masked_fill_(one == two, 0)  # infinities that agree have no difference
-    return Difference(float(gap.square().sum()), float(one.square().sum()), float(gap.abs().max()))
+    same = one == two  # infinities that agree have no difference, and would hide every other one in a signal
+    gap, signal = (two - one).masked_fill_(same, 0), one.masked_fill(same & one.isinf(), 0)
+    return Difference(float(gap.square().sum()), float(signal.square().sum()), float(gap.abs().max()))
 
 
 def _sum(differences: Iterator[Difference]) -> Difference:

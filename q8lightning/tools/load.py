@@ -14,6 +14,7 @@ from q8lightning.checkpoint.layout.sections import summary_in
 from q8lightning.checkpoint.payload import register_functions
 from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import rebuild
+from q8lightning.system.arguments import check_bool
 from q8lightning.tools.open_checkpoint import explain, open_checkpoint
 
 
@@ -46,6 +47,8 @@ def load(
         >>> checkpoint = q8lightning.load("last.ckpt")  # doctest: +SKIP
         >>> model.load_state_dict(checkpoint["model"])  # doctest: +SKIP
     """
+    check_bool("verify", verify)
+    check_bool("trust", trust)
     if Path(path).is_dir():
         opened = open_checkpoint(path, trust)
         return rebuild(opened.content, lambda leaf: leaf.read() if isinstance(leaf, UnreadTensor) else leaf)

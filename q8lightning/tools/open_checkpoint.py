@@ -29,6 +29,7 @@ from q8lightning.checkpoint.sharded.read.open_folder import OpenFolder
 from q8lightning.checkpoint.sharded.read.read_codes import with_codes
 from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import Keys
+from q8lightning.system.arguments import check_bool
 from q8lightning.tools.tensors import Value
 
 T = TypeVar("T")
@@ -174,6 +175,9 @@ def open_folder(path: str | os.PathLike[str], trust: bool = False) -> OpenFolder
         ToolError: If it is no checkpoint or cannot be read.
         CorruptCheckpointError: If the damage keeps it from being read.
     """
+    check_bool("trust", trust)
+    if not os.fspath(path):
+        raise ToolError("the name of the checkpoint is empty; name a file, or a folder with shards")
     if not is_folder(path):
         raise ToolError(f"{path} is a directory; name a checkpoint file, or a folder with shards (meta.pt, .metadata)")
     return _explaining(path, lambda: OpenFolder(path, trust))
@@ -209,6 +213,7 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
 
 def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     """Return the checkpoint in an open file; see :func:`open_checkpoint`."""
+    check_bool("trust", trust)
     path = file.path
     locations: dict[int, str] = {}
 
@@ -229,6 +234,8 @@ def read_checkpoint(file: OpenFile, trust: bool = False) -> OpenCheckpoint:
     except Exception as error:  # torch and pickle raise anything for a file that is no checkpoint
         with verified(file):  # raises if the file is damaged
             pass
+        if isinstance(error, CorruptCheckpointError):  # although its sums fit
+            raise CorruptCheckpointError(error.what, path) from error
         raise explain(path, error) from error
     check_version(summary_in(content))
     return OpenCheckpoint(file, content, locations)

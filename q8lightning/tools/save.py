@@ -15,6 +15,7 @@ from q8lightning.checkpoint.encode.warn import warn_of
 from q8lightning.checkpoint.file.write import write_checkpoint
 from q8lightning.checkpoint.layout.places import BUFFERS, STATE_DICT, VERSION_KEY
 from q8lightning.checkpoint.policy import CheckpointPolicy, Preset, Rule
+from q8lightning.system.arguments import check_patterns
 from q8lightning.tools.convert.compress import policy_of
 
 
@@ -78,7 +79,7 @@ def save(
         >>> model.load_state_dict(q8lightning.load("last.ckpt")["model"])  # doctest: +SKIP
     """
     chosen = policy_of(policy)
-    if keep:
+    if keep := check_patterns("keep", keep):
         chosen = replace(chosen, rules=[*(Rule(pattern) for pattern in keep), *chosen.rules])
     content, names = _content(state)
     encoded, report = encode_and_report(content, chosen, names)

@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,40 +14,18 @@ from q8lightning.metrics.recorder import Detail, Recorder
 from q8lightning.qat.config import QATConfig
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.reference import ErrorStatistics
+from q8lightning.system.arguments import check_bool, names_arguments
 from q8lightning.system.paths import check_is_there
-from q8lightning.system.private_names import Part, check_names
-from q8lightning.trainer.checkpoint_io import QuantizedCheckpointIO, find_quantized_io
-from q8lightning.trainer.describe_fit import tell_what_comes
-from q8lightning.trainer.describe_saves import describe_saves
-from q8lightning.trainer.install import finish_saves, install, is_installed, warm_up_for
-from q8lightning.trainer.io_chain import check_not_async
-from q8lightning.trainer.lightning_internals import saves_in_shards
-from q8lightning.trainer.model_structure import in_state_dict
-from q8lightning.trainer.moments import Moments
-from q8lightning.trainer.pending_names import (
-    begin_to_tell,
-    let_callbacks_know,
-    tell_callbacks,
-    wait_until_durable,
-)
-from q8lightning.trainer.publishing import harmless, print_totals, warn_safely
-from q8lightning.trainer.qat_training import QATTraining
-from q8lightning.trainer.recording import (
-    defer_publishing,
-    failures_of,
-    is_watched,
-    join_others,
-    publish_for_monitors,
-    publish_known,
-    publish_rest,
-    start_warm_up,
-    watch_of,
-    watch_saves,
-)
-from q8lightning.trainer.strategies import bypasses_io, check_qat, optimizer_device
-from q8lightning.trainer.warm_up import WarmUp
+from q8lightning.trainer.prepare.first_line import tell_what_comes
+from q8lightning.trainer.prepare.warm_up import WarmUp, warm_up_for
+from q8lightning.trainer.record.publish import harmless, print_totals
+from q8lightning.trainer.record.save_losses import is_monitored
+from q8lightning.trainer.save.door import SaveDoor, door_of, wait_until_durable
+from q8lightning.trainer.save.install import check_installed_versions, check_policy, set_up, set_up_late
+from q8lightning.trainer.train.training import QATTraining
 
 
+@names_arguments
 class QuantizationCallback(pl.Callback):
     """Saves every checkpoint of the Trainer quantized, three to four times smaller; everything loads as before.
 
@@ -96,13 +74,12 @@ class QuantizationCallback(pl.Callback):
         self.qat_training = None if qat is None else QATTraining(QATConfig.of(qat), self.recorder)
         """The part that trains with quantized weights; None without ``qat``."""
         self.policy = None if checkpoint is None else CheckpointPolicy.of(checkpoint)
-        self.async_save = async_save
-        self.verify = verify
+        self.async_save = check_bool("async_save", async_save)
+        self.verify = check_bool("verify", verify)
         self.restored = 0
         """How often the run was restored from a quantized checkpoint."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._warm_up: WarmUp | None = None
-        self._moments = Moments()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the Trainer and what goes on in it: a copy may belong to another one."""
@@ -141,7 +118,7 @@ class QuantizationCallback(pl.Callback):
         """
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
-            wait_until_durable(trainer, path, failures_of(trainer))
+            wait_until_durable(trainer, path)
         elif path is not None:
             check_is_there(path)
 
@@ -160,47 +137,20 @@ class QuantizationCallback(pl.Callback):
 
         With QAT this becomes the first callback, to put the masters back before the hooks of the others run.
         """
-        check_names(self._parts(trainer), warn_safely)
+        check_installed_versions(trainer, self)
         if self.qat_training is not None:
-            check_qat(trainer.strategy)
+            self.qat_training.check(trainer)
             trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
         self._trainer = weakref.ref(trainer)
-        installed = self._install(trainer)
-        if installed is None:
-            return
-        if self.policy is not None and self.async_save:
-            check_not_async(trainer.strategy.checkpoint_io)
-            installed.async_save = True
-        installed.optimizer_device = optimizer_device(trainer.strategy) if stage == "fit" else None
-        watch_saves(trainer, installed, self.recorder)
-        begin_to_tell(installed)
-        let_callbacks_know(trainer)
-
-    def _parts(self, trainer: pl.Trainer) -> list[Part]:
-        """Return the parts of the package that this callback uses, for :func:`check_names`."""
-        asked: dict[Part, bool] = {
-            "sharded": self.policy is not None and saves_in_shards(trainer.strategy),
-            "background": self.policy is not None and self.async_save,
-            "logging": self.recorder.detail is not None,
-            "qat": self.qat is not None,
-        }
-        return [part for part, is_asked in asked.items() if is_asked]
-
-    def _install(self, trainer: pl.Trainer) -> QuantizedCheckpointIO | None:
-        installed = install(trainer, self, self.policy, self.verify)
-        if installed is None and self.qat_training is not None and not bypasses_io(trainer.strategy):
-            describe_saves(trainer, self)
-        if installed is not None:
-            installed.moment = self._moments
-        return installed
+        set_up(trainer, self, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a policy that would quantize nothing, now that the model has its parameters."""
+        """Refuse what cannot work, now that the model has its parameters; log what the callback will do."""
         if self.policy is not None:
-            sharded = saves_in_shards(trainer.strategy)
-            self.policy.check_matches(in_state_dict(name, sharded=sharded) for name, _ in pl_module.named_parameters())
+            check_policy(trainer, self.policy)
         self.recorder.start_run()
-        defer_publishing(trainer)
+        if (door := door_of(trainer)) is not None:
+            door.losses.deferred = True
         quantized: Mapping[str, WeightCodec] = {}
         if self.qat_training is not None:
             self.qat_training.begin(trainer, pl_module, self._others(trainer))
@@ -209,29 +159,39 @@ class QuantizationCallback(pl.Callback):
         with harmless(self.recorder, "describing the fit"):
             tell_what_comes(trainer, self.policy, quantized, self.async_save)
 
-    def on_train_start(self, *_: Any) -> None:
-        """Begin to count moments: from now on hooks follow before training changes what was saved."""
-        self._moments.begin()
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """From now on hooks follow before training changes what was saved."""
+        if (door := door_of(trainer)) is not None:
+            door.training = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Load the kernels of saves beside the first batch; let go of weights that a manual step may change any time.
 
         Not earlier: the processes that load data must be forked before the thread of the warm-up runs.
         """
-        self._moments.end_one()
+        if (door := door_of(trainer)) is None:
+            return
         if self._warm_up is not None:
-            start_warm_up(trainer, self._warm_up)
-            self._warm_up = None
+            self._warm_up.start()
+            door.warm_up, self._warm_up = self._warm_up, None
         if not pl_module.automatic_optimization:
-            self._let_go(trainer)
+            door.let_go()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let go of the weights and the optimizer's state, which are about to change."""
-        self._let_go(trainer)
+        if (door := door_of(trainer)) is not None:
+            door.let_go()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Publish what is known of saves and weights; tell callbacks which checkpoints are durable by now."""
+        if self.qat_training is not None:
+            self.qat_training.record(trainer)
+            self.qat_training.publish(trainer, wait=is_monitored(trainer))
+        if (door := door_of(trainer)) is not None:
+            door.after_batch()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Select the weights that are evaluated quantized, or in the middle of a fit put the masters back."""
-        self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.begin_evaluation(trainer, pl_module, self._others(trainer))
 
@@ -239,11 +199,11 @@ class QuantizationCallback(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masters back before the hooks of other callbacks run, and publish what is known of saves."""
-        self._moments.end_one()
         if self.qat_training is not None:
             self.qat_training.release()
             self.qat_training.publish(trainer, wait=True)
-        publish_for_monitors(trainer)
+        if (door := door_of(trainer)) is not None:
+            door.losses.publish_for_monitors()
 
     on_train_epoch_end = on_validation_epoch_end
 
@@ -254,46 +214,20 @@ class QuantizationCallback(pl.Callback):
 
     on_predict_epoch_end = on_test_epoch_end
 
-    def on_validation_end(self, *_: Any) -> None:
-        """End a moment: another callback may have swapped weights for the validation and swap them back now."""
-        self._moments.end_one()
-
-    def on_train_end(self, *_: Any) -> None:
-        """Stop counting moments: from now on the weights may change without a hook."""
-        self._moments.end()
-
-    def _let_go(self, trainer: pl.Trainer) -> None:
-        installed = find_quantized_io(trainer.strategy.checkpoint_io)
-        if installed is not None:
-            with failures_of(trainer).kept():
-                installed.let_go()
-        self._moments.end_one()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Publish what is known of saves; tell callbacks which checkpoints are durable by now."""
-        self._moments.end_one()
-        if self.qat_training is not None:
-            self.qat_training.record(trainer)
-            self.qat_training.publish(trainer, wait=is_watched(trainer))
-        publish_known(trainer)
-        let_callbacks_know(trainer)
-        with failures_of(trainer).kept():
-            tell_callbacks(trainer)
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """From now on the weights may change without a hook."""
+        if (door := door_of(trainer)) is not None:
+            door.training = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the saves before any callback is torn down; publish the rest and print the totals."""
         if self.qat_training is not None:
             self.qat_training.publish(trainer, wait=True)
-        failures = failures_of(trainer)
         try:
-            with failures.kept():
-                self._finish(trainer)
+            if (door := door_of(trainer)) is not None:
+                door.end_fit(partial(self._finish, door))
         finally:
-            publish_rest(trainer, together=True)
             print_totals(trainer, self.recorder)
-        with failures.kept():
-            tell_callbacks(trainer)
-        failures.meet()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -307,48 +241,34 @@ class QuantizationCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Install what quantizes saves if ``setup`` did not run here: before the first run, or if others ran it."""
-        if watch_of(trainer) is None and not is_installed(trainer, self):
-            self._install(trainer)
+        set_up_late(trainer, self)
         if self.qat_training is not None:
             self.qat_training.select_after_other_processes(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the masters back and finish the pending save, whose error must not replace the Trainer's."""
-        join_others(trainer, exception)
+        door = door_of(trainer)
+        if door is not None:
+            door.join(exception)
         self._end_qat(trainer)
-        self._moments.end()
-        try:
-            self._finish(trainer)
-        except Exception as error:  # a save, or a warning that is an error
-            warn_safely(str(error))
-        publish_rest(trainer, together=False)
-        tell_callbacks(trainer)
-        failures = failures_of(trainer)
-        for each in failures.forget():
-            warn_safely(f"{type(each).__name__}: {each}")
-        if failures.ends_all(exception):  # launchers kill the process that writes when another has ended
-            with suppress(RuntimeError):  # it has
-                trainer.strategy.barrier()
+        if door is not None:
+            door.fail(exception, partial(self._finish, door))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the masters back and finish the pending save, which some strategies do not (FSDP, ModelParallel)."""
-        failures = failures_of(trainer)
         self._end_qat(trainer)
-        with failures.kept():
-            self._finish(trainer)
-        publish_rest(trainer, together=False)
-        with failures.kept():
-            tell_callbacks(trainer)
-        failures.meet_if_due()
+        if (door := door_of(trainer)) is not None:
+            door.end(partial(self._finish, door))
 
     def _end_qat(self, trainer: pl.Trainer) -> None:
         if self.qat_training is not None:
             self.qat_training.end()
             self.qat_training.publish(trainer, wait=True)
 
+    def _finish(self, door: SaveDoor) -> None:
+        """Finish the saves if this callback has begun them."""
+        if self.policy is not None:
+            door.finish(end_background=self.async_save)
+
     def _others(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
-
-    def _finish(self, trainer: pl.Trainer) -> None:
-        if self.policy is not None:
-            finish_saves(trainer, end_background=self.async_save)

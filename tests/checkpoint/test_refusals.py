@@ -273,11 +273,20 @@ def test_a_wrong_smallest_size_is_refused() -> None:
     "rule",
     [
         Rule("encoder.*", "softsign"),
+        Rule("stat_dict.*", "softsign"),
+        Rule("optimizer_state.*.exp_avg", "softsign"),
         Rule("state_dict.enc.*", "softsign"),
         Rule("state_dict.*", "softsign", parameter="enc.*"),
         Rule("optimizer_states.*.exp_avgs", "softsign", parameter="x"),
     ],
-    ids=["no section", "wrong name", "wrong parameter", "wrong parameter of a moment"],
+    ids=[
+        "no section",
+        "misspelled section",
+        "section in the singular",
+        "wrong name",
+        "wrong parameter",
+        "wrong parameter of a moment",
+    ],
 )
 def test_a_policy_that_matches_nothing_is_refused_before_the_first_step(rule: Rule, tmp_path: Path) -> None:
     trainer = quiet_trainer(

@@ -455,6 +455,18 @@ def test_the_table_shows_the_worst_first_if_it_is_to_be_short(run: Run, tmp_path
     assert "4 of 5 tensors differ" in text
 
 
+def test_an_infinity_that_both_files_have_hides_no_difference(run: Run, tmp_path: Path) -> None:
+    """As the best value of a ModelCheckpoint that monitors nothing."""
+    states = [
+        {"state_dict": {}, "callbacks": {"best": torch.tensor(torch.inf)}, "step": torch.tensor(at)}
+        for at in (3.0, 4.0)
+    ]
+    for name, state in zip("ab", states, strict=True):
+        torch.save(state, tmp_path / name)
+    found = compared(run, tmp_path / "a", tmp_path / "b")
+    assert_close(found["kinds"]["other"], numpy_errors(states[0]["step"], states[1]["step"]))
+
+
 def test_large_tensors_are_compared_in_parts(run: Run, tmp_path: Path) -> None:
     a = torch.randn(700, 1000)
     b = a.clone()

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from q8lightning import fake_quantize, quantize_blockwise
+from q8lightning import (
+    dequantize_affine_blockwise,
+    fake_quantize,
+    quantize_affine_blockwise,
+    quantize_blockwise,
+)
 from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.encode import encode_many
@@ -70,6 +75,18 @@ def test_millions_of_values_of_the_other_codecs_are_those_of_the_reference(
         values = getattr(ops, f"dequantize_{name}")(*parts, 128, *bits, torch.float32)
         expected = getattr(reference, f"dequantize_{name}")(*parts, 128, *bits, torch.float32)
         assert torch.equal(values.nan_to_num(), expected.nan_to_num()), distribution
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_millions_of_affine_codes_of_fewer_bits_are_those_of_the_reference(
+    bits: int, distributions: dict[str, Tensor]
+) -> None:
+    for distribution, x in distributions.items():
+        parts = quantize_affine_blockwise(x, 128, bits)
+        for ours, theirs in zip(parts, reference.quantize_affine(x, 128, bits), strict=True):
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), distribution
+        values = dequantize_affine_blockwise(*parts, 128, torch.float32)
+        assert torch.equal(values, reference.dequantize_affine(*parts, 128, torch.float32)), distribution
 
 
 @pytest.mark.parametrize(

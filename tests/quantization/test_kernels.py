@@ -200,8 +200,9 @@ def test_the_log_codec_returns_the_bits_of_the_reference(
 def test_the_affine_codec_returns_the_bits_of_the_reference(
     device: str, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> None:
-    parts = _check(device, "quantize_affine", _sample(shape, dtype), block_size)
-    _check(device, "dequantize_affine", *parts, block_size, dtype)
+    for bits in (8, _one_of(range(2, 8), shape, block_size, dtype)):
+        parts = _check(device, "quantize_affine", _sample(shape, dtype), block_size, bits)
+        _check(device, "dequantize_affine", *parts, block_size, dtype)
 
 
 def test_codes_and_scales_need_not_be_contiguous(device: str) -> None:
@@ -239,7 +240,8 @@ def test_edge_cases_of_a_dtype_are_those_of_the_reference(device: str, dtype: to
         _check(device, "fake_quantize", x, codebook, 64)
     for bits in ((8, 8), (8, 4), (3, 5)):
         _check(device, "dequantize_residual", *_check(device, "quantize_residual", x, 64, *bits), 64, *bits, dtype)
-    _check(device, "dequantize_affine", *_check(device, "quantize_affine", x, 64), 64, dtype)
+    for affine_bits in (8, 4, 2):
+        _check(device, "dequantize_affine", *_check(device, "quantize_affine", x, 64, affine_bits), 64, dtype)
 
 
 @each_dtype

@@ -38,7 +38,7 @@ def arguments(x: Tensor, block_size: int = 32, dtype: torch.dtype = torch.bfloat
         "dequantize_residual": (*residual_first(x, block_size), block_size, 8, 4, dtype),
         "quantize_log": (x.abs(), block_size, 5),
         "dequantize_log": (*reference.quantize_log(x.abs(), block_size, 5), block_size, 5, dtype),
-        "quantize_affine": (x, block_size),
+        "quantize_affine": (x, block_size, 4),
         "dequantize_affine": (*reference.quantize_affine(x, block_size), block_size, dtype),
     }
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from q8lightning import CheckpointPolicy, QuantizationCallback
 from q8lightning.quantization.codecs.table import get_codec
-from q8lightning.trainer.miniatures import ALIGNED, Form, miniatures_of
-from q8lightning.trainer.recording import watch_of
+from q8lightning.trainer.prepare.miniatures import ALIGNED, Form, miniatures_of
+from q8lightning.trainer.save.door import door_of
 
 
 class Look(pl.Callback):
@@ -77,12 +77,12 @@ class SavesWarm(pl.Callback):
         self.found: list[str] | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        watch = watch_of(trainer)
-        assert watch is not None
+        door = door_of(trainer)
+        assert door is not None
         if trainer.global_step == 2:
-            assert watch.warm_up is not None
-            assert watch.warm_up._thread is not None
-            watch.warm_up._thread.join()
+            assert door.warm_up is not None
+            assert door.warm_up._thread is not None
+            door.warm_up._thread.join()
             self.found = loaded()
             trainer.save_checkpoint(self.path)
 

@@ -43,7 +43,8 @@ from q8lightning.checkpoint.sharded.check import check_shards, read_meta
 from q8lightning.checkpoint.sharded.shard_file import read_table
 from q8lightning.checkpoint.sharded.write import save as sharded_save
 from q8lightning.checkpoint.sharded.write.local_shards import local_shards
-from q8lightning.trainer import durable_io, sharded
+from q8lightning.trainer.checkpoint_io import durable
+from q8lightning.trainer.checkpoint_io import shards as sharded
 
 RAW = ("state_dict.seen",)
 """Buffers are stored as they are."""
@@ -226,7 +227,7 @@ def removing_fails(folder: Path) -> Any:
         def cannot(path: Any) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        with mock.patch.object(durable_io, "remove_folder", cannot):
+        with mock.patch.object(durable, "remove_folder", cannot):
             callbacks = QuantizationCallback(async_save=True), saves(own, save_top_k=1, monitor="step", mode="max")
             found[name] = caught(fitted, own, *callbacks, steps=steps, enable_checkpointing=True)
     return found

@@ -129,14 +129,15 @@ def dequantize_log(log: Log, block_size: int) -> Array:
     return np.where(log.codes > 0, low * np.exp2((log.codes - 1) * spread(log.step, block_size, log.codes)), 0.0)
 
 
-def quantize_affine(x: Any, block_size: int) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
-    """Encode with 256 equal steps between the smallest and the largest value of each block and zero."""
+def quantize_affine(x: Any, block_size: int, bits: int = 8) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """Encode with ``2**bits`` equal steps between the smallest and the largest value of each block and zero."""
     low = np.array([min(block.min(), 0.0) for block in blocks_of(x, block_size)])
     high = np.array([max(block.max(), 0.0) for block in blocks_of(x, block_size)])
-    scale = (high - low) / 255
+    last = 2**bits - 1
+    scale = (high - low) / last
     zero_point = np.floor(0.5 - np.divide(low, scale, out=np.zeros_like(low), where=scale != 0))
     code = np.floor(normalise(x, scale, block_size) + spread(zero_point, block_size, x) + 0.5)
-    return np.clip(code, 0, 255).astype(np.int64), scale, zero_point.astype(np.int64)
+    return np.clip(code, 0, last).astype(np.int64), scale, zero_point.astype(np.int64)
 
 
 def dequantize_affine(codes: Any, scale: Any, zero_point: Any, block_size: int) -> Array:

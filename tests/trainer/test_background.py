@@ -151,7 +151,7 @@ def test_two_hundred_steps_with_a_save_at_each_train_the_same_weights(tmp_path: 
     assert_same(saved.state_dict(), plain.state_dict())
 
 
-# One moment
+# One pause of training
 
 
 class SavesTwice(pl.Callback):
@@ -201,7 +201,7 @@ SAVES: dict[str, tuple[Callable[[Path], list[pl.Callback]], int, int]] = {
 
 @pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
 @pytest.mark.parametrize(("callbacks", "encodings", "factor"), SAVES.values(), ids=SAVES)
-def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
+def test_saves_of_one_pause_are_encoded_once_and_of_another_state_again(
     callbacks: Callable[[Path], list[pl.Callback]], encodings: int, factor: int, async_save: bool, tmp_path: Path
 ) -> None:
     policy = replace(CheckpointPolicy.of("compact"), min_numel=1)
@@ -220,6 +220,35 @@ def test_saves_of_one_moment_are_encoded_once_and_of_another_state_again(
         one, two = (load(next(tmp_path.glob(f"{name}-*{step}.ckpt")))["state_dict"] for name in ("one", "two"))
         assert torch.equal(two["layer.weight"], one["layer.weight"] * factor)
         assert_same({**two, "layer.weight": 0}, {**one, "layer.weight": 0})
+
+
+class SwapsForValidation(pl.Callback):
+    """Puts other weights in place for each validation, as averages of weights are."""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.layer.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("async_save", [True, False], ids=["async", "synchronous"])
+def test_saves_of_two_hooks_are_encoded_each_although_no_step_is_between(async_save: bool, tmp_path: Path) -> None:
+    trainer = quiet_trainer(
+        tmp_path,
+        max_steps=3,
+        limit_val_batches=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=True,
+        callbacks=[
+            ModelCheckpoint(tmp_path, "one-{step}", every_n_train_steps=1, save_top_k=-1),
+            ModelCheckpoint(tmp_path, "two-{step}", save_top_k=-1, save_on_train_epoch_end=False),
+            SwapsForValidation(),
+            QuantizationCallback(replace(CheckpointPolicy.of("compact"), min_numel=1), async_save=async_save),
+        ],
+    )
+    trainer.fit(BoringModel())
+    for step in range(1, 4):
+        one, two = (load(tmp_path / f"{name}-step={step}.ckpt")["state_dict"] for name in ("one", "two"))
+        assert torch.equal(two["layer.weight"], one["layer.weight"] * 2)
 
 
 # One queue

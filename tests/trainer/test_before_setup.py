@@ -23,7 +23,7 @@ from support.packages import PACKAGES, package
 from support.promises import assert_kept, load, payloads_of
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.trainer.durable_io import DurableCheckpointIO
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO
 
 RAW = frozenset({"table", "counts"})
 

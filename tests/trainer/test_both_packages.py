@@ -24,10 +24,10 @@ from support.packages import PACKAGES, package
 from support.promises import load
 
 from q8lightning import QATConfig, QuantizationCallback, QuantizedCheckpointIO, WeightRule
-from q8lightning.trainer import engage
-from q8lightning.trainer.checkpoint_io import find_quantized_io
-from q8lightning.trainer.durable_io import DurableCheckpointIO
-from q8lightning.trainer.twins import is_a, is_exactly_a, twin_of
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO
+from q8lightning.trainer.checkpoint_io.quantized import find_quantized_io
+from q8lightning.trainer.lightning_api.both_packages import is_a, is_exactly_a, twin_of
+from q8lightning.trainer.train import user_code
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STANDALONE = "pytorch_lightning"
@@ -202,7 +202,9 @@ def test_lightnings_own_hooks_do_not_release_weights_between_windows(name: str) 
     """Weights would be quantized once for each batch instead of once for each step of the optimizer."""
     pl, models = package(name).pl, package(name).models
     owners = [models.Shrink(torch.nn.Linear(64, 64)), pl.LightningDataModule(), pl.callbacks.ModelCheckpoint()]
-    for hooks in (engage.BETWEEN, engage.AFTER_BACKWARD, engage.ACCUMULATING, engage.EVALUATING):
-        assert not engage.somebody_runs(hooks, owners)
-    assert engage.somebody_runs(engage.ACCUMULATING, [*owners, pl.callbacks.LambdaCallback(on_train_batch_end=print)])
-    assert engage.somebody_runs(engage.ACCUMULATING, [*owners, models.Diary()])
+    for hooks in (user_code.BETWEEN, user_code.AFTER_BACKWARD, user_code.ACCUMULATING, user_code.EVALUATING):
+        assert not user_code.somebody_runs(hooks, owners)
+    assert user_code.somebody_runs(
+        user_code.ACCUMULATING, [*owners, pl.callbacks.LambdaCallback(on_train_batch_end=print)]
+    )
+    assert user_code.somebody_runs(user_code.ACCUMULATING, [*owners, models.Diary()])

@@ -26,7 +26,7 @@ from torch import nn
 from q8lightning import BackgroundSaveError, QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint.file.read import read_checkpoint
 from q8lightning.checkpoint.staging.copier import Copier
-from q8lightning.trainer.durable_io import DurableCheckpointIO
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 SLOW = 0.03

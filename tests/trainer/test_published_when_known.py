@@ -23,7 +23,7 @@ from support.recorded import Rows, Sees, ours
 from q8lightning import QuantizationCallback, QuantizedCheckpointIO
 from q8lightning.checkpoint.report import SaveReport
 from q8lightning.metrics import CompressionRatio, ReconstructionSQNR, RelativeReconstructionError, UpdateDirectionError
-from q8lightning.metrics.recorder import Loss, Recorded, Recorder, Save
+from q8lightning.metrics.recorder import Loss, Recorded, Recorder, Saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*many workers", "ignore:.*is not empty", "ignore:.*treespec")
 
@@ -123,7 +123,7 @@ def test_the_thread_that_knows_computes(tmp_path: Path) -> None:
     threads: list[int] = []
 
     class Spy(Recorder):
-        def record(self, save: Save) -> Recorded:
+        def record(self, save: Saved) -> Recorded:
             threads.append(threading.get_ident())
             return super().record(save)
 
@@ -297,7 +297,7 @@ def test_they_are_those_of_the_metrics() -> None:
     numbers = torch.rand(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1
     losses = [Loss(("weights", "exp_avg")[i % 2], f"p{i}", row.tolist()) for i, row in enumerate(numbers)]
     directions = numbers[:7, :2]
-    recorded = Recorder("tensor").record(Save(losses, directions.tolist(), 4000, 1000))
+    recorded = Recorder("tensor").record(Saved(losses, directions.tolist(), 4000, 1000))
     expected: dict[str, float] = {}
     metrics = (("sqnr_db", ReconstructionSQNR), ("relative_error", RelativeReconstructionError))
     for name, cls in metrics:

@@ -18,7 +18,7 @@ from support.steps import Steps
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, QATConfig, QuantizationCallback, Rule, WeightRule
-from q8lightning.metrics.recorder import Recorder, Save
+from q8lightning.metrics.recorder import Recorder, Saved
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 NAMES = {
@@ -417,7 +417,7 @@ def test_bytes_a_parameter_are_a_range_if_saves_differ(tmp_path: Path, capsys: p
 def test_nothing_is_said_of_parameters_that_are_not_known() -> None:
     recorder = Recorder()
     for parameters, expected in ((0, None), (4, "3.00 instead of 12.00")):
-        recorder.count(recorder.record(Save([], [], 48, 12, parameters)), 0.0)
+        recorder.count(recorder.record(Saved([], [], 48, 12, parameters)), 0.0)
         assert dict(recorder.totals.lines()).get("bytes a parameter") == expected
 
 

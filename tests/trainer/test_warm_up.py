@@ -24,9 +24,9 @@ from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import PATHS, tensors
 from q8lightning.quantization.codecs.weight import WeightCodec
-from q8lightning.trainer.miniatures import Form, miniatures_of
-from q8lightning.trainer.recording import watch_of
-from q8lightning.trainer.warm_up import WarmUp, guarded
+from q8lightning.trainer.prepare.miniatures import Form, miniatures_of
+from q8lightning.trainer.prepare.warm_up import WarmUp, guarded
+from q8lightning.trainer.save.door import door_of
 
 CPU = torch.device("cpu")
 
@@ -199,9 +199,9 @@ def shape_of(weight: Tensor, codec: WeightCodec) -> tuple[Form, bool, int | None
 def test_nothing_is_loaded_without_a_gpu(tmp_path: Path) -> None:
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            watch = watch_of(trainer)
-            assert watch is not None
-            assert watch.warm_up is None
+            door = door_of(trainer)
+            assert door is not None
+            assert door.warm_up is None
 
     quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[QuantizationCallback(), Look()]).fit(Parts())
 
@@ -240,12 +240,12 @@ class SavesWarm(pl.Callback):
         self.seconds = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        watch = watch_of(trainer)
-        assert watch is not None
+        door = door_of(trainer)
+        assert door is not None
         if self.found is None and trainer.global_step == 2:
-            assert watch.warm_up is not None
-            assert watch.warm_up._thread is not None
-            watch.warm_up._thread.join()
+            assert door.warm_up is not None
+            assert door.warm_up._thread is not None
+            door.warm_up._thread.join()
             self.found = loaded()
             torch.cuda.synchronize()
             start = time.perf_counter()

@@ -27,7 +27,7 @@ class Save:
     """A checkpoint as it was when this was made, also if training has changed its tensors since.
 
     Args:
-        run: Encodes the tensors that its plan knows. Saves of the same moment share it.
+        run: Encodes the tensors that its plan knows. Saves of the same pause of training share it.
         checkpoint: What is saved; left as it is.
         tensors: Its tensors, as the plan's outline numbers them.
         names: What is known of the model.

@@ -1,4 +1,4 @@
-"""Start saves: plan once, and encode once for all saves of one moment."""
+"""Start saves: plan once, and encode once for all saves of one pause of training."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ class SaveStarter:
         self._memory = HostMemory()
         self._plan: Plan | None = None
         self._run: Run | None = None
-        self._moment: Hashable = None
+        self._pause: Hashable = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SaveStarter, ()
@@ -35,7 +35,7 @@ class SaveStarter:
         checkpoint: Mapping[str, Any],
         policy: CheckpointPolicy,
         names: ModelNames,
-        moment: Hashable,
+        pause: Hashable,
         live: bool,
         stand_ins: bool,
         wait_for_room: Callable[[], object],
@@ -47,7 +47,7 @@ class SaveStarter:
             checkpoint: What is saved; left as it is.
             policy: Says what is encoded, and how.
             names: What is known of the model.
-            moment: Equal for saves between which nothing changes the tensors; None if that is not known.
+            pause: Equal for saves between which nothing changes the tensors; None if that is not known.
             live: Training goes on before the save is fetched.
             stand_ins: See :class:`~q8lightning.checkpoint.staging.copier.Copier`.
             wait_for_room: Called before anything is encoded, to wait until there is memory for it.
@@ -60,11 +60,11 @@ class SaveStarter:
         if plan is None or not plan.fits(checkpoint, outline, policy, names):
             plan = self._plan = plan_save(part, outline, tensors, policy, names, shards)
         run = self._run
-        if run is None or moment is None or moment != self._moment or not run.is_of(plan, tensors, live):
+        if run is None or pause is None or pause != self._pause or not run.is_of(plan, tensors, live):
             self._run = None
             wait_for_room()
             run = Run(plan, tensors, live, self._memory)
-        self._run, self._moment = run, moment
+        self._run, self._pause = run, pause
         return Save(run, checkpoint, tensors, names, live, stand_ins)
 
     def learn(self, save: Save) -> None:
@@ -74,12 +74,12 @@ class SaveStarter:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether the last save was of a known moment, whose end :meth:`let_go` will tell."""
-        return self._moment is not None
+        """Whether the last save was in a known pause, whose end :meth:`let_go` will tell."""
+        return self._pause is not None
 
     def let_go(self) -> None:
         """Wait until training may change the tensors that were saved last."""
-        run, self._run, self._moment = self._run, None, None
+        run, self._run, self._pause = self._run, None, None
         if run is not None:
             run.let_go()
 

@@ -70,9 +70,23 @@ def check_shards(path: str | os.PathLike[str], ranks: Ranks | None = None, weigh
 
 
 def shards_in(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what the content of ``meta.pt`` says of the files of a checkpoint; None if the checkpoint does not say."""
+    """Return what the content of ``meta.pt`` says of the files of a checkpoint; None if the checkpoint does not say.
+
+    Raises:
+        CorruptCheckpointError: If it says something else than is ever written.
+    """
     shards = summary_in(meta).get(SHARDS_KEY)
-    return shards if isinstance(shards, Mapping) else None
+    if not isinstance(shards, Mapping):
+        return None
+    files = shards.get("files")
+    if not isinstance(files, Mapping) or not all(
+        isinstance(name, str) and name == os.path.basename(name) and type(nbytes) is int
+        for name, nbytes in files.items()
+    ):
+        raise CorruptCheckpointError(f"the checkpoint ({META} says of its shards {files!r:.200})")
+    if not isinstance(shards.get("save"), str) or type(shards.get("metadata")) is not int:
+        raise CorruptCheckpointError(f"the checkpoint ({META} lacks the sum of {METADATA} or the save)")
+    return shards
 
 
 def check_metadata(folder: Path, shards: Mapping[str, Any] | None) -> bytes:

@@ -169,10 +169,23 @@ def read_table(path: str | os.PathLike[str]) -> Table:
             text = file.read(nbytes)
             if xxhash.xxh3_64_intdigest(text) != checksum:
                 raise ValueError
-        except (ValueError, struct.error):
+            return _table_of(json.loads(text), size)
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error):
             raise CorruptCheckpointError("the table at the end of the shard", path) from None
-    found = json.loads(text)
-    return Table(found["save"], found["rank"], [Chunk(n, tuple(o), s, b, c) for n, o, s, b, c in found["chunks"]])
+
+
+def _table_of(found: Any, size: int) -> Table:
+    """Return what the table of a file of ``size`` bytes says; raise one of several errors if it is none."""
+    chunks = [Chunk(name, tuple(offsets), *rest) for name, offsets, *rest in found["chunks"]]
+    for chunk in chunks:
+        numbers = (*chunk.offsets, chunk.start, chunk.nbytes, chunk.checksum)
+        if not isinstance(chunk.name, str) or any(type(each) is not int or each < 0 for each in numbers):
+            raise TypeError(chunk)
+        if chunk.start + chunk.nbytes > size:
+            raise ValueError(chunk)
+    if not isinstance(found["save"], str) or type(found["rank"]) is not int:
+        raise TypeError(found)
+    return Table(found["save"], found["rank"], chunks)
 
 
 def damaged_chunks(path: str | os.PathLike[str], table: Table) -> Iterator[Chunk]:

@@ -16,7 +16,7 @@ ALIGNMENT = 64
 
 
 _SPARE = 32
-"""Memory gets one part in so many more than needed: the next save may need a little more, and locking takes a
+"""Memory is larger than needed by one part in so many: the next save may need a little more, and locking takes a
 second."""
 
 

@@ -11,8 +11,8 @@ from q8lightning.system.ambient import neutral
 
 def check_eps(eps: float) -> None:
     """Raise ValueError unless ``eps`` is finite and not negative."""
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be finite and at least 0, got {eps}; pass the eps of the optimizer, such as 1e-8")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps!r}; pass the eps of the optimizer, such as 1e-8")
 
 
 def update_direction(exp_avg: Tensor, exp_avg_sq: Tensor, eps: float) -> Tensor:

@@ -51,7 +51,7 @@ class Backend(Protocol):
         self, codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype
     ) -> Tensor: ...
     def quantize_affine(
-        self, x: Tensor, block_size: int, statistics: Tensor | None = None
+        self, x: Tensor, block_size: int, bits: int = 8, statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     def dequantize_affine(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor, block_size: int, dtype: torch.dtype

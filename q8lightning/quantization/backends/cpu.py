@@ -311,12 +311,14 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dt
     return _decode(Log(bits), (codes.reshape(-1), bounds), Layout(block_size, scales=2), dtype).view(codes.shape)
 
 
-def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_affine(
+    x: Tensor, block_size: int, bits: int = 8, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.detach().reshape(-1)
     codes, scale = torch.empty(x.numel(), dtype=torch.uint8, device="cpu"), empty_scales(flat, block_size)
     zero_point, totals = empty_scales(flat, block_size, dtype=torch.uint8), Totals()
     for (blocks, *elements), rows in _chunks(block_size, (flat, codes), (scale, zero_point)):
-        chunk = reference.quantize_affine(blocks, blocks.shape[1])
+        chunk = reference.quantize_affine(blocks, blocks.shape[1], bits)
         for part, expected in zip((*elements, *rows), chunk, strict=True):
             part.copy_(expected)
         if statistics is not None:

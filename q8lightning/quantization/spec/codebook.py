@@ -64,7 +64,14 @@ class Codebook:
     @neutral()
     def __post_init__(self) -> None:
         check_scale_dtype(self.scale_dtype)
-        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a codebook's name is a word, got {self.name!r}; write such as 'mine'")
+        try:
+            levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"codebook levels are numbers, got {self.levels!r}; write such as (-1.0, 0.0, 1.0)"
+            ) from None
         if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
             raise ValueError(
                 f"a codebook has 2 to 256 levels, got {levels.numel()}; give a 1-D sequence of that length"
@@ -261,7 +268,10 @@ def get_codebook(code: "str | Codebook | Tensor | Sequence[float]") -> Codebook:
     try:
         numbers = tuple(float(level) for level in levels)
     except (TypeError, ValueError):
-        raise ValueError(f"codebook is a name, a Codebook or a list of levels in [-1, 1], got {code!r}") from None
+        raise ValueError(
+            f"codebook is a name, a Codebook or a list of levels in [-1, 1], got {code!r};"
+            " write such as 'linear' or [-1.0, 0.0, 1.0]"
+        ) from None
     return Codebook("custom", numbers)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.packing import pack, packed_bytes, unpack
+from q8lightning.system.arguments import as_integer
 
 
 class Layout(NamedTuple):
@@ -144,7 +145,7 @@ MAX_BLOCK_SIZE = 4096
 def check_block_size(block_size: int) -> int:
     """Return ``block_size`` if it is a power of two between 32 and 4096, else raise ValueError."""
     if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise ValueError(f"block_size must be an integer, got {block_size!r}; try 256")
+        raise ValueError(f"block_size must be an integer, got {block_size!r}{as_integer(block_size) or '; try 256'}")
     if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
         nearest = min((2**i for i in range(5, 13)), key=lambda size: abs(size - block_size))
         raise ValueError(f"block_size must be a power of two between 32 and 4096, got {block_size}; try {nearest}")
@@ -154,5 +155,5 @@ def check_block_size(block_size: int) -> int:
 def check_bits(name: str, bits: int, least: int = 2) -> int:
     """Return ``bits`` if it is an integer from ``least`` to 8, else raise ValueError."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
-        raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}; try 6")
+        raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}{as_integer(bits) or '; try 6'}")
     return bits

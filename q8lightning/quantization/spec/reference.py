@@ -241,24 +241,27 @@ def dequantize_log(codes: Tensor, bounds: Tensor, block_size: int, bits: int, dt
     return from_blocks(values.view(torch.float32), codes, dtype)
 
 
-def quantize_affine(x: Tensor, block_size: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode with equally spaced levels from the smallest to the largest value of each block, zero always among them.
+def quantize_affine(
+    x: Tensor, block_size: int, bits: int = 8, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode with ``2**bits`` equally spaced levels from the smallest to the largest value of each block.
 
-    This is the standard asymmetric integer quantization, ``x = (code - zero_point) * scale``. It suits values on one
-    side of zero, such as activations. Checkpoints do not use it, because encoding again moves the scale.
+    Zero is always among them. This is the standard asymmetric integer quantization,
+    ``x = (code - zero_point) * scale``. It suits values on one side of zero, such as activations. Checkpoints do not
+    use it, because encoding again moves the scale.
 
     Returns:
         codes ``[*shape]`` uint8, scale ``[ceil(numel / block_size)]`` float32 in the units of ``x`` (0 for an all-zero
         block, NaN for one with NaN or infinity), and zero_point ``[ceil(numel / block_size)]`` uint8, the code of 0.
     """
-    blocks = to_blocks(x, block_size)
+    blocks, last = to_blocks(x, block_size), 2.0**bits - 1
     low, high = blocks.amin(dim=1).clamp(max=0.0), blocks.amax(dim=1).clamp(min=0.0)
-    scale = divide(high, 255.0) - divide(low, 255.0)
+    scale = divide(high, last) - divide(low, last)
     scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     per_unit = reciprocal(scale)
-    zero_point = (0.5 - torch.where(scale.isfinite(), low, 0.0) * per_unit).floor().clamp(0, 255)
-    code = (blocks * per_unit[:, None] + (zero_point + 0.5)[:, None]).floor().clamp(0, 255)
+    zero_point = (0.5 - torch.where(scale.isfinite(), low, 0.0) * per_unit).floor().clamp(0, last)
+    code = (blocks * per_unit[:, None] + (zero_point + 0.5)[:, None]).floor().clamp(0, last)
     codes = from_blocks(torch.where(scale.isfinite()[:, None], code, 0.0), x, torch.uint8)
     zero_point = zero_point.to(torch.uint8)
     if statistics is not None:

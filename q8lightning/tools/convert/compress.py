@@ -12,6 +12,7 @@ from q8lightning.checkpoint.layout.sections import path_of
 from q8lightning.checkpoint.policy import PRESETS, CheckpointPolicy, Preset, Rule
 from q8lightning.checkpoint.sharded.read.unread import UnreadTensor
 from q8lightning.checkpoint.tree import leaves, rebuild
+from q8lightning.system.arguments import check_keys, check_patterns
 from q8lightning.tools.convert.conversion import Conversion, check_target
 from q8lightning.tools.convert.encode_parts import PartEncoder
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError, open_checkpoint, silent
@@ -61,7 +62,7 @@ def compress(
         >>> done = compress("plain.ckpt", "small.ckpt", "compact")  # doctest: +SKIP
         >>> done.ratio, done.metrics["weights/sqnr_db"]  # doctest: +SKIP
     """
-    chosen = policy_of(policy)
+    chosen, keep = policy_of(policy), check_patterns("keep", keep)
     chosen = replace(chosen, rules=[*(Rule(pattern) for pattern in keep), *chosen.rules])
     path = check_target(source, target, overwrite)
     opened = _with_small_tensors(open_checkpoint(source, trust))
@@ -105,10 +106,8 @@ def policy_of(policy: str | CheckpointPolicy | Mapping[str, Any]) -> CheckpointP
     """
     if not isinstance(policy, Mapping):
         return CheckpointPolicy.of(policy)
-    try:
-        return CheckpointPolicy(**policy)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(str(error)) from error
+    check_keys("the policy", CheckpointPolicy, policy)
+    return CheckpointPolicy(**policy)
 
 
 def _check_kept(patterns: Sequence[str], opened: OpenCheckpoint) -> None:

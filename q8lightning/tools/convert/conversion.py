@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from q8lightning.checkpoint.file.pack.small_tensors import SmallTensors
 from q8lightning.checkpoint.file.write import write_durably
+from q8lightning.system.arguments import check_bool
 from q8lightning.tools.convert.write_tensor_by_tensor import Store, write_tensor_by_tensor
 from q8lightning.tools.open_checkpoint import OpenCheckpoint, Progress, ToolError
 from q8lightning.tools.tensors import Value, decoded_bytes
@@ -135,6 +136,7 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
 
 def check_not_there(path: Path, overwrite: bool) -> None:
     """Raise ToolError for a file that must not be overwritten, or whose folder does not exist."""
+    check_bool("overwrite", overwrite)
     if path.is_dir():
         raise ToolError(f"{path} is a directory; name the file to write")
     if path.exists() and not overwrite:

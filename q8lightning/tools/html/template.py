@@ -20,6 +20,7 @@ svg { width: 100%; height: auto; display: block } svg text { font: 11px system-u
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--frame); white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
+.modules td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 12em }
 .modules td:last-child, .modules th:last-child { text-align: left }
 #what { min-height: 3.2em; white-space: pre-line }
 """

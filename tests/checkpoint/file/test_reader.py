@@ -43,7 +43,7 @@ from q8lightning.quantization.codecs.table import get_codec
 from q8lightning.quantization.many.decode import EncodedItem
 from q8lightning.system.workers import Workers
 from q8lightning.tools import verify
-from q8lightning.trainer.durable_io import DurableCheckpointIO
+from q8lightning.trainer.checkpoint_io.durable import DurableCheckpointIO
 
 
 def payload(

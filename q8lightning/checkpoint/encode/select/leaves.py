@@ -1,7 +1,7 @@
 """List the tensors of a checkpoint, each with its parameter and the codec that the policy selects for it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,7 +57,8 @@ WHOLE: Mapping[int, Shard] = MappingProxyType({})
 """Of a checkpoint whose tensors are whole."""
 
 
-class Leaf(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Leaf:
     """A tensor of a checkpoint.
 
     Attributes:
@@ -147,15 +148,15 @@ def _decided(
     if is_in_state(leaf.place):
         state, group = state_of(str(leaf.keys[-1])), options.get(leaf.state, {})
         if codec is not None and state.unless and group.get(state.unless):
-            return leaf._replace(kept=state.why)
+            return replace(leaf, kept=state.why)
         is_meant = is_exact(leaf.place[4:]) or policy.mentions(leaf.path) or policy.mentions(place)
         if not is_meant and policy.may_encode(OPTIMIZER_STATES):
-            leaf = leaf._replace(kept=UNKNOWN.why)
+            leaf = replace(leaf, kept=UNKNOWN.why)
     if codec is None or codec.encoded_bytes(tensor.numel()) >= tensor.nbytes:
         return leaf
     if tensor.__dict__:
-        return leaf._replace(refused=f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there")
-    return leaf._replace(codec=codec)
+        return replace(leaf, refused=f"it has attributes ({', '.join(tensor.__dict__)}); put its .detach() there")
+    return replace(leaf, codec=codec)
 
 
 def not_named(checkpoint: Mapping[str, Any], leaves: Iterable[Leaf], policy: CheckpointPolicy) -> list[str]:

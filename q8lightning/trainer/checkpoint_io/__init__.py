@@ -1,0 +1,1 @@
+"""The CheckpointIO that encodes, what it wraps and what it reads."""

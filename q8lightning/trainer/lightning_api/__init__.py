@@ -1,0 +1,1 @@
+"""What Lightning's classes, strategies and models are, and what is private in them."""

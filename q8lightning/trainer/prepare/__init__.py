@@ -1,0 +1,1 @@
+"""What is done before the first save: say what will come, load kernels."""

@@ -1,0 +1,1 @@
+"""What every save of a Trainer passes, and who hears of it."""

@@ -1,0 +1,1 @@
+"""Train with quantized weights, around the steps of a Trainer."""
