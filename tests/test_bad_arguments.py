@@ -33,6 +33,9 @@ WRONG: dict[str, str] = {
     # Bits without a codec, and values that count as none
     'Rule("a", bits=4)': "bits and residual_bits are a codec's, got codec=None, bits=4 .* name a codec, such as",
     'Rule("a", residual_bits=4)': "are a codec's, got codec=None, bits=None and residual_bits=4; name a codec",
+    'Rule("a", scale_dtype="bfloat16")': "scale_dtype is a codec's, got codec=None and scale_dtype='bfloat16'; name a",
+    'Rule("a", "log", scale_dtype="float16")': "is float32 or bfloat16, .* got 'float16'; try 'bfloat16'",
+    'Rule("a", "log", scale_dtype=16)': "is float32 or bfloat16, .* got 16; try 'bfloat16'",
     'Rule("a", block_size=7)': "block_size must be a power of two .* got 7; try 32",
     'Rule("a", block_size="256")': "block_size must be an integer, got '256'; write 256",
     A + "residual_bits=False)": "residual_bits is 0 .* or an integer from 2 to 8, got False; write 0, or such as 4",

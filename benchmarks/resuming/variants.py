@@ -182,7 +182,7 @@ FIRST_OF_ALL: tuple[Variant, ...] = (
     Variant("bitsandbytes' maps", "warning", policy(_MAP, _MAP, _UNSIGNED_MAP), guarded=False),
     Variant("weights: bfloat16", "part", weights=torch.bfloat16),
 )
-"""What is compared with the plain resume, the most important first. Today's presets are 8+4 / 6 / 5, 8 / 5 / 4 and
+"""What is compared with the plain resume, the most important first. Today's presets are 8+3 / 6 / 6, 8 / 5 / 4 and
 8+8 / 8 / 8."""
 
 LATER: tuple[Variant, ...] = (
@@ -193,6 +193,7 @@ LATER: tuple[Variant, ...] = (
     Variant("plain once more", "floor"),
     whole(8, 3, 6, 6),
     whole(8, 0, 5, 5),
+    whole(8, 4, 6, 5),
     whole(8, 4, 5, 6),
     whole(8, 3, 5, 5),
     whole(8, 0, 4, 5),

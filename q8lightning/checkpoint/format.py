@@ -115,7 +115,8 @@ def read_codec(entry: Mapping[str, Any], name: str) -> Codec:
         NewerFormatError: If there is no such codec, or if it has an option or a value that this version does not know.
     """
     try:
-        codec = get_codec(entry["name"], entry["block_size"], entry["bits"], entry.get("residual_bits", 0))
+        options = entry.get("residual_bits", 0), entry.get("scale_dtype", "float32")
+        codec = get_codec(entry["name"], entry["block_size"], entry["bits"], *options)
         if codec.entry == entry:
             return codec
     except (KeyError, TypeError, ValueError):

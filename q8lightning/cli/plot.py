@@ -14,6 +14,9 @@ from q8lightning.tools.tensors import KINDS
 _LABELS = 60
 """How many names fit below each other. If there are more layers, only some are named."""
 
+_LONGEST = 56
+"""The most characters of a name. Of a longer one, the middle is left out."""
+
 
 def plot_comparison(result: Comparison, path: Path, title: str) -> None:
     """Write the picture of a comparison to a file.
@@ -43,9 +46,11 @@ def draw_comparison(result: Comparison, title: str) -> Figure:
     names = list(dict.fromkeys(name for rows in panels.values() for name, _ in rows))
     places = {name: place for place, name in enumerate(names)}
     height = max(2.8, 1.3 + 0.19 * min(len(names), _LABELS))
-    longest = max(map(len, names), default=0)
-    figure = Figure(figsize=(0.4 + 0.075 * longest + 2.6 * max(len(panels), 1), height), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    labels = shortened(names)
+    longest = max(map(len, labels), default=0)
+    width = max(4.5, 0.4 + 0.075 * longest + 2.6 * max(len(panels), 1))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(_fitted(title, int(width / 0.09)), fontsize=10)
     all_axes = figure.subplots(1, max(len(panels), 1), sharex=True, sharey=True, squeeze=False)[0]
     for index, (axes, (kind, rows)) in enumerate(zip(all_axes, panels.items(), strict=False)):
         errors = [error for _, error in rows]
@@ -56,7 +61,7 @@ def draw_comparison(result: Comparison, title: str) -> Figure:
         axes.tick_params(axis="x", labelsize=8)
     if panels:
         step = math.ceil(len(names) / _LABELS)
-        all_axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
+        all_axes[0].set_yticks(range(0, len(names), step), labels[::step], fontsize=8)
         all_axes[0].set_ylim(len(names) - 0.5, -0.5)
         _scale(all_axes[0], [error for rows in panels.values() for _, error in rows])
     else:
@@ -85,5 +90,29 @@ def _scale(axes: Axes, errors: Sequence[float]) -> None:
 
 def _layer(row: Row) -> str:
     """Return the name of a tensor in the panel of its kind, without the kind."""
-    name = row.name.removesuffix(f": {row.kind}").removesuffix(": update direction").removeprefix("state_dict.")
-    return name if len(name) <= 48 else f"...{name[-45:]}"
+    return row.name.removesuffix(f": {row.kind}").removesuffix(": update direction").removeprefix("state_dict.")
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names that are short enough for a picture, and as different as they were.
+
+    What all begin with is left out if one is too long, and then the middle of those that still are.
+    """
+    if max(map(len, names), default=0) <= _LONGEST:
+        return list(names)
+    parts = [name.split(".") for name in names]
+    common = 0
+    while len(names) > 1 and all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
+        common += 1
+    rests = [".".join(part[common:]) for part in parts]
+    tail = _LONGEST // 2
+    short = [rest if len(rest) <= _LONGEST else f"{rest[: _LONGEST - tail - 3]}...{rest[-tail:]}" for rest in rests]
+    return short if len(set(short)) == len(names) else list(names)
+
+
+def _fitted(title: str, width: int) -> str:
+    """Return a title whose lines have at most so many characters: a line for each file, the ends of long paths."""
+    if len(title) <= width:
+        return title
+    lines = title.replace(" against ", " against\n", 1).split("\n")
+    return "\n".join(line if len(line) <= width else f"...{line[-(width - 3) :]}" for line in lines)

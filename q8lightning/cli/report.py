@@ -61,7 +61,7 @@ def _policy(summary: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-_DEFAULTS = {"residual_bits": 0, "parameter": "*"}
+_DEFAULTS = {"residual_bits": 0, "scale_dtype": "float32", "parameter": "*"}
 """Values of a rule's arguments that are not shown."""
 
 

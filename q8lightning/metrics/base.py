@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from q8lightning.metrics.readable_plot import make_readable
+
 Values = Tensor | dict[str, Tensor] | Sequence[Tensor] | Sequence[dict[str, Tensor]]
 """One or several results of a metric."""
 
@@ -37,7 +39,9 @@ class QuantizationMetric(Metric):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return self._plot(val, ax)
+        figure, axes = self._plot(val, ax)
+        make_readable(axes)
+        return figure, axes
 
     def _add_zeros(self, state: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
         """Add a state of float64 zeros on the metric's device."""

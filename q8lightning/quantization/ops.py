@@ -131,13 +131,17 @@ def _(
 
 @custom_op("q8lightning::quantize_log", mutates_args=())
 @neutral()
-def quantize_log(x: Tensor, block_size: int, bits: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_log(
+    x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     lost = _empty_lost(x, measure)
-    return *backend_of(x).quantize_log(x, block_size, bits, lost if measure else None), lost
+    return *backend_of(x).quantize_log(x, block_size, bits, scale_dtype, lost if measure else None), lost
 
 
 @quantize_log.register_fake
-def _(x: Tensor, block_size: int, bits: int, measure: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_codes(x), empty_scales(x, block_size, 2), _empty_lost(x, measure)
 
 

@@ -28,9 +28,9 @@ pytestmark = [
 ]
 
 CODECS = {
-    "weight": get_codec("linear", 256, residual_bits=4),
-    "exp_avg": get_codec("softsign", 128, bits=6),
-    "exp_avg_sq": get_codec("log", 128, bits=5),
+    "weight": get_codec("linear", 256, residual_bits=3),
+    "exp_avg": get_codec("softsign", 128, bits=6, scale_dtype="bfloat16"),
+    "exp_avg_sq": get_codec("log", 128, bits=6, scale_dtype="bfloat16"),
 }
 
 

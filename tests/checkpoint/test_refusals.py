@@ -265,7 +265,7 @@ def test_a_policy_without_any_codec_is_refused() -> None:
 
 
 def test_a_wrong_smallest_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="min_numel must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="min_numel must be an integer of at least 1, got 0"):
         CheckpointPolicy([Rule("*", "linear")], min_numel=0)
 
 

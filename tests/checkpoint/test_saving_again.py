@@ -20,13 +20,17 @@ CODECS: dict[str, dict[str, Any]] = {
     **{f"log{bits}": {"codec": "log", "bits": bits} for bits in (2, 4, 5, 8)},
     **{
         f"linear{bits}+{residual}": {"codec": "linear", "bits": bits, "residual_bits": residual}
-        for bits, residual in ((8, 8), (8, 4), (5, 7), (2, 2))
+        for bits, residual in ((8, 8), (8, 3), (5, 7), (2, 2))
     },
+    "softsign6, narrow": {"codec": "softsign", "bits": 6, "scale_dtype": "bfloat16"},
+    "linear, narrow": {"codec": "linear", "scale_dtype": "bfloat16"},
+    "int8, narrow": {"codec": "int8", "scale_dtype": "bfloat16"},
+    "log6, narrow": {"codec": "log", "bits": 6, "scale_dtype": "bfloat16"},
     "custom": {"codec": [-1.0, -0.3, -0.01, 0.0, 0.02, 0.7, 0.9]},
     "custom, positive": {"codec": [0.0, 0.1, 0.5, 1.0]},
     "custom, fine": {"codec": FINE},
 }
-NEVER_NEGATIVE = ("log2", "log4", "log5", "log8", "dynamic_unsigned", "custom, positive")
+NEVER_NEGATIVE = ("log2", "log4", "log5", "log8", "log6, narrow", "dynamic_unsigned", "custom, positive")
 
 
 def hard_tensors(dtype: torch.dtype, negative: bool) -> dict[str, Tensor]:
@@ -73,7 +77,7 @@ def assert_stable(
 # Every codec in one of these, and the presets' in all. That codecs are idempotent by themselves, in every
 # dtype and over ten generations, is shown in test_reference.py; here files, views and whole checkpoints come in.
 DTYPES = [(torch.float32, 256), (torch.float32, 32), (torch.bfloat16, 128), (torch.float16, 128), (torch.float64, 4096)]
-OF_PRESETS = ("softsign", "softsign6", "softsign5", "log8", "log5", "log4", "linear8+8", "linear8+4")
+OF_PRESETS = ("softsign", "softsign6, narrow", "softsign5", "log8", "log6, narrow", "log4", "linear8+8", "linear8+3")
 CASES = [
     pytest.param(codec, *case, id=f"{codec}-{case[0]}-{case[1]}")
     for i, codec in enumerate(CODECS)

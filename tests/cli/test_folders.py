@@ -137,12 +137,12 @@ def test_a_folder_is_described_as_a_file_is(name: str, folder: Path) -> None:
     assert found.bytes == total(folder / name)
     assert found.training["global_step"] == 4
     is_encoded = "plain" not in name
-    assert entries[f"state_dict.{UP}"].codec == ("linear8+4/128" if is_encoded else None)
+    assert entries[f"state_dict.{UP}"].codec == ("linear8+3/128" if is_encoded else None)
     assert entries["state_dict.seen"].codec is None
     numel = 96 * 128
     assert entries[f"state_dict.{UP}"].decoded_bytes == 4 * numel
     scales = 4 * numel // 128  # one for each block, which both stages share
-    assert entries[f"state_dict.{UP}"].bytes == (numel * (8 + 4) // 8 + scales if is_encoded else 4 * numel)
+    assert entries[f"state_dict.{UP}"].bytes == (numel * (8 + 3) // 8 + scales if is_encoded else 4 * numel)
     if is_encoded:
         # The steps are 1/(127 * 15) of a scale. Values spread evenly between scales have 71.6 dB, normal ones fewer.
         assert 62 < (entries[f"state_dict.{UP}"].sqnr_db or 0) < 76
@@ -154,7 +154,7 @@ def test_the_command_prints_a_folder(folder: Path, run: Run) -> None:
     done = run("inspect", folder / "ours")
     assert done.status == 0
     assert "whole folder" in done.out
-    assert "linear8+4/128" in done.out
+    assert "linear8+3/128" in done.out
     said = json.loads(run("inspect", folder / "ours", "--json").out)
     assert said["summary"]["shards"]["files"].keys() == {each.name for each in (folder / "ours").glob("*.distcp")}
 

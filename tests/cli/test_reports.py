@@ -21,7 +21,7 @@ from q8lightning.tools.tensors import KINDS
 Run = Callable[..., Any]
 GOLDEN = Path(__file__).parent.parent / "golden"
 CODECS = {
-    "resume": {"weights": "linear8+4/256", "exp_avg": "softsign6/128", "exp_avg_sq": "log5/128"},
+    "resume": {"weights": "linear8+3/256", "exp_avg": "softsign6/128", "exp_avg_sq": "log6/128"},
     "compact": {"weights": "softsign/256", "exp_avg": "softsign5/128", "exp_avg_sq": "log4/128"},
 }
 """What is said of the codecs of each preset."""

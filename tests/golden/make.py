@@ -32,6 +32,9 @@ from q8lightning.quantization.spec.packed_bits import pack_bits  # noqa: E402
 
 BUFFERS = frozenset({"table"})
 
+NARROW: dict[str, Any] = {"scale_dtype": "bfloat16"}
+"""Scales of two bytes."""
+
 CODECS: dict[str, Rule] = {
     "linear": Rule("state_dict.every.linear", "linear", 32),
     "residual": Rule("state_dict.every.residual", "linear", 64, residual_bits=8),
@@ -44,6 +47,10 @@ CODECS: dict[str, Rule] = {
     "log": Rule("state_dict.every.log", "log", 32),
     "log_of_5": Rule("state_dict.every.log_of_5", "log", 64, bits=5),
     "log_of_4": Rule("state_dict.every.log_of_4", "log", 32, bits=4),
+    "softsign_of_6_narrow": Rule("state_dict.every.softsign_of_6_narrow", "softsign", 32, bits=6, **NARROW),
+    "linear_narrow": Rule("state_dict.every.linear_narrow", "linear", 64, **NARROW),
+    "log_of_5_narrow": Rule("state_dict.every.log_of_5_narrow", "log", 64, bits=5, **NARROW),
+    "int4_narrow": Rule("state_dict.every.int4_narrow", "int4", 32, **NARROW),
     "dynamic": Rule("state_dict.every.dynamic", "dynamic", 32),
     "dynamic_unsigned": Rule("state_dict.every.dynamic_unsigned", "dynamic_unsigned", 32),
     "normal_float4": Rule("state_dict.every.normal_float4", "normal_float4", 32),
@@ -60,7 +67,7 @@ CODECS: dict[str, Rule] = {
 """The rule for each parameter of :class:`EveryCodec`, whose name says what it is there for."""
 
 DTYPES = {"in_bfloat16": torch.bfloat16, "in_float16": torch.float16, "in_float64": torch.float64}
-UNSIGNED = ("log", "log_of_5", "log_of_4", "dynamic_unsigned")
+UNSIGNED = ("log", "log_of_5", "log_of_4", "log_of_5_narrow", "dynamic_unsigned")
 RULES = [
     *CODECS.values(),
     Rule("state_dict.rows.weight", "softsign", 32),
@@ -153,10 +160,10 @@ def values_of_codecs(live: dict[str, Any]) -> dict[str, Tensor]:
             assert rule.bits is not None
             if rule.residual_bits:
                 tensor = stored(tensor, "residual", rule.block_size, (rule.bits, rule.residual_bits))
-            elif rule.codec in ("linear", "softsign", "log"):
-                tensor = stored(tensor, rule.codec, rule.block_size, (rule.bits,))
             else:
-                tensor = stored(tensor, rule.codec, rule.block_size)
+                name_of_codec = f"{rule.codec} with {rule.scale_dtype} scales"
+                bits = (rule.bits,) if rule.codec in ("linear", "softsign", "log") else (8,)
+                tensor = stored(tensor, name_of_codec, rule.block_size, bits)
         values[name] = tensor
     codec = WeightCodec("int4", 32, 0).fitted((12, 10))
     codes, scales = codec.encode(live["state_dict"]["rows.weight"])

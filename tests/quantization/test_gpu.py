@@ -58,7 +58,7 @@ def test_millions_of_codes_are_those_of_the_reference(codebook: Codebook, distri
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        *(("residual", bits) for bits in ((8, 8), (8, 4), (5, 3))),
+        *(("residual", bits) for bits in ((8, 8), (8, 4), (8, 3), (5, 3))),
         *(("log", (bits,)) for bits in (8, 5, 2)),
         ("affine", ()),
     ],

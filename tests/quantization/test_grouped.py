@@ -28,9 +28,13 @@ CODECS = [
     get_codec("fp8_e4m3", 2048),
     get_codec("softsign", 128, 6),
     get_codec("softsign", 32, 5),
-    get_codec("linear", 256, residual_bits=4),
+    get_codec("linear", 256, residual_bits=3),
     get_codec("log", 128, 5),
     get_codec("linear", 32, 7, 3),
+    get_codec("softsign", 128, 6, scale_dtype="bfloat16"),
+    get_codec("int8", 64, scale_dtype="bfloat16"),
+    get_codec("log", 128, 6, scale_dtype="bfloat16"),
+    get_codec("log", 128, 4, scale_dtype="bfloat16"),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (5000, 1, 0, 4096, 16, 8208, 0, 33)

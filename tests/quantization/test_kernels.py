@@ -191,8 +191,8 @@ def test_two_stages_return_the_bits_of_the_reference(
 def test_the_log_codec_returns_the_bits_of_the_reference(
     device: str, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> None:
-    for bits in (8, _one_of(range(2, 8), shape, block_size, dtype)):
-        parts = _check(device, "quantize_log", _sample(shape, dtype).abs(), block_size, bits)
+    for bits, scales in ((8, "float32"), (_one_of(range(2, 8), shape, block_size, dtype), "bfloat16")):
+        parts = _check(device, "quantize_log", _sample(shape, dtype).abs(), block_size, bits, scales)
         _check(device, "dequantize_log", *parts, block_size, bits, dtype)
 
 
@@ -247,8 +247,8 @@ def test_edge_cases_of_a_dtype_are_those_of_the_reference(device: str, dtype: to
 @each_dtype
 def test_edge_cases_of_the_log_codec_are_those_of_the_reference(device: str, dtype: torch.dtype) -> None:
     x = _edge_blocks(32).to(dtype)
-    for values, bits in itertools.product((x, x.abs()), (8, 5, 2)):
-        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32, bits), 32, bits, dtype)
+    for values, bits, scales in itertools.product((x, x.abs()), (8, 5, 2), ("float32", "bfloat16")):
+        _check(device, "dequantize_log", *_check(device, "quantize_log", values, 32, bits, scales), 32, bits, dtype)
 
 
 def test_the_bounds_of_a_block_of_negative_zeros_are_zero(device: str) -> None:

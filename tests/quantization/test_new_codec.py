@@ -145,7 +145,7 @@ def test_update_directions_see_what_it_loses(rows: int) -> None:
 
 
 def test_a_rule_names_it_and_a_file_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"rows_and_columns": lambda block_size, bits: RowsAndColumns(block_size)}
+    row = {"rows_and_columns": lambda block_size, bits, scale_dtype: RowsAndColumns(block_size)}
     monkeypatch.setattr(table, "MAKERS", MappingProxyType({**table.MAKERS, **row}))
     policy = CheckpointPolicy([Rule("state_dict.*", "rows_and_columns", block_size=64)])
     io, weight = QuantizedCheckpointIO(checkpoint=policy), _moment(128).view(128, 64)

@@ -20,6 +20,8 @@ CODECS = [
     get_codec("softsign", 128, 6),
     get_codec("log", 128, 5),
     get_codec("linear", 32, 3, 7),
+    get_codec("softsign", 128, 6, scale_dtype="bfloat16"),
+    get_codec("log", 128, 5, scale_dtype="bfloat16"),
 ]
 
 

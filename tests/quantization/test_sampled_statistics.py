@@ -26,6 +26,8 @@ CODECS = [
     get_codec("softsign", 128, 6),
     get_codec("linear", 256, residual_bits=4),
     get_codec("log", 128, 5),
+    get_codec("softsign", 128, 6, scale_dtype="bfloat16"),
+    get_codec("log", 128, 5, scale_dtype="bfloat16"),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 NUMEL = 600_003

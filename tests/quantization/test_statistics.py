@@ -26,6 +26,8 @@ CODECS = [
     get_codec("softsign", 128, 5),
     get_codec("linear", 256, None, 4),
     get_codec("log", 64, 4),
+    get_codec("softsign", 128, 6, scale_dtype="bfloat16"),
+    get_codec("log", 128, 5, scale_dtype="bfloat16"),
 ]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 SIZES = (0, 1, 33, 4096, 70_001)

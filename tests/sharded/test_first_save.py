@@ -41,7 +41,7 @@ class Look(pl.Callback):
                 self.shards.add((form, BLOCKS.get(tuple(parameter.shape[1:]), RULE.block_size)))
 
 
-RULE = get_codec("linear", 128, residual_bits=4)
+RULE = get_codec("linear", 128, residual_bits=3)
 """Of weights, in the preset that is looked at, in blocks for which rows of 128 have room."""
 
 BLOCKS = {(96,): 32}

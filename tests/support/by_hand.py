@@ -76,7 +76,7 @@ class File:
         header, data = json.loads(text), self.data(*place)
         assert header.keys() - {"requires_grad", "parameter"} == HEADER
         codec, count = header["codec"], prod(header["shape"])
-        assert codec.keys() - {"residual_bits"} == {"name", "bits", "block_size"}
+        assert codec.keys() - {"residual_bits", "scale_dtype"} == {"name", "bits", "block_size"}
         assert 1 <= codec["bits"] <= 8
         assert 2 <= codec.get("residual_bits", 8) <= 8
         values, _ = parts_of(data, codec, count)
@@ -97,11 +97,12 @@ class File:
 def parts_of(data: bytes, codec: dict[str, Any], count: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Return the values, float32, in the order of memory; and codes and scales of the first stage."""
     size, bits, is_log, twice = codec["block_size"], codec["bits"], codec["name"] == "log", codec.get("residual_bits")
-    blocks = -(-count // size)
-    cuts = np.cumsum([4 * blocks * (2 if is_log else 1), PAGE["packed_bytes"](count, bits, size)])
+    blocks, dtype = -(-count // size), codec.get("scale_dtype")
+    width = PAGE["scale_size"](dtype) * (2 if is_log else 1)
+    cuts = np.cumsum([width * blocks, PAGE["packed_bytes"](count, bits, size)])
     head, first, second = np.split(np.frombuffer(data, "u1"), cuts)
     assert len(second) == (PAGE["packed_bytes"](count, twice, size) if twice else 0)
-    scales, codes = head.view("<f4"), unpacked(first, bits, size, count)
+    scales, codes = PAGE["read_scales"](head.tobytes(), dtype), unpacked(first, bits, size, count)
     if is_log:
         low, high = (scales[side::2].repeat(size)[:count] for side in (0, 1))
         return PAGE["decode_log"](codes, low, high, bits), (codes, scales)
@@ -111,6 +112,7 @@ def parts_of(data: bytes, codec: dict[str, Any], count: int) -> tuple[np.ndarray
     values = levels[codes] * each
     if twice:
         assert codec["name"] == "linear"
+        assert dtype is None
         zero, steps = 2 ** (twice - 1) - 1, (2 ** (bits - 1) - 1) * (2**twice - 1)
         later = unpacked(second, twice, size, count).astype(np.float32) - np.float32(zero)
         values = values + later * (each / np.float32(steps))
@@ -176,7 +178,14 @@ def trained_weights(file: File) -> Any:
         assert (function, what) == (REBUILD, "tensor")
         if "codes" not in entry:
             codec = header["codec"]
-            assert (codec["name"], codec["block_size"]) == (entry["codebook"].rstrip("234567"), entry["block_size"])
+            book, _, scales = entry["codebook"].partition(" with ")
+            dtype = scales.removesuffix(" scales") or None
+            said = codec["name"], codec["block_size"], codec.get("scale_dtype")
+            assert said == (
+                book.rstrip("234567") if codec["name"] in ("linear", "softsign") else book,
+                entry["block_size"],
+                dtype,
+            )
             _, (codes, scales) = parts_of(file.data(*place), header["codec"], prod(shape))
             yield name, codes[None], scales[None], levels
             continue

@@ -13,6 +13,7 @@ Array = NDArray[np.float64]
 
 SMALLEST_NORMAL = 2.0**-126
 LOG_STEPS_PER_OCTAVE = 64
+SMALLEST_BFLOAT16, LARGEST_BFLOAT16 = 2.0**-133, (2 - 2.0**-7) * 2.0**127
 
 
 def float64(x: Any) -> Array:
@@ -39,8 +40,24 @@ def spread(per_block: Any, block_size: int, like: Any) -> Array:
     return np.repeat(float64(per_block), block_size)[: int(np.prod(shape))].reshape(shape)
 
 
-def block_scale(x: Any, block_size: int, end: int = 0) -> Array:
-    """Return each block's largest magnitude; with ``end``, signed so that the largest element over it is ``end``."""
+def to_bfloat16(x: Any, rounding: Any = np.rint) -> Array:
+    """Return the nearest finite bfloat16, in a tie that with an even mantissa; ``np.floor`` or ``np.ceil`` of it."""
+    _, exponent = np.frexp(float64(x))
+    ulp = np.ldexp(1.0, np.maximum(exponent - 8, -133))
+    return float64(np.clip(rounding(float64(x) / ulp) * ulp, -LARGEST_BFLOAT16, LARGEST_BFLOAT16))
+
+
+def bounds_inside(low: Any, high: Any) -> tuple[Array, Array]:
+    """Return bounds of the log codec as bfloat16 between them, or twice the same where there is none."""
+    high = np.where(float64(high) > 0, np.maximum(to_bfloat16(high, np.floor), SMALLEST_BFLOAT16), 0.0)
+    return np.minimum(to_bfloat16(low, np.ceil), high), high
+
+
+def block_scale(x: Any, block_size: int, end: int = 0, narrow: bool = False) -> Array:
+    """Return each block's largest magnitude; with ``end``, signed so that the largest element over it is ``end``.
+
+    It is rounded to bfloat16 if it is ``narrow``.
+    """
 
     def scale(block: Array) -> float:
         largest = np.abs(block).max()
@@ -49,7 +66,8 @@ def block_scale(x: Any, block_size: int, end: int = 0) -> Array:
         sign = 1.0 if end == 0 else end if block.max() == largest else -end
         return float(sign * largest)
 
-    return np.array([scale(block) for block in blocks_of(x, block_size)])
+    scales = np.array([scale(block) for block in blocks_of(x, block_size)])
+    return to_bfloat16(scales) if narrow else scales
 
 
 def normalise(x: Any, scale: Any, block_size: int) -> Array:
@@ -76,9 +94,11 @@ def undecided(y: Array, levels: Any, gap_fraction: float, noise: float = 2.0**-2
     return np.abs(y - midpoints[at]) <= gap_fraction * gaps[at] + noise
 
 
-def quantize(x: Any, levels: Any, block_size: int, end: int = 0) -> tuple[NDArray[np.int64], Array]:
+def quantize(
+    x: Any, levels: Any, block_size: int, end: int = 0, narrow: bool = False
+) -> tuple[NDArray[np.int64], Array]:
     """Encode each element as the nearest level times the scale of its block."""
-    scale = block_scale(x, block_size, end)
+    scale = block_scale(x, block_size, end, narrow)
     return nearest(normalise(x, scale, block_size), levels), scale
 
 
@@ -107,12 +127,18 @@ class Log(NamedTuple):
     step: Array
 
 
-def quantize_log(x: Any, block_size: int, bits: int) -> Log:
-    """Encode values that are not negative at equal steps of the true logarithm between each block's bounds."""
+def quantize_log(x: Any, block_size: int, bits: int, narrow: bool = False) -> Log:
+    """Encode values that are not negative at equal steps of the true logarithm between each block's bounds.
+
+    Values beyond bounds that are ``narrow``, bfloat16, count as the bound.
+    """
     codes, bounds, step = [], [], []
     for block in blocks_of(x, block_size):
         positive = block[block > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (0.0, 0.0)
+        if narrow:
+            low, high = bounds_inside(low, high)
+            block = np.where(block > 0, np.clip(block, low, high), 0.0)
         octaves = np.log2(high) - np.log2(low) if positive.size else 0.0
         steps = np.clip(np.floor(octaves * LOG_STEPS_PER_OCTAVE), 1, 2**bits - 2)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -18,18 +18,18 @@ from q8lightning.quantization.spec.codebook import get_codebook, name_with_bits
 SUMMARY = "q8lightning"
 
 WEIGHTS = {
-    "resume": ("residual", 256, (8, 4), (12 + 32 / 256) / 8),
+    "resume": ("residual", 256, (8, 3), (11 + 32 / 256) / 8),
     "compact": ("softsign", 256, (8,), (8 + 32 / 256) / 8),
     "precise": ("residual", 256, (8, 8), (16 + 32 / 256) / 8),
 }
 FIRST_MOMENTS = {
-    "resume": ("softsign", 128, (6,), (6 + 32 / 128) / 8),
-    "compact": ("softsign", 128, (5,), (5 + 32 / 128) / 8),
+    "resume": ("softsign with bfloat16 scales", 128, (6,), (6 + 16 / 128) / 8),
+    "compact": ("softsign with bfloat16 scales", 128, (5,), (5 + 16 / 128) / 8),
     "precise": ("softsign", 128, (8,), (8 + 32 / 128) / 8),
 }
 SECOND_MOMENTS = {
-    "resume": ("log", 128, (5,), (5 + 64 / 128) / 8),
-    "compact": ("log", 128, (4,), (4 + 64 / 128) / 8),
+    "resume": ("log with bfloat16 scales", 128, (6,), (6 + 32 / 128) / 8),
+    "compact": ("log with bfloat16 scales", 128, (4,), (4 + 32 / 128) / 8),
     "precise": ("log", 128, (8,), (8 + 64 / 128) / 8),
 }
 """Codec, block size, bits and the bytes that an element takes, of each preset."""
@@ -49,16 +49,18 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def stored(tensor: Tensor, codec: str, block_size: int, bits: tuple[int, ...] = (8,)) -> Tensor:
-    """Return what is left of a tensor that was saved with this codec."""
+    """Return what is left of a tensor that was saved with this codec, such as ``log with bfloat16 scales``."""
     flat, order = in_memory_order(tensor)
+    codec, _, scales = codec.partition(" with ")
+    scale_dtype = scales.removesuffix(" scales") or "float32"
     if codec == "log":
-        parts = reference.quantize_log(flat, block_size, *bits)
+        parts = reference.quantize_log(flat, block_size, *bits, scale_dtype)
         values = reference.dequantize_log(*parts, block_size, *bits, tensor.dtype)
     elif codec == "residual":
         parts = reference.quantize_residual(flat, block_size, *bits)
         values = reference.dequantize_residual(*parts, block_size, *bits, tensor.dtype)
     else:
-        book = get_codebook(name_with_bits(codec, *bits))
+        book = get_codebook(name_with_bits(codec, *bits)).with_scales(scale_dtype)
         parts = reference.quantize(flat, book, block_size, book.one_sided)
         values = reference.dequantize(*parts, book, block_size, tensor.dtype)
     inverse = [order.index(dimension) for dimension in range(tensor.ndim)]

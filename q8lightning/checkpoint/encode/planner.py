@@ -23,7 +23,7 @@ from q8lightning.checkpoint.qat_codes import is_first_stage
 from q8lightning.checkpoint.staging.copier import IMMUTABLE
 from q8lightning.checkpoint.tree import leaves
 from q8lightning.quantization.backends.choose import has_kernels
-from q8lightning.quantization.codecs.table import get_codec
+from q8lightning.quantization.codecs.codebook import CodebookCodec
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.many.encode import EncodePlan
 from q8lightning.quantization.many.update_directions import MomentLaunch
@@ -208,7 +208,7 @@ def _codes_together(
         if has_kernels(tensors[number]) and fits:
             devices.setdefault(tensors[number].device, []).append(i)
     for here in devices.values():
-        stored = [get_codec(codec.codebook, codec.block_size) for _, _, codec in (codes[i] for i in here)]
+        stored = [CodebookCodec(codec.codebook, codec.block_size) for _, _, codec in (codes[i] for i in here)]
         yield CodesTogether(tuple(here), EncodePlan([tensors[codes[i][1]] for i in here], stored))
 
 

@@ -45,7 +45,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> Tensor: ...
     def quantize_log(
-        self, x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None
+        self, x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", statistics: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
     def dequantize_log(
         self, codes: Tensor, bounds: Tensor, block_size: int, bits: int, dtype: torch.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Levels, Log, Parts, Residual
 from q8lightning.quantization.backends.cpu_memory import scratch
-from q8lightning.quantization.backends.cpu_packing import Packed
+from q8lightning.quantization.backends.cpu_packing import NarrowScales, Packed
 from q8lightning.quantization.backends.cpu_statistics import Totals, add_pieces
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook
@@ -32,7 +32,7 @@ sizes)."""
 CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyType(
     {
         "codebook": lambda codec: Levels(codec.codebook or BUILTIN["linear"], codec.end != 0),
-        "log": lambda codec: Log(*codec.layout.bits),
+        "log": lambda codec: Log(codec.layout.bits[0], codec.layout.scale_name),
         "residual": lambda codec: Residual(*codec.layout.bits),
     }
 )
@@ -41,6 +41,8 @@ CHUNK_CODECS: Mapping[str, Callable[[KernelCodec], ChunkCodec]] = MappingProxyTy
 
 def _chunk_codec(codec: KernelCodec) -> ChunkCodec:
     chunks = CHUNK_CODECS[codec.kernel](codec)
+    if codec.layout.scale_dtype != torch.float32:
+        chunks = NarrowScales(chunks, codec.layout.scale_dtype)
     return chunks if codec.layout.is_bytes else Packed(chunks, codec.layout)
 
 
@@ -302,8 +304,10 @@ def dequantize_residual(
     return _decode(Residual(bits, residual_bits), parts, layout, dtype).view(codes.shape)
 
 
-def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    codes, bounds = _quantize(Log(bits), x, Layout(block_size, scales=2), statistics)
+def quantize_log(
+    x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    codes, bounds = _quantize(Log(bits, scale_dtype), x, Layout(block_size, scales=2), statistics)
     return codes, bounds
 
 

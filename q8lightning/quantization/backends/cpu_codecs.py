@@ -14,6 +14,7 @@ from torch import Tensor
 from q8lightning.quantization.backends.cpu_memory import Scratch
 from q8lightning.quantization.spec import logarithm, reference
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, name_with_bits
+from q8lightning.quantization.spec.scale_dtype import round_bounds
 
 Parts = tuple[Tensor, ...]
 
@@ -21,7 +22,7 @@ Parts = tuple[Tensor, ...]
 class ChunkCodec(Protocol):
     """Encodes and decodes chunks.
 
-    Its methods overwrite the first three floats of the scratch that they are given.
+    Its methods overwrite the first three floats of the scratch that they are given; to encode, the last one, too.
     """
 
     def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
@@ -50,17 +51,20 @@ class Levels:
         per_unit = _write_scale(blocks, self.codebook.end if self.signed_scale else 0, scale, spare)
         if per_unit is None:
             return False
-        form = self.codebook.closed_form
-        if self.codebook.scale_dtype != "float32":
+        form, is_rounded = self.codebook.closed_form, self.codebook.scale_dtype != "float32"
+        if is_rounded:
             per_unit = reference.reciprocal(scale.copy_(self.codebook.round_scale(scale)))[:, None]
-            words = _search(torch.mul(blocks, per_unit, out=spare).clamp_(-1.0, 1.0), self.codebook)
-        elif form is not None and form.kind == "softsign" and not self.signed_scale:  # the spare holds magnitudes
-            share = spare.mul_(per_unit).add_(1.0).reciprocal_()
+        magnitudes = form is not None and form.kind == "softsign" and not self.signed_scale  # the spare has them
+        normalised = torch.mul(spare if magnitudes else blocks, per_unit, out=spare)
+        if is_rounded:
+            normalised.clamp_(-1.0, 1.0)
+        if form is not None and magnitudes:
+            share = normalised.add_(1.0).reciprocal_()
             torch.sub(1.0, share, out=share).copysign_(blocks).mul_(2.0 * form.half).add_(form.to_code)
         elif form is not None and form.kind == "linear":
-            torch.mul(blocks, per_unit, out=spare).mul_(float(form.half)).add_(form.to_code)
+            normalised.mul_(float(form.half)).add_(form.to_code)
         else:
-            words = _search(torch.mul(blocks, per_unit, out=spare), self.codebook)
+            words = _search(normalised, self.codebook)
         codes.view(words.shape).copy_(words)  # integers become bytes modulo 256
         return True
 
@@ -137,8 +141,9 @@ class Residual:
 class Log:
     """Codes at equal steps of the logarithm."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, scale_dtype: str = "float32") -> None:
         self._bits = bits
+        self._scale_dtype = scale_dtype
 
     def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
         codes, bounds = parts
@@ -153,8 +158,12 @@ class Log:
             low = spare.copy_(blocks).masked_fill_(blocks <= 0, torch.inf).amin(dim=1)
             low.masked_fill_(low.isinf(), 0.0)
         torch.stack([low, high.add_(0.0)], dim=1, out=bounds)  # no negative zero
-        first, correction, span, steps = _log_steps(bounds, self._bits)
         pattern = blocks.view(torch.int32)
+        if self._scale_dtype != "float32":
+            bounds.copy_(round_bounds(bounds, self._scale_dtype))
+            least, most = bounds.view(torch.int32)[:, :, None].unbind(dim=1)
+            pattern = torch.clamp(pattern, least, most, out=scratch.integers[-1])
+        first, correction, span, steps = _log_steps(bounds, self._bits)
         mantissa = spare.copy_(torch.bitwise_and(pattern, logarithm.OCTAVE - 1, out=integer))  # times an octave
         _polynomial(mantissa, *_LOG2_OF_MANTISSA, out=log)
         log.mul_(torch.sub(logarithm.OCTAVE, mantissa, out=other).mul_(mantissa))
@@ -186,7 +195,7 @@ class Log:
             decoded.mul_(position.copy_(code.clamp(max=1)))  # a comparison would take eight times as long
 
     def encode_slowly(self, blocks: Tensor) -> Parts:
-        return reference.quantize_log(blocks, blocks.shape[1], self._bits)
+        return reference.quantize_log(blocks, blocks.shape[1], self._bits, self._scale_dtype)
 
     def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
         codes, bounds = parts

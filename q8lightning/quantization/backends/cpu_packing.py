@@ -1,7 +1,7 @@
-"""Pack and unpack codes on a CPU, several codes in a word at a time.
+"""Pack and unpack codes on a CPU, several codes in a word at a time, and scales of two bytes.
 
-The results are those of ``spec/packing.py``. A word is as long as the codes that share a byte: 16 bits for fields of 4,
-32 for fields of 2, 64 for single bits.
+The results are those of ``spec/packing.py`` and ``spec/scale_dtype.py``. A word is as long as the codes that share a
+byte: 16 bits for fields of 4, 32 for fields of 2, 64 for single bits.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from q8lightning.quantization.backends.cpu_codecs import ChunkCodec, Parts
 from q8lightning.quantization.backends.cpu_memory import Scratch
 from q8lightning.quantization.spec.layout import Layout
 from q8lightning.quantization.spec.packing import fields_of, pack, unpack
+from q8lightning.quantization.spec.scale_dtype import narrow, widen
 
 _WORDS = {4: torch.int16, 2: torch.int32, 1: torch.int64}
 
@@ -90,6 +91,39 @@ class Packed:
         else:
             for (width, below), plane in zip(fields_of(bits), _planes(packed, bits, block), strict=True):
                 _spread(plane, width, below, codes, spare)
+
+
+class NarrowScales:
+    """A chunk codec whose scales have fewer than four bytes.
+
+    Args:
+        codec: Works with scales of float32.
+        dtype: The dtype of the scales.
+    """
+
+    def __init__(self, codec: ChunkCodec, dtype: torch.dtype) -> None:
+        self._codec = codec
+        self._dtype = dtype
+
+    def encode(self, blocks: Tensor, parts: Parts, scratch: Scratch) -> bool:
+        codes, stored, *later = parts
+        scale = torch.empty(stored.shape, dtype=torch.float32, device="cpu")
+        if not self._codec.encode(blocks, (codes, scale, *later), scratch):
+            return False
+        stored.copy_(narrow(scale, self._dtype))
+        return True
+
+    def decode(self, parts: Parts, out: Tensor, scratch: Scratch) -> None:
+        codes, scale, *later = parts
+        self._codec.decode((codes, widen(scale), *later), out, scratch)
+
+    def encode_slowly(self, blocks: Tensor) -> Parts:
+        codes, scale, *later = self._codec.encode_slowly(blocks)
+        return codes, narrow(scale, self._dtype), *later
+
+    def decode_slowly(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        codes, scale, *later = parts
+        return self._codec.decode_slowly((codes, widen(scale), *later), width, dtype)
 
 
 def _planes(packed: Tensor, bits: int, block_size: int) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ class CodebookCodec(Codec):
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
         bits: The bits of a code: 2 to 8 for ``linear`` and ``softsign``. Other codebooks have the bits that they need.
             0 stands for the bits of the codebook that is named.
+        scale_dtype: The dtype of scales. A spec may name it instead: ``"int4 with bfloat16 scales"``.
 
     Raises:
         ValueError: If the codebook or the block size is unknown, the codebook has codes of other bits, or it reaches
@@ -38,7 +39,10 @@ class CodebookCodec(Codec):
     def __post_init__(self) -> None:
         super().__post_init__()
         book = book_with_bits(self.name, self.bits)
-        object.__setattr__(self, "name", FAMILY_OF.get(book.spec, book.spec))
+        if self.scale_dtype == "float32":
+            object.__setattr__(self, "scale_dtype", book.scale_dtype)
+        plain = book.with_scales("float32").spec
+        object.__setattr__(self, "name", FAMILY_OF.get(plain, plain))
         object.__setattr__(self, "bits", book.bits)
         if book.end == 0:
             raise ValueError(
@@ -49,7 +53,7 @@ class CodebookCodec(Codec):
     @cached_property
     def book(self) -> Codebook:
         """The codebook."""
-        return book_with_bits(self.name, self.bits)
+        return book_with_bits(self.name, self.bits).with_scales(self.scale_dtype)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         codes, scales, _ = ops.quantize(x.detach(), self.codebook, self.block_size, self.book.one_sided)

@@ -5,7 +5,7 @@ them.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -15,19 +15,21 @@ from torch import Tensor
 from q8lightning.quantization.spec.codebook import name_with_bits
 from q8lightning.quantization.spec.layout import KernelCodec, Layout, check_block_size
 from q8lightning.quantization.spec.reference import measure
+from q8lightning.quantization.spec.scale_dtype import ScaleDtype, stored_dtype
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
     """A codec for checkpoints. Encoding what it decoded gives the same parts again.
 
-    A new kind implements ``encode`` and ``decode``, and overrides what differs from a codec with codes and a float32
-    scale for each block.
+    A new kind implements ``encode`` and ``decode``, and overrides what differs from a codec with codes and a scale for
+    each block.
 
     Args:
         name: Its name in rules and files.
         block_size: Elements of the flattened tensor that share a scale; a power of two between 32 and 4096.
         bits: The bits of a code.
+        scale_dtype: The dtype in which scales are stored, to which the codec rounds them.
 
     Raises:
         ValueError: If the block size is not such a power.
@@ -36,6 +38,7 @@ class Codec(ABC):
     name: str
     block_size: int = 256
     bits: int = 8
+    scale_dtype: ScaleDtype = field(default="float32", kw_only=True)
 
     marks_negative: ClassVar[bool] = False
     """Whether a negative value makes the scales of its block non-finite."""
@@ -54,8 +57,8 @@ class Codec(ABC):
 
         Returns:
             The parts. First codes, ``[*x.shape]`` uint8; then scales, float32 in the units of ``x``, ``[blocks]``, or
-            ``[blocks, n]`` if a block has several; then the codes of later stages. The scales of a block that cannot be
-            encoded (NaN, infinity) are not finite.
+            ``[blocks, n]`` if a block has several, which are values of ``scale_dtype``; then the codes of later stages.
+            The scales of a block that cannot be encoded (NaN, infinity) are not finite.
         """
 
     @abstractmethod
@@ -111,7 +114,7 @@ class Codec(ABC):
     @cached_property
     def layout(self) -> Layout:
         """The order of the bytes."""
-        return Layout(self.block_size, bits=(self.bits,))
+        return Layout(self.block_size, bits=(self.bits,), scale_dtype=stored_dtype(self.scale_dtype))
 
     def scale_bytes(self, numel: int) -> int:
         """Return the bytes before the codes of ``numel`` elements, whose start gets aligned."""
@@ -124,7 +127,7 @@ class Codec(ABC):
     def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
         """Return the parts of ``numel`` elements from their bytes, ``[encoded_bytes(numel)]`` uint8.
 
-        Scales and codes of 8 bits are views of the bytes.
+        Scales of float32 and codes of 8 bits are views of the bytes.
         """
         return self.layout.split(data, numel)
 
@@ -141,7 +144,8 @@ class Codec(ABC):
     @property
     def entry(self) -> dict[str, str | int]:
         """The entries of a file that describe the codec, in their order."""
-        return {"name": self.name, "bits": self.bits, "block_size": self.block_size}
+        entry: dict[str, str | int] = {"name": self.name, "bits": self.bits, "block_size": self.block_size}
+        return entry if self.scale_dtype == "float32" else {**entry, "scale_dtype": self.scale_dtype}
 
     @property
     def residual_bits(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from q8lightning.quantization import ops
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.spec.layout import KernelCodec, Layout, check_bits
+from q8lightning.quantization.spec.scale_dtype import stored_dtype
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class LogCodec(Codec):
     Args:
         block_size: Elements of the flattened tensor that share them; a power of two between 32 and 4096.
         bits: The bits of a code, 2 to 8.
+        scale_dtype: The dtype of both, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
         ValueError: If the block size is not such a power, or the bits are out of range.
@@ -33,11 +35,11 @@ class LogCodec(Codec):
         check_bits("bits", self.bits)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes, bounds, _ = ops.quantize_log(x.detach(), self.block_size, self.bits)
+        codes, bounds, _ = ops.quantize_log(x.detach(), self.block_size, self.bits, self.scale_dtype)
         return codes, bounds
 
     def encode_and_measure(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        codes, bounds, lost = ops.quantize_log(x.detach(), self.block_size, self.bits, measure=True)
+        codes, bounds, lost = ops.quantize_log(x.detach(), self.block_size, self.bits, self.scale_dtype, measure=True)
         return (codes, bounds), lost
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -47,7 +49,7 @@ class LogCodec(Codec):
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.block_size, scales=2, bits=(self.bits,))
+        return Layout(self.block_size, 2, (self.bits,), stored_dtype(self.scale_dtype))
 
     @property
     def unsigned(self) -> bool:

@@ -23,7 +23,8 @@ class ResidualCodec(Codec):
         residual_bits: The bits of a residual code, 2 to 8.
 
     Raises:
-        ValueError: If the block size is not such a power, or the bits are out of range.
+        ValueError: If the block size is not such a power, the bits are out of range, or scales shall be rounded: what
+            the residual adds to the largest element would move a rounded scale at every save.
     """
 
     name: str = field(default="linear", init=False)
@@ -33,6 +34,11 @@ class ResidualCodec(Codec):
         super().__post_init__()
         check_bits("bits", self.bits)
         check_bits("residual_bits", self.residual_bits)
+        if self.scale_dtype != "float32":
+            raise ValueError(
+                f"the scales of a codec with a residual stage are float32, got scale_dtype={self.scale_dtype!r}; leave"
+                " it out, or drop residual_bits"
+            )
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         codes, later, scales, _ = ops.quantize_residual(x.detach(), *self._options)

@@ -9,6 +9,9 @@ from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.reference import residual_steps
 from q8lightning.system.ambient import lasting
 
+_BEYOND = {"float32": 0.0, "bfloat16": 2.0**-8 * 1.01, "float16": torch.inf}
+"""How far the largest element of a block may lie beyond its scale, relative to it. The smallest float16 are coarse."""
+
 _ROUNDING = 1e-6
 """More than all float32 roundings of an element add up to, relative to it or to the scale of its block."""
 
@@ -54,7 +57,8 @@ def of_codebook(codebook: Codebook) -> tuple[float, float]:
     levels, thresholds = codebook.tensor("cpu").double(), codebook.thresholds.double()
     error = torch.maximum((levels[1:] - thresholds), (thresholds - levels[:-1])) + _ROUNDING
     smallest = torch.minimum(levels[1:].abs(), levels[:-1].abs())
-    edges = torch.stack([(levels[0] + 1).clamp(min=0), (1 - levels[-1]).clamp(min=0)]) + _ROUNDING
+    edges = torch.stack([(levels[0] + 1).clamp(min=0), (1 - levels[-1]).clamp(min=0)])
+    edges += _BEYOND[codebook.scale_dtype] + _ROUNDING
     squared = torch.cat([error.square(), edges.square()])
     power = torch.cat([smallest.square(), levels[[0, -1]].square()])
     best = (torch.inf, torch.inf)

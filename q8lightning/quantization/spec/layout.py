@@ -9,6 +9,7 @@ from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.packing import pack, packed_bytes, unpack
+from q8lightning.quantization.spec.scale_dtype import narrow, widen
 from q8lightning.system.arguments import as_integer
 
 
@@ -17,13 +18,20 @@ class Layout(NamedTuple):
 
     Attributes:
         block_size: Elements that share their scales.
-        scales: The number of float32 scales of a block.
+        scales: The number of scales of a block.
         bits: The bits of a code in each stage. The codes of a stage lie together; ``packing.py`` says how.
+        scale_dtype: The dtype of scales in memory, float32 or bfloat16. Everywhere else they are float32.
     """
 
     block_size: int
     scales: int = 1
     bits: tuple[int, ...] = (8,)
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def scale_name(self) -> str:
+        """The name of the scales' dtype."""
+        return str(self.scale_dtype).removeprefix("torch.")
 
     @property
     def is_bytes(self) -> bool:
@@ -32,7 +40,7 @@ class Layout(NamedTuple):
 
     def scale_bytes(self, numel: int) -> int:
         """Return the bytes of the scales of ``numel`` elements."""
-        return -(-numel // self.block_size) * 4 * self.scales
+        return -(-numel // self.block_size) * self.scale_dtype.itemsize * self.scales
 
     def code_bytes(self, numel: int) -> list[int]:
         """Return the bytes of the codes of ``numel`` elements in each stage."""
@@ -48,35 +56,39 @@ class Layout(NamedTuple):
         return self.scale_bytes(numel) + sum(self.code_bytes(numel))
 
     def views(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
-        """Return packed codes, scales and the packed codes of later stages as views of ``data``.
+        """Return packed codes, scales in their dtype and the packed codes of later stages as views of ``data``.
 
         Args:
             data: ``[encoded_bytes(numel)]`` uint8.
             numel: Elements of the tensor.
         """
         head, codes, *later = data.split_with_sizes([self.scale_bytes(numel), *self.code_bytes(numel)])
-        scales = head.view(torch.float32)
+        scales = head.view(self.scale_dtype)
         return codes, scales if self.scales == 1 else scales.view(-1, self.scales), *later
 
     def unpack(self, parts: Sequence[Tensor], numel: int) -> tuple[Tensor, ...]:
-        """Return the parts of :meth:`views` or :meth:`take` with a byte for each code."""
+        """Return the parts of :meth:`views` or :meth:`take` with a byte for each code and scales in float32."""
+        codes, scales, later = parts[0], widen(parts[1]), parts[2:]
         if self.is_bytes:
-            return tuple(parts)
-        codes, scales, *later = parts
+            return codes, scales, *later
         first, *others = (
             unpack(part, bits, self.block_size, numel) for part, bits in zip((codes, *later), self.bits, strict=True)
         )
         return first, scales, *others
 
     def split(self, data: Tensor, numel: int) -> tuple[Tensor, ...]:
-        """Return codes, scales and the codes of later stages; codes of 8 bits and scales are views of ``data``."""
+        """Return codes, scales and the codes of later stages.
+
+        Codes of 8 bits and scales of float32 are views of ``data``.
+        """
         return self.unpack(self.views(data, numel), numel)
 
     def join(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Write the parts of a flat tensor to ``out``, ``[encoded_bytes(numel)]`` uint8."""
         codes, scales, *later = parts
         packed = [pack(part, bits, self.block_size) for part, bits in zip((codes, *later), self.bits, strict=True)]
-        torch.cat([scales.view(-1).view(torch.uint8), *packed], out=out)
+        stored = narrow(scales.view(-1), self.scale_dtype)
+        torch.cat([stored.view(torch.uint8), *packed], out=out)
 
     def take(self, parts: Sequence[Tensor], which: slice | Tensor, length: int) -> tuple[Tensor, ...]:
         """Return the packed parts of stretches of a flat tensor.

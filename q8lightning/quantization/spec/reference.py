@@ -16,6 +16,7 @@ from torch import Tensor
 
 from q8lightning.quantization.spec.codebook import BUILTIN, Codebook, name_with_bits
 from q8lightning.quantization.spec.logarithm import exp2_pattern, log2_correction, log_grid
+from q8lightning.quantization.spec.scale_dtype import round_bounds
 
 SMALLEST_NORMAL = 2.0**-126
 """A block of smaller magnitudes is stored as zeros, since the reciprocal of its scale would overflow."""
@@ -199,7 +200,9 @@ def round_to_code(x: Tensor, zero: int) -> Tensor:
     return (x + (ROUNDING + zero)) - ROUNDING
 
 
-def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_log(
+    x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Encode values that are never negative, such as second moments, at equal steps of their logarithm.
 
     Code 0 is exactly zero. The codes from 1 on are equal steps of log2, from the smallest positive to the largest value
@@ -209,20 +212,31 @@ def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | Non
     The logarithm adds a polynomial of the mantissa to the bit pattern, so that all processors agree on every bit. Below
     the smallest normal number, where patterns are linear, the steps are linear, too.
 
+    Args:
+        x: As for :func:`quantize`.
+        block_size: Elements that share their bounds.
+        bits: The bits of a code, 2 to 8.
+        scale_dtype: To what bounds are rounded, ``"float32"`` or ``"bfloat16"``, as
+            :func:`~q8lightning.quantization.spec.scale_dtype.round_bounds` says. Values beyond a bound become it.
+        statistics: As for :func:`quantize`.
+
     Returns:
         codes ``[*shape]`` uint8, and bounds ``[ceil(numel / block_size), 2]`` float32, the smallest positive and the
-        largest value of each block in the units of ``x``: 0 and 0 for an all-zero block, NaN for a block that holds
-        NaN, infinity or a negative value.
+        largest value of each block in the units of ``x``, rounded: 0 and 0 for an all-zero block, NaN for a block that
+        holds NaN, infinity or a negative value.
     """
     blocks = to_blocks(x, block_size)
     positive = blocks > 0
     low = torch.where(positive, blocks, torch.inf).amin(dim=1)
     bounds = torch.stack([torch.where(positive.any(dim=1), low, 0.0), blocks.amax(dim=1).clamp(min=0.0) + 0.0], dim=1)
     wrong = (~blocks.isfinite() | (blocks < 0)).any(dim=1)
-    bounds = torch.where(wrong[:, None], torch.nan, bounds)
+    bounds = torch.where(wrong[:, None], torch.nan, round_bounds(bounds, scale_dtype))
 
     grid = log_grid(bounds, bits)
     pattern = torch.where(positive, blocks, 0.0).view(torch.int32)
+    if scale_dtype != "float32":
+        low, high = bounds.view(torch.int32)[:, :, None].unbind(dim=1)
+        pattern = torch.minimum(torch.maximum(pattern, low), high)
     distance = (pattern - bounds.view(torch.int32)[:, :1]).float() + log2_correction(pattern)
     code = round_to_code((distance + grid.offset[:, None]) * grid.codes_per_pattern[:, None], zero=1)
     codes = from_blocks(torch.where(wrong[:, None], 1.0, torch.where(positive, code, 0.0)), x, torch.uint8)

@@ -193,8 +193,8 @@ def _held(rule: Rule) -> Rule:
     finer = None if codec is None else codec.finer
     if finer is None:
         return rule
-    chosen = {"codec": finer.name, "bits": finer.bits, "residual_bits": finer.residual_bits}
-    return Rule(**{**asdict(rule), **chosen})
+    options = {name: getattr(finer, name) for name in ("bits", "residual_bits", "scale_dtype")}
+    return Rule(**{**asdict(rule), "codec": finer.name, **options})
 
 
 def _leave_captures_alone() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from q8lightning.checkpoint.encode.find import ModelNames
 from torch import Tensor
 
 from q8lightning import CheckpointPolicy, CorruptCheckpointError, NewerFormatError, keep_encoded
 from q8lightning.checkpoint.encode.checkpoint import encode_checkpoint
+from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.checkpoint.format import check_version
 from q8lightning.checkpoint.qat_codes import read_codes
 from q8lightning.checkpoint.sharded.check import shards_in

@@ -22,14 +22,14 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = json.loads((GOLDEN / "expected_v1.json").read_text())
 REBUILD = "q8lightning.checkpoint.payload rebuild_v1"
 CHECKSUMS = {
-    "resume": 12851881429113575005,
+    "resume": 14540554226492412232,
     "compact": 2178339410458747234,
     "precise": 1879797028596675038,
 }
 """Of ``state_dict.layer.weight``."""
-WEIGHTS = {"resume": ("linear", 256, 8, 4), "compact": ("softsign", 256, 8, 0), "precise": ("linear", 256, 8, 8)}
-MOMENTS = {"resume": (6, 5), "compact": (5, 4), "precise": (8, 8)}
-"""Codec, block size, bits and bits of the residual of weights, and the bits of both moments."""
+WEIGHTS = {"resume": ("linear", 256, 8, 3), "compact": ("softsign", 256, 8, 0), "precise": ("linear", 256, 8, 8)}
+MOMENTS = {"resume": (6, 6, "bfloat16"), "compact": (5, 4, "bfloat16"), "precise": (8, 8, "float32")}
+"""Codec, block size, bits and bits of the residual of weights, and the bits of both moments and their scales' dtype."""
 
 every_file = pytest.mark.parametrize("name", EXPECTED)
 
@@ -96,22 +96,28 @@ def test_parameters_are_parameters_and_strides_are_kept() -> None:
 
 def test_the_codecs_are_those_that_the_presets_had(preset: str, golden: Path) -> None:
     found = {name: payload.codec for name, payload in payloads_of(golden).items()}
+    weights, (first, second, scales) = (*WEIGHTS[preset], "float32"), MOMENTS[preset]
     expected = {
-        "state_dict.layer.weight": WEIGHTS[preset],
-        "state_dict.embedding.weight": WEIGHTS[preset],
-        "state_dict.head.weight": WEIGHTS[preset],
-        "optimizer_states.0.state.0.exp_avg": ("softsign", 128, MOMENTS[preset][0], 0),
-        "optimizer_states.0.state.0.exp_avg_sq": ("log", 128, MOMENTS[preset][1], 0),
+        "state_dict.layer.weight": weights,
+        "state_dict.embedding.weight": weights,
+        "state_dict.head.weight": weights,
+        "optimizer_states.0.state.0.exp_avg": ("softsign", 128, first, 0, scales),
+        "optimizer_states.0.state.0.exp_avg_sq": ("log", 128, second, 0, scales),
     }
     if preset != "precise":  # in bfloat16: 12 bits and 8 bits are fewer than its 16
-        expected["state_dict.half.weight"] = WEIGHTS[preset]
-    codecs = {name: (codec.name, codec.block_size, codec.bits, codec.residual_bits) for name, codec in found.items()}
+        expected["state_dict.half.weight"] = weights
+    codecs = {
+        name: (codec.name, codec.block_size, codec.bits, codec.residual_bits, codec.scale_dtype)
+        for name, codec in found.items()
+    }
     assert codecs == expected
 
 
 def test_there_is_a_file_with_every_codec() -> None:
-    found = {payload.codec.label for payload in payloads_of(GOLDEN / "codecs_v1.ckpt").values()}
-    assert found == {
+    codecs = [payload.codec for payload in payloads_of(GOLDEN / "codecs_v1.ckpt").values()]
+    narrow = {codec.label for codec in codecs if codec.scale_dtype == "bfloat16"}
+    assert narrow == {"linear", "softsign6", "log5", "int4"}
+    assert {codec.label for codec in codecs if codec.scale_dtype == "float32"} == {
         *("linear", "linear8+8", "linear8+4", "linear5+7", "linear3", "softsign", "softsign6", "softsign5"),
         *("log", "log5", "log4", "dynamic", "dynamic_unsigned", "normal_float4", "int2"),
         *("int8", "fp8_e4m3", "fp8_e5m2", "custom"),

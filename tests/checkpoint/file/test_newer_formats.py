@@ -145,6 +145,8 @@ def test_codes_that_would_be_exported_as_something_else_are_refused(
         ({"bits": 9}, {}, r"codec .*'bits': 9"),
         ({"bits": 1}, {}, r"codec .*'bits': 1"),
         ({"residual_bits": 4}, {}, r"codec .*'residual_bits': 4"),
+        ({"scale_dtype": "float8_e8m0fnu"}, {}, r"codec .*'scale_dtype': 'float8_e8m0fnu'"),
+        ({"scale_dtype": "float32"}, {}, r"codec .*'scale_dtype': 'float32'"),
         ({"block_size": 48}, {}, r"codec .*'block_size': 48"),
         ({"rows": 64}, {}, r"codec .*'rows': 64"),
         ({}, {"dtype": "float8_e4m3fn"}, r"dtype float8_e4m3fn for the tensor state_dict\.weight"),

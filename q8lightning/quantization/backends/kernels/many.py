@@ -28,6 +28,7 @@ from q8lightning.quantization.backends.kernels.work_list import SEGMENT, Launch,
 from q8lightning.quantization.spec.block_choice import limit_of
 from q8lightning.quantization.spec.codebook import Codebook
 from q8lightning.quantization.spec.layout import KernelCodec, Layout
+from q8lightning.quantization.spec.scale_dtype import rounding_code
 
 
 def _packed(layout: Layout) -> str:
@@ -61,8 +62,8 @@ def encode(
     Args:
         tensors: ``[numel]`` float32, float16 or bfloat16 each, on one device.
         buffer: uint8, aligned to 16 bytes, on the same device.
-        starts: Where in the buffer the scales of each tensor begin, a multiple of 4 bytes. It is fastest if the codes
-            behind them begin at a multiple of 16.
+        starts: Where in the buffer the scales of each tensor begin, a multiple of the bytes of a scale. It is fastest
+            if the codes behind them begin at a multiple of 16.
         codec: The codec.
         failed: ``[tensors]`` int32 zeros. Set to 1 for tensors with a block whose scale is not finite.
         statistics: ``[tensors, 5]`` float64 to be written, or None. Rows of empty tensors are not written.
@@ -73,11 +74,11 @@ def encode(
         settings = f"measured {settings}"
     constants = {
         "CODEC": codec.kernel, "SCALES": layout.scales, "END": codec.end, **search_constants(tables),
-        "ROUND": codec.codebook.rounding if codec.codebook is not None else 0,
+        "ROUND": rounding_code(layout.scale_name) if codec.codebook is None else codec.codebook.rounding,
         **bits_constants(layout),
     }  # fmt: skip
     for launch in launches(describe(tensors, starts), layout, layout.block_size, settings, buffer.device):
-        parts = tensors[launch.members[0]], buffer, _as(buffer, torch.float32), failed, launch.work
+        parts = tensors[launch.members[0]], buffer, _scales_in(buffer, layout), failed, launch.work
         constants |= {"ROWS": launch.rows, "BLOCK": layout.block_size}
         if statistics is None:
             _run(encode_kernel, launch, launch.programs, *parts, tables.table, tables.levels, **constants)
@@ -96,7 +97,7 @@ def decode(buffer: Tensor, starts: tuple[int, ...], values: Sequence[Tensor], co
     for launch in launches(describe(values, starts), codec.layout, row, settings, buffer.device):
         _run(
             decode_kernel, launch, launch.programs,
-            values[launch.members[0]], buffer, _as(buffer, torch.float32), launch.work, tables.levels,
+            values[launch.members[0]], buffer, _scales_in(buffer, codec.layout), launch.work, tables.levels,
             ROWS=launch.rows, BLOCK=row, PARTS=block_size // row, CODEC=codec.kernel, SEARCH=tables.level_search,
             **bits_constants(codec.layout),
         )  # fmt: skip
@@ -153,6 +154,11 @@ def fake_quantize(
                 ROWS=launch.rows, IN_PAIRS=pairs, **constants,
             )  # fmt: skip
             _collect(partials, launch, SEGMENT, statistics)
+
+
+def _scales_in(buffer: Tensor, layout: Layout) -> Tensor:
+    """Return a buffer as scales; those of bfloat16 as int16, because the interpreter lacks bfloat16."""
+    return _as(buffer, torch.int16 if layout.scale_dtype == torch.bfloat16 else layout.scale_dtype)
 
 
 def _as(buffer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from q8lightning.quantization.backends.kernels.bits import INTERPRETED
+from q8lightning.quantization.backends.kernels.bits import INTERPRETED, bits_of, float_of
 
 
 @triton.jit
@@ -54,6 +54,24 @@ def load_code_for(values, pointer, start, offsets, mask):
 @triton.jit
 def store(pointer, offsets, value, mask):
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_scale(pointer, offsets, mask):
+    """Load scales, float32; those of bfloat16 from int16, the upper half of their pattern."""
+    if pointer.dtype.element_ty == tl.int16:
+        scale = float_of(load_code(pointer, offsets, mask) << 16)
+    else:
+        scale = load_float(pointer, offsets, mask)
+    return scale
+
+
+@triton.jit
+def store_scale(pointer, offsets, scale, mask):
+    """Store scales as :func:`load_scale` reads them."""
+    if pointer.dtype.element_ty == tl.int16:
+        scale = bits_of(scale) >> 16
+    store(pointer, offsets, scale, mask)
 
 
 @triton.jit

@@ -59,7 +59,7 @@ class _Place(NamedTuple):
         if self.layout is None:
             return offset, 0, 0, 0
         stages = self.layout.code_starts(self.starts[index], numel)
-        return offset, stages[0], self.starts[index] // 4, stages[-1]
+        return offset, stages[0], self.starts[index] // self.layout.scale_dtype.itemsize, stages[-1]
 
     def advance(self, segment: int) -> tuple[int, int, int, int]:
         """Return how far these offsets move from one segment to the next."""
@@ -97,7 +97,7 @@ class _Launch(NamedTuple):
 def _stored(
     values, like, buffer, floats, levels, row, COLUMN: tl.constexpr, elements, mask, tile_rows, row_mask,
     PARTS: tl.constexpr, CODEC: tl.constexpr, SEARCH: tl.constexpr, BITS: tl.constexpr, REST_BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    NARROW: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Return a tile as it is stored, decoded to float32."""
     MULTIPLE: tl.constexpr = 16 if ALIGNED else 1
@@ -106,12 +106,17 @@ def _stored(
     else:
         codes = buffer + tl.multiple_of(tl.load(row + COLUMN + 1), MULTIPLE)
         rest = buffer + tl.multiple_of(tl.load(row + COLUMN + 3), MULTIPLE)
-        scales = floats + tl.load(row + COLUMN + 2)
+        scales = (_as_int16(buffer) if NARROW else floats) + tl.load(row + COLUMN + 2)
         value = decode_tile(
             codes, rest, scales, levels, elements, mask, tile_rows, row_mask, PARTS, CODEC, SEARCH, BITS, REST_BITS,
             ALIGNED,
         )  # fmt: skip
         return rounded(value, like).to(tl.float32)
+
+
+@triton.jit
+def _as_int16(pointer):
+    return pointer.to(tl.pointer_type(tl.int16), bitcast=True)
 
 
 @triton.jit
@@ -124,9 +129,9 @@ def _sums_kernel(
     firsts, seconds, buffer, floats, first_levels, second_levels, work, partials, eps,
     ROWS: tl.constexpr, ROW: tl.constexpr, ALIGNED: tl.constexpr,
     FIRST_MULTIPLE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_CODEC: tl.constexpr, FIRST_SEARCH: tl.constexpr,
-    FIRST_BITS: tl.constexpr, FIRST_REST_BITS: tl.constexpr,
+    FIRST_BITS: tl.constexpr, FIRST_REST_BITS: tl.constexpr, FIRST_NARROW: tl.constexpr,
     SECOND_MULTIPLE: tl.constexpr, SECOND_PARTS: tl.constexpr, SECOND_CODEC: tl.constexpr, SECOND_SEARCH: tl.constexpr,
-    SECOND_BITS: tl.constexpr, SECOND_REST_BITS: tl.constexpr,
+    SECOND_BITS: tl.constexpr, SECOND_REST_BITS: tl.constexpr, SECOND_NARROW: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = ROWS * ROW
     segment = tl.program_id(0)
@@ -146,9 +151,10 @@ def _sums_kernel(
         direction = _direction(first, second, eps)
         stored = _direction(
             _stored(first, firsts, buffer, floats, first_levels, row, 1, elements, mask, tile_rows, row_mask,
-                    FIRST_PARTS, FIRST_CODEC, FIRST_SEARCH, FIRST_BITS, FIRST_REST_BITS, ALIGNED),
+                    FIRST_PARTS, FIRST_CODEC, FIRST_SEARCH, FIRST_BITS, FIRST_REST_BITS, FIRST_NARROW, ALIGNED),
             _stored(second, seconds, buffer, floats, second_levels, row, 5, elements, mask, tile_rows, row_mask,
-                    SECOND_PARTS, SECOND_CODEC, SECOND_SEARCH, SECOND_BITS, SECOND_REST_BITS, ALIGNED),
+                    SECOND_PARTS, SECOND_CODEC, SECOND_SEARCH, SECOND_BITS, SECOND_REST_BITS,
+                    SECOND_NARROW, ALIGNED),
             eps,
         )  # fmt: skip
         off = tl.where(mask, stored - direction, 0.0).to(tl.float64)
@@ -205,6 +211,7 @@ def update_direction_sums(
             f"{name}_PARTS": place.block_size // row,
             f"{name}_CODEC": "raw" if codec is None else codec.kernel,
             f"{name}_SEARCH": tables.level_search,
+            f"{name}_NARROW": codec is not None and codec.layout.scale_dtype != torch.float32,
         } | {f"{name}_{key}": bits for key, bits in bits_constants(place.layout or Layout(TILE)).items()}
     numels = tuple(x.numel() for x in tensors[0])
     for launch in _launches(*places, numels, buffer.device):

@@ -131,7 +131,7 @@ def _launch(
             columns.append((numel, offset, start // size, 0, number))
         else:
             stages = layout.code_starts(start, numel)
-            columns.append((numel, offset, stages[0], start // 4, stages[-1], number))
+            columns.append((numel, offset, stages[0], start // layout.scale_dtype.itemsize, stages[-1], number))
     if layout is None:
         advance = [-segment, segment, segment, segment // row, 0]
     else:

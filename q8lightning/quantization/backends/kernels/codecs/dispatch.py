@@ -11,7 +11,7 @@ import triton.language as tl
 
 from q8lightning.quantization.backends.kernels.bits import is_finite, rounded
 from q8lightning.quantization.backends.kernels.codecs import codebook, log, residual
-from q8lightning.quantization.backends.kernels.tiles import load_codes, load_float, store, store_codes
+from q8lightning.quantization.backends.kernels.tiles import load_codes, load_scale, store_codes, store_scale
 
 
 @triton.jit
@@ -27,23 +27,23 @@ def encode_tile(
     mask, row_mask = elements < left, rows * BLOCK < left
     decoded = values
     if CODEC == "log":
-        code, scale, high = log.encode(values, BITS)
+        code, scale, high = log.encode(values, BITS, ROUND)
         if STORE:
-            store(scales, rows * 2, scale, row_mask)
-            store(scales, rows * 2 + 1, high, row_mask)
+            store_scale(scales, rows * 2, scale, row_mask)
+            store_scale(scales, rows * 2 + 1, high, row_mask)
         if DECODE:
             decoded = rounded(log.decode(code, scale, high, BITS), like)
     elif CODEC == "residual":
         code, second, scale = residual.encode(values, BITS, REST_BITS)
         if STORE:
             store_codes(rest, second, elements, mask, row_mask, ROWS, BLOCK, REST_BITS, ALIGNED)
-            store(scales, rows, scale, row_mask)
+            store_scale(scales, rows, scale, row_mask)
         if DECODE:
             decoded = rounded(residual.decode(code, second, scale, BITS, REST_BITS), like)
     else:
         code, scale = codebook.encode(values, table, SEARCH, SHIFT, BITS, END, ROUND)
         if STORE:
-            store(scales, rows, scale, row_mask)
+            store_scale(scales, rows, scale, row_mask)
         if DECODE:
             decoded = rounded(codebook.decode(code, levels, scale, SEARCH, BITS), like)
     if STORE:
@@ -64,11 +64,11 @@ def decode_tile(
     blocks = tile_rows // PARTS
     code = load_codes(codes, elements, mask, tile_rows, row_mask, ROW, PARTS, BITS, ALIGNED)
     if CODEC == "log":
-        low, high = load_float(scales, blocks * 2, row_mask), load_float(scales, blocks * 2 + 1, row_mask)
+        low, high = load_scale(scales, blocks * 2, row_mask), load_scale(scales, blocks * 2 + 1, row_mask)
         value = log.decode(code, low, high, BITS)
     elif CODEC == "residual":
         second = load_codes(rest, elements, mask, tile_rows, row_mask, ROW, PARTS, REST_BITS, ALIGNED)
-        value = residual.decode(code, second, load_float(scales, blocks, row_mask), BITS, REST_BITS)
+        value = residual.decode(code, second, load_scale(scales, blocks, row_mask), BITS, REST_BITS)
     else:
-        value = codebook.decode(code, levels, load_float(scales, blocks, row_mask), SEARCH, BITS)
+        value = codebook.decode(code, levels, load_scale(scales, blocks, row_mask), SEARCH, BITS)
     return value

@@ -23,6 +23,7 @@ from q8lightning.quantization.backends.kernels.statistics import measure
 from q8lightning.quantization.backends.kernels.tiles import load_code_for, load_float, store, tile
 from q8lightning.quantization.spec import logarithm
 from q8lightning.quantization.spec.layout import empty_codes, empty_scales
+from q8lightning.quantization.spec.scale_dtype import rounding_code
 
 FINEST_LOG_STEP = tl.constexpr(float(logarithm.FINEST_LOG_STEP))
 LOG_MARGIN = tl.constexpr(logarithm.LOG_MARGIN)  # an integer, exact as float32
@@ -82,8 +83,18 @@ def once(x):
 
 
 @triton.jit
-def encode(x, BITS: tl.constexpr):
-    """Return codes, and the smallest positive and the largest value, as ``reference.quantize_log``."""
+def inward(low, high):
+    """Return the patterns of bounds, int32, rounded as ``scale_dtype.round_bounds``."""
+    high = tl.where(high > 0, tl.maximum(high & -0x10000, 0x10000), 0)
+    return tl.minimum((low + 0xFFFF) & -0x10000, high), high
+
+
+@triton.jit
+def encode(x, BITS: tl.constexpr, ROUND: tl.constexpr = 0):
+    """Return codes, and the smallest positive and the largest value, as ``reference.quantize_log``.
+
+    ROUND is not 0 if bounds are rounded to bfloat16.
+    """
     pattern = bits_of(x + 0.0)  # no negative zero
     # As unsigned integers, the patterns of negative values lie above that of NaN, and that of zero minus 1 above all.
     high = tl.max(pattern.to(tl.uint32, bitcast=True), axis=1)
@@ -91,12 +102,16 @@ def encode(x, BITS: tl.constexpr):
     wrong = high >= INFINITY
     low = tl.where(wrong, NAN, low)
     high = tl.where(wrong, NAN, high.to(tl.int32, bitcast=True))
+    within = pattern
+    if ROUND != 0:
+        low, high = inward(low, high)
+        within = tl.minimum(tl.maximum(pattern, low[:, None]), high[:, None])
 
     offset, codes_per_pattern, _, _ = log_grid(low, high, BITS)
     # What is wrong is decided once for a block, not for each value: all codes of a wrong block become 1.
     codes_per_pattern = tl.where(wrong, 0.0, codes_per_pattern)
     zero = tl.where(wrong, -1, 0)  # no pattern is -1
-    distance = (pattern - low[:, None]).to(tl.float32) + log2_correction(pattern)
+    distance = (within - low[:, None]).to(tl.float32) + log2_correction(within)
     code = bits_of((distance + offset[:, None]) * codes_per_pattern[:, None] + (ROUNDING + 1.0))
     code = tl.where(pattern == zero[:, None], 0, code) & ((1 << BITS) - 1)
     return code, float_of(low), float_of(high)
@@ -116,11 +131,11 @@ def decode(code, low, high, BITS: tl.constexpr):
 @triton.jit
 def _quantize_log_kernel(
     x, codes, bounds, partials, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     first, rows, row_mask, elements, mask, left = tile(numel, ROWS, BLOCK)
     values = load_float(x + first * BLOCK, elements, mask)
-    code, low, high = encode(values, BITS)
+    code, low, high = encode(values, BITS, ROUND)
     store(codes + first * BLOCK, elements, code, mask)
     store(bounds + first * 2, rows * 2, low, row_mask)
     store(bounds + first * 2, rows * 2 + 1, high, row_mask)
@@ -140,12 +155,14 @@ def _dequantize_log_kernel(
     store(values + first * BLOCK, elements, decode(code, low, high, BITS), mask)
 
 
-def quantize_log(x: Tensor, block_size: int, bits: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_log(
+    x: Tensor, block_size: int, bits: int, scale_dtype: str = "float32", statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As ``reference.quantize_log``."""
     parts = empty_codes(x), empty_scales(x, block_size, 2)
     launch.run_encoder(
         _quantize_log_kernel, "quantize_log", block_size, x, parts, statistics,
-        decode=lambda: dequantize_log(*parts, block_size, bits, x.dtype), BITS=bits,
+        decode=lambda: dequantize_log(*parts, block_size, bits, x.dtype), BITS=bits, ROUND=rounding_code(scale_dtype),
     )  # fmt: skip
     return parts
 
