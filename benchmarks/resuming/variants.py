@@ -175,6 +175,7 @@ FIRST_OF_ALL: tuple[Variant, ...] = (
     MOVED,
     *(Variant(name, "preset", preset) for name, preset in PRESETS.items()),
     whole(8, 4, 6, 6),
+    whole(8, 4, 6, 5),
     whole(8, 3, 5, 4),
     whole(8, 0, 4, 4),
     whole(8, 0, 8, 8),
@@ -183,10 +184,10 @@ FIRST_OF_ALL: tuple[Variant, ...] = (
     Variant("weights: bfloat16", "part", weights=torch.bfloat16),
 )
 """What is compared with the plain resume, the most important first. Today's presets are 8+3 / 6 / 6, 8 / 5 / 4 and
-8+8 / 8 / 8."""
+8+8 / 8 / 8, the first two with scales of moments in bfloat16; other policies have float32 scales."""
 
 LATER: tuple[Variant, ...] = (
-    *(Variant(f"weights: linear 8+{bits}", "part", policy(_weights(8, bits))) for bits in (4, 2)),
+    *(Variant(f"weights: linear 8+{bits}", "part", policy(_weights(8, bits))) for bits in (4, 3, 2)),
     Variant("weights: softsign 8", "part", policy(_weights(8))),
     *(Variant(f"exp_avg: softsign {bits}", "part", policy(first=_first(bits))) for bits in (6, 4, 8, 5)),
     *(Variant(f"exp_avg_sq: log {bits}", "part", policy(second=_second(bits))) for bits in (5, 4, 8, 6)),
