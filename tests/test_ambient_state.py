@@ -380,7 +380,8 @@ def test_the_number_of_threads_makes_no_difference(flush: bool, tmp_path: Path) 
             torch.set_flush_denormal(False)
             for each in loaded:
                 second = each["optimizer_states"][0]["state"][0]["exp_avg_sq"]
-                assert not ((second == 0) & (moments["exp_avg_sq"] != 0)).any()
+                # Bits, because a thread that was started while small numbers were flushed still takes them for zero.
+                assert not ((second.view(torch.int32) == 0) & (moments["exp_avg_sq"].view(torch.int32) != 0)).any()
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
