@@ -36,6 +36,7 @@ from q8lightning.checkpoint.lazy_tensors import read
 from q8lightning.checkpoint.loading import kept_encoded, watcher
 from q8lightning.checkpoint.memory import check_dense, in_memory_order
 from q8lightning.quantization.codecs.codec import Codec
+from q8lightning.quantization.many.decode import EncodedItem, decode_alone
 from q8lightning.quantization.many.encode import encode_many
 
 
@@ -121,7 +122,12 @@ class QuantizedTensor:
             CorruptCheckpointError: If the payload was loaded and differs from what was saved.
         """
         self.verify()
-        return self.as_decoded(self.codec.decode(self.parts, self.dtype))
+        return self.as_decoded(decode_alone(self.item))
+
+    @property
+    def item(self) -> EncodedItem:
+        """The payload as the functions know it that decode several at once."""
+        return EncodedItem(self.data, self.codec, math.prod(self.shape), self.dtype)
 
     def as_decoded(self, values: Tensor) -> Tensor:
         """Return decoded values, ``[numel]`` in the order of memory, as the tensor that was encoded."""

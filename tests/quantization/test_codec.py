@@ -13,6 +13,7 @@ from torch import Tensor
 
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.codecs.table import MAKERS, CodecName, get_codec
+from q8lightning.quantization.many.decode import EncodedItem, decode_alone
 from q8lightning.quantization.spec import reference
 from q8lightning.quantization.spec.codebook import ALIASES, BUILTIN, Codebook
 
@@ -315,3 +316,19 @@ assert not {"triton", "lightning", "pytorch_lightning", "torchmetrics"} & new, n
 def test_what_can_be_imported_and_used(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@every_codec
+@pytest.mark.parametrize("numel", [0, 1, 5000, 2**20 + 77, 3 * 2**19])
+def test_threads_that_share_a_tensor_decode_what_one_does(codec: Codec, numel: int) -> None:
+    x = torch.linspace(0, 1, numel, dtype=torch.float32) ** 3
+    parts = codec.encode(x)
+    data = torch.empty(codec.encoded_bytes(numel), dtype=torch.uint8)
+    codec.join(parts, out=data)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        shared = decode_alone(EncodedItem(data, codec, numel, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(shared, codec.decode(parts, torch.float32))

@@ -1,6 +1,5 @@
 """Find, verify and decode all payloads of a checkpoint together: in several threads, or in few launches."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
@@ -12,7 +11,7 @@ from torch import Tensor
 from q8lightning.checkpoint.containers import is_unpickled_plainly
 from q8lightning.checkpoint.payload import QuantizedTensor
 from q8lightning.checkpoint.tree import leaves, rebuild
-from q8lightning.quantization.many.decode import EncodedItem, batches, bytes_to_decode_on, decode_on, decode_together
+from q8lightning.quantization.many.decode import batches, bytes_to_decode_on, decode_on, decode_together
 from q8lightning.system.ambient import neutral
 from q8lightning.system.workers import share_out
 
@@ -43,7 +42,7 @@ def decode_payloads(payloads: Sequence[QuantizedTensor], device: torch.device | 
         decoded = _decode_on(device, payloads)
     left = [payload for payload in payloads if id(payload) not in decoded]
     jobs, sizes = [], []
-    for batch in batches([_unpacking(payload) for payload in left], torch.get_num_threads()):
+    for batch in batches([payload.item for payload in left], torch.get_num_threads()):
         members = [left[index] for index in batch]
         jobs.append(partial(copy_context().run, _decode_together, members))
         sizes.append(sum(payload.nbytes for payload in members))
@@ -56,18 +55,14 @@ def _decode_together(payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Verify payloads and decode them in one go; return the tensors by the payloads' ids."""
     for payload in payloads:
         payload.verify()
-    values = decode_together([_unpacking(payload) for payload in payloads])
+    values = decode_together([payload.item for payload in payloads])
     return {id(payload): payload.as_decoded(each) for payload, each in zip(payloads, values, strict=True)}
-
-
-def _unpacking(payload: QuantizedTensor) -> EncodedItem:
-    return EncodedItem(payload.data, payload.codec, math.prod(payload.shape), payload.dtype)
 
 
 def _decode_on(device: torch.device, payloads: Sequence[QuantizedTensor]) -> dict[int, Tensor]:
     """Decode on a GPU what its kernels know; nothing if it does not fit beside what training has there."""
     chosen = [payload for payload in payloads if payload.dtype != torch.float64]  # kernels do not know it
-    items = [_unpacking(each) for each in chosen]
+    items = [each.item for each in chosen]
     if not items or bytes_to_decode_on(items) > _free_bytes(device):
         return {}
     try:

@@ -1,6 +1,7 @@
 """Decode many tensors: small ones together on a CPU, any in one launch on a GPU."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from q8lightning.quantization.backends import cpu
 from q8lightning.quantization.codecs.codec import Codec
 from q8lightning.quantization.many.buffer import allocate, lay_out, split
 from q8lightning.system.ambient import neutral
+from q8lightning.system.workers import share_out
 
 _TOGETHER = 2**19
 """The most elements that are decoded together on a CPU. Threads that call operators on far fewer wait for Python's lock
@@ -78,6 +80,31 @@ def decode_together(items: Sequence[EncodedItem]) -> list[Tensor]:
     if len(items) == 1:
         return [values]
     return [each.clone() for each in torch.split(values, [item.numel for item in items])]
+
+
+@neutral()
+def decode_alone(item: EncodedItem) -> Tensor:
+    """Decode one item, a large one on a CPU by stretches, each in one thread.
+
+    So several processes on a machine, which read their shards at the same time, do not wait for each other's threads.
+
+    Returns:
+        ``[numel]`` values, on the item's device.
+    """
+    kernel, numel = item.codec.kernel, item.numel
+    if item.data.device.type != "cpu" or kernel is None or not cpu.knows(kernel):
+        return item.codec.decode(item.parts, item.dtype)
+    values = torch.empty(numel, dtype=item.dtype, device="cpu")
+    parts = kernel.layout.views(item.data, numel)
+    block_size = kernel.layout.block_size
+    blocks = max(-(-numel // (block_size * torch.get_num_threads())), _TOGETHER // block_size, 1)
+    length = blocks * block_size
+    jobs = [
+        partial(cpu.decode_into, kernel, kernel.layout.take(parts, slice(i, i + 1), length), stretch)
+        for i, stretch in enumerate(values.split(length))
+    ]
+    share_out(jobs, [length * item.dtype.itemsize] * len(jobs))
+    return values
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
