@@ -44,8 +44,9 @@ class Look(pl.Callback):
 RULE = get_codec("linear", 128, residual_bits=3)
 """Of weights, in the preset that is looked at, in blocks for which rows of 128 have room."""
 
-BLOCKS = {(96,): 32}
-"""Of shards whose rows have no room for those of the rule; rows of 67 or 72 have room for none."""
+BLOCKS = {(96,): 32, (64,): 64}
+"""Of shards whose rows have no room for those of the rule; rows of 67 or 72 have room for none. The parameter that is
+not divided, with rows of 64, is saved as a shard of itself."""
 
 
 class Uneven(ShardedModel):
@@ -66,7 +67,7 @@ def test_miniatures_stand_for_the_shards_of_a_process(tmp_path: Path) -> None:
     for forms, shards in processes.run(choose, 2, tmp_path):
         assert forms == shards
         assert {form.is_whole for form, _ in forms} == {True, False}
-        assert {block_size for _, block_size in forms} == {128, 32}
+        assert {block_size for _, block_size in forms} == {128, 64, 32}
 
 
 class SavesWarm(pl.Callback):

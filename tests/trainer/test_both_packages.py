@@ -174,7 +174,7 @@ def test_values_reach_loggers_and_the_end_of_fit(
         logger=other.loggers.CSVLogger(tmp_path),
     )
     # The steps of 8 and 4 bits are 1/1905 of a scale: 71.6 dB for values spread evenly, as layers begin with.
-    assert trainer.callback_metrics["q8/weights/sqnr_db"] > 65
+    assert trainer.callback_metrics["q8/weights/sqnr_db"] > 60
     assert "q8/weights/sqnr_db" in next(tmp_path.rglob("metrics.csv")).read_text()
     assert any("saves" in line and "│" in line for line in capsys.readouterr().out.splitlines())
 

@@ -102,7 +102,7 @@ def test_a_file_of_fabric_is_one_for_every_tool(tmp_path: Path) -> None:
     assert q8lightning.verify(tmp_path / "small.ckpt").is_whole
     kinds = q8lightning.compare(tmp_path / "plain.ckpt", tmp_path / "small.ckpt").by_kind()
     assert 0 < kinds["update_direction"].relative_error < 0.3
-    assert kinds["weights"].sqnr_db > 60
+    assert kinds["weights"].sqnr_db > 55
     q8lightning.decompress(tmp_path / "small.ckpt", tmp_path / "large.ckpt")
     fabric.load(tmp_path / "large.ckpt", state)
     loaded = q8lightning.load(tmp_path / "small.ckpt")

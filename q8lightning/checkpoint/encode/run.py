@@ -182,7 +182,10 @@ class Run:
         add_losses(self.report, self.plan, self.payloads, losses, directions)
         add_bytes(self.report, self.plan, self.payloads, self.own)
         self.next_plan = self.plan.reviewing(frozenset(reviewed))
+        # All of it is memory of training's stream, which could hand it out again. So it is kept until here, where the
+        # streams that read it were waited for.
         self._parts.clear()
+        self._codes.let_go()
         self._originals.release_copies()
 
     def _store(
@@ -198,7 +201,6 @@ class Run:
         packed, members = part.encoded, part.plan.members
         memory, cuts = packed.buffer, packed.cuts
         payloads = [self._payload(i, data) for i, data in zip(members, packed.data, strict=True)]
-        part.encoded = None
         if review.numbers:
             kept = review.decide(self._originals.values, payloads, part.measured, losses, directions, self.report)
             if kept != payloads:

@@ -101,7 +101,7 @@ def decode_alone(item: EncodedItem) -> Tensor:
     length = blocks * block_size
     jobs = [
         partial(cpu.decode_into, kernel, kernel.layout.take(parts, slice(i, i + 1), length), stretch)
-        for i, stretch in enumerate(values.split(length))
+        for i, stretch in enumerate(torch.split(values, length))
     ]
     share_out(jobs, [length * item.dtype.itemsize] * len(jobs))
     return values

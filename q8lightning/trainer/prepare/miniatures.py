@@ -122,6 +122,7 @@ def miniatures_of(
         for i, optimizer in enumerate(optimizers)
         for index, parameter in enumerate(parameters_of(optimizer))
     }
+    in_shards = any(_local(each) is not each for each in module.parameters())
     found: dict[Any, Miniature] = {}
     for name, parameter in module.named_parameters():
         own = _local(parameter)
@@ -130,7 +131,8 @@ def miniatures_of(
         if own.device != device or parameter.numel() < policy.min_numel:
             continue
         place = places.get(id(parameter))
-        weight, codec, shard = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name), _shard_of(parameter)
+        weight, codec = Form.of(parameter), policy.codec_for(f"state_dict.{name}", name)
+        shard = _shard_of(parameter) if in_shards else None
         states = () if place is None else tuple(states_to_come(optimizers[place[0]], parameter))
         path = "" if place is None else "optimizer_states.{}.state.{}".format(*place)
         codecs = tuple(policy.codec_for(f"{path}.{key}", name) for key, _ in states)
@@ -170,11 +172,9 @@ def states_to_come(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Itera
         yield key, Form(dtype, is_whole, is_aligned=True)
 
 
-def _shard_of(parameter: Tensor) -> Shard | None:
-    """Return what the part of a DTensor that this process has is a part of; None for any other tensor."""
+def _shard_of(parameter: Tensor) -> Shard:
+    """Return what is saved of a parameter among shards; a tensor that is not divided is the only shard of itself."""
     own = _local(parameter)
-    if own is parameter:
-        return None
     rows = (each.shape[1:].numel() if each.ndim > 1 else 0 for each in (parameter, own))
     return Shard(parameter.numel(), math.gcd(*rows))
 

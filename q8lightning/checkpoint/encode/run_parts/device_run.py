@@ -24,7 +24,7 @@ class DeviceRun:
 
     Attributes:
         plan: The part on the device.
-        encoded: What was encoded; None before, and after the run has stored it.
+        encoded: What was encoded; None before.
         measured: What was measured, on the host; None before.
         review: Which tensors need a review; None before anything was measured.
     """

@@ -48,9 +48,16 @@ class TrainedCodes:
                 self._encoded[name] = codec.encode(tensor)
 
     def pack(self, device: torch.device) -> None:
-        """Pack the codes of a device's weights into their bits."""
+        """Pack the codes of a device's weights into their bits; see :meth:`let_go`."""
         for name, _, codec in self._plan.codes:
             if name in self._encoded and self._encoded[name][0].device == device:
-                codes, scales = self._encoded.pop(name)
+                codes, scales = self._encoded[name]
                 # A file holds whole memories; scales that were encoded together share one with all codes.
                 self.packed[name] = pack_bits(codes, codec.bits), scales.clone()
+
+    def let_go(self) -> None:
+        """Free what was encoded, once the stream that packed it was waited for.
+
+        It is memory of training's stream, which could hand it out again while another stream still reads it.
+        """
+        self._encoded.clear()
