@@ -253,12 +253,13 @@ def test_small_payloads_that_are_decoded_together_are_as_if_each_had_been_decode
             tensor = torch.randn(numel, generator=generator).abs().to(dtype)
             payloads.append(QuantizedTensor.encode(tensor.view(2, -1).t() if numel == 4096 else tensor, codec, "x"))
     with using_threads(2):
-        sizes = [len(batch) for batch in payload_group.batches([payload_group._unpacking(x) for x in payloads], 2)]
+        sizes = [len(batch) for batch in payload_group.batches([each.item for each in payloads], 2)]
         decoded = decode_payloads(payloads)
     assert sum(sizes) == len(payloads) > len(sizes) > 4
     for each in payloads:
-        found, expected = decoded[id(each)], each.decode()
+        found, expected = decoded[id(each)], each.as_decoded(each.codec.decode(each.parts, each.dtype))
         assert same_bits(found, expected)
+        assert same_bits(found, each.decode())
         assert found.stride() == expected.stride()
         assert found.untyped_storage().nbytes() == found.nbytes, "memory of its own"
 
