@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from q8lightning import CheckpointPolicy, QuantizedCheckpointIO
 from q8lightning.checkpoint.encode import start
 from q8lightning.checkpoint.encode.plan import Plan
 from q8lightning.checkpoint.encode.planner import plan_save
+from q8lightning.checkpoint.encode.run_parts.trained_codes import TrainedCodes
 from q8lightning.checkpoint.encode.select.model_names import ModelNames
 from q8lightning.quantization.codecs.weight import WeightCodec
 from q8lightning.quantization.spec.packed_bits import unpack_bits
@@ -483,3 +485,22 @@ def test_codes_of_weights_that_are_trained_quantized_are_those_of_their_codec(de
             assert torch.equal(entry["scales"].cpu(), scales.cpu()), key
             assert entry["scales"].untyped_storage().nbytes() == scales.nbytes, "the file has no more than the scales"
     io.finish()
+
+
+def test_codes_are_kept_until_the_stream_that_packs_them_was_waited_for() -> None:
+    """Training's stream, whose memory they are, could hand it out again while another stream still reads it."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def encode(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        parts = tensor.to(torch.uint8), torch.ones(1)
+        made.extend(map(weakref.ref, parts))
+        return parts
+
+    plan: Any = SimpleNamespace(codes=[("w", 0, SimpleNamespace(encode=encode, bits=8))], codes_together=())
+    codes = TrainedCodes(plan)
+    codes.encode(torch.device("cpu"), [torch.arange(4.0)])
+    codes.pack(torch.device("cpu"))
+    assert all(each() is not None for each in made)
+    codes.let_go()
+    assert [each() for each in made] == [None, None]
+    assert codes.packed["w"][0].tolist() == [0, 1, 2, 3]
